@@ -1,0 +1,73 @@
+"""The verbs. Each is a few lines into one room; `genscale VERB --help` lists its settings."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from genscale import __version__
+from genscale.errors import UserError, nearest
+
+EXIT_USER_ERROR = 2
+VERBS = {
+    "train": "train a model as a YAML config says; resumes by itself",
+    "sample": "generate from a trained run",
+    "evaluate": "loss and other scores of a trained run on a data set",
+    "tokenizer": "train a byte-level BPE tokenizer",
+    "checkpoint": "list, verify or digest checkpoints",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb. Returns the exit code: 0 done, 2 the user's mistake (one line on stderr), 130 or 143 stopped by a signal."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else EXIT_USER_ERROR
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    return guarded(lambda: _verb(verb)(rest))
+
+
+def guarded(run: Callable[[], int]) -> int:
+    """A user's mistake is one line, printed by rank 0 alone; our own bugs keep their traceback."""
+    try:
+        return run()
+    except UserError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            sys.stdout.flush()
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            # Launchers end all processes as soon as one fails: rank 0 must be the first, or its message is lost.
+            time.sleep(10)
+        return EXIT_USER_ERROR
+    except BrokenPipeError:  # `genscale ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _verb(verb: str) -> Callable[[list[str]], int]:
+    # Imported one at a time: torch takes seconds to load, and `--help` of another verb need not wait for it.
+    if verb == "train":
+        from genscale.verbs.train import main as run
+    elif verb == "sample":
+        from genscale.verbs.sample import main as run
+    elif verb == "evaluate":
+        from genscale.verbs.evaluate import main as run
+    elif verb == "tokenizer":
+        from genscale.verbs.tokenizer import main as run
+    elif verb == "checkpoint":
+        from genscale.verbs.checkpoint import main as run
+    else:
+        raise UserError(f"'{verb}' is not a verb of genscale{nearest(verb, VERBS)}; verbs: {', '.join(VERBS)}")
+    return run
+
+
+def _usage() -> str:
+    lines = [f"genscale {__version__}: trains generative models at any scale", "", "usage: genscale VERB [settings]", ""]
+    lines += [f"  {verb:<11}{meaning}" for verb, meaning in VERBS.items()]
+    return "\n".join([*lines, "", "`genscale VERB --help` lists every setting of a verb."])

@@ -1,0 +1,137 @@
+"""What a run is: typed sections, read from YAML, overridden from the command line.
+
+Every setting is a dataclass field with a docstring; the command line, `--help` and the YAML are all generated from them
+(`genscale.cli`). The `model` and `data` sections belong to the family (`model.family`) and are defined beside its code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
+
+
+@dataclass
+class RunSettings:
+    """Where a run lives and how it starts."""
+
+    name: str = "run"
+    """Name of the run; its folder is <run.dir>/<run.name>."""
+    dir: str = "runs"
+    """Folder that holds run folders."""
+    seed: NonNegativeInt = 1337
+    """Seed of the initial weights, the sample order and every random draw."""
+    resume: str = "auto"
+    """auto: continue from the run folder's latest valid checkpoint; never: start anew (an earlier run in the folder is
+    moved aside); or the path of a checkpoint."""
+
+
+@dataclass
+class TrainSettings:
+    """The steps of a run and what happens every so many of them (0 = never)."""
+
+    steps: PositiveInt = 1000
+    """Optimizer steps in all."""
+    global_batch_size: PositiveInt = 32
+    """Samples in one optimizer step, over all processes."""
+    micro_batch_size: PositiveInt | None = None
+    """Samples in one forward pass on one process (default: global batch / processes). Accumulation is derived:
+    global batch = micro-batch x processes x accumulation."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of forward and backward; weights and optimizer state stay in fp32."""
+    clip: NonNegativeFloat = 1.0
+    """Largest global gradient norm; larger gradients are scaled down to it (0 = no clipping)."""
+    log_every: PositiveInt = 10
+    """Steps between logged metrics."""
+    evaluate_every: NonNegativeInt = 0
+    """Steps between evaluations on the validation set (0 = only after the last step)."""
+    sample_every: NonNegativeInt = 0
+    """Steps between generated samples (0 = only after the last step)."""
+    checkpoint_every: NonNegativeInt = 0
+    """Steps between checkpoints (0 = only after the last step)."""
+    checkpoint_keep: PositiveInt = 3
+    """Latest checkpoints to keep; the best by validation loss is kept besides."""
+
+
+@dataclass
+class OptimizerSettings:
+    """The optimizer of every network."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """adamw (Loshchilov and Hutter 2019) or sgd (with momentum)."""
+    lr: PositiveFloat = 3e-4
+    """Peak learning rate."""
+    betas: tuple[ClosedUnitInterval, ClosedUnitInterval] = (0.9, 0.95)
+    """AdamW: decay rates of the two moments."""
+    eps: PositiveFloat = 1e-8
+    """AdamW: added to the denominator."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay of matrices and embeddings; vectors (norms, biases) are not decayed. sgd: L2 penalty of the same."""
+    momentum: ClosedUnitInterval = 0.0
+    """SGD: momentum."""
+
+
+@dataclass
+class ScheduleSettings:
+    """Learning rate over the steps, as a share of optimizer.lr."""
+
+    name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape after warm-up: cosine or linear down to the final share, constant, or wsd (warm-up, stable, decay)."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up from zero."""
+    final_share: ClosedUnitInterval = 0.1
+    """Share of the peak learning rate at the last step (cosine, linear, wsd)."""
+    decay_share: ClosedUnitInterval = 0.2
+    """wsd: share of all steps spent in the final linear decay."""
+
+
+@dataclass
+class ParallelSettings:
+    """How a step is spread over processes and memory."""
+
+    strategy: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp2"] = "auto"
+    """auto: what `accelerate launch` was configured with, else ddp for several processes and single for one."""
+    offload: Literal["none", "cpu"] = "none"
+    """cpu: ZeRO keeps the optimizer state in host memory."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """Recompute activations in backward to save memory: full (each block) or selective (all but matrix products and attention)."""
+    compile: bool = False
+    """torch.compile, one block at a time."""
+
+
+@dataclass
+class TrackingSettings:
+    """Where metrics go besides metrics.jsonl."""
+
+    wandb: Literal["online", "offline", "disabled"] = "offline"
+    """Weights & Biases; offline runs lie in the run folder until `wandb sync`."""
+    project: str = "genscale"
+    """Weights & Biases project."""
+    entity: str | None = None
+    """Weights & Biases user or team (default: the account's own)."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files to <run folder>/tensorboard."""
+
+
+@dataclass
+class Config:
+    """A whole run. `model` and `data` hold the family's own settings dataclasses."""
+
+    run: RunSettings = field(default_factory=RunSettings)
+    model: Any = None
+    data: Any = None
+    train: TrainSettings = field(default_factory=TrainSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+
+
+MAY_CHANGE_AT_RESUME = ("run.", "parallel.", "tracking.", "train.log_every", "train.evaluate_every", "train.sample_every",
+                        "train.checkpoint_", "train.micro_batch_size", "train.steps", "data.workers", "data.prefetch_steps")
+"""Key prefixes that do not change what is computed (`train.steps` may grow or shrink; the schedule then follows the new value)."""
+# run.seed changes what is computed although it stands under "run.".
+MUST_NOT_CHANGE_AT_RESUME = ("run.seed",)

@@ -1,0 +1,185 @@
+"""From YAML and the command line to a typed `Config`, by jsonargparse: one definition makes the YAML, the flags and `--help`.
+
+The `model` and `data` sections depend on `model.family`, so a parser is built for the family that the command line or the
+file names. Mistakes come out as one line (`UserError`), with the nearest key where a key is unknown.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
+
+from genscale.config import (
+    Config,
+    OptimizerSettings,
+    ParallelSettings,
+    RunSettings,
+    ScheduleSettings,
+    TrackingSettings,
+    TrainSettings,
+)
+from genscale.errors import UserError, nearest
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+COMMON_SECTIONS = {"run": RunSettings, "train": TrainSettings, "optimizer": OptimizerSettings, "schedule": ScheduleSettings,
+                   "parallel": ParallelSettings, "tracking": TrackingSettings}
+Families = Mapping[str, Any]
+
+
+def config_parser(families: Families, family: str, prog: str = "genscale train", description: str = "") -> ArgumentParser:
+    """The parser of one family: --config FILE, --print_config and a flag for every setting of every section."""
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, default_env=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of a run; flags after it override it.")
+    sections = {"run": COMMON_SECTIONS["run"], "model": families[family].model_settings, "data": families[family].data_settings,
+                **{name: section for name, section in COMMON_SECTIONS.items() if name != "run"}}
+    for name, section in sections.items():
+        parser.add_class_arguments(section, name)
+    return parser
+
+
+def parse_config(families: Families, arguments: Sequence[str], prog: str = "genscale train", description: str = "") -> Config:
+    """The config that the arguments mean. Raises UserError with one line for the user."""
+    family = _family(families, arguments)
+    parser = config_parser(families, family, prog, description)
+    known = {action.dest for action in parser._actions if action.dest}
+    for file in _config_files(arguments):
+        _check_keys(_read_yaml(file), known, where=f" in {file}")
+    _check_flags(arguments, known)
+    built = parser.instantiate_classes(_parse(parser, arguments))
+    return Config(**{name: getattr(built, name) for name in Config.__dataclass_fields__})
+
+
+def load_config(families: Families, file: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of a run folder's config.yaml."""
+    return parse_config(families, ["--config", str(file), *overrides], prog="genscale")
+
+
+def parse_settings(settings: type, arguments: Sequence[str], prog: str, description: str) -> Any:
+    """An instance of one settings dataclass from its flags (for verbs that are not about a run's config). Raises UserError."""
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, default_env=False)
+    parser.add_class_arguments(settings)
+    _check_flags(arguments, {action.dest for action in parser._actions if action.dest})
+    return settings(**vars(parser.instantiate_classes(_parse(parser, arguments))))
+
+
+def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
+    try:
+        return parser.parse_args(list(arguments))
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise UserError(_one_line(str(error))) from None
+
+
+def take_number(arguments: Sequence[str], flag: str, least: int) -> tuple[int | None, list[str]]:
+    """Split `flag N` (or `flag=N`) from the settings. Raises UserError."""
+    rest, number, words = [], None, iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name != flag:
+            rest.append(word)
+            continue
+        value = value if equals else next(words, "")
+        if not value.isdigit() or int(value) < least:
+            raise UserError(f"{flag}: must be a whole number of at least {least}, not '{value}'")
+        number = int(value)
+    return number, rest
+
+
+def _config_files(arguments: Sequence[str]) -> list[str]:
+    files = []
+    for position, argument in enumerate(arguments):
+        if argument == "--config" and position + 1 < len(arguments):
+            files.append(arguments[position + 1])
+        elif argument.startswith("--config="):
+            files.append(argument.split("=", 1)[1])
+    return files
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(file).read_text())
+    except OSError as error:
+        raise UserError(f"--config: cannot read '{file}' ({error.strerror}){_nearest_file(file)}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config: '{file}' is not valid YAML: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"--config: '{file}' must hold sections like 'train:' and 'model:', not a {type(content).__name__}")
+    return content
+
+
+def _nearest_file(file: str) -> str:
+    folder = Path(file).parent
+    return nearest(Path(file).name, (p.name for p in folder.iterdir())) if folder.is_dir() else ""
+
+
+def _family(families: Families, arguments: Sequence[str]) -> str:
+    family = next(iter(families))
+    for file in _config_files(arguments):
+        model = _read_yaml(file).get("model")
+        if isinstance(model, dict):
+            family = model.get("family", family)
+    for position, argument in enumerate(arguments):
+        if argument == "--model.family" and position + 1 < len(arguments):
+            family = arguments[position + 1]
+        elif argument.startswith("--model.family="):
+            family = argument.split("=", 1)[1]
+    if family not in families:
+        raise UserError(f"model.family: '{family}' is not one of {', '.join(families)}{nearest(str(family), families)}")
+    return family
+
+
+def _check_keys(content: dict[str, Any], known: set[str], where: str, prefix: str = "") -> None:
+    for key, value in content.items():
+        path = f"{prefix}{key}"
+        is_section = any(other.startswith(f"{path}.") for other in known)
+        if is_section and isinstance(value, dict):
+            _check_keys(value, known, where, f"{path}.")
+        elif is_section:
+            raise UserError(f"{path}: must be a section of settings{where}, not {value!r}")
+        elif path not in known:
+            raise UserError(f"{path}: unknown key{where}{_nearest_key(path, known)}")
+
+
+def _check_flags(arguments: Sequence[str], known: set[str]) -> None:
+    for argument in arguments:
+        flag = argument.split("=", 1)[0]
+        if flag.startswith("--") and flag != "--" and flag[2:].removesuffix("+") not in known | {"help", "print_config"}:
+            raise UserError(f"{flag}: unknown setting{_nearest_key(flag[2:], known)}")
+
+
+def _nearest_key(path: str, known: set[str]) -> str:
+    """The closest full key; a bare or misplaced name (`steps`) finds the section that has it (`train.steps`)."""
+    leaves = [key for key in known if "." in key] or sorted(known)
+    same_leaf = [key for key in leaves if key.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
+    return f" (did you mean '{sorted(same_leaf)[0]}'?)" if same_leaf else nearest(path, leaves)
+
+
+TYPE_WORDS = {"PositiveInt": "a whole number of at least 1", "NonNegativeInt": "a whole number of at least 0",
+              "PositiveFloat": "a number above 0", "NonNegativeFloat": "a number of at least 0",
+              "ClosedUnitInterval": "a number from 0 to 1", "OpenUnitInterval": "a number between 0 and 1",
+              "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "tuple": "a list like [0.9, 0.95]"}
+
+
+def _one_line(message: str) -> str:
+    """jsonargparse's message in one line of plain words: the key, what it must be, what it was."""
+    text = " ".join(message.split())
+    text = re.sub(r'^(?:Parser key|argument) "?(?:--)?([\w.]+)"?:', r"\1:", text)
+    if match := re.match(r"^([\w.]+): Not of type (\w+): (.*)$", text):
+        key, kind, why = match.groups()
+        value = why.split(" does not conform")[0].rsplit(": ", 1)[-1]
+        return f"{key}: must be {TYPE_WORDS.get(kind, kind)}, not {value}"
+    if match := re.match(r"^([\w.]+): Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)$", text):
+        key, choices, value = match.groups()
+        allowed = [choice.strip(" '\"") for choice in choices.split(",")]
+        return f"{key}: must be one of {', '.join(allowed)}, not {value}{nearest(value, allowed)}"
+    if match := re.match(r"^([\w.]+): Expected a <class '(\w+)'>\. Got value: (.*)$", text):
+        key, kind, value = match.groups()
+        return f"{key}: must be {TYPE_WORDS.get(kind, kind)}, not {value}"
+    return text[:600]

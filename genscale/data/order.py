@@ -1,0 +1,139 @@
+"""The global order: which sample belongs to which rank and worker, and reading lanes so that each sample comes once.
+
+Global batch k is the samples [k G, (k + 1) G). Rank r of R takes the samples that are r modulo R; worker w of its n takes those
+with (g // R) % n = w. Nothing else depends on the number of processes: the samples themselves live in lanes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from genscale.data.lanes import Data, Sample
+
+DIGEST_MODULUS = 2**61
+"""Ledger sums are taken modulo this: it divides 2**64, so that an int64 all-reduce that wraps around still adds up right."""
+
+Cursors = dict[str, dict[str, Any]]
+"""Lane (a string, as JSON has it) -> {"position": samples read, "cursor": the data's own}."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank reads of each global batch."""
+
+    global_batch_size: int
+    rank: int
+    world_size: int
+    workers: int
+
+    def samples(self, batch: int, worker: int) -> list[int]:
+        """Global samples of a global batch for one worker of this rank, increasing."""
+        first = batch * self.global_batch_size
+        mine = range(first + self.rank, first + self.global_batch_size, self.world_size)
+        return [g for g in mine if g // self.world_size % self.workers == worker]
+
+    def slots(self, batch: int, worker: int) -> slice:
+        """Where those samples stand among the rank's own of that batch."""
+        own = self.global_batch_size // self.world_size
+        return slice((worker - batch * own) % self.workers, own, self.workers)
+
+
+@dataclass
+class Part:
+    """One worker's samples of one global batch.
+
+    Attributes:
+        arrays: each `(samples, ...)`; empty when the worker has no sample in this batch.
+        digest: sum of the samples' fingerprints.
+        cursors: the lanes that were read, as they stand after this batch.
+    """
+
+    arrays: dict[str, np.ndarray]
+    digest: int
+    cursors: Cursors = field(default_factory=dict)
+
+
+def fingerprint(g: int, sample: Sample) -> int:
+    """64 bits of a sample's number and content."""
+    digest = hashlib.blake2b(g.to_bytes(8, "little"), digest_size=8)
+    for name in sorted(sample):
+        array = np.ascontiguousarray(sample[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(array.data)
+    return int.from_bytes(digest.digest(), "little")
+
+
+class LaneReader:
+    """Global samples by number, in increasing order; a lane's samples that belong to others are read past."""
+
+    def __init__(self, data: Data, cursors: Cursors) -> None:
+        self._data, self._start = data, cursors
+        self._lanes: dict[int, Iterator[tuple[Sample, Any]]] = {}
+        self._positions: dict[int, int] = {}
+
+    def read(self, g: int) -> tuple[Sample, str, dict[str, Any]]:
+        """(sample, lane, the lane's entry in `Cursors` right after it)."""
+        position, lane = divmod(g, self._data.lane_count)
+        if lane not in self._lanes:
+            start = self._start.get(str(lane), {"position": 0, "cursor": None})
+            self._lanes[lane] = self._data.open_lane(lane, start["cursor"])
+            self._positions[lane] = start["position"]
+        if self._positions[lane] > position:
+            raise RuntimeError(f"lane {lane} was read to {self._positions[lane]}, past sample {g} at {position}")
+        while self._positions[lane] <= position:
+            sample, cursor = next(self._lanes[lane])
+            self._positions[lane] += 1
+        return sample, str(lane), {"position": position + 1, "cursor": cursor}
+
+
+def read_parts(data: Data, share: Share, worker: int, batch: int, cursors: Cursors,
+               stopped: Callable[[], bool] = lambda: False) -> Iterator[Part]:
+    """One worker's part of every global batch from `batch` on, without end."""
+    reader = LaneReader(data, cursors)
+    while True:
+        samples: list[Sample] = []
+        part = Part({}, 0)
+        for g in share.samples(batch, worker):
+            if stopped():
+                return
+            sample, lane, cursor = reader.read(g)
+            samples.append(sample)
+            part.digest = (part.digest + fingerprint(g, sample)) % DIGEST_MODULUS
+            part.cursors[lane] = cursor
+        if samples:
+            part.arrays = {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+        yield part
+        batch += 1
+
+
+def furthest(into: Cursors, other: Cursors) -> None:
+    """Move each lane of `into` on to where `other` has it, if that is further."""
+    for lane, entry in other.items():
+        if lane not in into or entry["position"] > into[lane]["position"]:
+            into[lane] = entry
+
+
+def merge_states(states: list[dict[str, Any]], lane_count: int) -> dict[str, Any]:
+    """The data position of all ranks together, for any number of ranks to continue from.
+
+    Args:
+        states: `StepLoader.state()` of every rank after the same global batch.
+        lane_count: lanes of the data.
+
+    Raises:
+        ValueError: the ranks stand at different batches, or a lane is none of the data's.
+    """
+    batches = {state["batches"] for state in states}
+    if len(batches) != 1:
+        raise ValueError(f"the ranks' data positions are of different global batches: {sorted(batches)}")
+    cursors: Cursors = {}
+    for state in states:
+        furthest(cursors, state["cursors"])
+    if any(not 0 <= int(lane) < lane_count for lane in cursors):
+        raise ValueError(f"the data position has lanes {sorted(cursors, key=int)}, the data {lane_count}")
+    return {"batches": batches.pop(), "cursors": dict(sorted(cursors.items(), key=lambda item: int(item[0])))}

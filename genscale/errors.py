@@ -1,0 +1,19 @@
+"""The one exception that means "the user can mend this": shown as a single line, without a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A wrong setting, path or file. Its message is one line: the key, the value, the reason, the nearest allowed setting."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(str(message).split()))
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """`" (did you mean 'x'?)"` for the choice closest to `word`, or an empty string when none is close."""
+    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f" (did you mean '{found[0]}'?)" if found else ""

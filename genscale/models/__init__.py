@@ -1,0 +1,1 @@
+"""Networks: tensors in, tensors out. No loss, no distribution, no config parsing."""

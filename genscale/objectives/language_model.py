@@ -1,0 +1,143 @@
+"""Next-token prediction: the likelihood of text under a language model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from genscale.config import Config
+from genscale.data.text import TextData, TextDataSettings
+from genscale.data.tokenizers import Tokenizer, load_tokenizer
+from genscale.errors import UserError
+from genscale.models.decoding import generate
+from genscale.models.gpt import GPT, GPTSettings
+from genscale.objectives.base import Batch, Family, Networks, Objective, Phase, Terms
+from genscale.rng import Draws, torch_generator
+
+TOKENIZER_FILE = "tokenizer.json"
+PREVIEW_TOKENS = 200
+PREVIEW_TEMPERATURE = 0.8
+VOCAB_MULTIPLE = 64  # matrix kernels want the width of the logits in whole tiles
+
+
+def _targets(batch: Batch) -> Tensor:
+    """What each position has to predict, `(batch, time)` int64; -1 where there is nothing."""
+    return batch["tokens"][:, 1:].long()
+
+
+def _cross_entropy(networks: Networks, batch: Batch) -> Tensor:
+    """Nats of every target `(batch * time,)` in fp32, zero where there is none."""
+    # Padding is fed as token 0: it stands after the text, so no valid target sees it.
+    logits = networks["gpt"](batch["tokens"][:, :-1].clamp(min=0))
+    return F.cross_entropy(logits.float().flatten(0, 1), _targets(batch).flatten(), ignore_index=-1, reduction="none")
+
+
+class LanguageModel(Objective):
+    """Trains one network, `gpt`, on the cross-entropy of the next token.
+
+    A batch holds `tokens` `(batch, sequence_length + 1)`, int32 or int64: each token is the input whose target is the next
+    one; -1 is padding. The loss is in nats, summed over valid targets.
+
+    Args:
+        network: tokens `(batch, time)` to logits `(batch, time, vocab_size)`.
+        tokenizer: what made the tokens; decodes previews and says how many bytes a token stands for.
+        sequence_length: targets in a sample.
+    """
+
+    unit = "tokens"
+
+    def __init__(self, network: GPT, tokenizer: Tokenizer, sequence_length: int) -> None:
+        self.networks = {"gpt": network}
+        self.phases = [Phase("language_model", "gpt", loss=self.loss, count=self.count)]
+        self.tokenizer = tokenizer
+        self.units_per_sample = sequence_length
+        # Kept here because the network given to `preview` may stand inside a wrapper that hides it.
+        self.positions = network.settings.positions
+        lengths = tokenizer.token_bytes()
+        self.token_bytes = None if lengths is None else torch.as_tensor(lengths, dtype=torch.int64)
+
+    def loss(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
+        """The phase's loss: nats summed over the valid targets of a micro-batch."""
+        return {"loss": _cross_entropy(networks, batch).sum()}
+
+    def count(self, batch: Batch) -> int:
+        """Valid targets of a micro-batch."""
+        return int((_targets(batch) >= 0).sum())
+
+    def save_assets(self, folder: Path) -> None:
+        """Keep the tokenizer with the run: sampling must not depend on a file elsewhere."""
+        self.tokenizer.save(folder / TOKENIZER_FILE)
+
+    def use_assets(self, config: Config, folder: Path) -> None:
+        """The text is cut into the tokens the network was trained on."""
+        if (folder / TOKENIZER_FILE).exists():
+            config.data.tokenizer = str(folder / TOKENIZER_FILE)
+
+    def evaluate(self, networks: Networks, batch: Batch) -> Terms:
+        """Sums in float64: `nats`, `tokens` and, where the tokenizer knows them, the `bytes` that the targets stand for."""
+        targets = _targets(batch)
+        valid = targets >= 0
+        totals = {"nats": _cross_entropy(networks, batch).double().sum(), "tokens": valid.sum().double()}
+        if self.token_bytes is not None:
+            self.token_bytes = self.token_bytes.to(targets.device)
+            totals["bytes"] = self.token_bytes[targets[valid]].sum().double()
+        return totals
+
+    def summarise(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """`loss` (nats a token), `perplexity`, and `bits_per_byte`, which no tokenizer changes (Gao et al. 2020, The Pile)."""
+        loss = totals["nats"] / totals["tokens"]
+        # math.exp would raise where a diverged model's perplexity exceeds a float.
+        metrics = {"loss": loss, "perplexity": torch.tensor(loss, dtype=torch.float64).exp().item()}
+        if "bytes" in totals:
+            metrics["bits_per_byte"] = totals["nats"] / math.log(2) / totals["bytes"]
+        return metrics
+
+    def preview(self, networks: Networks, seed: int, device: torch.device) -> str:
+        """Text that the network writes from the start of a document."""
+        start = torch.full((1, 1), self.tokenizer.end_of_text, dtype=torch.int64, device=device)
+        # No early stop: every rank must run the same number of forwards, also if rounding made one draw another token.
+        tokens = generate(networks["gpt"], start, PREVIEW_TOKENS, positions=self.positions,
+                          generators=[torch_generator(seed, "preview")], temperature=PREVIEW_TEMPERATURE,
+                          vocab_size=self.tokenizer.vocab_size)
+        return self.tokenizer.decode(tokens[0, 1:].tolist())
+
+
+def build(config: Config, data: TextData) -> LanguageModel:
+    """The objective of a run, its network initialised from the run's seed. Raises UserError as `_build` does."""
+    return _build(config, data.tokenizer)
+
+
+def restore(config: Config, folder: Path) -> LanguageModel:
+    """The objective of a trained run, with the tokenizer that its folder keeps."""
+    kept = folder / TOKENIZER_FILE
+    return _build(config, load_tokenizer(str(kept) if kept.exists() else config.data.tokenizer))
+
+
+def _build(config: Config, tokenizer: Tokenizer) -> LanguageModel:
+    """Network and objective.
+
+    Raises:
+        UserError: the sequence does not fit the positions, the tokens do not fit the vocabulary, or the shape is impossible.
+    """
+    length, positions = config.data.sequence_length, config.model.positions
+    if length > positions:
+        raise UserError(f"data.sequence_length: {length} is longer than model.positions {positions}; "
+                        f"set data.sequence_length to at most {positions}, or model.positions to at least {length}")
+    needed = tokenizer.vocab_size
+    rounded = -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    vocab_size = config.model.vocab_size or rounded
+    if vocab_size < needed:
+        raise UserError(f"model.vocab_size: {vocab_size} is smaller than the {needed} tokens of data.tokenizer "
+                        f"{config.data.tokenizer}; the nearest allowed value is {needed} (or leave it out: {rounded})")
+    network = GPT(config.model, vocab_size)
+    network.initialise(torch_generator(config.run.seed, "initial weights", "gpt"))
+    return LanguageModel(network, tokenizer, length)
+
+
+FAMILY = Family(model_settings=GPTSettings, data_settings=TextDataSettings, build_data=TextData, build_objective=build,
+                restore=restore)

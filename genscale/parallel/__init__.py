@@ -1,0 +1,1 @@
+"""How a step is spread over processes and memory. Nothing outside this package knows which strategy runs."""

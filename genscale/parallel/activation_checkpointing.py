@@ -1,0 +1,52 @@
+"""Activation checkpointing of a network's blocks, in place, so that parameter names stay what they are.
+
+full: only the input of a block is kept and the block is recomputed in backward (Chen et al. 2016, "Training deep nets with
+sublinear memory cost"). selective: the results of matrix products and attention are kept, the cheap rest is recomputed
+(Korthikanti et al. 2022, "Reducing activation recomputation in large transformer models").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+aten = torch.ops.aten
+KEPT_OPERATIONS = {
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.convolution.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def _keep_costly(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in KEPT_OPERATIONS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def checkpoint_activations(blocks: list[nn.Module], mode: str) -> None:
+    """Make each block recompute its activations in backward. `mode` is none, full or selective."""
+    if mode == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # genscale draws are addressed, not stateful
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_costly)
+    for block in blocks:
+        block.forward = _checkpointed(block.forward, options)  # type: ignore[method-assign]
+
+
+def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    def recomputing_forward(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, **options, **kwargs)
+
+    return recomputing_forward

@@ -1,0 +1,171 @@
+"""HOW a step is spread: the engine's contract, and the choice of the strategy behind it.
+
+The trainer sees networks to call, `backward`, `step` and state by parameter name; which strategy does the work is known in
+this package alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from genscale.config import ParallelSettings
+from genscale.parallel.activation_checkpointing import checkpoint_activations
+from genscale.parallel.processes import Processes
+
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+NamedTensors = Iterator[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step did.
+
+    Attributes:
+        grad_norm: global gradient norm before clipping.
+        skipped: the loss scaler found an overflow and left the weights alone (fp16 only).
+    """
+
+    grad_norm: float
+    skipped: bool = False
+
+
+class Engine(ABC):
+    """Networks and optimizers under one strategy.
+
+    Args:
+        processes: the process group.
+        settings: the `parallel` section.
+        precision: fp32, bf16 or fp16.
+        clip: largest global gradient norm (0 = no clipping).
+        micro_batch_size, accumulation: of a step, for the strategies that want to know.
+    """
+
+    def __init__(self, processes: Processes, settings: ParallelSettings, precision: str, clip: float,
+                 micro_batch_size: int, accumulation: int) -> None:
+        self.processes, self.settings, self.precision, self.clip = processes, settings, precision, clip
+        self.micro_batch_size, self.accumulation = micro_batch_size, accumulation
+        self.networks: dict[str, nn.Module] = {}  # to call
+        self.modules: dict[str, nn.Module] = {}  # the plain modules inside
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+
+    def prepare(self, networks: Mapping[str, nn.Module], make_optimizer: MakeOptimizer) -> None:
+        """Wrap every network (its weights already set, on the CPU) and build its optimizer."""
+        for name, module in networks.items():
+            blocks = blocks_of(module)
+            checkpoint_activations(blocks, self.settings.activation_checkpointing)
+            if self.settings.compile:
+                for block in blocks or [module]:
+                    block.compile()
+            self.modules[name] = module
+            self._wrap(name, module, make_optimizer)
+
+    @abstractmethod
+    def _wrap(self, name: str, module: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        """Set networks[name] and optimizers[name]."""
+
+    def view(self, trained: str | None) -> dict[str, nn.Module]:
+        """The networks a phase calls: the trained one wrapped, the frozen ones plain (their gradients are nobody's business)."""
+        return {name: self.networks[name] if name == trained else self.modules[name] for name in self.networks}
+
+    def forward_context(self) -> contextlib.AbstractContextManager:
+        """The context of every forward (autocast where the strategy keeps fp32 weights)."""
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def micro_batch(self, name: str, last: bool) -> Iterator[None]:
+        """Around forward and backward of one micro-batch; gradients are averaged over processes by the end of the last one."""
+        self._synchronise_gradients(name, last)
+        yield
+
+    @abstractmethod
+    def _synchronise_gradients(self, name: str, last: bool) -> None:
+        """Whether the coming backward is the one that averages over processes."""
+
+    @abstractmethod
+    def backward(self, name: str, loss: Tensor) -> None:
+        """Add the gradients of `loss` to those of the network."""
+
+    @abstractmethod
+    def step(self, name: str) -> StepResult:
+        """Clip, update the weights, drop the gradients."""
+
+    def set_learning_rate(self, name: str, lr: float) -> None:
+        for group in self.optimizers[name].param_groups:
+            group["lr"] = lr
+
+    @abstractmethod
+    def network_state(self, name: str) -> NamedTensors:
+        """Every parameter and persistent buffer in full and fp32, by name, on the CPU. Collective: every rank must exhaust it."""
+
+    @abstractmethod
+    def optimizer_state(self, name: str) -> NamedTensors:
+        """Every optimizer tensor in full as "<state key>/<parameter name>" (`exp_avg/...`), and counters as "step/...". Collective."""
+
+    @abstractmethod
+    def load_optimizer_state(self, name: str, keys: Iterable[str], read: Callable[[str], Tensor]) -> None:
+        """The inverse of `optimizer_state`, after `prepare` with the network's weights loaded: `read(key)` gives the full tensor."""
+
+    def restore_network(self, name: str, read: Callable[[str], Tensor]) -> None:
+        """Set what rounding may have lost when the (already loaded) network was wrapped; nothing to do where weights stay fp32."""
+
+    def scaler_state(self, name: str) -> dict[str, Any]:
+        """Loss-scaler state (JSON), empty without one."""
+        return {}
+
+    def load_scaler_state(self, name: str, state: dict[str, Any]) -> None:
+        if state:
+            raise ValueError(f"{type(self).__name__} has no loss scaler")
+
+    @abstractmethod
+    def bytes_at_rest(self) -> int:
+        """Bytes this process holds between steps in weights and optimizer state (not gradients, not activations)."""
+
+
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """The repeated parts of a network, which are compiled, checkpointed and sharded one at a time: its `blocks()`, if it has them."""
+    return list(module.blocks()) if hasattr(module, "blocks") else []
+
+
+def named_state(module: nn.Module) -> NamedTensors:
+    """Parameters and persistent buffers by name; a tied tensor once, under its first name, whatever the world size."""
+    seen: set[int] = set()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor
+
+
+def tensor_bytes(tensors: Iterable[Any]) -> int:
+    """Bytes of local storage behind tensors (the local shard of a DTensor), each storage once."""
+    storages = {}
+    for tensor in tensors:
+        if isinstance(tensor, Tensor):
+            local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+            storages[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+
+
+def build_engine(strategy: str, *args: Any, **kwargs: Any) -> Engine:
+    """The engine for a resolved strategy (never `auto`)."""
+    if strategy in ("single", "ddp"):
+        from genscale.parallel.replicated import ReplicatedEngine
+
+        return ReplicatedEngine(*args, **kwargs)
+    if strategy == "fsdp2":
+        from genscale.parallel.fsdp2 import ShardedEngine
+
+        return ShardedEngine(*args, **kwargs)
+    from genscale.parallel.zero import ZeroEngine
+
+    return ZeroEngine(int(strategy.removeprefix("zero")), *args, **kwargs)

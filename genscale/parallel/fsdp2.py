@@ -1,0 +1,91 @@
+"""fsdp2: weights, gradients and optimizer state are sharded by PyTorch's `fully_shard`, a block at a time.
+
+Accelerate's own FSDP plugin is ignored on the CPU without a word, so `fully_shard` is called directly, on every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from genscale.parallel.engine import (
+    Engine,
+    MakeOptimizer,
+    NamedTensors,
+    StepResult,
+    blocks_of,
+    named_state,
+    state_tensors,
+    tensor_bytes,
+)
+from genscale.parallel.precision import DTYPES
+
+
+class ShardedEngine(Engine):
+    """PyTorch FSDP2."""
+
+    def _wrap(self, name: str, module: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        device = self.processes.device
+        mesh = init_device_mesh(device.type, (self.processes.world_size,))
+        # Computation in the asked precision, gradients reduced in fp32; the shards themselves stay fp32.
+        policy = MixedPrecisionPolicy(param_dtype=DTYPES[self.precision], reduce_dtype=torch.float32) \
+            if self.precision != "fp32" else MixedPrecisionPolicy()
+        module.to(device)
+        for block in blocks_of(module):
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        self.networks[name] = module
+        self.optimizers[name] = make_optimizer(module)
+
+    def _synchronise_gradients(self, name: str, last: bool) -> None:
+        self.modules[name].set_requires_gradient_sync(last)
+
+    def backward(self, name: str, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, name: str) -> StepResult:
+        parameters = [p for p in self.modules[name].parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self.clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+        self.optimizers[name].step()
+        self.optimizers[name].zero_grad(set_to_none=True)
+        return StepResult(norm.item())
+
+    def network_state(self, name: str) -> NamedTensors:
+        for key, tensor in named_state(self.modules[name]):
+            yield key, _full(tensor)
+
+    def optimizer_state(self, name: str) -> NamedTensors:
+        names = {parameter: key for key, parameter in self.modules[name].named_parameters()}
+        for parameter, state in self.optimizers[name].state.items():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    yield f"{key}/{names[parameter]}", _full(value)
+
+    def load_optimizer_state(self, name: str, keys: Iterable[str], read: Callable[[str], Tensor]) -> None:
+        parameters = dict(self.modules[name].named_parameters())
+        optimizer = self.optimizers[name]
+        for key in keys:
+            kind, parameter_name = key.split("/", 1)
+            parameter, value = parameters[parameter_name], read(key)
+            if value.shape == parameter.shape and kind != "step":
+                value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+            elif optimizer.param_groups[0].get("fused"):
+                value = value.to(parameter.device)
+            optimizer.state[parameter][kind] = value
+
+    def bytes_at_rest(self) -> int:
+        return sum(tensor_bytes([*module.parameters(), *module.buffers(), *state_tensors(self.optimizers[name])])
+                   for name, module in self.modules.items())
+
+
+def _full(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()

@@ -1,0 +1,107 @@
+"""The processes of a run: who we are, on which device, and the few collectives the rest of genscale needs."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from genscale.errors import UserError
+
+T = TypeVar("T")
+
+
+class Processes:
+    """The process group, set up through Accelerate (device choice, rendezvous, backends of every vendor).
+
+    Args:
+        need_group: make a process group even for a single process (ZeRO and FSDP2 need one).
+        timeout_minutes: a collective that waits longer raises instead of hanging for ever.
+
+    Attributes:
+        accelerator: the `accelerate.Accelerator`; it wraps networks for DDP and owns nothing else.
+        rank, world_size, device: of this process.
+    """
+
+    def __init__(self, need_group: bool = False, timeout_minutes: int = 30) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+        use_cpu = on_cpu()
+        if need_group and "RANK" not in os.environ:
+            backend = "gloo" if use_cpu else "cuda:nccl,cpu:gloo"
+            dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+        # DDP with BatchNorm called twice before backward fails if buffers are broadcast in forward (pytorch issue 175024).
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its successor is not in torch 2.11
+        handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+        if "RANK" in os.environ:
+            handlers.append(InitProcessGroupKwargs(backend="gloo" if use_cpu else None, timeout=timedelta(minutes=timeout_minutes)))
+        # mixed_precision="no": genscale.parallel.precision owns precision, alike under every strategy.
+        self.accelerator = Accelerator(cpu=use_cpu, mixed_precision="no", kwargs_handlers=handlers)
+        self.device: torch.device = self.accelerator.device
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, on every process."""
+        if self.world_size > 1:
+            tensor = tensor.to(self.device).clone()
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in rank order, on every process."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def main_does(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0 and give every process its result, or its error: no process waits for one that failed."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except Exception as error:
+                if self.world_size == 1:
+                    raise
+                outcome[1] = error if isinstance(error, (UserError, OSError)) else RuntimeError(f"{type(error).__name__}: {error}")
+                original = error
+        if self.world_size > 1:
+            dist.broadcast_object_list(outcome, src=0)
+            if outcome[1] is not None:
+                raise (original if self.is_main else outcome[1])
+        return outcome[0]
+
+    def all_do(self, work: Callable[[], T]) -> T:
+        """Run `work` on every process; if it fails with a UserError anywhere, every process raises the first such error."""
+        result, mistake = None, None
+        try:
+            result = work()
+        except UserError as error:
+            mistake = str(error)
+        for message in self.gather(mistake):
+            if message is not None:
+                raise UserError(message)
+        return result  # type: ignore[return-value]
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def on_cpu() -> bool:
+    """Whether this run computes on the CPU: no CUDA device here, or `accelerate launch --cpu` asked for it."""
+    asked = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    return asked or not torch.cuda.is_available()

@@ -1,0 +1,108 @@
+"""single and ddp: every process holds all weights; gradients are averaged by DistributedDataParallel through Accelerate."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from genscale.parallel.engine import Engine, MakeOptimizer, NamedTensors, StepResult, named_state, state_tensors, tensor_bytes
+from genscale.parallel.precision import autocast
+
+
+class ReplicatedEngine(Engine):
+    """One process, or DDP."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.scalers: dict[str, torch.amp.GradScaler] = {}
+
+    def _wrap(self, name: str, module: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        module.to(self.processes.device)
+        self.optimizers[name] = make_optimizer(module)
+        self.networks[name] = module
+        if self.processes.world_size > 1:
+            self.networks[name] = self.processes.accelerator.prepare_model(module)
+            _settle_buckets(self.networks[name], module)
+        # One scaler a network: two optimizers that share one would undo each other's scale.
+        self.scalers[name] = torch.amp.GradScaler(self.processes.device.type, enabled=self.precision == "fp16")
+
+    def forward_context(self) -> contextlib.AbstractContextManager:
+        return autocast(self.precision, self.processes.device)
+
+    def _synchronise_gradients(self, name: str, last: bool) -> None:
+        if self.processes.world_size > 1:
+            self.networks[name].require_backward_grad_sync = last  # what DDP.no_sync() sets; forward and backward both read it
+
+    def backward(self, name: str, loss: Tensor) -> None:
+        self.scalers[name].scale(loss).backward()
+
+    def step(self, name: str) -> StepResult:
+        optimizer, scaler = self.optimizers[name], self.scalers[name]
+        scaler.unscale_(optimizer)
+        parameters = [p for p in self.modules[name].parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if self.clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        grad_norm = norm.item()
+        return StepResult(grad_norm, skipped=scaler.is_enabled() and not math.isfinite(grad_norm))
+
+    def network_state(self, name: str) -> NamedTensors:
+        for key, tensor in named_state(self.modules[name]):
+            yield key, tensor.detach().cpu()
+
+    def optimizer_state(self, name: str) -> NamedTensors:
+        names = {parameter: key for key, parameter in self.modules[name].named_parameters()}
+        for parameter, state in self.optimizers[name].state.items():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    yield f"{key}/{names[parameter]}", value.detach().cpu()
+
+    def load_optimizer_state(self, name: str, keys: Iterable[str], read: Callable[[str], Tensor]) -> None:
+        parameters = dict(self.modules[name].named_parameters())
+        optimizer = self.optimizers[name]
+        for key in keys:
+            kind, parameter_name = key.split("/", 1)
+            parameter = parameters[parameter_name]
+            value = read(key)
+            optimizer.state[parameter][kind] = value if kind == "step" and not _capturable(optimizer) else value.to(parameter.device)
+
+    def scaler_state(self, name: str) -> dict[str, Any]:
+        return dict(self.scalers[name].state_dict())
+
+    def load_scaler_state(self, name: str, state: dict[str, Any]) -> None:
+        if state:
+            self.scalers[name].load_state_dict(state)
+
+    def bytes_at_rest(self) -> int:
+        return sum(tensor_bytes([*module.parameters(), *module.buffers(), *state_tensors(self.optimizers[name])])
+                   for name, module in self.modules.items())
+
+
+def _settle_buckets(network: nn.Module, module: nn.Module) -> None:
+    """Make DDP arrange its gradient buckets now, by a backward of zeros.
+
+    It does so after its first backward otherwise, and sums of three or more processes depend in their last bit on where in a
+    bucket a gradient stands: the first step after a resume would differ from the same step of the undisturbed run.
+    """
+    parameters = list(module.parameters())
+    module.forward = lambda: torch.stack([p.sum() for p in parameters]).sum() * 0  # type: ignore[method-assign]
+    try:
+        for _ in range(2):  # arranged anew at the start of the second forward, whose backward must then be finished too
+            network().backward()
+    finally:
+        del module.forward
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def _capturable(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer keeps its step counters on the parameter's device (fused kernels do)."""
+    return any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)

@@ -1,0 +1,185 @@
+"""zero1, zero2, zero3: DeepSpeed ZeRO (Rajbhandari et al. 2020, "ZeRO: memory optimizations toward training trillion parameter models").
+
+DeepSpeed is started directly, one engine a network, not through Accelerate's plugin: that plugin is one a process, turns into
+plain DDP on the CPU without a word, and rewrites the clipping and the optimizer. What DeepSpeed made is checked after it is made.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from genscale.parallel.engine import Engine, MakeOptimizer, NamedTensors, StepResult, named_state, state_tensors, tensor_bytes
+
+
+def import_deepspeed(device: torch.device) -> ModuleType:
+    """DeepSpeed, told which device to use and kept from compiling anything at start."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read at the first import; without it DeepSpeed guesses
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for one process without a launcher
+    import deepspeed
+    import deepspeed.ops
+
+    # On the CPU DeepSpeed would compile a shared-memory all-reduce that training never calls. It takes a minute and a C++
+    # compiler, and a build killed half-way leaves a lock on which every later start hangs for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class ZeroEngine(Engine):
+    """DeepSpeed ZeRO stage 1 (optimizer state sharded), 2 (and gradients) or 3 (and weights)."""
+
+    def __init__(self, stage: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stage = stage
+
+    def configuration(self) -> dict[str, Any]:
+        """The DeepSpeed configuration, every number given: DeepSpeed's and Accelerate's defaults are not ours."""
+        zero: dict[str, Any] = {"stage": self.stage}
+        if self.settings.offload == "cpu":
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.processes.device.type == "cuda"}
+        if self.stage == 3:
+            # Small tensors are kept whole; 0 elements of prefetch on the CPU would only copy.
+            zero["stage3_param_persistence_threshold"] = 10_000
+        configuration: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": self.micro_batch_size,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": self.clip,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            # DeepSpeed would replace our optimizer by its own CPU Adam, or by L2 Adam for SGD.
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**9,
+        }
+        if self.precision == "bf16":
+            configuration["bf16"] = {"enabled": True}
+            configuration["data_types"] = {"grad_accum_dtype": "fp32"}
+            configuration["communication_data_type"] = "fp32"
+        return configuration
+
+    def _wrap(self, name: str, module: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        deepspeed = import_deepspeed(self.processes.device)
+        module.to(self.processes.device)
+        optimizer = make_optimizer(module)
+        engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=self.configuration())
+        self._check(engine, optimizer)
+        self.networks[name] = engine
+        self.optimizers[name] = engine.optimizer
+
+    def _check(self, engine: Any, optimizer: torch.optim.Optimizer) -> None:
+        """DeepSpeed has silently given less than it was asked for before: compare what it made with what was asked."""
+        made = {
+            "stage": engine.zero_optimization_stage(),
+            "clipping": engine.gradient_clipping(),
+            "optimizer": type(engine.basic_optimizer),
+            "offload": bool(engine.zero_use_cpu_optimizer()),
+        }
+        asked = {
+            "stage": self.stage,
+            "clipping": self.clip,
+            "optimizer": type(optimizer),
+            "offload": self.settings.offload == "cpu",
+        }
+        if made != asked:
+            raise RuntimeError(f"DeepSpeed was asked for {asked} and made {made}")
+
+    def _synchronise_gradients(self, name: str, last: bool) -> None:
+        self.networks[name].set_gradient_accumulation_boundary(last)
+
+    def backward(self, name: str, loss: Tensor) -> None:
+        # The loss is already divided by the global count: no further division by the accumulation steps.
+        self.networks[name].backward(loss, scale_wrt_gas=False)
+
+    def step(self, name: str) -> StepResult:
+        engine = self.networks[name]
+        engine.step()
+        norm = engine.get_global_grad_norm()
+        return StepResult(float(norm) if norm is not None else math.nan)
+
+    # --- state by parameter name -------------------------------------------------------------------------------------
+
+    def network_state(self, name: str) -> NamedTensors:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for key, tensor in named_state(self.modules[name]):
+            full = safe_get_full_fp32_param(tensor) if isinstance(tensor, nn.Parameter) else tensor
+            yield key, full.detach().cpu()
+
+    def optimizer_state(self, name: str) -> NamedTensors:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        self._link_optimizer_state(name)
+        flats = self._flat_partitions(name)
+        inner = self._inner(name)
+        state = inner.state[flats[0]] if flats[0] in inner.state else {}
+        for parameter_name, parameter in self.modules[name].named_parameters():
+            for kind, value in state.items():
+                if not isinstance(value, Tensor):
+                    continue
+                if value.shape == flats[0].shape:
+                    yield f"{kind}/{parameter_name}", safe_get_full_optimizer_state(parameter, kind).detach().cpu()
+                else:  # the step counter: one a flat group, the same in all
+                    yield f"{kind}/{parameter_name}", value.detach().cpu().reshape(()).clone()
+
+    def load_optimizer_state(self, name: str, keys: Iterable[str], read: Callable[[str], Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        parameters = dict(self.modules[name].named_parameters())
+        inner = self._inner(name)
+        by_kind: dict[str, list[str]] = {}
+        for key in keys:
+            kind, parameter_name = key.split("/", 1)
+            by_kind.setdefault(kind, []).append(parameter_name)
+        for flat in self._flat_partitions(name):
+            for kind, names in by_kind.items():
+                value = read(f"{kind}/{names[0]}")
+                inner.state[flat][kind] = value.clone().to(flat.device) if kind == "step" else torch.zeros_like(flat)
+        self._link_optimizer_state(name)
+        for kind, names in by_kind.items():
+            if kind == "step":
+                continue
+            for parameter_name in names:
+                parameter = parameters[parameter_name]
+                safe_set_full_optimizer_state(parameter, read(f"{kind}/{parameter_name}").to(self.processes.device), kind)
+
+    def restore_network(self, name: str, read: Callable[[str], Tensor]) -> None:
+        # With bf16 the fp32 master weights were made from rounded ones.
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for key, parameter in self.modules[name].named_parameters():
+            safe_set_full_fp32_param(parameter, read(key).to(self.processes.device))
+
+    def _link_optimizer_state(self, name: str) -> None:
+        """Point each parameter (stages 1, 2) at its part of the flat optimizer tensors.
+
+        DeepSpeed does so once, right after the first GROUP took its first step, when the other groups have no state yet.
+        """
+        optimizer = self.optimizers[name]
+        if hasattr(optimizer, "_hp_optimizer_states_linked") and self._inner(name).state:
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _inner(self, name: str) -> torch.optim.Optimizer:
+        """The torch optimizer that DeepSpeed's wraps; its parameters are this rank's flat partitions."""
+        return self.optimizers[name].optimizer
+
+    def _flat_partitions(self, name: str) -> list[Tensor]:
+        optimizer = self.optimizers[name]
+        for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+            if hasattr(optimizer, attribute):
+                return list(getattr(optimizer, attribute))
+        raise RuntimeError(f"unknown DeepSpeed optimizer {type(optimizer).__name__}")
+
+    def bytes_at_rest(self) -> int:
+        total = 0
+        for name, module in self.modules.items():
+            held: list[Any] = [*module.buffers(), *self._flat_partitions(name), *state_tensors(self._inner(name))]
+            held += [getattr(p, "ds_tensor", p) for p in module.parameters()]
+            total += tensor_bytes(held)
+        return total

@@ -1,0 +1,108 @@
+"""metrics.jsonl: the record of a run that is always written, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from genscale.errors import UserError
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value that reads back equal; NaN and infinities become null, for JSON has no such numbers."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    number = float(value)  # also of NumPy and one-element tensors; fp32 to double is exact, and json writes repr
+    return number if math.isfinite(number) else None
+
+
+def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(line, record) of every whole line. A last line that was cut short by a kill or a full disk is left out."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append((line, record))
+        elif number < len(lines):
+            raise UserError(f"{path}: line {number} is damaged (not a JSON object with a step); delete that line to go on")
+    return records
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, in file order; empty for a missing file.
+
+    Raises:
+        UserError: a line other than a torn last one is not a JSON object with a step.
+    """
+    path = Path(path)
+    return [record for _, record in _read(path)] if path.exists() else []
+
+
+class MetricsFile:
+    """Appends records to metrics.jsonl so that whatever kills the run leaves whole lines.
+
+    Floats are written as repr writes them (they read back bit for bit); NaN and infinities are written as null.
+    Opening a file that ends in a torn line mends it.
+
+    Raises:
+        OSError: the file cannot be written (a full disk leaves the whole lines before it).
+        UserError: an existing file is damaged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+            self._rewrite([line for line, _ in _read(self.path)])
+        self._open()
+
+    def append(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write one line `{"step": step, **metrics}`; it is with the operating system on return, so SIGKILL cannot lose it."""
+        record = {"step": int(step)} | {key: _plain(value) for key, value in metrics.items()}
+        line = memoryview(json.dumps(record, allow_nan=False).encode() + b"\n")
+        whole = os.fstat(self._descriptor).st_size
+        try:
+            while line:  # a write may be short
+                line = line[os.write(self._descriptor, line) :]
+        except OSError:
+            os.ftruncate(self._descriptor, whole)
+            raise
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the lines with a step beyond `step`, which a resumed run is about to write again. Atomic: all or nothing."""
+        os.close(self._descriptor)
+        try:
+            self._rewrite([line for line, record in _read(self.path) if record["step"] <= step])
+        finally:
+            self._open()
+
+    def close(self) -> None:
+        """Close the file, its content on the disk."""
+        os.fsync(self._descriptor)
+        os.close(self._descriptor)
+
+    def _open(self) -> None:
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+
+    def _rewrite(self, lines: list[str]) -> None:
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself is on the disk only when the folder is
+        finally:
+            os.close(folder)

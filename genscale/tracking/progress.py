@@ -1,0 +1,85 @@
+"""What a person sees while a run goes: a bar on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+
+from tqdm import tqdm
+
+LINE_SECONDS = 10.0
+"""Least time between two plain lines."""
+BAR_FORMAT = "step {n_fmt}/{total_fmt} |{bar}|{desc}  {remaining} left"
+
+
+def describe(metrics: Mapping[str, float | None], unit: str) -> str:
+    """The metrics a person watches, in one line: losses, learning rate, gradient norm, speed; those that are there."""
+    parts = [f"{name} {value:.4f}" for name, value in metrics.items() if name.endswith("loss") and value is not None]
+    speed = "{:,.0f} " + f"{unit}/s"
+    for name, text in (("learning_rate", "lr {:.1e}"), ("grad_norm", "grad {:.2f}"), (f"{unit}_per_second", speed)):
+        if metrics.get(name) is not None:
+            parts.append(text.format(metrics[name]))
+    return "  ".join(parts)
+
+
+def _on_terminal() -> bool:
+    # Some terminals (a container's, a recorder's) report no width: no bar fits there.
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+
+
+class Progress:
+    """Shows progress on stderr. To be built right before the first step, for the time left is reckoned from there.
+
+    Args:
+        total_steps: the step at which the run ends.
+        first_step: steps already done (after a resume).
+        unit: what speed counts, in the plural; the metric `<unit>_per_second` is shown.
+    """
+
+    def __init__(self, total_steps: int, first_step: int = 0, unit: str = "tokens") -> None:
+        self._total, self._first, self._unit = total_steps, first_step, unit
+        self._start = time.monotonic()
+        self._printed: float | None = None  # when the last plain line was printed
+        self._pending: str | None = None  # the latest line that was held back
+        self._bar = None
+        if _on_terminal():
+            self._bar = tqdm(total=total_steps, initial=first_step, file=sys.stderr, bar_format=BAR_FORMAT, dynamic_ncols=True)
+
+    def update(self, step: int, metrics: Mapping[str, float | None] | None = None) -> None:
+        """`step` steps are done. With metrics: show them, on the bar or as a line (the first, the last, and one each
+        `LINE_SECONDS` between); without: move the bar only."""
+        if self._bar is not None:
+            if metrics:
+                shown = {name: value for name, value in metrics.items() if name != "grad_norm"}  # 80 columns hold no more
+                self._bar.set_description_str(f" {describe(shown, self._unit)}", refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif metrics:
+            self._pending = f"step {step}/{self._total}  {describe(metrics, self._unit)}  {self._left(step)} left"
+            now = time.monotonic()
+            if self._printed is None or now - self._printed >= LINE_SECONDS or step >= self._total:
+                self._printed = now
+                self._print_pending()
+
+    def write(self, line: str) -> None:
+        """Print a line above the bar."""
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """Leave the bar as it stands; print the last logged step if it was held back. Safe to call twice."""
+        if self._bar is not None:
+            self._bar.close()
+        self._print_pending()
+
+    def _print_pending(self) -> None:
+        if self._pending is not None:
+            self.write(self._pending)
+            self._pending = None
+
+    def _left(self, step: int) -> timedelta:
+        # Wall time, so evaluation and checkpoints count: that is how long the person waits.
+        seconds = (time.monotonic() - self._start) / max(step - self._first, 1) * max(self._total - step, 0)
+        return timedelta(seconds=round(seconds))

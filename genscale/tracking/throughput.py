@@ -1,0 +1,41 @@
+"""How fast training goes, from the times of the steps alone."""
+
+from __future__ import annotations
+
+
+class Throughput:
+    """Speed over the steps since the last reading.
+
+    Only what `step` is told counts, so time spent on evaluation, sampling and checkpoints stays out.
+    All figures are means over the interval, hence they agree with each other: units per second times step seconds is the units
+    in a step, and data wait over step seconds is the share of time lost to data.
+
+    Args:
+        unit: what is counted, in the plural: "tokens" gives `tokens_per_second`.
+    """
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        self._reset()
+
+    def step(self, step_seconds: float, wait_seconds: float, units: float) -> None:
+        """Add one step: its wall time in seconds (data wait included), the wait within it, its units over all ranks."""
+        self._steps += 1
+        self._seconds += step_seconds
+        self._wait += wait_seconds
+        self._units += units
+
+    def read(self) -> dict[str, float]:
+        """`<unit>_per_second`, `step_seconds` and `data_wait_seconds` (means a step) since the last reading; or nothing."""
+        if not self._steps:
+            return {}
+        figures = {
+            f"{self.unit}_per_second": self._units / self._seconds,
+            "step_seconds": self._seconds / self._steps,
+            "data_wait_seconds": self._wait / self._steps,
+        }
+        self._reset()
+        return figures
+
+    def _reset(self) -> None:
+        self._steps, self._seconds, self._wait, self._units = 0, 0.0, 0.0, 0.0

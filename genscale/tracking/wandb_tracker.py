@@ -1,0 +1,88 @@
+"""Weights & Biases: one W&B run for one genscale run, however often it is resumed."""
+
+from __future__ import annotations
+
+import html
+import logging
+import os
+import secrets
+import string
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+INIT_SECONDS = 30
+"""Longest wait for the W&B server when a run starts online."""
+FINISH_SECONDS = 120
+"""Longest wait for the upload of what is left when a run ends online; the rest can be uploaded later with `wandb sync`."""
+
+
+def _run_id(folder: Path) -> str:
+    """The W&B run id kept in the folder, made when there is none: a resumed run must continue under the same id."""
+    path = folder / "run_id"
+    if path.exists() and (kept := path.read_text(encoding="utf-8").strip()):
+        return kept
+    run_id = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
+    temporary = folder / "run_id.tmp"
+    temporary.write_text(run_id + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    return run_id
+
+
+class WandbTracker:
+    """Writes config, metrics and samples to a W&B run whose files lie in `<run folder>/wandb/`.
+
+    Prints nothing, captures no console output and never prompts. Online, starting waits at most `INIT_SECONDS`.
+
+    Raises:
+        Exception: whatever stops W&B from starting: an unwritable folder, no credentials, no network (online).
+    """
+
+    def __init__(
+        self,
+        run_folder: str | Path,
+        config: Mapping[str, Any],
+        mode: Literal["online", "offline"],
+        project: str,
+        entity: str | None = None,
+    ) -> None:
+        run_folder = Path(run_folder).resolve()
+        folder = run_folder / "wandb"
+        folder.mkdir(parents=True, exist_ok=True)  # W&B itself would fall back to a temporary folder without a word
+        run_id = _run_id(folder)
+        import wandb  # a second to import: only runs that use it pay
+
+        self._wandb = wandb
+        logging.getLogger("wandb").propagate = False  # it narrates every call, and keeps a debug.log of its own
+        # Silence must be set up before init: its login step, which reads these settings, would else print and prompt.
+        wandb.setup(settings=wandb.Settings(silent=True))
+        self._run = wandb.init(
+            dir=str(run_folder),
+            mode=mode,
+            project=project,
+            entity=entity,
+            id=run_id,
+            name=run_folder.name,
+            resume="allow",
+            config=dict(config),
+            allow_val_change=True,  # a resumed run may change some settings
+            settings=wandb.Settings(console="off", silent=True, init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS),
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of a step; several calls for one step make one W&B row."""
+        self._run.log(dict(metrics), step=step)
+
+    def log_text(self, step: int, name: str, text: str) -> None:
+        """A sample, shown as preformatted text."""
+        page = f'<pre style="white-space: pre-wrap">{html.escape(text)}</pre>'
+        self._run.log({name: self._wandb.Html(page)}, step=step)
+
+    def close(self, exit_code: int = 0) -> None:
+        """Finish the W&B run; a non-zero exit code marks it failed."""
+        try:
+            self._run.finish(exit_code=exit_code)
+        finally:
+            # Offline, finish may return before the file is written; and after a failure W&B would try again at exit and
+            # print a traceback. The teardown waits for its service to end, and takes back the exit hook.
+            self._wandb.teardown(exit_code)

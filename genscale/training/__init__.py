@@ -1,0 +1,1 @@
+"""When things happen: the loop, checkpoints, optimizers, schedules, guards."""

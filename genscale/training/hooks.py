@@ -1,0 +1,162 @@
+"""What happens beside the steps: logging, evaluation, samples, checkpoints. Each is small and due every so many steps."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from genscale.config import Config
+from genscale.data.lanes import Data
+from genscale.data.loader import StepLoader, merge_states
+from genscale.errors import UserError
+from genscale.evaluation.validation import evaluating, validate
+from genscale.objectives.base import Objective
+from genscale.parallel.engine import Engine
+from genscale.tracking.metrics_file import MetricsFile
+from genscale.tracking.plots import plot_losses
+from genscale.tracking.progress import Progress
+from genscale.tracking.throughput import Throughput
+from genscale.tracking.trackers import Trackers
+from genscale.training.checkpoints import Checkpoint, list_checkpoints, prune, write_checkpoint
+from genscale.training.run_folder import config_dict, config_yaml
+from genscale.training.trainer import Hook, StepReport
+
+log = logging.getLogger("genscale")
+
+
+class RunHooks:
+    """The hooks of one run and what they share. Files and trackers exist on rank 0 only; collectives run on every rank.
+
+    Args:
+        state: state.json of the checkpoint the run continues from, or an empty dict.
+    """
+
+    def __init__(self, config: Config, folder: Path, engine: Engine, objective: Objective, data: Data, loader: StepLoader,
+                 state: dict[str, Any]) -> None:
+        self.config, self.folder, self.engine, self.objective, self.data, self.loader = config, folder, engine, objective, data, loader
+        self.processes = engine.processes
+        self.throughput = Throughput(objective.unit)
+        self.units_per_step = config.train.global_batch_size * objective.units_per_sample
+        self.units = state.get("units", 0)
+        self.best: dict[str, Any] | None = state.get("best")
+        self.evaluation: dict[str, float] = state.get("evaluation", {})
+        self.evaluated_step: int | None = None
+        self.preview = ""
+        self.validation_set = data.validation()
+        done = state.get("step", 0)
+        if self.processes.is_main:
+            self.metrics_file = MetricsFile(folder / "metrics.jsonl")
+            self.metrics_file.truncate_after(done)
+            self.trackers = Trackers(config.tracking, folder, config_dict(config), warn=log.warning, first_step=done)
+            self.progress = Progress(config.train.steps, done, objective.unit)
+
+    def list(self) -> list[Hook]:
+        """In the order they run: a checkpoint comes after the evaluation that may make it the best."""
+        train = self.config.train
+        return [Hook(1, self.count), Hook(train.log_every, self.log_metrics), Hook(train.evaluate_every, self.evaluate),
+                Hook(train.sample_every, self.sample), Hook(train.checkpoint_every, self.checkpoint)]
+
+    def count(self, report: StepReport) -> None:
+        self.units += self.units_per_step
+        if self.processes.is_main:
+            self.progress.update(report.step)
+        self.throughput.step(report.seconds, report.data_wait_seconds, self.units_per_step)
+
+    def log_metrics(self, report: StepReport) -> None:
+        line = {**report.metrics, self.objective.unit: self.units, **self.throughput.read(),
+                "data_digest": report.data_digest}
+        self._write(report.step, line, show=True)
+
+    def evaluate(self, report: StepReport) -> None:
+        if report.stopped:  # a stop has seconds, not minutes, before the scheduler's SIGKILL
+            return
+        started = time.perf_counter()
+        config, processes = self.config, self.processes
+        self.evaluation = validate(self.objective, self.engine.view(None), self.validation_set,
+                                   batch_size=config.train.micro_batch_size, rank=processes.rank, world_size=processes.world_size,
+                                   device=processes.device, reduce_sum=processes.sum, autocast=self.engine.forward_context)
+        line = {f"validation_{name}": value for name, value in self.evaluation.items()}
+        self._write(report.step, {**line, "evaluation_seconds": time.perf_counter() - started})
+        self.evaluated_step = report.step
+
+    def sample(self, report: StepReport) -> None:
+        if report.stopped:
+            return
+        networks = self.engine.view(None)
+        with evaluating(networks), self.engine.forward_context():
+            self.preview = self.objective.preview(networks, self.config.run.seed, self.processes.device)
+        if self.processes.is_main:
+            (self.folder / "samples" / f"step-{report.step:08d}.txt").write_text(self.preview)
+            self.trackers.log_text(report.step, "sample", self.preview)
+
+    def checkpoint(self, report: StepReport) -> None:
+        """Collect the full state on every rank together, write it on rank 0. A failed write is a warning, except after the last step.
+
+        The best checkpoint is the one with the lowest validation loss among those evaluated at their own step.
+        """
+        if self.evaluated_step == report.step and (self.best is None or self.evaluation["loss"] < self.best["loss"]):
+            self.best = {"step": report.step, "loss": self.evaluation["loss"]}
+        tensors = {}
+        for name in self.objective.networks:
+            tensors[f"networks/{name}"] = self._collect(self.engine.network_state(name))
+            tensors[f"optimizers/{name}"] = self._collect(self.engine.optimizer_state(name))
+        data_states = self.processes.gather(self.loader.state())
+        state = {"step": report.step, "units": self.units, "best": self.best, "evaluation": self.evaluation,
+                 "scalers": {name: self.engine.scaler_state(name) for name in self.objective.networks},
+                 "data": merge_states(data_states, self.data.lane_count), "plan": self.data.plan(),
+                 "world_size": self.processes.world_size}
+        folder = self.folder / "checkpoints"
+
+        def write() -> None:
+            try:
+                write_checkpoint(folder, report.step, tensors, state, config_yaml(self.config))
+                prune(folder, self.config.train.checkpoint_keep, self.best["step"] if self.best else None)
+            except OSError as error:
+                message = f"checkpoint {folder / f'step-{report.step:08d}'} could not be written: {error.strerror or error}"
+                if report.last:
+                    raise UserError(f"{message}; last good checkpoint: {self.last_good()}") from None
+                log.warning("%s; training goes on, last good checkpoint: %s", message, self.last_good())
+
+        self.processes.main_does(write)
+
+    def _collect(self, state: Any) -> dict[str, Any]:
+        """Exhaust a collective iterator; only rank 0 keeps the tensors."""
+        kept = {}
+        for name, tensor in state:
+            if self.processes.is_main:
+                kept[name] = tensor
+        return kept
+
+    def last_good(self) -> str:
+        """Where a run that went wrong can be taken up again."""
+        found = list_checkpoints(self.folder / "checkpoints")
+        return str(found[-1].path) if found else "none"
+
+    def already_complete(self, step: int) -> None:
+        log.info("nothing to do: the run is complete at step %d of %d; raise train.steps to train on", step, self.config.train.steps)
+        report = StepReport(step, last=True)
+        self.evaluate(report)
+        self.sample(report)
+
+    def _write(self, step: int, line: dict[str, float], show: bool = False) -> None:
+        if not self.processes.is_main:
+            return
+        self.metrics_file.append(step, line)
+        numbers = {key: value for key, value in line.items() if key != "data_digest"}
+        self.trackers.log(step, numbers)
+        if show:
+            self.progress.update(step, numbers)
+
+    def close(self, failed: bool) -> None:
+        if not self.processes.is_main:
+            return
+        self.progress.close()
+        self.metrics_file.close()
+        try:
+            plot_losses(self.folder / "metrics.jsonl", self.folder / "plots" / "loss.png", title=self.config.run.name)
+        except Exception as error:  # a picture is never worth a run
+            log.warning("no loss curve: %s", error)
+        self.trackers.close(exit_code=int(failed))

@@ -1,0 +1,188 @@
+"""A run from its config to its end: what is built, in which order, and what is checked before the first step."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from genscale.config import Config
+from genscale.data.lanes import Data
+from genscale.data.loader import StepLoader
+from genscale.errors import UserError
+from genscale.objectives import FAMILIES
+from genscale.objectives.base import Objective
+from genscale.parallel.engine import Engine, build_engine
+from genscale.parallel.launcher import clear_launch_environment, read_launch_request, resolve_offload, resolve_precision, resolve_strategy
+from genscale.parallel.precision import check_precision
+from genscale.parallel.processes import Processes
+from genscale.tracking.run_logging import setup_logging
+from genscale.training.checkpoints import Checkpoint
+from genscale.training.hooks import RunHooks
+from genscale.training.optimizers import make_optimizer
+from genscale.training.run_folder import (
+    check_free_space,
+    check_may_continue,
+    config_yaml,
+    create_run_folder,
+    find_resume_point,
+    run_folder,
+)
+from genscale.training.trainer import Trainer
+
+log = logging.getLogger("genscale")
+EXIT_INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        step: the last step done.
+        metrics: of the last evaluation.
+        preview: the last generated sample.
+        stopped_by: the signal that ended it before `train.steps`, if one did.
+        is_main: this process is rank 0, which does the talking.
+    """
+
+    folder: Path
+    step: int
+    metrics: dict[str, float]
+    preview: str
+    stopped_by: signal.Signals | None
+    is_main: bool
+
+
+def train(config: Config) -> RunResult:
+    """Train as the config says. Raises UserError for anything the user can mend, on every rank, before the first step."""
+    request = read_launch_request()
+    strategy = resolve_strategy(config.parallel.strategy, request)
+    config.parallel.offload = resolve_offload(config.parallel.offload, strategy, request)
+    config.train.precision = resolve_precision(config.train.precision, request)
+    accumulation = derive_accumulation(config, request.world_size)
+    folder = run_folder(config)
+    clear_launch_environment()
+    processes = Processes(need_group=strategy not in ("single", "ddp"))
+    try:
+        check_precision(config.train.precision, strategy, processes.device)
+        processes.main_does(lambda: create_run_folder(folder))
+        setup_logging(folder, processes.rank)
+        return _train(config, processes, strategy, accumulation, folder)
+    finally:
+        processes.close()
+
+
+def derive_accumulation(config: Config, world_size: int) -> int:
+    """Micro-batches in a step on one process; sets `train.micro_batch_size` if it was left open. Raises UserError."""
+    train = config.train
+    batch = train.global_batch_size
+    if batch % world_size:
+        below, above = batch // world_size * world_size, (batch // world_size + 1) * world_size
+        near = f"{below} or {above}" if below else f"{above}"
+        raise UserError(f"train.global_batch_size: {batch} does not divide by {world_size} processes; nearest values that do: {near}")
+    share = batch // world_size
+    micro = train.micro_batch_size = train.micro_batch_size or share
+    if share % micro:
+        divisors = [d for d in range(1, share + 1) if share % d == 0]
+        nearest_micro = sorted(sorted(divisors, key=lambda d: abs(d - micro))[:2])
+        unit = micro * world_size
+        nearest_batch = [n for n in (batch // unit * unit, (batch // unit + 1) * unit) if n]
+        raise UserError(f"train.micro_batch_size: {micro} x {world_size} processes does not divide train.global_batch_size {batch}; nearest "
+                        f"micro-batch sizes that do: {' or '.join(map(str, nearest_micro))}; nearest global batch sizes: "
+                        f"{' or '.join(map(str, nearest_batch))}")
+    return share // micro
+
+
+def _train(config: Config, processes: Processes, strategy: str, accumulation: int, folder: Path) -> RunResult:
+    family = FAMILIES[config.model.family]
+    data = processes.all_do(lambda: family.build_data(config.data, config.run.seed))
+    loader = None
+    try:
+        processes.main_does(lambda: data.check(config.train.global_batch_size))
+        objective = processes.all_do(lambda: family.build_objective(config, data))
+        parameters = sum(p.numel() for network in objective.networks.values() for p in network.parameters())
+        processes.main_does(lambda: check_free_space(folder, parameters, config.train.checkpoint_keep))
+        checkpoint = _resume_point(config, processes, folder, data, objective)
+        engine = build_engine(strategy, processes, config.parallel, config.train.precision, config.train.clip,
+                              config.train.micro_batch_size, accumulation)
+        _prepare(config, engine, objective, checkpoint)
+        state = checkpoint.state() if checkpoint else {}
+        loader = StepLoader(data, global_batch_size=config.train.global_batch_size, micro_batch_size=config.train.micro_batch_size,
+                            rank=processes.rank, world_size=processes.world_size, workers=config.data.workers,
+                            prefetch_steps=config.data.prefetch_steps, state=state.get("data"))
+        if processes.is_main:
+            (folder / "config.yaml").write_text(config_yaml(config))
+            objective.save_assets(folder)
+            kind = processes.device.type if processes.device.type == "cpu" else torch.cuda.get_device_name(processes.device)
+            log.info("%s: %s parameters, %s, %d process%s on %s, %s, accumulation %d", folder, f"{parameters:,}", strategy,
+                     processes.world_size, "es" if processes.world_size > 1 else "", kind, config.train.precision, accumulation)
+        hooks = RunHooks(config, folder, engine, objective, data, loader, state)
+        return _loop(config, processes, folder, engine, objective, loader, hooks, state.get("step", 0))
+    finally:
+        if loader is not None:
+            loader.close()
+        data.close()
+
+
+def _loop(config: Config, processes: Processes, folder: Path, engine: Engine, objective: Objective, loader: StepLoader,
+          hooks: RunHooks, done: int) -> RunResult:
+    outcome = "failed"
+    try:
+        trainer = Trainer(config, objective, engine, loader, hooks.list(), hooks.last_good)
+        report = trainer.run(done + 1)
+        if report is None:
+            hooks.already_complete(done)
+        outcome = "stopped" if trainer.stopped_by else "complete"
+        return RunResult(folder, report.step if report else done, hooks.evaluation, hooks.preview,
+                         trainer.stopped_by, processes.is_main)
+    finally:
+        hooks.close(failed=outcome == "failed")
+
+
+def _resume_point(config: Config, processes: Processes, folder: Path, data: Data, objective: Objective) -> Checkpoint | None:
+    def find() -> Checkpoint | None:
+        found = find_resume_point(folder, config.run.resume, log.warning)
+        if found is None:
+            return None
+        changed = check_may_continue(config, found, data.plan())
+        for name, network in objective.networks.items():
+            _check_same_network(found, name, network)
+        log.info("continuing from %s%s", found.path, f" with {'; '.join(changed)}" if changed else "")
+        return found
+
+    return processes.main_does(find)
+
+
+def _check_same_network(checkpoint: Checkpoint, name: str, network: torch.nn.Module) -> None:
+    from genscale.parallel.engine import named_state
+
+    stored = checkpoint.tensors("networks", name).shapes()
+    wanted = {key: tuple(value.shape) for key, value in named_state(network)}
+    for key in sorted(stored.keys() | wanted.keys()):
+        if stored.get(key) != wanted.get(key):
+            raise UserError(f"run.resume: the checkpoint {checkpoint.path} holds another model: {name}.{key} is {stored.get(key, 'absent')} "
+                            f"there and {wanted.get(key, 'absent')} here; begin a new run with another --run.name")
+
+
+def _prepare(config: Config, engine: Engine, objective: Objective, checkpoint: Checkpoint | None) -> None:
+    """Weights first, then the strategy's wrapping, then what only the wrapped form can hold."""
+    from genscale.parallel.engine import named_state
+
+    if checkpoint is not None:
+        for name, network in objective.networks.items():
+            read = checkpoint.tensors("networks", name)
+            with torch.no_grad():
+                for key, value in named_state(network):
+                    value.copy_(read(key))
+    engine.prepare(objective.networks, lambda module: make_optimizer(module, config.optimizer))
+    if checkpoint is not None:
+        scalers = checkpoint.state()["scalers"]
+        for name in objective.networks:
+            engine.restore_network(name, checkpoint.tensors("networks", name))
+            stored = checkpoint.tensors("optimizers", name)
+            engine.load_optimizer_state(name, stored.keys(), stored)
+            engine.load_scaler_state(name, scalers.get(name, {}))

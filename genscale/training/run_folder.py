@@ -1,0 +1,133 @@
+"""The run folder: its layout, the resolved config in it, and whether a run may go on from what is there."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from genscale.config import MAY_CHANGE_AT_RESUME, MUST_NOT_CHANGE_AT_RESUME, Config
+from genscale.errors import UserError
+from genscale.training.checkpoints import Checkpoint, latest_valid, list_checkpoints
+
+PARTS = ("checkpoints", "samples", "plots", "logs")
+
+
+def run_folder(config: Config) -> Path:
+    """<run.dir>/<run.name>. Raises UserError for a name that would leave run.dir."""
+    name = config.run.name
+    if not name or Path(name).name != name or name in (".", ".."):
+        raise UserError(f"run.name: '{name}' must be a plain folder name (no '/', not '..'); the folder above it is run.dir")
+    return Path(config.run.dir) / name
+
+
+def create_run_folder(folder: Path) -> None:
+    """Make the folder and its parts, and prove that files can be written there. Raises UserError."""
+    try:
+        for part in PARTS:
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_bytes(b"0" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"run.dir: cannot write to {folder} ({error.strerror}); set --run.dir to a folder you can write to") from None
+
+
+def check_free_space(folder: Path, parameters: int, keep: int) -> None:
+    """Refuse to start where the checkpoints cannot fit: 12 bytes a parameter each (fp32 weights, two AdamW moments)."""
+    # Checkpoints that are there already are replaced one for one; one more is written before the oldest is deleted.
+    wanted = 12 * parameters * max(1, keep + 1 - len(list_checkpoints(folder / "checkpoints"))) + 2**20
+    free = shutil.disk_usage(folder).free
+    if free < wanted:
+        raise UserError(f"run.dir: disk full: {folder} has {free / 2**20:,.0f} MiB free, checkpoints need {wanted / 2**20:,.0f} MiB; "
+                        f"free some space, lower train.checkpoint_keep ({keep}), or set --run.dir to another disk")
+
+
+def config_dict(config: Config) -> dict[str, Any]:
+    """The config as nested dicts of plain values."""
+    return yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(config))))
+
+
+def _plain(value: Any) -> Any:
+    """Tuples and restricted number types as what YAML knows."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
+
+
+def config_yaml(config: Config) -> str:
+    return yaml.safe_dump(config_dict(config), sort_keys=False)
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"steps": 5}} as {"train.steps": 5}."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def check_may_continue(config: Config, checkpoint: Checkpoint, plan: dict[str, Any]) -> list[str]:
+    """Compare the config and the data plan with the checkpoint's. Returns the keys that changed and may, as text.
+
+    Raises UserError naming every key that differs and must not.
+    """
+    old, new = flatten(yaml.safe_load((checkpoint.path / "config.yaml").read_text())), flatten(config_dict(config))
+    changed = {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)}
+    fatal = {key: pair for key, pair in changed.items()
+             if key in MUST_NOT_CHANGE_AT_RESUME or not key.startswith(MAY_CHANGE_AT_RESUME)}
+    if fatal:
+        what = ", ".join(f"{key} (was {was!r}, now {now!r})" for key, (was, now) in fatal.items())
+        raise UserError(f"run.resume: the checkpoint {checkpoint.path} was made with another config: {what}; set them back, "
+                        "or begin a new run with another --run.name (or --run.resume never)")
+    recorded = checkpoint.state()["plan"]
+    differing = [key for key in sorted(recorded.keys() | plan.keys()) if recorded.get(key) != plan.get(key)]
+    if differing:
+        what = ", ".join(f"{key} (was {recorded.get(key)!r}, now {plan.get(key)!r})" for key in differing)
+        raise UserError(f"run.resume: the data is not what the checkpoint {checkpoint.path} was trained on: {what}; "
+                        "begin a new run with another --run.name (or --run.resume never)")
+    return [f"{key}: {was!r} -> {now!r}" for key, (was, now) in changed.items()]
+
+
+def find_resume_point(folder: Path, resume: str, warn: Callable[[str], None]) -> Checkpoint | None:
+    """What `run.resume` means here. `never` moves an earlier run aside, so that nothing is lost. Raises UserError."""
+    if resume == "never":
+        _move_earlier_run_aside(folder, warn)
+        return None
+    if resume == "auto":
+        found = latest_valid(folder / "checkpoints", warn)
+        if found is None and list_checkpoints(folder / "checkpoints"):
+            raise UserError(f"run.resume: every checkpoint in {folder / 'checkpoints'} is damaged; begin anew with --run.resume never")
+        return found
+    path = Path(resume)
+    if not path.is_dir():
+        raise UserError(f"run.resume: '{resume}' is not a checkpoint folder; use auto, never, or a path like "
+                        f"{folder / 'checkpoints' / 'step-00000100'}")
+    chosen = Checkpoint(path)
+    problem = chosen.problem()
+    if problem:
+        raise UserError(f"run.resume: checkpoint {resume} is damaged ({problem}); use --run.resume auto for the latest valid one")
+    return chosen
+
+
+def _move_earlier_run_aside(folder: Path, warn: Callable[[str], None]) -> None:
+    earlier = [path for path in folder.iterdir() if not path.name.startswith("previous-") and path.name != "logs"]
+    if not any((folder / "checkpoints").iterdir()) and not (folder / "metrics.jsonl").exists():
+        return
+    aside = folder / f"previous-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    aside.mkdir()
+    for path in earlier:
+        path.rename(aside / path.name)
+    create_run_folder(folder)
+    warn(f"run.resume never: the earlier run was moved to {aside}")

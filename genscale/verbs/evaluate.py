@@ -1,0 +1,37 @@
+"""genscale evaluate RUN: the validation metrics of a trained run, on its own validation set or on any other."""
+
+from __future__ import annotations
+
+import json
+
+from genscale.config_parser import load_config, parse_config, take_number
+from genscale.evaluation.validation import validate
+from genscale.objectives import FAMILIES
+from genscale.parallel.precision import autocast
+from genscale.verbs.trained import find_trained, load_weights, run_of, take_run
+
+USAGE = "genscale evaluate RUN [--step N]"
+DESCRIPTION = ("Validation metrics of a trained run, as one JSON object. RUN is a run folder (its latest checkpoint, or --step N's) or a "
+               "checkpoint folder. Every setting of the run can be overridden: --data.validation_source for another text, "
+               "--data.validation_blocks for how much of it, --train.precision, --train.micro_batch_size.")
+
+
+def main(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        parse_config(FAMILIES, ["--help"], prog=USAGE, description=DESCRIPTION)
+        return 0
+    path, rest = take_run(arguments, USAGE)
+    step, rest = take_number(rest, "--step", least=0)
+    config, checkpoint = find_trained(path, step)
+    family = FAMILIES[config.model.family]
+    objective = family.restore(config, run_of(checkpoint))
+    config = load_config(FAMILIES, checkpoint.path / "config.yaml", rest)
+    objective.use_assets(config, run_of(checkpoint))
+    data = family.build_data(config.data, config.run.seed)
+    device = load_weights(objective, checkpoint)
+    samples = data.validation()
+    metrics = validate(objective, objective.networks, samples, batch_size=config.train.micro_batch_size or 8, rank=0, world_size=1,
+                       device=device, reduce_sum=lambda total: total, autocast=lambda: autocast(config.train.precision, device))
+    print(json.dumps({"checkpoint": str(checkpoint.path), "step": checkpoint.step, "samples": len(samples),
+                      "units": len(samples) * objective.units_per_sample, "precision": config.train.precision, **metrics}, indent=1))
+    return 0

@@ -1,0 +1,41 @@
+"""genscale tokenizer train: a byte-level BPE from the training documents of a source."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jsonargparse.typing import PositiveInt
+
+from genscale.config_parser import parse_settings
+from genscale.data.text import TextDataSettings, train_tokenizer
+from genscale.data.tokenizers import load_tokenizer
+from genscale.errors import UserError, nearest
+
+DESCRIPTION = "Train a byte-level BPE tokenizer on the training documents of a source (never on its held-out ones)."
+
+
+@dataclass
+class TokenizerSettings:
+    """The tokenizer and its text."""
+
+    data: TextDataSettings = field(default_factory=TextDataSettings)
+    vocab_size: PositiveInt = 4096
+    """Most tokens of the vocabulary, at least 257 (every byte and the end of text); little text may give fewer."""
+    out: str = "tokenizer.json"
+    """File to write, or a folder for tokenizer.json; then set data.tokenizer to it."""
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] != "train":
+        if {"-h", "--help"} & set(arguments):
+            arguments = ["train", "--help"]
+        else:
+            word = arguments[0] if arguments else ""
+            raise UserError(f"genscale tokenizer: '{word}' is not one of: train{nearest(word, ['train'])}")
+    settings = parse_settings(TokenizerSettings, arguments[1:], "genscale tokenizer train", DESCRIPTION)
+    path = train_tokenizer(settings.data, settings.vocab_size, Path(settings.out), progress=sys.stderr.isatty())
+    tokenizer = load_tokenizer(str(path))
+    print(f"{path}: {tokenizer.vocab_size} tokens; use it with --data.tokenizer {path}")
+    return 0

@@ -1,0 +1,46 @@
+"""genscale train: one process, or --processes N through Accelerate's launcher; also what train.py runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from genscale.config_parser import parse_config, take_number
+from genscale.objectives import FAMILIES
+from genscale.training.run import EXIT_INTERRUPTED, RunResult, train
+
+DESCRIPTION = ("Train a model. A run is one YAML file; every setting in it is also a flag. Run it again to continue from its latest "
+               "checkpoint. --processes N starts N processes on this machine; `accelerate launch train.py` takes the same settings.")
+
+
+def main(arguments: list[str]) -> int:
+    processes, settings = take_number(arguments, "--processes", least=1)
+    config = parse_config(FAMILIES, settings, description=DESCRIPTION)
+    if processes is not None:
+        from genscale.parallel.launcher import launch_processes
+        from genscale.training.run import derive_accumulation
+
+        derive_accumulation(config, processes)  # a mistake found here costs no launch
+        return launch_processes(processes, settings)
+    result = train(config)
+    if result.is_main:
+        print(farewell(result, settings), flush=True)
+    return EXIT_INTERRUPTED[result.stopped_by] if result.stopped_by else 0
+
+
+def farewell(result: RunResult, settings: Sequence[str]) -> str:
+    """What the run came to, where it lies, and what to type next."""
+    folder, again = result.folder, " ".join(settings)
+    if result.stopped_by:
+        return (f"\nstopped by {result.stopped_by.name} after step {result.step}; a checkpoint was written to {folder}/checkpoints\n"
+                f"go on with: genscale train {again}")
+    lines = [""]
+    if result.preview:
+        lines += ["sample:", *(f"  | {line}" for line in result.preview.splitlines()), ""]
+    scores = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.metrics.items())
+    lines += [f"validation: {scores}", f"run folder: {folder}", f"loss curve: {folder}/plots/loss.png", "", "next:",
+              f"  train on          genscale train {again} --train.steps {result.step * 2}",
+              f"  sample            genscale sample {folder} --prompt 'The' --tokens 200",
+              f"  two processes     genscale train --processes 2 {again} --run.name {folder.name}-2",
+              f"  a GPU             accelerate launch train.py {again} --train.precision bf16 --run.name {folder.name}-gpu",
+              f"  see it in W&B     wandb sync {folder}/wandb/offline-run-*"]
+    return "\n".join(lines)

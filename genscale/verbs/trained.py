@@ -1,0 +1,59 @@
+"""What a finished (or running) run folder holds: its config, its tokenizer, the weights of a checkpoint. For sample and evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from genscale.config import Config
+from genscale.config_parser import load_config
+from genscale.errors import UserError
+from genscale.objectives import FAMILIES
+from genscale.objectives.base import Objective
+from genscale.parallel.engine import named_state
+from genscale.parallel.processes import on_cpu
+from genscale.training.checkpoints import Checkpoint, find_checkpoints
+
+
+def find_trained(path: str, step: int | None = None) -> tuple[Config, Checkpoint]:
+    """The config and the checkpoint that a run folder or a checkpoint path means; of a run folder the latest valid one, or `step`'s.
+
+    Raises:
+        UserError: nothing there, no such step, or every checkpoint damaged.
+    """
+    candidates = list(find_checkpoints(Path(path)))
+    if step is not None:
+        chosen = [checkpoint for checkpoint in candidates if checkpoint.step == step]
+        if not chosen:
+            steps = ", ".join(str(checkpoint.step) for checkpoint in candidates)
+            raise UserError(f"--step: {path} has no checkpoint of step {step}; it has {steps}")
+        candidates = chosen
+    valid = [checkpoint for checkpoint in candidates if checkpoint.problem() is None]
+    if not valid:
+        raise UserError(f"{path}: damaged: {candidates[-1].path.name}: {candidates[-1].problem()}")
+    return load_config(FAMILIES, valid[-1].path / "config.yaml"), valid[-1]
+
+
+def load_weights(objective: Objective, checkpoint: Checkpoint) -> torch.device:
+    """Put the checkpoint's weights into the objective's networks, on the best device of this machine, in evaluation mode."""
+    device = torch.device("cpu" if on_cpu() else "cuda")
+    for name, network in objective.networks.items():
+        read = checkpoint.tensors("networks", name)
+        with torch.no_grad():
+            for key, value in named_state(network):
+                value.copy_(read(key))
+        network.to(device).eval()
+    return device
+
+
+def run_of(checkpoint: Checkpoint) -> Path:
+    """The run folder a checkpoint lies in."""
+    return checkpoint.path.resolve().parent.parent
+
+
+def take_run(arguments: list[str], usage: str) -> tuple[str, list[str]]:
+    """Split the RUN argument, which comes first, from the settings. Raises UserError."""
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError(f"RUN is missing: a run folder or a checkpoint folder comes first ({usage})")
+    return arguments[0], arguments[1:]

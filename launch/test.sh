@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Makes .venv with what the tests need, then lints and tests. Arguments are pytest's:
+#   bash launch/test.sh -k launcher
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$root/launch/environment.sh"
+
+prepare_environment "[test]"
+cd "$root"
+say "ruff check"
+"$venv/bin/python" -m ruff check . || die "ruff found something to mend (see above)"
+say "pytest $*"
+exec "$venv/bin/python" -m pytest "$@"

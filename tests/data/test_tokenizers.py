@@ -1,0 +1,105 @@
+"""Tokenizers against the text itself and against the `tokenizers` library used directly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from genscale.data.text import TextDataSettings, train_tokenizer
+from genscale.data.tokenizers import END_OF_TEXT, Tokenizer, load_tokenizer, train_bpe
+from genscale.errors import UserError
+
+TEXTS = ["Hello, world!", "  two  spaces\n\n\ttab", "naïve café — 東京 🎉", f"spelled {END_OF_TEXT} out", ""]
+
+
+@pytest.fixture(scope="module")
+def bpe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_tokenizer(TextDataSettings(), 600, tmp_path_factory.mktemp("bpe"))
+
+
+@pytest.fixture(params=["bytes", "bpe"])
+def tokenizer(request: pytest.FixtureRequest, bpe_path: Path) -> Tokenizer:
+    return load_tokenizer("bytes" if request.param == "bytes" else str(bpe_path))
+
+
+def test_round_trip_and_byte_counts(tokenizer: Tokenizer) -> None:
+    counts = tokenizer.token_bytes()
+    assert counts is not None and counts.shape == (tokenizer.vocab_size,) and counts.dtype == np.int64
+    assert counts[tokenizer.end_of_text] == 0
+    for text, ids in zip(TEXTS, tokenizer.encode_batch(TEXTS), strict=True):
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.encode(text) == ids
+        assert counts[ids].sum() == len(text.encode())
+        assert tokenizer.end_of_text not in ids, "a document that spells the special token must not end there"
+    assert tokenizer.decode([*tokenizer.encode("a"), tokenizer.end_of_text]) == "a"
+
+
+def test_documents_end_with_end_of_text(tokenizer: Tokenizer) -> None:
+    for ids, text, end in zip(tokenizer.encode_documents(TEXTS, [True, False] * 2 + [True]), TEXTS, [True, False] * 2 + [True],
+                              strict=True):
+        assert ids.dtype == np.int32
+        assert ids.tolist() == tokenizer.encode(text) + [tokenizer.end_of_text] * end
+
+
+def test_save_and_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    again = load_tokenizer(str(tokenizer.save(tmp_path)))
+    assert again.digest == tokenizer.digest and again.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
+    assert load_tokenizer(str(tmp_path)).digest == tokenizer.digest  # the folder does as well
+
+
+def test_bpe_equals_the_library_and_training_is_deterministic(bpe_path: Path, tmp_path: Path) -> None:
+    import tokenizers
+
+    library = tokenizers.Tokenizer.from_file(str(bpe_path))
+    ours = load_tokenizer(str(bpe_path))
+    assert ours.vocab_size == library.get_vocab_size() == 600
+    assert ours.encode_batch(TEXTS[:3]) == [library.encode(text, add_special_tokens=False).ids for text in TEXTS[:3]]
+    assert train_tokenizer(TextDataSettings(), 600, tmp_path / "again.json").read_bytes() == bpe_path.read_bytes()
+
+
+def test_digest_ignores_the_layout_of_the_file(bpe_path: Path, tmp_path: Path) -> None:
+    content = json.loads(bpe_path.read_text())
+    (tmp_path / "indented.json").write_text(json.dumps(content, indent=4))
+    assert load_tokenizer(str(tmp_path / "indented.json")).digest == load_tokenizer(str(bpe_path)).digest
+    other = train_bpe(["quite another text, quite another tokenizer"], 300, tmp_path / "other.json")
+    assert load_tokenizer(str(other)).digest != load_tokenizer(str(bpe_path)).digest
+
+
+def test_training_leaves_the_held_out_documents_alone(tmp_path: Path) -> None:
+    words = [f"{a}{b}qq" for a in "abcdefgh" for b in "vwxyz"]  # each occurs in one document only
+    texts = [f"document {word} " + f"{word} " * 50 for word in words]
+    (tmp_path / "a.txt").write_text("\n".join(texts))
+    settings = TextDataSettings(source=str(tmp_path / "a.txt"), document="line", validation_fraction=0.25, lanes=4)
+    vocabulary = json.loads(train_tokenizer(settings, 1000, tmp_path).read_text())["model"]["vocab"]
+    assert sum(f"Ġ{word}" in vocabulary for word in words) == 30
+
+
+def test_token_bytes_are_not_guessed(tmp_path: Path) -> None:
+    path = train_bpe(["some text to learn from " * 5], 270, tmp_path)
+    content = json.loads(path.read_text())
+    content["normalizer"] = {"type": "NFC"}
+    path.write_text(json.dumps(content))
+    assert load_tokenizer(str(path)).token_bytes() is None
+
+
+@pytest.mark.parametrize(("name", "content", "words"), [
+    ("missing.json", None, ["no file", "bytes"]),
+    ("damaged.json", '{"model": {"type": "BPE"', ["damaged"]),
+    ("other.json", '{"hello": 1}', ["damaged"]),
+    ("noend.json", '{"version":"1.0","model":{"type":"BPE","vocab":{"a":0},"merges":[]},"added_tokens":[]}', ["end-of-text"]),
+])
+def test_bad_files_are_one_clear_line(tmp_path: Path, name: str, content: str | None, words: list[str]) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(str(tmp_path / name))
+    assert str(caught.value).startswith(f"data.tokenizer={tmp_path / name}: ") and "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_too_small_a_vocabulary(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="256.*257"):
+        train_tokenizer(TextDataSettings(), 256, tmp_path)

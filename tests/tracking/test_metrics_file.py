@@ -1,0 +1,94 @@
+"""metrics.jsonl must survive kills, full disks and resumes without losing or repeating a step."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from genscale.errors import UserError
+from genscale.tracking.metrics_file import MetricsFile, read_metrics
+
+
+def test_floats_read_back_bit_for_bit(tmp_path):
+    values = {"third": 1 / 3, "tiny": 5e-324, "fp32": float(np.float32(0.1)), "huge": 1.7976931348623157e308}
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics.append(7, values | {"tensor": torch.tensor(0.1), "tokens": 2**60 + 1, "digest": "ab"})
+    metrics.close()
+    (record,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert record == {"step": 7} | values | {"tensor": float(np.float32(0.1)), "tokens": 2**60 + 1, "digest": "ab"}
+
+
+def test_nan_and_infinity_are_null_in_strict_json(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics.append(1, {"loss": float("nan"), "grad_norm": float("inf")})
+    text = (tmp_path / "metrics.jsonl").read_text()
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    assert json.loads(text, parse_constant=refuse) == {"step": 1, "loss": None, "grad_norm": None}
+
+
+def test_truncate_after_drops_later_steps_and_a_torn_line_then_goes_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    whole = ['{"step": 10, "loss": 0.30000000000000004}', '{"step": 20, "loss": 2}', '{"step": 20, "validation_loss": 3}']
+    path.write_text("\n".join([*whole, '{"step": 30, "loss": 1}', '{"step": 40, "lo']))
+    metrics = MetricsFile(path)
+    metrics.truncate_after(20)
+    assert path.read_text().splitlines() == whole
+    metrics.append(30, {"loss": 9.0})
+    records = [(record["step"], record.get("loss")) for record in read_metrics(path)]
+    assert records == [(10, 0.1 + 0.2), (20, 2), (20, None), (30, 9.0)]
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_appending_after_a_torn_line_keeps_lines_whole(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "l')
+    assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
+    MetricsFile(path).append(2, {"loss": 1.5})
+    assert read_metrics(path) == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}]
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged"):
+        read_metrics(path)
+
+
+def test_a_killed_process_leaves_every_line_it_appended(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    code = (
+        "import os, signal, sys; from genscale.tracking.metrics_file import MetricsFile; m = MetricsFile(sys.argv[1])\n"
+        "for step in range(500): m.append(step, {'loss': step / 3})\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == -signal.SIGKILL
+    assert read_metrics(path) == [{"step": step, "loss": step / 3} for step in range(500)]
+
+
+def test_a_full_disk_raises_and_leaves_whole_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    # A limit on the file's size fails a write half way, as a full disk does.
+    code = (
+        "import resource, signal, sys; from genscale.tracking.metrics_file import MetricsFile\n"
+        "m = MetricsFile(sys.argv[1]); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))\n"
+        "try:\n"
+        "    for step in range(500): m.append(step, {'loss': 1.0})\n"
+        "except OSError as error: print(error.errno)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
+        "m.append(999, {'loss': 2.0})"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().isdigit()
+    records = read_metrics(path)
+    assert [record["step"] for record in records] == [*range(len(records) - 1), 999]

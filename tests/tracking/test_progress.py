@@ -1,0 +1,82 @@
+"""Progress as a person or a log sees it, from real processes with a pipe or a terminal for stderr."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+
+METRICS = "{'loss': 3.21449, 'learning_rate': 2.9e-4, 'grad_norm': 0.834, 'tokens_per_second': 12345.2, 'step_seconds': 1.0}"
+
+
+def _on_pipe(code: str) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    return done.stderr.splitlines()
+
+
+def _on_terminal(code: str, columns: int) -> str:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=theirs)
+    os.close(theirs)
+    chunks = []
+    try:
+        while chunk := os.read(ours, 4096):
+            chunks.append(chunk)
+    except OSError:  # how Linux reports the end of a terminal
+        pass
+    os.close(ours)
+    assert process.wait() == 0
+    return b"".join(chunks).decode()
+
+
+def _loop(first: int, logged: str, body: str = "") -> str:
+    return (
+        "import time; from genscale.tracking import progress; from genscale.tracking.progress import Progress\n"
+        f"bar = Progress(1000, {first}, 'tokens')\n"
+        f"for step in {logged}:\n"
+        f"    time.sleep(0.02); bar.update(step, {METRICS})\n"
+        f"    {body or 'pass'}\n"
+        "bar.close(); bar.close()\n"
+    )
+
+
+def test_a_log_gets_the_first_and_the_last_logged_step_and_not_all_between():
+    lines = _on_pipe(_loop(0, "[10, 20, 30, 40]"))
+    assert [line.split()[1] for line in lines] == ["10/1000", "40/1000"]
+    shown = r"step 10/1000  loss 3.2145  lr 2.9e-04  grad 0.83  12,345 tokens/s  \d+:\d\d:\d\d left"
+    assert re.fullmatch(shown, lines[0])
+    assert [line.split()[1] for line in _on_pipe(_loop(0, "[990, 995, 1000]"))] == ["990/1000", "1000/1000"]
+
+
+def test_a_log_gets_a_line_when_the_interval_has_passed():
+    code = _loop(0, "[10, 20, 30, 40]", "time.sleep(1.2 if step == 20 else 0)")
+    code = code.replace("bar =", "progress.LINE_SECONDS = 1\nbar =")
+    assert [line.split()[1] for line in _on_pipe(code)] == ["10/1000", "30/1000", "40/1000"]
+
+
+def test_time_left_is_reckoned_from_this_start_and_not_from_step_zero():
+    # 500 steps were done before; 10 steps take 1 s, so 490 steps take about 49 s (and 1 s if the 500 counted).
+    code = _loop(500, "[510]").replace("sleep(0.02)", "sleep(1.0)")
+    minutes, seconds = re.search(r"0:(\d\d):(\d\d) left", _on_pipe(code)[0]).groups()
+    assert 45 <= int(minutes) * 60 + int(seconds) <= 200  # a busy machine sleeps longer
+
+
+def test_a_terminal_gets_a_bar_that_fits_and_lines_above_it():
+    screen = _on_terminal(_loop(0, "[250, 500, 1000]", "bar.write(f'sample at {step}'); bar.update(step)"), 80)
+    drawn = [piece for piece in re.split(r"[\r\n]+|\x1b\[A", screen) if piece.startswith("step")]
+    assert max(map(len, drawn)) <= 80
+    shown = r"step 1000/1000 \|█+\| loss 3.2145  lr 2.9e-04  12,345 tokens/s  00:00 left *"
+    assert re.fullmatch(shown, drawn[-1]), drawn[-1]
+    assert re.search(r"\rsample at 500\r?\n", screen)
+
+
+def test_a_terminal_without_a_width_gets_lines():
+    screen = _on_terminal(_loop(0, "[10, 1000]"), 0)
+    assert [line.split()[1] for line in screen.splitlines()] == ["10/1000", "1000/1000"]

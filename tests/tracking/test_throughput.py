@@ -1,0 +1,26 @@
+"""Speed figures against arithmetic by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from genscale.tracking.throughput import Throughput
+
+
+def test_figures_are_means_of_the_interval_and_agree_with_each_other():
+    speed = Throughput("tokens")
+    for seconds, wait in ((0.5, 0.1), (1.0, 0.2), (0.5, 0.0)):
+        speed.step(seconds, wait, 1000)
+    figures = speed.read()
+    assert figures == pytest.approx({"tokens_per_second": 1500.0, "step_seconds": 2 / 3, "data_wait_seconds": 0.1})
+    assert figures["tokens_per_second"] * figures["step_seconds"] == pytest.approx(1000)
+
+
+def test_reading_starts_a_new_interval():
+    speed = Throughput("images")
+    assert speed.read() == {}
+    speed.step(100.0, 50.0, 1)
+    speed.read()
+    speed.step(0.25, 0.0, 8)
+    assert speed.read() == {"images_per_second": 32.0, "step_seconds": 0.25, "data_wait_seconds": 0.0}
+    assert speed.read() == {}

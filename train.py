@@ -1,0 +1,10 @@
+"""`accelerate launch train.py --config ...` (or torchrun) is `genscale train --config ...` in every process it starts."""
+
+from __future__ import annotations
+
+import sys
+
+from genscale.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))
