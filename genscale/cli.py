@@ -21,7 +21,8 @@ VERBS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns the exit code: 0 done, 2 the user's mistake (one line on stderr), 130 or 143 stopped by a signal."""
+    """Run one verb. Returns the exit code: 0 done, 2 the user's mistake (one line on stderr), 130 or 143 stopped by
+    a signal."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
@@ -38,12 +39,12 @@ def guarded(run: Callable[[], int]) -> int:
     try:
         return run()
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            sys.stdout.flush()
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            # Launchers end all processes as soon as one fails: rank 0 must be the first, or its message is lost.
+        if int(os.environ.get("RANK", "0")) > 0:
+            # Launchers end all processes as soon as one fails: rank 0, which has the same error as a rule, must be the first.
+            # Whoever is still alive afterwards was alone with it.
             time.sleep(10)
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except BrokenPipeError:  # `genscale ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

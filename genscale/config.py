@@ -69,7 +69,8 @@ class OptimizerSettings:
     eps: PositiveFloat = 1e-8
     """AdamW: added to the denominator."""
     weight_decay: NonNegativeFloat = 0.1
-    """Decoupled weight decay of matrices and embeddings; vectors (norms, biases) are not decayed. sgd: L2 penalty of the same."""
+    """Decoupled weight decay of matrices and embeddings; vectors (norms, biases) are not decayed. sgd: L2 penalty of
+    the same."""
     momentum: ClosedUnitInterval = 0.0
     """SGD: momentum."""
 
@@ -97,7 +98,8 @@ class ParallelSettings:
     offload: Literal["none", "cpu"] = "none"
     """cpu: ZeRO keeps the optimizer state in host memory."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
-    """Recompute activations in backward to save memory: full (each block) or selective (all but matrix products and attention)."""
+    """Recompute activations in backward to save memory: full (each block) or selective (all but matrix products and
+    attention)."""
     compile: bool = False
     """torch.compile, one block at a time."""
 
@@ -132,6 +134,7 @@ class Config:
 
 MAY_CHANGE_AT_RESUME = ("run.", "parallel.", "tracking.", "train.log_every", "train.evaluate_every", "train.sample_every",
                         "train.checkpoint_", "train.micro_batch_size", "train.steps", "data.workers", "data.prefetch_steps")
-"""Key prefixes that do not change what is computed (`train.steps` may grow or shrink; the schedule then follows the new value)."""
+"""Key prefixes that do not change what is computed (`train.steps` may grow or shrink; the schedule then follows the
+new value)."""
 # run.seed changes what is computed although it stands under "run.".
 MUST_NOT_CHANGE_AT_RESUME = ("run.seed",)

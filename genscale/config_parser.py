@@ -51,7 +51,7 @@ def parse_config(families: Families, arguments: Sequence[str], prog: str = "gens
     for file in _config_files(arguments):
         _check_keys(_read_yaml(file), known, where=f" in {file}")
     _check_flags(arguments, known)
-    built = parser.instantiate_classes(_parse(parser, arguments))
+    built = parser.instantiate_classes(parse(parser, arguments))
     return Config(**{name: getattr(built, name) for name in Config.__dataclass_fields__})
 
 
@@ -65,10 +65,11 @@ def parse_settings(settings: type, arguments: Sequence[str], prog: str, descript
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, default_env=False)
     parser.add_class_arguments(settings)
     _check_flags(arguments, {action.dest for action in parser._actions if action.dest})
-    return settings(**vars(parser.instantiate_classes(_parse(parser, arguments))))
+    return settings(**vars(parser.instantiate_classes(parse(parser, arguments))))
 
 
-def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
+def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
+    """The namespace of the arguments; a mistake in them is one line (UserError)."""
     try:
         return parser.parse_args(list(arguments))
     except (ArgumentError, ValueError, TypeError) as error:
@@ -161,10 +162,12 @@ def _nearest_key(path: str, known: set[str]) -> str:
     return f" (did you mean '{sorted(same_leaf)[0]}'?)" if same_leaf else nearest(path, leaves)
 
 
-TYPE_WORDS = {"PositiveInt": "a whole number of at least 1", "NonNegativeInt": "a whole number of at least 0",
-              "PositiveFloat": "a number above 0", "NonNegativeFloat": "a number of at least 0",
-              "ClosedUnitInterval": "a number from 0 to 1", "OpenUnitInterval": "a number between 0 and 1",
-              "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "tuple": "a list like [0.9, 0.95]"}
+TYPE_WORDS = {
+    "PositiveInt": "a whole number of at least 1", "NonNegativeInt": "a whole number of at least 0",
+    "PositiveFloat": "a number above 0", "NonNegativeFloat": "a number of at least 0",
+    "ClosedUnitInterval": "a number from 0 to 1", "OpenUnitInterval": "a number between 0 and 1",
+    "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "tuple": "a list like [0.9, 0.95]",
+}
 
 
 def _one_line(message: str) -> str:

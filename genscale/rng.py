@@ -35,7 +35,8 @@ def permutation(n: int, seed: int, *address: Address) -> np.ndarray:
 
 
 class Draws:
-    """The random numbers of one micro-batch, addressed by sample: sample g draws the same noise on any rank, in any micro-batch.
+    """The random numbers of one micro-batch, addressed by sample: sample g draws the same noise on any rank, in any
+    micro-batch.
 
     Args:
         seed: the run's seed.

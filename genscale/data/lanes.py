@@ -23,7 +23,8 @@ class Data(ABC):
 
     @abstractmethod
     def open_lane(self, lane: int, cursor: Cursor | None = None) -> Iterator[tuple[Sample, Cursor]]:
-        """Endless samples of one lane, each with the (small, JSON) cursor that continues right after it; from the start, or from a cursor."""
+        """Endless samples of one lane, each with the (small, JSON) cursor that continues right after it; from the
+        start, or from a cursor."""
 
     @abstractmethod
     def validation(self) -> list[Sample]:
@@ -31,11 +32,13 @@ class Data(ABC):
 
     @abstractmethod
     def check(self, global_batch_size: int) -> None:
-        """Raise UserError where the training data holds less than one global batch. Must not read an enormous source in full."""
+        """Raise UserError where the training data holds less than one global batch. Must not read an enormous source
+        in full."""
 
     @abstractmethod
     def plan(self) -> dict[str, Any]:
-        """What the order depends on (sources and sizes, seed, lanes, window, block, tokenizer hash): equal plans mean equal samples.
+        """What the order depends on (sources and sizes, seed, lanes, window, block, tokenizer hash): equal plans
+        mean equal samples.
         A resume under another plan is refused, naming what changed."""
 
     @abstractmethod

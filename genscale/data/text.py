@@ -97,7 +97,8 @@ class TextData(Data):
         if settings.validation_source is not None:
             raise no_text(spec)
         raise UserError(f"data.validation_fraction={settings.validation_fraction}: no document of "
-                        f"data.source={settings.source} falls into the validation set; set a larger share, or data.validation_source")
+                        f"data.source={settings.source} falls into the validation set; set a larger share, or "
+                        f"data.validation_source")
 
     def check(self, global_batch_size: int) -> None:
         """Refuse a training set of less than one global batch; reads no more than that.

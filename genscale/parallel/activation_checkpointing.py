@@ -36,7 +36,8 @@ def checkpoint_activations(blocks: list[nn.Module], mode: str) -> None:
     """Make each block recompute its activations in backward. `mode` is none, full or selective."""
     if mode == "none":
         return
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # genscale draws are addressed, not stateful
+    # No generator state to preserve: genscale's draws are addressed, not stateful.
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_costly)
     for block in blocks:

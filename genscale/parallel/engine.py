@@ -1,4 +1,4 @@
-"""HOW a step is spread: the engine's contract, and the choice of the strategy behind it.
+"""HOW a step is spread: the engine's contract.
 
 The trainer sees networks to call, `backward`, `step` and state by parameter name; which strategy does the work is known in
 this package alone.
@@ -71,7 +71,8 @@ class Engine(ABC):
         """Set networks[name] and optimizers[name]."""
 
     def view(self, trained: str | None) -> dict[str, nn.Module]:
-        """The networks a phase calls: the trained one wrapped, the frozen ones plain (their gradients are nobody's business)."""
+        """The networks a phase calls: the trained one wrapped, the frozen ones plain (their gradients are nobody's
+        business)."""
         return {name: self.networks[name] if name == trained else self.modules[name] for name in self.networks}
 
     def forward_context(self) -> contextlib.AbstractContextManager:
@@ -102,18 +103,22 @@ class Engine(ABC):
 
     @abstractmethod
     def network_state(self, name: str) -> NamedTensors:
-        """Every parameter and persistent buffer in full and fp32, by name, on the CPU. Collective: every rank must exhaust it."""
+        """Every parameter and persistent buffer in full and fp32, by name, on the CPU. Collective: every rank must
+        exhaust it."""
 
     @abstractmethod
     def optimizer_state(self, name: str) -> NamedTensors:
-        """Every optimizer tensor in full as "<state key>/<parameter name>" (`exp_avg/...`), and counters as "step/...". Collective."""
+        """Every optimizer tensor in full as "<state key>/<parameter name>" (`exp_avg/...`), and counters as
+        "step/...". Collective."""
 
     @abstractmethod
     def load_optimizer_state(self, name: str, keys: Iterable[str], read: Callable[[str], Tensor]) -> None:
-        """The inverse of `optimizer_state`, after `prepare` with the network's weights loaded: `read(key)` gives the full tensor."""
+        """The inverse of `optimizer_state`, after `prepare` with the network's weights loaded: `read(key)` gives the
+        full tensor."""
 
     def restore_network(self, name: str, read: Callable[[str], Tensor]) -> None:
-        """Set what rounding may have lost when the (already loaded) network was wrapped; nothing to do where weights stay fp32."""
+        """Set what rounding may have lost when the (already loaded) network was wrapped; nothing to do where weights
+        stay fp32."""
 
     def scaler_state(self, name: str) -> dict[str, Any]:
         """Loss-scaler state (JSON), empty without one."""
@@ -129,7 +134,8 @@ class Engine(ABC):
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The repeated parts of a network, which are compiled, checkpointed and sharded one at a time: its `blocks()`, if it has them."""
+    """The repeated parts of a network, which are compiled, checkpointed and sharded one at a time: its `blocks()`,
+    if it has them."""
     return list(module.blocks()) if hasattr(module, "blocks") else []
 
 
@@ -154,18 +160,3 @@ def tensor_bytes(tensors: Iterable[Any]) -> int:
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-
-
-def build_engine(strategy: str, *args: Any, **kwargs: Any) -> Engine:
-    """The engine for a resolved strategy (never `auto`)."""
-    if strategy in ("single", "ddp"):
-        from genscale.parallel.replicated import ReplicatedEngine
-
-        return ReplicatedEngine(*args, **kwargs)
-    if strategy == "fsdp2":
-        from genscale.parallel.fsdp2 import ShardedEngine
-
-        return ShardedEngine(*args, **kwargs)
-    from genscale.parallel.zero import ZeroEngine
-
-    return ZeroEngine(int(strategy.removeprefix("zero")), *args, **kwargs)

@@ -41,7 +41,8 @@ class Processes:
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its successor is not in torch 2.11
         handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
         if "RANK" in os.environ:
-            handlers.append(InitProcessGroupKwargs(backend="gloo" if use_cpu else None, timeout=timedelta(minutes=timeout_minutes)))
+            backend = "gloo" if use_cpu else None
+            handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=timeout_minutes)))
         # mixed_precision="no": genscale.parallel.precision owns precision, alike under every strategy.
         self.accelerator = Accelerator(cpu=use_cpu, mixed_precision="no", kwargs_handlers=handlers)
         self.device: torch.device = self.accelerator.device
@@ -76,7 +77,8 @@ class Processes:
             except Exception as error:
                 if self.world_size == 1:
                     raise
-                outcome[1] = error if isinstance(error, (UserError, OSError)) else RuntimeError(f"{type(error).__name__}: {error}")
+                known = isinstance(error, (UserError, OSError))
+                outcome[1] = error if known else RuntimeError(f"{type(error).__name__}: {error}")
                 original = error
         if self.world_size > 1:
             dist.broadcast_object_list(outcome, src=0)

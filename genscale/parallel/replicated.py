@@ -70,9 +70,9 @@ class ReplicatedEngine(Engine):
         optimizer = self.optimizers[name]
         for key in keys:
             kind, parameter_name = key.split("/", 1)
-            parameter = parameters[parameter_name]
-            value = read(key)
-            optimizer.state[parameter][kind] = value if kind == "step" and not _capturable(optimizer) else value.to(parameter.device)
+            parameter, value = parameters[parameter_name], read(key)
+            on_host = kind == "step" and not _capturable(optimizer)
+            optimizer.state[parameter][kind] = value if on_host else value.to(parameter.device)
 
     def scaler_state(self, name: str) -> dict[str, Any]:
         return dict(self.scalers[name].state_dict())

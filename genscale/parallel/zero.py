@@ -1,7 +1,9 @@
-"""zero1, zero2, zero3: DeepSpeed ZeRO (Rajbhandari et al. 2020, "ZeRO: memory optimizations toward training trillion parameter models").
+"""zero1, zero2, zero3: DeepSpeed ZeRO (Rajbhandari et al. 2020, "ZeRO: memory optimizations toward training trillion
+parameter models").
 
 DeepSpeed is started directly, one engine a network, not through Accelerate's plugin: that plugin is one a process, turns into
-plain DDP on the CPU without a word, and rewrites the clipping and the optimizer. What DeepSpeed made is checked after it is made.
+plain DDP on the CPU without a word, and rewrites the clipping and the optimizer. What DeepSpeed made is checked
+after it is made.
 """
 
 from __future__ import annotations
@@ -117,7 +119,7 @@ class ZeroEngine(Engine):
         self._link_optimizer_state(name)
         flats = self._flat_partitions(name)
         inner = self._inner(name)
-        state = inner.state[flats[0]] if flats[0] in inner.state else {}
+        state = inner.state.get(flats[0], {})
         for parameter_name, parameter in self.modules[name].named_parameters():
             for kind, value in state.items():
                 if not isinstance(value, Tensor):

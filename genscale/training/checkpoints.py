@@ -116,10 +116,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], config: str) -> Checkpoint:
+def write_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any],
+                     config: str) -> Checkpoint:
     """Write `folder`/step-XXXXXXXX. `tensors` maps "networks/<name>" and "optimizers/<name>" to tensors by name.
 
-    Raises OSError (a full disk, a read-only folder); the folder then holds no trace of the attempt and earlier checkpoints are whole.
+    Raises OSError (a full disk, a read-only folder); the folder then holds no trace of the attempt, and earlier checkpoints
+    are whole.
     """
     final = folder / f"step-{step:08d}"
     partial = folder / f".partial-{final.name}-{os.getpid()}"
@@ -178,7 +180,8 @@ def latest_valid(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None
 
 
 def prune(folder: Path, keep: int, best_step: int | None) -> None:
-    """Delete all but the last `keep` checkpoints and the best, and what killed writers left behind. The newest is never deleted."""
+    """Delete all but the last `keep` checkpoints and the best, and what killed writers left behind. The newest is
+    never deleted."""
     for path in folder.glob(".partial-*"):
         shutil.rmtree(path, ignore_errors=True)
     for checkpoint in list_checkpoints(folder)[:-keep]:

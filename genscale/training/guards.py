@@ -17,7 +17,8 @@ class NonFiniteLoss(UserError):
 class StopSignal:
     """Turns SIGINT (Ctrl-C) and SIGTERM into a flag that the loop reads between steps; used as a context manager.
 
-    A launcher may pass the same Ctrl-C on again, so repeats within five seconds count as one; a later one ends the process at once.
+    A launcher may pass the same Ctrl-C on again, so repeats within five seconds count as one; a later one ends the
+    process at once.
     """
 
     def __init__(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from genscale.tracking.plots import plot_losses
 from genscale.tracking.progress import Progress
 from genscale.tracking.throughput import Throughput
 from genscale.tracking.trackers import Trackers
-from genscale.training.checkpoints import Checkpoint, list_checkpoints, prune, write_checkpoint
+from genscale.training.checkpoints import list_checkpoints, prune, write_checkpoint
 from genscale.training.run_folder import config_dict, config_yaml
 from genscale.training.trainer import Hook, StepReport
 
@@ -36,8 +35,8 @@ class RunHooks:
 
     def __init__(self, config: Config, folder: Path, engine: Engine, objective: Objective, data: Data, loader: StepLoader,
                  state: dict[str, Any]) -> None:
-        self.config, self.folder, self.engine, self.objective, self.data, self.loader = config, folder, engine, objective, data, loader
-        self.processes = engine.processes
+        self.config, self.folder, self.objective, self.data, self.loader = config, folder, objective, data, loader
+        self.engine, self.processes = engine, engine.processes
         self.throughput = Throughput(objective.unit)
         self.units_per_step = config.train.global_batch_size * objective.units_per_sample
         self.units = state.get("units", 0)
@@ -76,8 +75,9 @@ class RunHooks:
         started = time.perf_counter()
         config, processes = self.config, self.processes
         self.evaluation = validate(self.objective, self.engine.view(None), self.validation_set,
-                                   batch_size=config.train.micro_batch_size, rank=processes.rank, world_size=processes.world_size,
-                                   device=processes.device, reduce_sum=processes.sum, autocast=self.engine.forward_context)
+                                   batch_size=config.train.micro_batch_size, rank=processes.rank,
+                                   world_size=processes.world_size, device=processes.device, reduce_sum=processes.sum,
+                                   autocast=self.engine.forward_context)
         line = {f"validation_{name}": value for name, value in self.evaluation.items()}
         self._write(report.step, {**line, "evaluation_seconds": time.perf_counter() - started})
         self.evaluated_step = report.step
@@ -93,7 +93,8 @@ class RunHooks:
             self.trackers.log_text(report.step, "sample", self.preview)
 
     def checkpoint(self, report: StepReport) -> None:
-        """Collect the full state on every rank together, write it on rank 0. A failed write is a warning, except after the last step.
+        """Collect the full state on every rank together, write it on rank 0. A failed write is a warning, except
+        after the last step.
 
         The best checkpoint is the one with the lowest validation loss among those evaluated at their own step.
         """
@@ -136,7 +137,7 @@ class RunHooks:
         return str(found[-1].path) if found else "none"
 
     def already_complete(self, step: int) -> None:
-        log.info("nothing to do: the run is complete at step %d of %d; raise train.steps to train on", step, self.config.train.steps)
+        log.info("nothing to do: the run is complete at step %d; raise train.steps to train on", step)
         report = StepReport(step, last=True)
         self.evaluate(report)
         self.sample(report)

@@ -15,10 +15,10 @@ from genscale.data.loader import StepLoader
 from genscale.errors import UserError
 from genscale.objectives import FAMILIES
 from genscale.objectives.base import Objective
-from genscale.parallel.engine import Engine, build_engine
-from genscale.parallel.launcher import clear_launch_environment, read_launch_request, resolve_offload, resolve_precision, resolve_strategy
-from genscale.parallel.precision import check_precision
+from genscale.parallel.engine import Engine, named_state
+from genscale.parallel.launcher import clear_launch_environment
 from genscale.parallel.processes import Processes
+from genscale.parallel.strategies import ParallelPlan, build_engine, plan_parallel
 from genscale.tracking.run_logging import setup_logging
 from genscale.training.checkpoints import Checkpoint
 from genscale.training.hooks import RunHooks
@@ -59,19 +59,16 @@ class RunResult:
 
 def train(config: Config) -> RunResult:
     """Train as the config says. Raises UserError for anything the user can mend, on every rank, before the first step."""
-    request = read_launch_request()
-    strategy = resolve_strategy(config.parallel.strategy, request)
-    config.parallel.offload = resolve_offload(config.parallel.offload, strategy, request)
-    config.train.precision = resolve_precision(config.train.precision, request)
-    accumulation = derive_accumulation(config, request.world_size)
+    plan = plan_parallel(config.parallel, config.train.precision)
+    config.parallel.offload, config.train.precision = plan.offload, plan.precision
+    accumulation = derive_accumulation(config, plan.world_size)
     folder = run_folder(config)
     clear_launch_environment()
-    processes = Processes(need_group=strategy not in ("single", "ddp"))
+    processes = Processes(need_group=plan.needs_group)
     try:
-        check_precision(config.train.precision, strategy, processes.device)
         processes.main_does(lambda: create_run_folder(folder))
         setup_logging(folder, processes.rank)
-        return _train(config, processes, strategy, accumulation, folder)
+        return _train(config, processes, plan, accumulation, folder)
     finally:
         processes.close()
 
@@ -83,7 +80,8 @@ def derive_accumulation(config: Config, world_size: int) -> int:
     if batch % world_size:
         below, above = batch // world_size * world_size, (batch // world_size + 1) * world_size
         near = f"{below} or {above}" if below else f"{above}"
-        raise UserError(f"train.global_batch_size: {batch} does not divide by {world_size} processes; nearest values that do: {near}")
+        raise UserError(f"train.global_batch_size: {batch} does not divide by {world_size} processes; nearest "
+                        f"values that do: {near}")
     share = batch // world_size
     micro = train.micro_batch_size = train.micro_batch_size or share
     if share % micro:
@@ -91,13 +89,14 @@ def derive_accumulation(config: Config, world_size: int) -> int:
         nearest_micro = sorted(sorted(divisors, key=lambda d: abs(d - micro))[:2])
         unit = micro * world_size
         nearest_batch = [n for n in (batch // unit * unit, (batch // unit + 1) * unit) if n]
-        raise UserError(f"train.micro_batch_size: {micro} x {world_size} processes does not divide train.global_batch_size {batch}; nearest "
+        raise UserError(f"train.micro_batch_size: {micro} x {world_size} processes does not divide "
+                        f"train.global_batch_size {batch}; nearest "
                         f"micro-batch sizes that do: {' or '.join(map(str, nearest_micro))}; nearest global batch sizes: "
                         f"{' or '.join(map(str, nearest_batch))}")
     return share // micro
 
 
-def _train(config: Config, processes: Processes, strategy: str, accumulation: int, folder: Path) -> RunResult:
+def _train(config: Config, processes: Processes, plan: ParallelPlan, accumulation: int, folder: Path) -> RunResult:
     family = FAMILIES[config.model.family]
     data = processes.all_do(lambda: family.build_data(config.data, config.run.seed))
     loader = None
@@ -107,18 +106,19 @@ def _train(config: Config, processes: Processes, strategy: str, accumulation: in
         parameters = sum(p.numel() for network in objective.networks.values() for p in network.parameters())
         processes.main_does(lambda: check_free_space(folder, parameters, config.train.checkpoint_keep))
         checkpoint = _resume_point(config, processes, folder, data, objective)
-        engine = build_engine(strategy, processes, config.parallel, config.train.precision, config.train.clip,
+        engine = build_engine(plan, processes, config.parallel, config.train.precision, config.train.clip,
                               config.train.micro_batch_size, accumulation)
         _prepare(config, engine, objective, checkpoint)
         state = checkpoint.state() if checkpoint else {}
-        loader = StepLoader(data, global_batch_size=config.train.global_batch_size, micro_batch_size=config.train.micro_batch_size,
-                            rank=processes.rank, world_size=processes.world_size, workers=config.data.workers,
+        loader = StepLoader(data, global_batch_size=config.train.global_batch_size,
+                            micro_batch_size=config.train.micro_batch_size, rank=processes.rank,
+                            world_size=processes.world_size, workers=config.data.workers,
                             prefetch_steps=config.data.prefetch_steps, state=state.get("data"))
         if processes.is_main:
             (folder / "config.yaml").write_text(config_yaml(config))
             objective.save_assets(folder)
             kind = processes.device.type if processes.device.type == "cpu" else torch.cuda.get_device_name(processes.device)
-            log.info("%s: %s parameters, %s, %d process%s on %s, %s, accumulation %d", folder, f"{parameters:,}", strategy,
+            log.info("%s: %s parameters, %s, %d process%s on %s, %s, accumulation %d", folder, f"{parameters:,}", plan.strategy,
                      processes.world_size, "es" if processes.world_size > 1 else "", kind, config.train.precision, accumulation)
         hooks = RunHooks(config, folder, engine, objective, data, loader, state)
         return _loop(config, processes, folder, engine, objective, loader, hooks, state.get("step", 0))
@@ -158,20 +158,17 @@ def _resume_point(config: Config, processes: Processes, folder: Path, data: Data
 
 
 def _check_same_network(checkpoint: Checkpoint, name: str, network: torch.nn.Module) -> None:
-    from genscale.parallel.engine import named_state
-
     stored = checkpoint.tensors("networks", name).shapes()
     wanted = {key: tuple(value.shape) for key, value in named_state(network)}
     for key in sorted(stored.keys() | wanted.keys()):
         if stored.get(key) != wanted.get(key):
-            raise UserError(f"run.resume: the checkpoint {checkpoint.path} holds another model: {name}.{key} is {stored.get(key, 'absent')} "
+            raise UserError(f"run.resume: the checkpoint {checkpoint.path} holds another model: {name}.{key} is "
+                            f"{stored.get(key, 'absent')} "
                             f"there and {wanted.get(key, 'absent')} here; begin a new run with another --run.name")
 
 
 def _prepare(config: Config, engine: Engine, objective: Objective, checkpoint: Checkpoint | None) -> None:
     """Weights first, then the strategy's wrapping, then what only the wrapped form can hold."""
-    from genscale.parallel.engine import named_state
-
     if checkpoint is not None:
         for name, network in objective.networks.items():
             read = checkpoint.tensors("networks", name)

@@ -36,7 +36,8 @@ def create_run_folder(folder: Path) -> None:
         probe.write_bytes(b"0" * 4096)
         probe.unlink()
     except OSError as error:
-        raise UserError(f"run.dir: cannot write to {folder} ({error.strerror}); set --run.dir to a folder you can write to") from None
+        raise UserError(f"run.dir: cannot write to {folder} ({error.strerror}); set --run.dir to a folder you can "
+                        f"write to") from None
 
 
 def check_free_space(folder: Path, parameters: int, keep: int) -> None:
@@ -45,7 +46,8 @@ def check_free_space(folder: Path, parameters: int, keep: int) -> None:
     wanted = 12 * parameters * max(1, keep + 1 - len(list_checkpoints(folder / "checkpoints"))) + 2**20
     free = shutil.disk_usage(folder).free
     if free < wanted:
-        raise UserError(f"run.dir: disk full: {folder} has {free / 2**20:,.0f} MiB free, checkpoints need {wanted / 2**20:,.0f} MiB; "
+        raise UserError(f"run.dir: disk full: {folder} has {free / 2**20:,.0f} MiB free, checkpoints need "
+                        f"{wanted / 2**20:,.0f} MiB; "
                         f"free some space, lower train.checkpoint_keep ({keep}), or set --run.dir to another disk")
 
 
@@ -108,7 +110,8 @@ def find_resume_point(folder: Path, resume: str, warn: Callable[[str], None]) ->
     if resume == "auto":
         found = latest_valid(folder / "checkpoints", warn)
         if found is None and list_checkpoints(folder / "checkpoints"):
-            raise UserError(f"run.resume: every checkpoint in {folder / 'checkpoints'} is damaged; begin anew with --run.resume never")
+            raise UserError(f"run.resume: every checkpoint in {folder / 'checkpoints'} is damaged; begin anew with "
+                            f"--run.resume never")
         return found
     path = Path(resume)
     if not path.is_dir():
@@ -117,7 +120,8 @@ def find_resume_point(folder: Path, resume: str, warn: Callable[[str], None]) ->
     chosen = Checkpoint(path)
     problem = chosen.problem()
     if problem:
-        raise UserError(f"run.resume: checkpoint {resume} is damaged ({problem}); use --run.resume auto for the latest valid one")
+        raise UserError(f"run.resume: checkpoint {resume} is damaged ({problem}); use --run.resume auto for the "
+                        f"latest valid one")
     return chosen
 
 

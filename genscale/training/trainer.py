@@ -119,7 +119,8 @@ class Trainer:
             with engine.micro_batch(phase.network, last=index == len(batches) - 1):
                 with engine.forward_context():
                     terms = phase.loss(networks, batch, draws)
-                # The terms are sums. Engines average gradients over processes, so the mean over the GLOBAL count needs x world size.
+                # The terms are sums. Engines average gradients over processes, so the mean over the GLOBAL count needs
+                # x world size.
                 engine.backward(phase.network, sum(terms.values()) * (processes.world_size / max(count, 1)))
             for name, value in terms.items():
                 totals[name] = totals.get(name, 0.0) + value.detach().double()
@@ -143,7 +144,8 @@ class Trainer:
         return lr
 
     def _agree(self, stop: int, digest: int) -> tuple[int, int]:
-        """All ranks stop alike, on the signal of the lowest rank that got one, and share one ledger: a sum of what each rank read."""
+        """All ranks stop alike, on the signal of the lowest rank that got one, and share one ledger: a sum of what
+        each rank read."""
         if self.processes.world_size == 1:
             return stop, digest
         # Digests in halves of 31 bits, so that a sum over many ranks does not overflow; signals in a slot each.
@@ -164,12 +166,14 @@ class Trainer:
         for rank, terms in enumerate(losses):
             for name, value in terms.items():
                 if not math.isfinite(value):
-                    raise NonFiniteLoss(f"{phase.name}/{name} became {value} at step {step} on rank {rank}; last good checkpoint: "
+                    raise NonFiniteLoss(f"{phase.name}/{name} became {value} at step {step} on rank {rank}; last "
+                                        f"good checkpoint: "
                                         f"{self.last_good()}; try a lower optimizer.lr, a longer schedule.warmup_steps, or "
                                         "train.precision bf16 instead of fp16")
         if result.skipped:
             self.skipped_steps += 1
             log.info("step %d: gradient overflow in fp16, update skipped (%d so far)", step, self.skipped_steps)
             return
-        raise NonFiniteLoss(f"the gradient of {phase.network} became {result.grad_norm} at step {step} (the loss was finite); last good "
+        raise NonFiniteLoss(f"the gradient of {phase.network} became {result.grad_norm} at step {step} (the loss "
+                            f"was finite); last good "
                             f"checkpoint: {self.last_good()}; try a lower optimizer.lr or train.clip")

@@ -11,7 +11,8 @@ from genscale.parallel.precision import autocast
 from genscale.verbs.trained import find_trained, load_weights, run_of, take_run
 
 USAGE = "genscale evaluate RUN [--step N]"
-DESCRIPTION = ("Validation metrics of a trained run, as one JSON object. RUN is a run folder (its latest checkpoint, or --step N's) or a "
+DESCRIPTION = ("Validation metrics of a trained run, as one JSON object. RUN is a run folder (its latest "
+               "checkpoint, or --step N's) or a "
                "checkpoint folder. Every setting of the run can be overridden: --data.validation_source for another text, "
                "--data.validation_blocks for how much of it, --train.precision, --train.micro_batch_size.")
 
@@ -30,8 +31,9 @@ def main(arguments: list[str]) -> int:
     data = family.build_data(config.data, config.run.seed)
     device = load_weights(objective, checkpoint)
     samples = data.validation()
-    metrics = validate(objective, objective.networks, samples, batch_size=config.train.micro_batch_size or 8, rank=0, world_size=1,
-                       device=device, reduce_sum=lambda total: total, autocast=lambda: autocast(config.train.precision, device))
+    batch_size = config.train.micro_batch_size or 8
+    metrics = validate(objective, objective.networks, samples, batch_size=batch_size, rank=0, world_size=1, device=device,
+                       reduce_sum=lambda total: total, autocast=lambda: autocast(config.train.precision, device))
     print(json.dumps({"checkpoint": str(checkpoint.path), "step": checkpoint.step, "samples": len(samples),
-                      "units": len(samples) * objective.units_per_sample, "precision": config.train.precision, **metrics}, indent=1))
+                      "precision": config.train.precision, **metrics}, indent=1))
     return 0

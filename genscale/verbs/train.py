@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Sequence
 
 from genscale.config_parser import parse_config, take_number
 from genscale.objectives import FAMILIES
-from genscale.training.run import EXIT_INTERRUPTED, RunResult, train
+from genscale.training.run import EXIT_INTERRUPTED, RunResult, derive_accumulation, train
 
-DESCRIPTION = ("Train a model. A run is one YAML file; every setting in it is also a flag. Run it again to continue from its latest "
-               "checkpoint. --processes N starts N processes on this machine; `accelerate launch train.py` takes the same settings.")
+PROCESSES = "GENSCALE_PROCESSES"
+
+DESCRIPTION = ("Train a model. A run is one YAML file; every setting in it is also a flag. Run it again to continue "
+               "from its latest "
+               "checkpoint. --processes N starts N processes on this machine; `accelerate launch train.py` takes "
+               "the same settings.")
 
 
 def main(arguments: list[str]) -> int:
@@ -17,9 +23,9 @@ def main(arguments: list[str]) -> int:
     config = parse_config(FAMILIES, settings, description=DESCRIPTION)
     if processes is not None:
         from genscale.parallel.launcher import launch_processes
-        from genscale.training.run import derive_accumulation
 
         derive_accumulation(config, processes)  # a mistake found here costs no launch
+        os.environ[PROCESSES] = str(processes)  # for the processes to say how to go on
         return launch_processes(processes, settings)
     result = train(config)
     if result.is_main:
@@ -27,20 +33,38 @@ def main(arguments: list[str]) -> int:
     return EXIT_INTERRUPTED[result.stopped_by] if result.stopped_by else 0
 
 
+def command(settings: Sequence[str], drop: Sequence[str] = ()) -> str:
+    """What to type to run these settings again, without those that `drop` names."""
+    kept, words = [], iter(settings)
+    for word in words:
+        if word.split("=", 1)[0] in drop:
+            if "=" not in word:
+                next(words, None)
+        else:
+            kept.append(shlex.quote(word))
+    if PROCESSES in os.environ:
+        start = f"genscale train --processes {os.environ[PROCESSES]}"
+    else:
+        start = "accelerate launch train.py" if "RANK" in os.environ else "genscale train"
+    return " ".join([start, *kept])
+
+
 def farewell(result: RunResult, settings: Sequence[str]) -> str:
     """What the run came to, where it lies, and what to type next."""
-    folder, again = result.folder, " ".join(settings)
+    folder = result.folder
     if result.stopped_by:
         return (f"\nstopped by {result.stopped_by.name} after step {result.step}; a checkpoint was written to {folder}/checkpoints\n"
-                f"go on with: genscale train {again}")
+                f"go on with: {command(settings, drop=['--run.resume'])}")
     lines = [""]
     if result.preview:
         lines += ["sample:", *(f"  | {line}" for line in result.preview.splitlines()), ""]
     scores = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.metrics.items())
+    longer = command(settings, drop=["--run.resume", "--train.steps"])
+    other = shlex.join(word for word in settings)
     lines += [f"validation: {scores}", f"run folder: {folder}", f"loss curve: {folder}/plots/loss.png", "", "next:",
-              f"  train on          genscale train {again} --train.steps {result.step * 2}",
-              f"  sample            genscale sample {folder} --prompt 'The' --tokens 200",
-              f"  two processes     genscale train --processes 2 {again} --run.name {folder.name}-2",
-              f"  a GPU             accelerate launch train.py {again} --train.precision bf16 --run.name {folder.name}-gpu",
-              f"  see it in W&B     wandb sync {folder}/wandb/offline-run-*"]
+              f"  train on         {longer} --train.steps {result.step * 2}",
+              f"  sample           genscale sample {folder} --prompt 'The' --tokens 200",
+              f"  two processes    genscale train --processes 2 {other} --run.name {folder.name}-2",
+              f"  a GPU            accelerate launch train.py {other} --train.precision bf16 --run.name {folder.name}-gpu",
+              f"  see it in W&B    wandb login && wandb sync {folder}/wandb/offline-run-*"]
     return "\n".join(lines)

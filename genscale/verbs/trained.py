@@ -1,4 +1,5 @@
-"""What a finished (or running) run folder holds: its config, its tokenizer, the weights of a checkpoint. For sample and evaluate."""
+"""What a finished (or running) run folder holds: its config, its tokenizer, the weights of a checkpoint. For sample
+and evaluate."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from genscale.training.checkpoints import Checkpoint, find_checkpoints
 
 
 def find_trained(path: str, step: int | None = None) -> tuple[Config, Checkpoint]:
-    """The config and the checkpoint that a run folder or a checkpoint path means; of a run folder the latest valid one, or `step`'s.
+    """The config and the checkpoint that a run folder or a checkpoint path means; of a run folder the latest valid
+    one, or `step`'s.
 
     Raises:
         UserError: nothing there, no such step, or every checkpoint damaged.

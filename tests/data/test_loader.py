@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from genscale.data import sources
+from genscale.data import packing, sources
 from genscale.data.loader import StepLoader
 from genscale.data.order import DIGEST_MODULUS, merge_states
 from genscale.data.text import TextData, TextDataSettings
@@ -96,6 +96,7 @@ def test_same_global_batches_at_any_shape_and_across_a_change_of_shape(corpus: P
 def test_worlds_and_micro_batches(corpus: Path, world: int, streamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if streamed:
         monkeypatch.setattr(sources, "MEMORY_LIMIT", 0)
+        monkeypatch.setattr(packing, "PIECE", 256)  # else every lane first reads this small corpus many times over
     data = text_data(corpus)
     expected = truth(data, 7 * GLOBAL)
     for micro in {1, GLOBAL // world}:
