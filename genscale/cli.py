@@ -11,6 +11,7 @@ from genscale import __version__
 from genscale.errors import UserError, nearest
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
 VERBS = {
     "train": "train a model as a YAML config says; resumes by itself",
     "sample": "generate from a trained run",
@@ -46,6 +47,9 @@ def guarded(run: Callable[[], int]) -> int:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except BrokenPipeError:  # `genscale ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -47,16 +47,16 @@ class Draws:
     """
 
     def __init__(self, seed: int, scope: str, step: int, samples: torch.Tensor, device: str | torch.device = "cpu") -> None:
-        self.seed, self.scope, self.step, self.samples, self.device = seed, scope, step, samples.tolist(), device
+        self.seed, self.scope, self.step, self.samples, self.device = seed, scope, step, samples, device
 
     def normal(self, stream: str, *shape: int) -> torch.Tensor:
         """Standard normal draws of shape `(batch, *shape)` in fp32 for the named stream."""
-        rows = [self._generator(stream, g).standard_normal(shape, np.float32) for g in self.samples]
+        rows = [self._generator(stream, g).standard_normal(shape, np.float32) for g in self.samples.tolist()]
         return torch.from_numpy(np.stack(rows)).to(self.device)
 
     def uniform(self, stream: str, *shape: int) -> torch.Tensor:
         """Uniform draws on [0, 1) of shape `(batch, *shape)` in fp32 for the named stream."""
-        rows = [self._generator(stream, g).random(shape, np.float32) for g in self.samples]
+        rows = [self._generator(stream, g).random(shape, np.float32) for g in self.samples.tolist()]
         return torch.from_numpy(np.stack(rows)).to(self.device)
 
     def _generator(self, stream: str, sample: int) -> np.random.Generator:

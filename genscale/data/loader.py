@@ -177,6 +177,8 @@ class _Thread(_Transport):
 
     def close(self) -> None:
         self._stop.set()
+        while not self._queue.empty():  # a thread that waits for room goes on, and sees the stop
+            self._queue.get_nowait()
         if self._thread is not threading.current_thread():
             self._thread.join(timeout=10.0)
 

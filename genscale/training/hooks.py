@@ -73,9 +73,9 @@ class RunHooks:
         if report.stopped:  # a stop has seconds, not minutes, before the scheduler's SIGKILL
             return
         started = time.perf_counter()
-        config, processes = self.config, self.processes
+        processes = self.processes
         self.evaluation = validate(self.objective, self.engine.view(None), self.validation_set,
-                                   batch_size=config.train.micro_batch_size, rank=processes.rank,
+                                   batch_size=self.engine.micro_batch_size, rank=processes.rank,
                                    world_size=processes.world_size, device=processes.device, reduce_sum=processes.sum,
                                    autocast=self.engine.forward_context)
         line = {f"validation_{name}": value for name, value in self.evaluation.items()}

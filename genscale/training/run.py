@@ -61,20 +61,20 @@ def train(config: Config) -> RunResult:
     """Train as the config says. Raises UserError for anything the user can mend, on every rank, before the first step."""
     plan = plan_parallel(config.parallel, config.train.precision)
     config.parallel.offload, config.train.precision = plan.offload, plan.precision
-    accumulation = derive_accumulation(config, plan.world_size)
+    shape = derive_accumulation(config, plan.world_size)
     folder = run_folder(config)
     clear_launch_environment()
     processes = Processes(need_group=plan.needs_group)
     try:
         processes.main_does(lambda: create_run_folder(folder))
         setup_logging(folder, processes.rank)
-        return _train(config, processes, plan, accumulation, folder)
+        return _train(config, processes, plan, shape, folder)
     finally:
         processes.close()
 
 
-def derive_accumulation(config: Config, world_size: int) -> int:
-    """Micro-batches in a step on one process; sets `train.micro_batch_size` if it was left open. Raises UserError."""
+def derive_accumulation(config: Config, world_size: int) -> tuple[int, int]:
+    """(micro-batch size, micro-batches in a step) of each process. Raises UserError naming the nearest sizes that divide."""
     train = config.train
     batch = train.global_batch_size
     if batch % world_size:
@@ -83,7 +83,7 @@ def derive_accumulation(config: Config, world_size: int) -> int:
         raise UserError(f"train.global_batch_size: {batch} does not divide by {world_size} processes; nearest "
                         f"values that do: {near}")
     share = batch // world_size
-    micro = train.micro_batch_size = train.micro_batch_size or share
+    micro = train.micro_batch_size or share
     if share % micro:
         divisors = [d for d in range(1, share + 1) if share % d == 0]
         nearest_micro = sorted(sorted(divisors, key=lambda d: abs(d - micro))[:2])
@@ -93,10 +93,11 @@ def derive_accumulation(config: Config, world_size: int) -> int:
                         f"train.global_batch_size {batch}; nearest "
                         f"micro-batch sizes that do: {' or '.join(map(str, nearest_micro))}; nearest global batch sizes: "
                         f"{' or '.join(map(str, nearest_batch))}")
-    return share // micro
+    return micro, share // micro
 
 
-def _train(config: Config, processes: Processes, plan: ParallelPlan, accumulation: int, folder: Path) -> RunResult:
+def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tuple[int, int], folder: Path) -> RunResult:
+    micro_batch_size, accumulation = shape
     family = FAMILIES[config.model.family]
     data = processes.all_do(lambda: family.build_data(config.data, config.run.seed))
     loader = None
@@ -107,11 +108,11 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, accumulatio
         processes.main_does(lambda: check_free_space(folder, parameters, config.train.checkpoint_keep))
         checkpoint = _resume_point(config, processes, folder, data, objective)
         engine = build_engine(plan, processes, config.parallel, config.train.precision, config.train.clip,
-                              config.train.micro_batch_size, accumulation)
+                              micro_batch_size, accumulation)
         _prepare(config, engine, objective, checkpoint)
         state = checkpoint.state() if checkpoint else {}
         loader = StepLoader(data, global_batch_size=config.train.global_batch_size,
-                            micro_batch_size=config.train.micro_batch_size, rank=processes.rank,
+                            micro_batch_size=micro_batch_size, rank=processes.rank,
                             world_size=processes.world_size, workers=config.data.workers,
                             prefetch_steps=config.data.prefetch_steps, state=state.get("data"))
         if processes.is_main:

@@ -114,8 +114,8 @@ class Trainer:
         count = int(processes.sum(torch.tensor([sum(phase.count(batch) for batch in batches)])).item())
         totals: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
-            batch = {key: value.to(processes.device, non_blocking=True) for key, value in batch.items()}
             draws = Draws(self.config.run.seed, phase.name, step, batch["sample"], processes.device)
+            batch = {key: value.to(processes.device, non_blocking=True) for key, value in batch.items()}
             with engine.micro_batch(phase.network, last=index == len(batches) - 1):
                 with engine.forward_context():
                     terms = phase.loss(networks, batch, draws)

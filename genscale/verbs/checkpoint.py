@@ -11,7 +11,6 @@ from genscale.config_parser import parse
 from genscale.errors import UserError
 from genscale.training.checkpoints import Checkpoint, find_checkpoints
 
-
 ACTIONS = {
     "list": "step, age, size and validity of each",
     "verify": "check every byte against the manifest; exit code 2 if one is damaged",

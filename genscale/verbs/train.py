@@ -53,18 +53,21 @@ def farewell(result: RunResult, settings: Sequence[str]) -> str:
     """What the run came to, where it lies, and what to type next."""
     folder = result.folder
     if result.stopped_by:
-        return (f"\nstopped by {result.stopped_by.name} after step {result.step}; a checkpoint was written to {folder}/checkpoints\n"
-                f"go on with: {command(settings, drop=['--run.resume'])}")
+        again = command(settings, drop=["--run.resume"])
+        return (f"\nstopped by {result.stopped_by.name} after step {result.step}; a checkpoint was written to {folder}/checkpoints"
+                f"\ngo on with: {again}")
     lines = [""]
     if result.preview:
         lines += ["sample:", *(f"  | {line}" for line in result.preview.splitlines()), ""]
     scores = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.metrics.items())
-    longer = command(settings, drop=["--run.resume", "--train.steps"])
-    other = shlex.join(word for word in settings)
     lines += [f"validation: {scores}", f"run folder: {folder}", f"loss curve: {folder}/plots/loss.png", "", "next:",
-              f"  train on         {longer} --train.steps {result.step * 2}",
-              f"  sample           genscale sample {folder} --prompt 'The' --tokens 200",
-              f"  two processes    genscale train --processes 2 {other} --run.name {folder.name}-2",
-              f"  a GPU            accelerate launch train.py {other} --train.precision bf16 --run.name {folder.name}-gpu",
-              f"  see it in W&B    wandb login && wandb sync {folder}/wandb/offline-run-*"]
+              f"  train on         {command(settings, drop=['--run.resume', '--train.steps'])} --train.steps {2 * result.step}",
+              f"  sample           genscale sample {folder} --prompt 'The' --tokens 200"]
+    again, sibling = f"--config {folder}/config.yaml", f"--run.name {folder.name}"
+    lines += [f"  two processes    genscale train --processes 2 {again} {sibling}-2",
+              f"  a GPU            accelerate launch train.py {again} {sibling}-gpu --train.precision bf16"]
+    if (folder / "wandb").is_dir():
+        lines.append(f"  see it in W&B    wandb login && wandb sync {folder}/wandb/offline-run-*")
+    else:
+        lines.append(f"  see it in W&B    wandb login && genscale train {again} {sibling}-wandb --tracking.wandb online")
     return "\n".join(lines)

@@ -39,12 +39,13 @@ def folder(path: Path, files: int) -> Path:
     (path / "more").mkdir()
     for i in range(files):
         opener, suffix = [(open, ""), (gzip.open, ".gz"), (lzma.open, ".xz"), (bz2.open, ".bz2")][i % 4]
-        write_jsonl((path / "more" if i % 2 else path) / (f"{i}.jsonl{suffix}" if suffix else f"[{i}]*.jsonl"), DOCUMENTS[i::files], opener)
+        name = f"{i}.jsonl{suffix}" if suffix else f"[{i}]*.jsonl"  # no pattern, although it looks like one
+        write_jsonl((path / "more" if i % 2 else path) / name, DOCUMENTS[i::files], opener)
     return path
 
 
-def source_of(path: Path | str, *, lanes: int = 4, seed: int = 1, fraction: float = 0.0, window: int = 8, **spec: str) -> Source:
-    return open_source(Spec("data.source", str(path), **spec), fraction=fraction, window=window, seed=seed, lanes=lanes)
+def source_of(path: Path | str, *, lanes: int = 4, seed: int = 1, fraction: float = 0.0, **spec: str) -> Source:
+    return open_source(Spec("data.source", str(path), **spec), fraction=fraction, window=8, seed=seed, lanes=lanes)
 
 
 def epoch_of(source: Source, lane: int, epoch: int) -> list[Piece]:
@@ -137,7 +138,7 @@ def test_text_files(tmp_path: Path, document: str, expected: list[str], suffix: 
     path = tmp_path / f"a.txt{suffix}"
     with opener(path, "wb") as file:
         file.write("one\ntwo\n\nthree é\n\n\n\nfour\n".encode())
-    assert [text for text in source_of(path, lanes=1, document=document).documents()] == expected
+    assert list(source_of(path, lanes=1, document=document).documents()) == expected
 
 
 def test_folders_are_read_recursively_in_sorted_order(tmp_path: Path) -> None:

@@ -1,0 +1,278 @@
+"""One run under every strategy: equal losses, step time, memory, resume, precision. Real runs of `genscale train` on this machine.
+
+    python benchmarks/strategy_table.py --only a,b,c,d --out benchmarks/results/strategies-cpu.json
+
+a: loss against one process, step time, memory.   b: accumulation and loader workers.
+c: straight against interrupted and resumed.      d: bf16 and fp16 against fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+DISTRIBUTED = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+PROCESSES = 2
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+COMMON = {"data.source": "python-docs", "data.tokenizer": "bytes", "data.validation_blocks": 4, "train.log_every": 1,
+          "train.clip": 1.0, "schedule.warmup_steps": 10, "tracking.wandb": "disabled", "run.seed": 1337}
+MEDIUM = {**COMMON, "model.layers": 4, "model.heads": 4, "model.width": 256, "model.positions": 128, "data.sequence_length": 128,
+          "train.global_batch_size": 16}
+SMALL = {**COMMON, "model.layers": 2, "model.heads": 2, "model.width": 64, "model.positions": 64, "data.sequence_length": 64,
+         "train.global_batch_size": 16}
+SGD = {"optimizer.name": "sgd", "optimizer.lr": 0.1, "optimizer.momentum": 0.9, "optimizer.weight_decay": 0.0}
+ADAMW = {"optimizer.name": "adamw", "optimizer.lr": 1e-3}
+
+
+@dataclass
+class Outcome:
+    """A finished run: its lines of metrics.jsonl by step, and the largest VmHWM among its training processes."""
+
+    folder: Path
+    steps: dict[int, dict[str, Any]]
+    peak_mib: float
+
+    def difference(self, other: Outcome) -> float:
+        """Largest relative difference of the loss over all steps."""
+        assert self.steps.keys() == other.steps.keys(), "the runs logged different steps"
+        return max(abs(line["loss"] - other.steps[step]["loss"]) / abs(other.steps[step]["loss"]) for step, line in self.steps.items())
+
+    def same_data(self, other: Outcome) -> bool:
+        return all(line["data_digest"] == other.steps[step]["data_digest"] for step, line in self.steps.items())
+
+    def median_step_seconds(self) -> float:
+        return statistics.median([line["step_seconds"] for line in self.steps.values()][-40:])
+
+
+class Runner:
+    """Starts runs one after the other in a scratch folder."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch = scratch
+        self.count = 0
+
+    def train(self, strategy: str, settings: dict[str, Any], folder: Path | None = None) -> Outcome:
+        """One run to its end; in an existing run `folder` it resumes."""
+        self.count += 1
+        folder = folder or self.scratch / f"{self.count:03d}-{strategy}"
+        settings = {**settings, "parallel.strategy": strategy, "run.dir": folder.parent, "run.name": folder.name}
+        command = [sys.executable, "-m", "genscale", "train"]
+        command += ["--processes", str(PROCESSES)] if strategy != "single" else []
+        command += [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+        started = time.perf_counter()
+        with (self.scratch / "output.txt").open("w+") as output:
+            process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+            peak = _watch_memory(process, limit_seconds=600)
+            if process.returncode:
+                output.seek(0)
+                raise SystemExit(f"failed with {process.returncode}: {' '.join(command)}\n{output.read()[-3000:]}")
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        print(f"  {folder.name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        return Outcome(folder, {line["step"]: line for line in lines if "loss" in line}, peak)
+
+
+def _watch_memory(process: subprocess.Popen, limit_seconds: float) -> float:
+    """Wait for a run. Returns the largest VmHWM in MiB of any training process (those with a RANK, or the only one)."""
+    peaks: dict[int, float] = {}
+    deadline = time.monotonic() + limit_seconds
+    while process.poll() is None:
+        if time.monotonic() > deadline:
+            process.terminate()
+            raise SystemExit(f"a run took more than {limit_seconds} s")
+        for pid, peak in _peaks(process.pid):
+            peaks[pid] = peak
+        time.sleep(0.2)
+    # The launcher imports torch too, but trains nothing: it counts only where there was no other process.
+    workers = [peak for pid, peak in peaks.items() if pid != process.pid]
+    return max(workers or peaks.values())
+
+
+def _peaks(pid: int) -> Iterator[tuple[int, float]]:
+    try:
+        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    except psutil.Error:
+        return
+    for member in family:
+        try:
+            if member.pid == pid or "RANK" in member.environ():
+                status = Path(f"/proc/{member.pid}/status").read_text()
+                yield member.pid, next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+        except (psutil.Error, OSError, StopIteration):  # ended meanwhile
+            continue
+
+
+# --- the tables ----------------------------------------------------------------------------------------------------------
+
+
+def table_a(runner: Runner, steps: int) -> list[dict[str, Any]]:
+    """Every strategy against one process; for AdamW beside it what reordering the sums alone does."""
+    medium = {**MEDIUM, "train.steps": steps}
+    single = {"sgd": runner.train("single", {**medium, **SGD}), "adamw": runner.train("single", {**medium, **ADAMW})}
+    halves = {"train.micro_batch_size": MEDIUM["train.global_batch_size"] // 2}
+    noise = runner.train("single", {**medium, **ADAMW, **halves}).difference(single["adamw"])
+    rows = []
+    for strategy in ("single", *DISTRIBUTED):
+        sgd = single["sgd"] if strategy == "single" else runner.train(strategy, {**medium, **SGD})
+        adamw = single["adamw"] if strategy == "single" else runner.train(strategy, {**medium, **ADAMW})
+        rows.append({"strategy": strategy, "processes": 1 if strategy == "single" else PROCESSES,
+                     "sgd_difference": sgd.difference(single["sgd"]), "adamw_difference": adamw.difference(single["adamw"]),
+                     "adamw_noise": noise, "same_data": sgd.same_data(single["sgd"]) and adamw.same_data(single["adamw"]),
+                     "step_seconds": adamw.median_step_seconds(), "peak_rss_mib": adamw.peak_mib,
+                     "bytes_at_rest_mib": _bytes_at_rest(strategy) / 2**20})
+    ddp = next(row for row in rows if row["strategy"] == "ddp")["step_seconds"]
+    for row in rows:
+        row["time_to_ddp"] = row["step_seconds"] / ddp
+    return rows
+
+
+def table_b(runner: Runner, steps: int) -> list[dict[str, Any]]:
+    settings = {**SMALL, **SGD, "train.steps": steps}
+    single = runner.train("single", settings)
+    rows = []
+    for strategy in ("ddp", "zero2", "fsdp2"):
+        for accumulation, workers in ((1, 0), (2, 0), (4, 0), (1, 1), (1, 2), (4, 2)):
+            micro = SMALL["train.global_batch_size"] // PROCESSES // accumulation
+            run = runner.train(strategy, {**settings, "train.micro_batch_size": micro, "data.workers": workers})
+            rows.append({"strategy": strategy, "accumulation": accumulation, "workers": workers,
+                         "sgd_difference": run.difference(single), "same_data": run.same_data(single)})
+    return rows
+
+
+def table_c(runner: Runner) -> list[dict[str, Any]]:
+    """40 steps straight, against the same run cut off after its checkpoint of step 20 and taken up again."""
+    rows = []
+    settings = {**SMALL, **ADAMW, "train.steps": 40, "train.checkpoint_every": 20}
+    for strategy in ("single", *DISTRIBUTED):
+        straight = runner.train(strategy, settings)
+        copy = straight.folder.with_name(f"{straight.folder.name}-resumed")
+        shutil.copytree(straight.folder, copy)
+        shutil.rmtree(copy / "checkpoints" / "step-00000040")
+        resumed = runner.train(strategy, settings, folder=copy)
+        digests = [_digest(run.folder / "checkpoints" / "step-00000040") for run in (straight, resumed)]
+        same = [resumed.steps[step]["loss"] == line["loss"] for step, line in straight.steps.items()]
+        rows.append({"strategy": strategy, "same_digest": digests[0] == digests[1], "same_losses": f"{sum(same)} of {len(same)}",
+                     "digest": digests[0][:16]})
+    return rows
+
+
+def table_d(runner: Runner, steps: int) -> list[dict[str, Any]]:
+    settings = {**SMALL, **ADAMW, "train.steps": steps}
+    fp32 = runner.train("single", settings)
+    runs = [("bf16", strategy) for strategy in ("single", *DISTRIBUTED)] + [("fp16", "single"), ("fp16", "ddp")]
+    return [{"precision": precision, "strategy": strategy,
+             "difference_to_fp32": runner.train(strategy, {**settings, "train.precision": precision}).difference(fp32)}
+            for precision, strategy in runs]
+
+
+def _digest(checkpoint: Path) -> str:
+    command = [sys.executable, "-m", "genscale", "checkpoint", "digest", str(checkpoint)]
+    return subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout.strip()
+
+
+# --- bytes at rest: weights and optimizer state that a process holds, which peak RSS hides --------------------------------
+
+
+def _bytes_at_rest(strategy: str) -> int:
+    """Of the model of table a after one AdamW step, on the process that holds most."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1" if strategy == "single" else str(PROCESSES),
+               "--master_port", "0", __file__, "--bytes_at_rest_of", strategy]
+    done = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
+    return max(int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("bytes_at_rest"))
+
+
+def bytes_at_rest_worker(strategy: str) -> None:
+    """One process of `_bytes_at_rest`."""
+    import torch
+
+    from genscale.config import OptimizerSettings, ParallelSettings
+    from genscale.models.gpt import GPT, GPTSettings
+    from genscale.parallel.processes import Processes
+    from genscale.parallel.strategies import ParallelPlan, build_engine
+    from genscale.rng import torch_generator
+    from genscale.training.optimizers import make_optimizer
+
+    processes = Processes(need_group=True)
+    shape = {key.removeprefix("model."): value for key, value in MEDIUM.items() if key.startswith("model.")}
+    network = GPT(GPTSettings(**shape), vocab_size=320)
+    network.initialise(torch_generator(1337, "initial weights"))
+    plan = ParallelPlan(strategy, "none", "fp32", processes.world_size)
+    engine = build_engine(plan, processes, ParallelSettings(strategy=strategy), "fp32", 1.0, 1, 1)
+    engine.prepare({"gpt": network}, lambda module: make_optimizer(module, OptimizerSettings()))
+    with engine.micro_batch("gpt", last=True):
+        engine.backward("gpt", engine.networks["gpt"](torch.zeros(1, 8, dtype=torch.long)).float().square().mean())
+    engine.step("gpt")
+    # One write, newline included: two processes share the pipe.
+    sys.stdout.write(f"\nbytes_at_rest {engine.bytes_at_rest()}\n")
+    sys.stdout.flush()
+    processes.close()
+
+
+# --- the report ----------------------------------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, Any]:
+    models = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {"cpu": models[0] if models else platform.processor(), "cores": len(os.sched_getaffinity(0)),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1), "system": platform.platform()}
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    def cell(value: Any) -> str:
+        if isinstance(value, bool):
+            return "yes" if value else "NO"
+        if isinstance(value, float):
+            return f"{value:.1e}" if 0 < value < 1e-2 else f"{value:.4g}"
+        return str(value)
+
+    lines = [" | ".join(rows[0]), " | ".join("---" for _ in rows[0]), *(" | ".join(map(cell, row.values())) for row in rows)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=50, help="steps of a run in tables a, b and d")
+    parser.add_argument("--only", default="a,b,c,d", help="which tables, as in a,c")
+    parser.add_argument("--out", type=Path, help="JSON file to write; tables not run now are kept from what it held")
+    parser.add_argument("--bytes_at_rest_of", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.bytes_at_rest_of:
+        bytes_at_rest_worker(arguments.bytes_at_rest_of)
+        return
+    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True)
+    about = {"date": time.strftime("%Y-%m-%d %H:%M:%S %Z"), "commit": commit.stdout.strip() or "unknown", "machine": machine(),
+             "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "accelerate", "deepspeed")}},
+             "command": " ".join(["python", "benchmarks/strategy_table.py", *sys.argv[1:]]), "steps": arguments.steps}
+    kept = json.loads(arguments.out.read_text())["tables"] if arguments.out and arguments.out.exists() else {}
+    result: dict[str, Any] = {**about, "peak_memory": "VmHWM of /proc/<pid>/status, largest training process",
+                              "config": {"a": MEDIUM, "b, c, d": SMALL, "sgd": SGD, "adamw": ADAMW}, "tables": kept}
+    with tempfile.TemporaryDirectory(prefix="genscale-strategies-") as scratch:
+        runner = Runner(Path(scratch))
+        tables = {"a": lambda: table_a(runner, arguments.steps), "b": lambda: table_b(runner, arguments.steps),
+                  "c": lambda: table_c(runner), "d": lambda: table_d(runner, arguments.steps)}
+        for name in arguments.only.split(","):
+            rows = tables[name]()
+            result["tables"][name] = {"date": about["date"], "commit": about["commit"], "rows": rows}
+            print(f"\n({name})\n{markdown(rows)}", flush=True)
+            if arguments.out:
+                arguments.out.parent.mkdir(parents=True, exist_ok=True)
+                arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Shared fixtures: a run small enough to take a second, and `genscale` in this process or in one of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from genscale.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+# Nothing of a launcher, of another run or of this shell may reach a run under test.
+FOREIGN = ("ACCELERATE_", "FSDP_", "MASTER_", "TORCHELASTIC_", "WANDB_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+    def message(self) -> str:
+        """The one line that a user's mistake comes to, after `error: `."""
+        assert self.code == 2, f"exit code {self.code}\n{self.out}\n{self.err}"
+        lines = self.err.splitlines()
+        assert "Traceback" not in self.out + self.err, self.err
+        assert len(lines) == 1 and lines[0].startswith("error: "), self.err
+        return lines[0].removeprefix("error: ")
+
+
+def run_here(*arguments: object) -> Outcome:
+    """`genscale <arguments>` in this process: a fresh one spends seconds on importing torch."""
+    out, err, threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
+    torch.set_num_threads(1)  # as in `start`: sums come out alike
+    handlers = {logger: list(logger.handlers) for logger in (logging.getLogger(), logging.getLogger("genscale"))}
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main([str(argument) for argument in arguments])
+    except SystemExit as end:  # --help and --print_config
+        code = int(end.code or 0)
+    finally:
+        torch.set_num_threads(threads)
+        logging.captureWarnings(False)
+        for logger, before in handlers.items():
+            for handler in set(logger.handlers) - set(before):
+                logger.removeHandler(handler)
+                handler.close()
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def _not_deaf() -> None:
+    # What a shell starts in the background ignores Ctrl-C, and so would its children.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def start(*arguments: object, command: tuple[str, ...] = (sys.executable, "-m", "genscale"), **variables: str) -> subprocess.Popen:
+    """`genscale <arguments>` (or another command) in a process and a session of its own."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.Popen([*command, *(str(argument) for argument in arguments)], cwd=ROOT, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=_not_deaf)
+
+
+def finish(process: subprocess.Popen, timeout: float = 120) -> Outcome:
+    """Wait for the end. A process that hangs, or a child of it that stays behind, fails the test (and is killed)."""
+    import psutil
+
+    seen: set[psutil.Process] = set()
+    watched = psutil.Process(process.pid) if process.poll() is None else None
+    deadline, reader = time.monotonic() + timeout, _reader(process)
+    try:
+        while process.poll() is None:
+            assert time.monotonic() < deadline, f"still running after {timeout} s"
+            with contextlib.suppress(psutil.NoSuchProcess):
+                seen |= set(watched.children(recursive=True))
+            time.sleep(0.05)
+        out, err = reader(10)
+        _, left = psutil.wait_procs(seen, timeout=5)
+        assert not left, f"left behind: {left}"
+    finally:
+        for straggler in [*seen, *([watched] if watched else [])]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                straggler.kill()
+    return Outcome(process.returncode, out, err)
+
+
+def _reader(process: subprocess.Popen) -> Callable[[float], tuple[str, str]]:
+    """Reads both pipes in the background, so that a full pipe blocks nobody."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    pool = ThreadPoolExecutor(2)
+    texts = [pool.submit(pipe.read) for pipe in (process.stdout, process.stderr)]
+    pool.shutdown(wait=False)
+    return lambda timeout: (texts[0].result(timeout), texts[1].result(timeout))
+
+
+def run_apart(*arguments: object, timeout: float = 120, **options: Any) -> Outcome:
+    """`start`, then `finish`."""
+    return finish(start(*arguments, **options), timeout)
+
+
+@pytest.fixture(scope="session")
+def genscale() -> Callable[..., Outcome]:
+    """`genscale("train", "--config", ...)` in this process; strategies single and ddp only."""
+    return run_here
+
+
+@pytest.fixture(scope="session")
+def genscale_process() -> Callable[..., Outcome]:
+    """The same in a process of its own, for several processes, other strategies and what must not touch this process."""
+    return run_apart
+
+
+@pytest.fixture(scope="session")
+def genscale_start() -> Callable[..., subprocess.Popen]:
+    """Starts it and returns at once, for what happens meanwhile; end with `genscale_finish`."""
+    return start
+
+
+@pytest.fixture(scope="session")
+def genscale_finish() -> Callable[..., Outcome]:
+    return finish
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 50 kB of English in paragraphs."""
+    from pydoc_data.topics import topics
+
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n\n".join(topics[name] for name in sorted(topics))[:50_000])
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_settings(tiny_text: Path) -> dict[str, Any]:
+    """The sections of a tiny run, without run.dir."""
+    return {
+        "run": {"name": "tiny"},
+        "model": {"family": "gpt", "layers": 2, "heads": 2, "width": 32, "positions": 32},
+        "data": {"source": str(tiny_text), "sequence_length": 32, "validation_blocks": 8},
+        "train": {"steps": 6, "global_batch_size": 4, "log_every": 1, "checkpoint_every": 2},
+        "optimizer": {"lr": 1e-3},
+        "tracking": {"wandb": "disabled"},
+    }
+
+
+@pytest.fixture
+def tiny_config(tiny_settings: dict[str, Any], tmp_path: Path) -> Path:
+    """A YAML file of that run, which will lie in `<tmp_path>/runs/tiny`."""
+    path = tmp_path / "tiny.yaml"
+    settings = {**tiny_settings, "run": {**tiny_settings["run"], "dir": str(tmp_path / "runs")}}
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture
+def tiny_run(tmp_path: Path) -> Path:
+    """The run folder of `tiny_config`; made by the run itself."""
+    return tmp_path / "runs" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished tiny run. To be read only: copy it to change it."""
+    folder = tmp_path_factory.mktemp("trained")
+    settings = {**tiny_settings, "run": {"name": "tiny", "dir": str(folder)}}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    done = run_here("train", "--config", folder / "tiny.yaml")
+    assert done.code == 0, done.err
+    return folder / "tiny"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """`small_disk("6m")`: a folder on a disk of that size (a tmpfs, which takes the right to mount one)."""
+    mounted = []
+
+    def mount(options: str) -> Path:
+        folder = tmp_path / f"disk-{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={options}", "tmpfs", str(folder)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        except FileNotFoundError:
+            pytest.skip("no mount command here")
+        if done.returncode:
+            pytest.skip(f"a tmpfs cannot be mounted here ({done.stderr.strip()})")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=False, timeout=20)
+
+
+def steps_of(run: Path) -> list[int]:
+    """Steps of the training lines of metrics.jsonl, in file order; empty where there is none."""
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [record["step"] for record in map(json.loads, lines) if "loss" in record]
+
+
+@pytest.fixture(scope="session")
+def logged_steps() -> Callable[[Path], list[int]]:
+    return steps_of
