@@ -6,10 +6,12 @@ file names. Mistakes come out as one line (`UserError`), with the nearest key wh
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
@@ -52,7 +54,10 @@ def parse_config(families: Families, arguments: Sequence[str], prog: str = "gens
         _check_keys(_read_yaml(file), known, where=f" in {file}")
     _check_flags(arguments, known)
     built = parser.instantiate_classes(parse(parser, arguments))
-    return Config(**{name: getattr(built, name) for name in Config.__dataclass_fields__})
+    config = Config(**{name: getattr(built, name) for name in Config.__dataclass_fields__})
+    for name in ("model", "data", *COMMON_SECTIONS):
+        _check_values(getattr(config, name), f"{name}.")
+    return config
 
 
 def load_config(families: Families, file: Path, overrides: Sequence[str] = ()) -> Config:
@@ -117,7 +122,7 @@ def _read_yaml(file: str) -> dict[str, Any]:
 
 def _nearest_file(file: str) -> str:
     folder = Path(file).parent
-    return nearest(Path(file).name, (p.name for p in folder.iterdir())) if folder.is_dir() else ""
+    return nearest(Path(file).name, (p.name for p in folder.iterdir() if p.is_file())) if folder.is_dir() else ""
 
 
 def _family(families: Families, arguments: Sequence[str]) -> str:
@@ -131,7 +136,7 @@ def _family(families: Families, arguments: Sequence[str]) -> str:
             family = arguments[position + 1]
         elif argument.startswith("--model.family="):
             family = argument.split("=", 1)[1]
-    if family not in families:
+    if not isinstance(family, str) or family not in families:
         raise UserError(f"model.family: '{family}' is not one of {', '.join(families)}{nearest(str(family), families)}")
     return family
 
@@ -148,6 +153,18 @@ def _check_keys(content: dict[str, Any], known: set[str], where: str, prefix: st
             raise UserError(f"{path}: unknown key{where}{_nearest_key(path, known)}")
 
 
+def _check_values(section: Any, prefix: str) -> None:
+    """What jsonargparse lets through: nothing where there must be something, and numbers that are none."""
+    kinds = get_type_hints(type(section))
+    for name in (field.name for field in dataclasses.fields(section)):
+        value, kind = getattr(section, name), kinds[name]
+        if value is None and type(None) not in get_args(kind):
+            wanted = TYPE_WORDS.get(getattr(kind, "__name__", ""), "set")
+            raise UserError(f"{prefix}{name}: must be {wanted}, not None; leave the key out for its default")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{prefix}{name}: must be a finite number, not {value}")
+
+
 def _check_flags(arguments: Sequence[str], known: set[str]) -> None:
     for argument in arguments:
         flag = argument.split("=", 1)[0]
@@ -158,6 +175,9 @@ def _check_flags(arguments: Sequence[str], known: set[str]) -> None:
 def _nearest_key(path: str, known: set[str]) -> str:
     """The closest full key; a bare or misplaced name (`steps`) finds the section that has it (`train.steps`)."""
     leaves = [key for key in known if "." in key] or sorted(known)
+    sections = {key.split(".")[0] for key in leaves if "." in key}
+    if "." not in path and nearest(path, sections):
+        return nearest(path, sections)
     same_leaf = [key for key in leaves if key.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
     return f" (did you mean '{sorted(same_leaf)[0]}'?)" if same_leaf else nearest(path, leaves)
 

@@ -43,6 +43,14 @@ class Outcome:
         assert len(lines) == 1 and lines[0].startswith("error: "), self.err
         return lines[0].removeprefix("error: ")
 
+    def message_of_run(self) -> str:
+        """The same of a run that had begun: its own lines stand before it."""
+        assert self.code == 2, f"exit code {self.code}\n{self.out}\n{self.err}"
+        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert "Traceback" not in self.out + self.err, self.err
+        assert len(lines) == 1, self.err
+        return lines[0].removeprefix("error: ")
+
 
 def run_here(*arguments: object) -> Outcome:
     """`genscale <arguments>` in this process: a fresh one spends seconds on importing torch."""

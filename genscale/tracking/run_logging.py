@@ -19,6 +19,10 @@ LATE_LIBRARIES = ("DeepSpeed", "datasets", "transformers")
 class _RankFile(logging.FileHandler):
     """The log file of this rank (a class of its own, so that a second set-up finds and replaces it)."""
 
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):  # a full disk; a traceback for each line would say no more
+            super().handleError(record)
+
 
 class _Console(logging.Handler):
     """Prints the message on stderr, above a progress bar if there is one."""

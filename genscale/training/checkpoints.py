@@ -57,20 +57,24 @@ class Checkpoint:
         """Why this checkpoint cannot be trusted, or None: every file must have the size and SHA-256 of the manifest."""
         try:
             manifest = self.manifest()
+            if manifest.get("format") != FORMAT:
+                return f"format {manifest.get('format')} is not {FORMAT}"
+            files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
         except FileNotFoundError:
             return "manifest.json is missing"
-        except (OSError, ValueError):
+        except (OSError, ValueError, AttributeError, KeyError, TypeError):
             return "manifest.json is damaged"
-        if manifest.get("format") != FORMAT:
-            return f"format {manifest.get('format')} is not {FORMAT}"
-        for name, entry in manifest["files"].items():
+        for name, (size, digest) in files.items():
             file = self.path / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != entry["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}"
-            if sha256_of(file) != entry["sha256"]:
-                return f"{name} is damaged (SHA-256 differs)"
+            try:
+                if not file.is_file():
+                    return f"{name} is missing"
+                if file.stat().st_size != size:
+                    return f"{name} has {file.stat().st_size} bytes, not {size}"
+                if sha256_of(file) != digest:
+                    return f"{name} is damaged (SHA-256 differs)"
+            except OSError as error:
+                return f"{name} cannot be read ({error.strerror})"
         return None
 
     def digest(self) -> str:
@@ -137,10 +141,12 @@ def write_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tenso
         (partial / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
         for path in [*partial.rglob("*"), partial]:
             _fsync(path)
-        if final.exists():  # the same step again, after resuming from an earlier one
-            shutil.rmtree(final)
+        replaced = folder / f".partial-replaced-{final.name}-{os.getpid()}"
+        if final.exists():  # the same step again; renamed first, so that no kill leaves it with half its files
+            final.rename(replaced)
         partial.rename(final)
         _fsync(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -73,14 +73,16 @@ class RunHooks:
         if report.stopped:  # a stop has seconds, not minutes, before the scheduler's SIGKILL
             return
         started = time.perf_counter()
-        processes = self.processes
-        self.evaluation = validate(self.objective, self.engine.view(None), self.validation_set,
-                                   batch_size=self.engine.micro_batch_size, rank=processes.rank,
-                                   world_size=processes.world_size, device=processes.device, reduce_sum=processes.sum,
-                                   autocast=self.engine.forward_context)
+        self.evaluation = self._validate()
         line = {f"validation_{name}": value for name, value in self.evaluation.items()}
         self._write(report.step, {**line, "evaluation_seconds": time.perf_counter() - started})
         self.evaluated_step = report.step
+
+    def _validate(self) -> dict[str, float]:
+        processes = self.processes
+        return validate(self.objective, self.engine.view(None), self.validation_set,
+                        batch_size=self.engine.micro_batch_size, rank=processes.rank, world_size=processes.world_size,
+                        device=processes.device, reduce_sum=processes.sum, autocast=self.engine.forward_context)
 
     def sample(self, report: StepReport) -> None:
         if report.stopped:
@@ -89,7 +91,8 @@ class RunHooks:
         with evaluating(networks), self.engine.forward_context():
             self.preview = self.objective.preview(networks, self.config.run.seed, self.processes.device)
         if self.processes.is_main:
-            (self.folder / "samples" / f"step-{report.step:08d}.txt").write_text(self.preview)
+            file = self.folder / "samples" / f"step-{report.step:08d}.txt"
+            _try_to_write(f"samples/{file.name}", lambda: file.write_text(self.preview))
             self.trackers.log_text(report.step, "sample", self.preview)
 
     def checkpoint(self, report: StepReport) -> None:
@@ -138,14 +141,13 @@ class RunHooks:
 
     def already_complete(self, step: int) -> None:
         log.info("nothing to do: the run is complete at step %d; raise train.steps to train on", step)
-        report = StepReport(step, last=True)
-        self.evaluate(report)
-        self.sample(report)
+        self.evaluation = self._validate()
+        self.sample(StepReport(step, last=True))
 
     def _write(self, step: int, line: dict[str, float], show: bool = False) -> None:
         if not self.processes.is_main:
             return
-        self.metrics_file.append(step, line)
+        _try_to_write(f"metrics.jsonl: step {step}", lambda: self.metrics_file.append(step, line))
         numbers = {key: value for key, value in line.items() if key != "data_digest"}
         self.trackers.log(step, numbers)
         if show:
@@ -155,9 +157,17 @@ class RunHooks:
         if not self.processes.is_main:
             return
         self.progress.close()
-        self.metrics_file.close()
+        _try_to_write("metrics.jsonl", self.metrics_file.close)
         try:
             plot_losses(self.folder / "metrics.jsonl", self.folder / "plots" / "loss.png", title=self.config.run.name)
         except Exception as error:  # a picture is never worth a run
             log.warning("no loss curve: %s", error)
         self.trackers.close(exit_code=int(failed))
+
+
+def _try_to_write(what: str, write: Callable[[], object]) -> None:
+    """A full disk costs a line or a sample, not the run: only its last checkpoint must be written."""
+    try:
+        write()
+    except OSError as error:
+        log.warning("%s could not be written: %s; training goes on", what, error.strerror or error)

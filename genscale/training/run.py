@@ -30,6 +30,7 @@ from genscale.training.run_folder import (
     create_run_folder,
     find_resume_point,
     run_folder,
+    set_later_checkpoints_aside,
 )
 from genscale.training.trainer import Trainer
 
@@ -152,6 +153,7 @@ def _resume_point(config: Config, processes: Processes, folder: Path, data: Data
         changed = check_may_continue(config, found, data.plan())
         for name, network in objective.networks.items():
             _check_same_network(found, name, network)
+        set_later_checkpoints_aside(folder, found.step, log.warning)
         log.info("continuing from %s%s", found.path, f" with {'; '.join(changed)}" if changed else "")
         return found
 

@@ -24,7 +24,7 @@ def run_folder(config: Config) -> Path:
     name = config.run.name
     if not name or Path(name).name != name or name in (".", ".."):
         raise UserError(f"run.name: '{name}' must be a plain folder name (no '/', not '..'); the folder above it is run.dir")
-    return Path(config.run.dir) / name
+    return Path(config.run.dir).expanduser() / name
 
 
 def create_run_folder(folder: Path) -> None:
@@ -129,9 +129,25 @@ def _move_earlier_run_aside(folder: Path, warn: Callable[[str], None]) -> None:
     earlier = [path for path in folder.iterdir() if not path.name.startswith("previous-") and path.name != "logs"]
     if not any((folder / "checkpoints").iterdir()) and not (folder / "metrics.jsonl").exists():
         return
-    aside = folder / f"previous-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    aside = _aside(folder)
     aside.mkdir()
     for path in earlier:
         path.rename(aside / path.name)
     create_run_folder(folder)
     warn(f"run.resume never: the earlier run was moved to {aside}")
+
+
+def set_later_checkpoints_aside(folder: Path, step: int, warn: Callable[[str], None]) -> None:
+    """A run that goes on from `step` must neither prune in favour of later checkpoints (damaged, or left behind by choice), nor
+    continue from one of them after its next interruption."""
+    later = [checkpoint.path for checkpoint in list_checkpoints(folder / "checkpoints") if checkpoint.step > step]
+    if later:
+        aside = _aside(folder) / "checkpoints"
+        aside.mkdir(parents=True)
+        for path in later:
+            path.rename(aside / path.name)
+        warn(f"run.resume: going on from step {step}; later checkpoints were moved to {aside}")
+
+
+def _aside(folder: Path) -> Path:
+    return folder / f"previous-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"

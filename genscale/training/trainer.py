@@ -14,6 +14,7 @@ from torch import Tensor
 
 from genscale.config import Config
 from genscale.data.loader import StepLoader
+from genscale.data.order import DIGEST_MODULUS
 from genscale.objectives.base import Objective, Phase
 from genscale.parallel.engine import Engine, StepResult
 from genscale.parallel.launcher import follow_launcher
@@ -23,7 +24,6 @@ from genscale.training.schedules import learning_rate_share
 
 log = logging.getLogger("genscale")
 MicroBatches = list[dict[str, Tensor]]
-LEDGER_MODULUS = 2**61
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Trainer:
         for repeat in range(max(phase.repeats for phase in self.objective.phases)):
             batches = self.loader.next_batch()
             report.data_wait_seconds += self.loader.wait_seconds
-            report.data_digest = (report.data_digest + self.loader.digest()) % LEDGER_MODULUS
+            report.data_digest = (report.data_digest + self.loader.digest()) % DIGEST_MODULUS
             for phase in self.objective.phases:
                 if repeat < phase.repeats and step % phase.every == 0:
                     report.metrics.update(self.run_phase(phase, step, batches))
@@ -134,6 +134,8 @@ class Trainer:
         metrics = {f"{prefix}{name}": mean for name, mean in zip(totals, means, strict=True)}
         metrics.setdefault(f"{prefix}loss", sum(means))
         metrics[f"{prefix}grad_norm"] = result.grad_norm
+        if self.skipped_steps:
+            metrics["skipped_steps"] = self.skipped_steps
         return metrics
 
     def _set_learning_rate(self, step: int) -> float:
@@ -144,19 +146,13 @@ class Trainer:
         return lr
 
     def _agree(self, stop: int, digest: int) -> tuple[int, int]:
-        """All ranks stop alike, on the signal of the lowest rank that got one, and share one ledger: a sum of what
-        each rank read."""
+        """All ranks stop alike, on the signal of the lowest rank that got one, and share one ledger entry."""
         if self.processes.world_size == 1:
             return stop, digest
-        # Digests in halves of 31 bits, so that a sum over many ranks does not overflow; signals in a slot each.
-        slots = torch.zeros(3, dtype=torch.int64)
-        slots[0] = digest >> 31
-        slots[1] = digest & (2**31 - 1)
-        slots[2] = stop > 0
-        high, low, stopping = self.processes.sum(slots).tolist()
+        total, stopping = self.processes.sum(torch.tensor([digest, int(stop > 0)])).tolist()
         if stopping:
             stop = next(number for number in self.processes.gather(stop) if number)
-        return stop, ((high << 31) + low) % LEDGER_MODULUS
+        return stop, total % DIGEST_MODULUS
 
     def _guard(self, step: int, phase: Phase, totals: dict[str, Tensor], result: StepResult) -> None:
         """Stop on a loss or gradient that is no longer a number. The norm is global, so every rank comes here alike."""
@@ -166,14 +162,12 @@ class Trainer:
         for rank, terms in enumerate(losses):
             for name, value in terms.items():
                 if not math.isfinite(value):
-                    raise NonFiniteLoss(f"{phase.name}/{name} became {value} at step {step} on rank {rank}; last "
-                                        f"good checkpoint: "
-                                        f"{self.last_good()}; try a lower optimizer.lr, a longer schedule.warmup_steps, or "
-                                        "train.precision bf16 instead of fp16")
+                    raise NonFiniteLoss(f"{phase.name}/{name} became {value} at step {step} on rank {rank}; last good "
+                                        f"checkpoint: {self.last_good()}; try a lower optimizer.lr, a longer "
+                                        "schedule.warmup_steps, or train.precision bf16 instead of fp16")
         if result.skipped:
             self.skipped_steps += 1
             log.info("step %d: gradient overflow in fp16, update skipped (%d so far)", step, self.skipped_steps)
             return
         raise NonFiniteLoss(f"the gradient of {phase.network} became {result.grad_norm} at step {step} (the loss "
-                            f"was finite); last good "
-                            f"checkpoint: {self.last_good()}; try a lower optimizer.lr or train.clip")
+                            f"was finite); last good checkpoint: {self.last_good()}; try a lower optimizer.lr or train.clip")

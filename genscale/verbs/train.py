@@ -60,8 +60,9 @@ def farewell(result: RunResult, settings: Sequence[str]) -> str:
     if result.preview:
         lines += ["sample:", *(f"  | {line}" for line in result.preview.splitlines()), ""]
     scores = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.metrics.items())
+    longer = command([*settings, "--train.steps", str(2 * result.step)], drop=["--run.resume"])
     lines += [f"validation: {scores}", f"run folder: {folder}", f"loss curve: {folder}/plots/loss.png", "", "next:",
-              f"  train on         {command(settings, drop=['--run.resume', '--train.steps'])} --train.steps {2 * result.step}",
+              f"  train on         {longer}",
               f"  sample           genscale sample {folder} --prompt 'The' --tokens 200"]
     again, sibling = f"--config {folder}/config.yaml", f"--run.name {folder.name}"
     lines += [f"  two processes    genscale train --processes 2 {again} {sibling}-2",

@@ -1,0 +1,160 @@
+"""One process of an engine test, started by torchrun: trains small networks through Trainer.run_phase and reports as JSON.
+
+    python -m torch.distributed.run --nproc_per_node 2 engine_worker.py '{"name": {"strategy": "zero2", ...}}' results.json
+
+What it trains on comes from `token_batch`, `two_network_batch` and `networks_of`, which the tests import to compute the truth.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from genscale.config import Config, OptimizerSettings, ParallelSettings
+from genscale.models.gpt import GPT, GPTSettings
+from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
+from genscale.objectives.language_model import LanguageModel
+from genscale.parallel.engine import Engine
+from genscale.parallel.launcher import clear_launch_environment
+from genscale.parallel.processes import Processes
+from genscale.parallel.strategies import build_engine, plan_parallel
+from genscale.rng import Draws, torch_generator
+from genscale.training.optimizers import make_optimizer
+from genscale.training.trainer import Trainer
+
+GLOBAL_BATCH, TIME, VOCABULARY = 8, 32, 64
+DEFAULTS = {"strategy": "ddp", "task": "text", "steps": 4, "accumulation": 1, "precision": "fp32", "clip": 0.0, "offload": "none",
+            "activation_checkpointing": "none", "compile": False, "ragged": False, "optimizer": {"name": "sgd", "lr": 0.5, "momentum": 0.9}}
+
+
+def token_batch(step: int, ragged: bool) -> Tensor:
+    """The global batch of a step, `(GLOBAL_BATCH, TIME + 1)`; ragged: sample i has about i * i / 2 valid targets, the rest is -1."""
+    tokens = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, TIME + 1), generator=torch_generator(0, "tokens", step))
+    if ragged:
+        for index in range(GLOBAL_BATCH):
+            tokens[index, 2 + index * index // 2:] = -1
+    return tokens
+
+
+def two_network_batch(step: int) -> Tensor:
+    """Points `(GLOBAL_BATCH, 2)` that the generator is to imitate."""
+    return torch.randn(GLOBAL_BATCH, 2, generator=torch_generator(0, "points", step)) + 2.0
+
+
+def networks_of(task: str) -> dict[str, nn.Module]:
+    """The networks with their initial weights, the same in every process."""
+    if task == "text":
+        network = GPT(GPTSettings(layers=2, heads=2, width=32, positions=TIME), VOCABULARY)
+        network.initialise(torch_generator(0, "weights"))
+        return {"gpt": network}
+    torch.manual_seed(0)
+    return {"generator": nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 2)),
+            "discriminator": nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 1))}
+
+
+class NoTokenizer:
+    """A language model is trained on tokens as they are here."""
+
+    def token_bytes(self) -> None:
+        return None
+
+
+class TwoNetworks(Objective):
+    """A non-saturating GAN on points: the least that has an opponent."""
+
+    def __init__(self) -> None:
+        self.networks = networks_of("points")
+        self.phases = [Phase("discriminator", "discriminator", self.discriminate, self.count),
+                       Phase("generator", "generator", self.generate, self.count)]
+
+    def count(self, batch: Batch) -> int:
+        return len(batch["points"])
+
+    def discriminate(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
+        # Not detached on purpose: that no gradient reaches the generator is the trainer's promise, not the objective's.
+        made = networks["generator"](draws.normal("noise", 4))
+        logits = networks["discriminator"](torch.cat([batch["points"], made]))
+        real, fake = logits.float().chunk(2)
+        return {"loss": nn.functional.softplus(-real).sum() + nn.functional.softplus(fake).sum()}
+
+    def generate(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
+        logits = networks["discriminator"](networks["generator"](draws.normal("noise", 4)))
+        return {"loss": nn.functional.softplus(-logits.float()).sum()}
+
+    def evaluate(self, networks: Networks, batch: Batch) -> Terms:
+        raise NotImplementedError
+
+    def summarise(self, totals: Any) -> dict[str, float]:
+        raise NotImplementedError
+
+    def preview(self, networks: Networks, seed: int, device: torch.device) -> str:
+        raise NotImplementedError
+
+
+def micro_batches(variant: dict[str, Any], step: int, processes: Processes) -> list[dict[str, Tensor]]:
+    """This process's share of a step: the samples that are its rank modulo the processes, as the loader deals them."""
+    whole = {"tokens": token_batch(step, variant["ragged"])} if variant["task"] == "text" else {"points": two_network_batch(step)}
+    whole["sample"] = torch.arange(GLOBAL_BATCH)
+    mine = {key: value[processes.rank::processes.world_size].chunk(variant["accumulation"]) for key, value in whole.items()}
+    return [dict(zip(mine, parts, strict=True)) for parts in zip(*mine.values(), strict=True)]
+
+
+def state_of(engine: Engine, name: str) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in engine.network_state(name)}
+
+
+def run_variant(variant: dict[str, Any], processes: Processes, plan: Any) -> dict[str, Any]:
+    variant = {**DEFAULTS, **variant}
+    config = Config(optimizer=OptimizerSettings(**variant["optimizer"]))
+    settings = ParallelSettings(strategy=plan.strategy, offload=plan.offload, compile=variant["compile"],
+                                activation_checkpointing=variant["activation_checkpointing"])
+    objective: Objective = LanguageModel(networks_of("text")["gpt"], NoTokenizer(), TIME) \
+        if variant["task"] == "text" else TwoNetworks()
+    micro = GLOBAL_BATCH // processes.world_size // variant["accumulation"]
+    engine = build_engine(plan, processes, settings, variant["precision"], variant["clip"], micro, variant["accumulation"])
+    engine.prepare(objective.networks, lambda module: make_optimizer(module, config.optimizer))
+    trainer = Trainer(config, objective, engine, loader=None, hooks=[], last_good=lambda: "none")
+    steps, leaks = [], []
+    with torch.autograd.profiler.profile() as profile:
+        for step in range(variant["steps"]):
+            batches, metrics = micro_batches(variant, step, processes), {}
+            for phase in objective.phases:
+                opponents = {name: state_of(engine, name) for name in engine.modules if name != phase.network}
+                metrics.update(trainer.run_phase(phase, step, batches))
+                for name, before in opponents.items():
+                    after = state_of(engine, name)
+                    changed = [key for key in before if not torch.equal(before[key], after[key])]
+                    touched = [key for key, p in engine.modules[name].named_parameters() if p.grad is not None]
+                    leaks += [f"step {step}, {phase.name}: {name}.{key}" for key in changed + touched]
+            steps.append(metrics)
+    names = [event.name for event in profile.function_events]
+    wrapper = next(iter(engine.networks.values()))
+    made = next(iter(engine.optimizers.values()))
+    return {"steps": steps, "leaks": leaks, "bytes_at_rest": processes.gather(engine.bytes_at_rest()),
+            "wrapper": type(wrapper).__name__, "optimizer": type(getattr(made, "optimizer", made)).__name__,
+            "stage": wrapper.zero_optimization_stage() if hasattr(wrapper, "zero_optimization_stage") else None,
+            "matrix_products": names.count("aten::addmm"), "activations": names.count("aten::gelu"),
+            "compiled_graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+            "weights": {name: {key: value.tolist() for key, value in state_of(engine, name).items()} for name in engine.modules}
+            if variant["task"] == "points" else {}}
+
+
+def main(variants: dict[str, dict[str, Any]], out: Path) -> None:
+    # As `genscale train` does: the launcher is asked first, then its variables are removed, then the group is made.
+    plans = {name: plan_parallel(ParallelSettings(strategy=variant.get("strategy", "ddp"), offload=variant.get("offload", "none")),
+                                 variant.get("precision", "fp32")) for name, variant in variants.items()}
+    clear_launch_environment()
+    processes = Processes(need_group=True)
+    results = {name: run_variant(variant, processes, plans[name]) for name, variant in variants.items()}
+    if processes.is_main:
+        out.write_text(json.dumps(results))
+    processes.close()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]), Path(sys.argv[2]))

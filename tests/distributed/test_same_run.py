@@ -1,0 +1,65 @@
+"""A run is the same run however it is sharded, interrupted or resized: real runs of `genscale train`."""
+
+from __future__ import annotations
+
+import pytest
+
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+
+
+@pytest.fixture(scope="module")
+def single(train, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("single") / "run", "single")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_equals_one_process_and_resumes_bit_for_bit(strategy, single, train, difference, tmp_path):
+    """Accumulation 2 on two processes, AdamW in its warm-up, gradients clipped; then the same run killed after step 5."""
+    settings = {"train.checkpoint_every": 5, "train.micro_batch_size": 3}
+    straight = train(tmp_path / "straight", strategy, **settings)
+    assert difference(straight.losses(), single.losses()) <= 1e-5
+    assert straight.data_digests() == single.data_digests()
+
+    resumed = train(straight.cut_after(5), strategy, **settings)
+    assert resumed.resumed_from() == ["step-00000005"]
+    assert resumed.losses() == straight.losses()
+    assert resumed.checkpoint(10).digest() == straight.checkpoint(10).digest()
+
+
+@pytest.mark.parametrize(("strategy", "workers"), [("ddp", 2), ("fsdp2", 1)])
+def test_loader_workers_change_nothing(strategy, workers, single, train, difference, tmp_path):
+    run = train(tmp_path / "run", strategy, **{"data.workers": workers, "train.micro_batch_size": 2})
+    assert run.data_digests() == single.data_digests()
+    assert difference(run.losses(), single.losses()) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_sgd_equals_one_process_over_fifty_steps(strategy, train, difference, tmp_path):
+    settings = {"optimizer.name": "sgd", "optimizer.lr": 0.1, "optimizer.momentum": 0.9, "train.steps": 50}
+    alone = train(tmp_path / "alone", "single", **settings)
+    assert difference(train(tmp_path / "run", strategy, **settings).losses(), alone.losses()) <= 1e-5
+    assert alone.losses()[-1] < 0.9 * alone.losses()[0], "nothing was learned: equal losses would mean little"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [3, 4])
+def test_more_than_two_processes_resume_bit_for_bit(processes, single, train, difference, tmp_path):
+    """A sum of two numbers has one order only; from three on, the order of summation must survive a resume too."""
+    straight = train(tmp_path / "straight", "ddp", processes, **{"train.checkpoint_every": 5})
+    resumed = train(straight.cut_after(5), "ddp", processes, **{"train.checkpoint_every": 5})
+    assert resumed.resumed_from() == ["step-00000005"]
+    assert difference(straight.losses(), single.losses()) <= 1e-5
+    assert resumed.losses() == straight.losses()
+    assert resumed.checkpoint(10).digest() == straight.checkpoint(10).digest()
+
+
+@pytest.mark.slow
+def test_another_strategy_and_world_size_go_on(single, train, difference, tmp_path):
+    """zero2 on two processes to step 6, fsdp2 on three from there."""
+    started = train(tmp_path / "run", "zero2", **{"train.checkpoint_every": 3, "train.micro_batch_size": 3})
+    resumed = train(started.cut_after(6), "fsdp2", 3, **{"train.checkpoint_every": 3, "train.micro_batch_size": 4})
+    assert resumed.resumed_from() == ["step-00000006"]
+    assert difference(resumed.losses(), single.losses()) <= 1e-5
+    assert resumed.data_digests() == single.data_digests()
+    assert resumed.checkpoint(9).state()["world_size"] == 3

@@ -1,0 +1,89 @@
+"""Addressed draws: the same numbers wherever a sample is computed, and numbers that are as random as they say."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from genscale.rng import Draws, numpy_generator, permutation, torch_generator
+
+GLOBAL = 24
+
+
+def draws(samples: torch.Tensor, seed: int = 7, scope: str = "generator", step: int = 3) -> Draws:
+    return Draws(seed, scope, step, samples)
+
+
+@pytest.mark.parametrize("kind", ["normal", "uniform"])
+@pytest.mark.parametrize("world, micro", [(1, 1), (1, 8), (2, 3), (3, 8), (4, 2), (6, 1), (24, 1)])
+def test_a_sample_draws_the_same_in_any_split(kind: str, world: int, micro: int) -> None:
+    whole = getattr(draws(torch.arange(GLOBAL)), kind)("noise", 2, 3)
+    assert whole.shape == (GLOBAL, 2, 3) and whole.dtype == torch.float32
+    assert len(torch.unique(whole)) == whole.numel(), "samples share numbers"
+    for rank in range(world):
+        for samples in torch.arange(rank, GLOBAL, world).split(micro):
+            assert torch.equal(getattr(draws(samples), kind)("noise", 2, 3), whole[samples])
+
+
+def test_asking_twice_or_for_more_streams_changes_nothing() -> None:
+    samples = torch.arange(4)
+    one = draws(samples)
+    first = one.normal("noise", 5)
+    one.uniform("augmentation", 9)
+    assert torch.equal(one.normal("noise", 5), first)
+
+
+def test_every_part_of_the_address_matters() -> None:
+    samples = torch.arange(200)
+    found = [draws(samples).normal("noise", 50), draws(samples).normal("epsilon", 50),
+             draws(samples, scope="discriminator").normal("noise", 50), draws(samples, step=4).normal("noise", 50),
+             draws(samples, seed=8).normal("noise", 50), draws(samples + 200).normal("noise", 50)]
+    correlations = np.corrcoef(torch.stack(found).flatten(1).numpy())
+    # 10,000 numbers each: independent streams correlate by 0.01 (one standard deviation), equal ones by 1.
+    assert np.abs(correlations - np.eye(len(found))).max() < 0.05
+
+
+def test_words_and_numbers_of_an_address_do_not_run_together() -> None:
+    addresses = [(1, "ab", "c"), (1, "a", "bc"), (1, "abc"), (1, 1, 11), (1, 11, 1), (1, "1", 11), (11, 1, 1), (-1, 1, 11)]
+    assert len({numpy_generator(*address).integers(2**62) for address in addresses}) == len(addresses)
+    assert len({torch_generator(*address).initial_seed() for address in addresses}) == len(addresses)
+
+
+def test_moments() -> None:
+    samples = torch.arange(2000)
+    normal = draws(samples).normal("noise", 100).double()
+    uniform = draws(samples).uniform("noise", 100).double()
+    # Bounds are five standard errors of each estimate over n draws.
+    error = 5 / math.sqrt(normal.numel())
+    assert abs(normal.mean()) < error
+    assert abs(normal.var() - 1) < error * math.sqrt(2)
+    assert abs((normal**3).mean()) < error * math.sqrt(15)
+    assert abs((normal**4).mean() - 3) < error * math.sqrt(96)
+    assert 0 <= uniform.min() and uniform.max() < 1
+    assert abs(uniform.mean() - 1 / 2) < error * math.sqrt(1 / 12)
+    assert abs(uniform.var() - 1 / 12) < error * math.sqrt(1 / 180)
+    # Neighbours in a sample, and the same place in neighbouring samples, know nothing of each other.
+    for first, second in ((normal[:, :-1], normal[:, 1:]), (normal[:-1], normal[1:])):
+        assert abs((first * second).mean()) < error * 1.01
+
+
+def test_permutations_are_uniform_and_addressed() -> None:
+    assert np.array_equal(permutation(50, 1, "epoch", 0), permutation(50, 1, "epoch", 0))
+    counts: dict[tuple[int, ...], int] = {}
+    for address in range(2400):
+        order = tuple(permutation(4, 1, "epoch", address).tolist())
+        counts[order] = counts.get(order, 0) + 1
+    assert len(counts) == 24
+    # Chi-square with 23 degrees of freedom: above 49.7 once in a thousand.
+    assert sum((count - 100) ** 2 / 100 for count in counts.values()) < 49.7
+
+
+def test_torch_generators_are_their_own() -> None:
+    state = torch.get_rng_state()
+    first = torch.randn(100, generator=torch_generator(1, "initial weights", "gpt"))
+    assert torch.equal(first, torch.randn(100, generator=torch_generator(1, "initial weights", "gpt")))
+    assert not torch.equal(first, torch.randn(100, generator=torch_generator(2, "initial weights", "gpt")))
+    assert torch.equal(torch.get_rng_state(), state), "the global generator was touched"
