@@ -53,7 +53,7 @@ def parse_config(families: Families, arguments: Sequence[str], prog: str = "gens
     for file in _config_files(arguments):
         _check_keys(_read_yaml(file), known, where=f" in {file}")
     _check_flags(arguments, known)
-    built = parser.instantiate_classes(parse(parser, arguments))
+    built = parser.instantiate(parse(parser, arguments))
     config = Config(**{name: getattr(built, name) for name in Config.__dataclass_fields__})
     for name in ("model", "data", *COMMON_SECTIONS):
         _check_values(getattr(config, name), f"{name}.")
@@ -70,7 +70,7 @@ def parse_settings(settings: type, arguments: Sequence[str], prog: str, descript
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, default_env=False)
     parser.add_class_arguments(settings)
     _check_flags(arguments, {action.dest for action in parser._actions if action.dest})
-    return settings(**vars(parser.instantiate_classes(parse(parser, arguments))))
+    return settings(**vars(parser.instantiate(parse(parser, arguments))))
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
@@ -173,13 +173,14 @@ def _check_flags(arguments: Sequence[str], known: set[str]) -> None:
 
 
 def _nearest_key(path: str, known: set[str]) -> str:
-    """The closest full key; a bare or misplaced name (`steps`) finds the section that has it (`train.steps`)."""
+    """The closest full key; a bare or misplaced name (`steps`) finds the section that has it (`train.steps`), and a section
+    is compared with sections."""
     leaves = [key for key in known if "." in key] or sorted(known)
-    sections = {key.split(".")[0] for key in leaves if "." in key}
-    if "." not in path and nearest(path, sections):
-        return nearest(path, sections)
     same_leaf = [key for key in leaves if key.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
-    return f" (did you mean '{sorted(same_leaf)[0]}'?)" if same_leaf else nearest(path, leaves)
+    if same_leaf:
+        return f" (did you mean '{sorted(same_leaf)[0]}'?)"
+    sections = {key.split(".")[0] for key in leaves if "." in key and "." not in path}
+    return nearest(path, sections) or nearest(path, leaves)
 
 
 TYPE_WORDS = {

@@ -23,6 +23,7 @@ import yaml
 from genscale.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
+GENSCALE = (sys.executable, "-m", "genscale")
 # Nothing of a launcher, of another run or of this shell may reach a run under test.
 FOREIGN = ("ACCELERATE_", "FSDP_", "MASTER_", "TORCHELASTIC_", "WANDB_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR")
 
@@ -68,7 +69,8 @@ def run_here(*arguments: object) -> Outcome:
         for logger, before in handlers.items():
             for handler in set(logger.handlers) - set(before):
                 logger.removeHandler(handler)
-                handler.close()
+                with contextlib.suppress(OSError):  # a full disk
+                    handler.close()
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
@@ -77,7 +79,7 @@ def _not_deaf() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def start(*arguments: object, command: tuple[str, ...] = (sys.executable, "-m", "genscale"), **variables: str) -> subprocess.Popen:
+def start(*arguments: object, command: tuple[str, ...] = GENSCALE, **variables: str) -> subprocess.Popen:
     """`genscale <arguments>` (or another command) in a process and a session of its own."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}

@@ -303,8 +303,9 @@ def test_the_checkpoint_of_another_model(refuse, trained):
 def test_a_checkpoint_whose_tensors_are_of_another_model(refuse, trained, tmp_path):
     # As written by a version of the model with other layers under the same config.
     right = trained / "checkpoints" / "step-00000004"
-    wrong = replaced(right, tmp_path, "final_norm.bias" if "final_norm.bias" in names_of(right) else names_of(right)[0], torch.zeros(7))
-    holds(refuse("--run.resume", wrong.path), "run.resume", wrong.path, "another model", "(7,)")
+    name = names_of(right)[0]
+    wrong = replaced(right, tmp_path, name, torch.zeros(7))
+    holds(refuse("--run.resume", wrong.path), "run.resume", wrong.path, "another model", f"gpt.{name} is (7,)")
 
 
 def names_of(checkpoint: Path) -> list[str]:
@@ -358,7 +359,8 @@ def test_what_may_change_at_resume_may(genscale, copied, trained, tiny_config, l
 
 def test_a_run_folder_that_cannot_be_written(refuse, tmp_path, small_disk):
     (tmp_path / "file").write_text("")
-    holds(refuse("--run.dir", tmp_path / "file" / "runs"), "run.dir", tmp_path / "file" / "runs", "Not a directory", "--run.dir")
+    below_a_file = tmp_path / "file" / "runs"
+    holds(refuse("--run.dir", below_a_file), "run.dir", below_a_file, "Not a directory", "--run.dir")
     read_only = small_disk("1m,ro")
     holds(refuse("--run.dir", read_only), "run.dir", read_only / "tiny", "Read-only file system", "--run.dir")
 
@@ -474,10 +476,11 @@ def test_a_loss_that_is_no_number_on_one_rank_only(strategy, genscale_process, t
 def one_error(done) -> str:
     """The one `error:` line of several processes, without a traceback of ours."""
     assert done.code != 0, done.err
-    lines = [line for line in (done.out + done.err).splitlines() if "error: " in line.lower() and "ChildFailedError" not in line]
-    assert len([line for line in lines if line.startswith("error: ")]) == 1, done.err
-    assert "/genscale/" not in done.out + done.err.replace(lines[0], ""), done.err
-    return next(line for line in lines if line.startswith("error: "))
+    text = done.out + done.err
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and text.count(lines[0]) == 1, text
+    assert 'genscale/' not in "".join(line for line in text.splitlines() if line.lstrip().startswith("File ")), text
+    return lines[0]
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
@@ -521,8 +524,7 @@ def test_two_processes_find_a_damaged_checkpoint(genscale_process, copied, tiny_
     holds(one_error(done), "every checkpoint", "--run.resume never")
 
 
-def test_no_gpu_is_no_traceback_in_a_closed_pipe(tiny_config):
-    """`genscale train --help | head -1` ends quietly."""
+def test_a_closed_pipe_is_no_mistake():
     command = f"{sys.executable} -m genscale train --help | head -n 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert done.stdout.startswith("usage: genscale train") and done.stderr == ""

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import glob
-import importlib.util
 import lzma
 import re
 import zlib
@@ -139,11 +138,10 @@ def _damaged(spec: Spec, name: str, error: Exception) -> Exception:
     """What reading `name` failed of, as the user's mistake where it can be one, or the error itself."""
     import datasets
     import pyarrow as pa
+    import zstandard
 
-    theirs = (pa.ArrowException, ValueError, OSError, EOFError, lzma.LZMAError, zlib.error, datasets.exceptions.DatasetsError)
-    if name.endswith(".zst") and importlib.util.find_spec("zstandard") is None:
-        return UserError(f"{spec.key}={spec.name}: {name} needs the package zstandard (pip install zstandard), "
-                         "or compress it with gzip")
+    theirs = (pa.ArrowException, ValueError, OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError,
+              datasets.exceptions.DatasetsError)
     if not isinstance(error, theirs):
         return error
     reason = f"{type(error).__name__}: {error}"

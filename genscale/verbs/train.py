@@ -53,9 +53,9 @@ def farewell(result: RunResult, settings: Sequence[str]) -> str:
     """What the run came to, where it lies, and what to type next."""
     folder = result.folder
     if result.stopped_by:
-        again = command(settings, drop=["--run.resume"])
-        return (f"\nstopped by {result.stopped_by.name} after step {result.step}; a checkpoint was written to {folder}/checkpoints"
-                f"\ngo on with: {again}")
+        return (f"\nstopped by {result.stopped_by.name} after step {result.step}; "
+                f"a checkpoint was written to {folder}/checkpoints\n"
+                f"go on with: {command(settings, drop=['--run.resume'])}")
     lines = [""]
     if result.preview:
         lines += ["sample:", *(f"  | {line}" for line in result.preview.splitlines()), ""]

@@ -81,7 +81,7 @@ def test_same_global_batches_at_any_shape_and_across_a_change_of_shape(corpus: P
     assert len(set(ledger)) == 9
     state, done = None, 0
     # One run, resized twice on its way: each leg continues from the merged state of the one before.
-    for world, micro, count in [(2, 3, 2), (3, 2, 3), (1, 4, 4)] if workers else [(2, 3, 2), (3, 2, 3), (6, 2, 1), (4, 1, 3)]:
+    for world, micro, count in [(2, 3, 2), (4, 3, 3), (1, 4, 4)] if workers else [(2, 3, 2), (3, 2, 3), (6, 2, 1), (4, 1, 3)]:
         samples, entries, state = train(data, count, world, workers, micro, state)
         assert samples == batches[done : done + count]
         assert entries == ledger[done : done + count]

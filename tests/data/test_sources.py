@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from genscale.data import sources
 from genscale.data.packing import Piece
@@ -133,7 +134,8 @@ def test_every_place_continues_exactly(tmp_path: Path, kind: str) -> None:
     ("line", ["one", "two", "three é", "four"]), ("paragraph", ["one\ntwo", "three é", "four\n"]),
     ("file", ["one\ntwo\n\nthree é\n\n\n\nfour\n"]),
 ])
-@pytest.mark.parametrize(("suffix", "opener"), [("", open), (".gz", gzip.open), (".xz", lzma.open), (".bz2", bz2.open)])
+@pytest.mark.parametrize(("suffix", "opener"), [("", open), (".gz", gzip.open), (".xz", lzma.open), (".bz2", bz2.open),
+                                                (".zst", zstandard.open)])
 def test_text_files(tmp_path: Path, document: str, expected: list[str], suffix: str, opener: Callable[..., Any]) -> None:
     path = tmp_path / f"a.txt{suffix}"
     with opener(path, "wb") as file:

@@ -1,0 +1,234 @@
+"""Stopped or killed at any moment, a run goes on as if nothing had been: the same weights, every step logged once."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/cpu.yaml")
+STEPS = 40
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_settings) -> dict[str, Any]:
+    """Steps long enough (some 50 ms) to be hit in the middle."""
+    train = {"steps": STEPS, "global_batch_size": 32, "micro_batch_size": 2, "log_every": 1, "checkpoint_every": 15}
+    return {**tiny_settings, "train": train}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(settings, tmp_path_factory, genscale, genscale_process) -> Callable[[int], tuple[str, list[dict]]]:
+    """(digest, metrics) of the run that nobody disturbs, for a number of processes."""
+    done: dict[int, tuple[str, list[dict]]] = {}
+
+    def run(processes: int) -> tuple[str, list[dict]]:
+        if processes not in done:
+            config = write_config(settings, tmp_path_factory.mktemp("undisturbed"))
+            outcome = genscale_process("train", "--processes", processes, "--config", config)
+            assert outcome.code == 0, outcome.err
+            done[processes] = (digest(genscale, config.parent / "tiny"), metrics(config.parent / "tiny"))
+        return done[processes]
+
+    return run
+
+
+@pytest.fixture
+def config(settings, tmp_path) -> Path:
+    return write_config(settings, tmp_path)
+
+
+def write_config(settings: dict[str, Any], folder: Path) -> Path:
+    path = folder / "config with a space.yaml"
+    path.write_text(yaml.safe_dump({**settings, "run": {"name": "tiny", "dir": str(folder)}}))
+    return path
+
+
+def digest(genscale, run: Path) -> str:
+    """Of the last checkpoint, which must be that of the last step."""
+    done = genscale("checkpoint", "digest", run)
+    assert done.code == 0, done.err
+    assert (run / "checkpoints" / f"step-{STEPS:08d}").is_dir()
+    return done.out.strip()
+
+
+def metrics(run: Path) -> list[dict]:
+    """What the training lines of metrics.jsonl say, but for the times."""
+    file = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    keys = ("step", "loss", "learning_rate", "grad_norm", "tokens", "data_digest")
+    return [{key: line[key] for key in keys} for line in lines if "loss" in line]
+
+
+def whole_lines(run: Path) -> int:
+    file = run / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def wait_for(condition: Callable[[], bool], process, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def check_stop(outcome, number: signal.Signals, logged: int, run: Path) -> str:
+    """The exit code, the message, the checkpoint, and no step more than the one under way; returns the command to go on with."""
+    assert outcome.code == SIGNALS[number], outcome.err
+    assert "Traceback" not in outcome.out + outcome.err, outcome.err
+    step = int(re.search(rf"stopped by {number.name} after step (\d+)", outcome.out).group(1))
+    # One may have ended between our count and the signal, the next was under way.
+    assert logged <= step <= logged + 2
+    assert (run / "checkpoints" / f"step-{step:08d}").is_dir()
+    assert str(run / "checkpoints") in outcome.out
+    assert [record["step"] for record in metrics(run)] == list(range(1, step + 1))
+    return re.search(r"^go on with: (.*)$", outcome.out, re.MULTILINE).group(1)
+
+
+def check_same(genscale, run: Path, expected: tuple[str, list[dict]]) -> None:
+    assert metrics(run) == expected[1]
+    assert [record["step"] for record in expected[1]] == list(range(1, STEPS + 1))
+    assert digest(genscale, run) == expected[0]
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(("processes", "number"), [
+    (1, signal.SIGINT), pytest.param(1, signal.SIGTERM, marks=SLOW),
+    (2, signal.SIGTERM), pytest.param(2, signal.SIGINT, marks=SLOW),
+])  # fmt: skip
+def test_a_signal_stops_within_a_step_and_the_run_goes_on(processes, number, genscale, genscale_start, genscale_finish,
+                                                          genscale_process, config, undisturbed):  # fmt: skip
+    run = config.parent / "tiny"
+    arguments = ["--config", config] if processes == 1 else ["--processes", processes, "--config", config]
+    process = genscale_start("train", *arguments)
+    wait_for(lambda: whole_lines(run) >= 8, process)
+    logged = whole_lines(run)
+    process.send_signal(number)
+    again = check_stop(genscale_finish(process, 60), number, logged, run)
+    # What is printed is typed.
+    words = shlex.split(again)
+    assert words[0] == "genscale"
+    done = genscale_process(*words[1:])
+    assert done.code == 0, done.err
+    assert "continuing from" in done.err
+    check_same(genscale, run, undisturbed(processes))
+
+
+@pytest.mark.slow
+def test_accelerate_launch_passes_a_signal_on(genscale, genscale_start, genscale_finish, genscale_process, config, undisturbed):
+    """Its launcher ends with an exit code of its own."""
+    run = config.parent / "tiny"
+    process = genscale_start("train.py", "--config", config, command=ACCELERATE)
+    wait_for(lambda: whole_lines(run) >= 8, process)
+    process.send_signal(signal.SIGTERM)
+    stopped = genscale_finish(process, 60)
+    assert stopped.code != 0
+    assert len(re.findall(r"stopped by SIGTERM after step \d+", stopped.out)) == 1, stopped.err
+    assert re.search(r"^go on with: accelerate launch train.py --config ", stopped.out, re.MULTILINE)
+    done = genscale_process("train.py", "--config", config, command=ACCELERATE)
+    assert done.code == 0, done.err
+    check_same(genscale, run, undisturbed(2))
+
+
+def test_interrupted_before_the_first_step(genscale_start, genscale_finish, config):
+    """Ctrl-C while libraries are loaded and data is read: no traceback."""
+    process = genscale_start("train", "--config", config)
+    wait_for(lambda: psutil.Process(process.pid).num_threads() > 1, process)  # torch is being loaded
+    process.send_signal(signal.SIGINT)
+    stopped = genscale_finish(process, 60)
+    assert stopped.code == 130, stopped.err
+    assert "Traceback" not in stopped.err
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=SLOW)])
+def test_killed_outright_the_run_goes_on_from_the_last_checkpoint(processes, genscale, genscale_start, genscale_finish,
+                                                                  genscale_process, config, undisturbed):  # fmt: skip
+    run = config.parent / "tiny"
+    arguments = ["train", "--processes", processes, "--config", config]
+    process = genscale_start(*arguments)
+    wait_for(lambda: whole_lines(run) >= 22, process)
+    kill_all(process)
+    genscale_finish(process)
+    assert len(metrics(run)) >= 22
+    done = genscale_process(*arguments)
+    assert done.code == 0, done.err
+    assert f"continuing from {run / 'checkpoints' / 'step-00000015'}" in done.err
+    check_same(genscale, run, undisturbed(processes))
+
+
+def kill_all(process) -> None:
+    """SIGKILL to the launcher and to every worker: power off."""
+    launcher = psutil.Process(process.pid)
+    for each in [launcher, *launcher.children(recursive=True)]:
+        each.kill()
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_while_checkpoints_are_written(genscale, genscale_start, genscale_finish, config, undisturbed):
+    """A checkpoint after every step, so that kills at odd moments hit the writing, the renaming and the pruning."""
+    run = config.parent / "tiny"
+    arguments = ["train", "--config", config, "--train.checkpoint_every", 1, "--train.checkpoint_keep", 1]
+    for kill in range(4):
+        process = genscale_start(*arguments)
+        wait_for(lambda goal=8 * (kill + 1): len(metrics(run)) >= goal, process)
+        time.sleep(0.007 * kill)
+        kill_all(process)
+        genscale_finish(process)
+        assert genscale("checkpoint", "verify", run).code == 0
+    done = genscale_finish(genscale_start(*arguments))
+    assert done.code == 0, done.err
+    assert "damaged" not in done.err
+    check_same(genscale, run, undisturbed(1))
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{STEPS:08d}"]
+
+
+@pytest.mark.slow
+def test_workers_whose_launcher_was_killed_save_and_end(genscale, genscale_start, genscale_process, config, undisturbed):
+    run = config.parent / "tiny"
+    arguments = ["train", "--processes", 2, "--config", config]
+    process = genscale_start(*arguments)
+    wait_for(lambda: whole_lines(run) >= 8, process)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    _, left = psutil.wait_procs(workers, timeout=30)
+    for worker in left:
+        worker.kill()
+    process.communicate(timeout=10)
+    assert not left
+    assert list((run / "checkpoints").glob("step-*"))
+    done = genscale_process(*arguments)
+    assert done.code == 0, done.err
+    check_same(genscale, run, undisturbed(2))
+
+
+@pytest.mark.slow
+def test_one_worker_killed_takes_the_run_down_and_says_so(genscale, genscale_start, genscale_finish, genscale_process, config,
+                                                          undisturbed):  # fmt: skip
+    """As the kernel does where memory runs out."""
+    run = config.parent / "tiny"
+    arguments = ["train", "--processes", 2, "--config", config]
+    process = genscale_start(*arguments)
+    wait_for(lambda: whole_lines(run) >= 22, process)
+    worker = next(child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1")
+    worker.kill()
+    ended = genscale_finish(process, 60)
+    assert ended.code == 128 + signal.SIGKILL, ended.err
+    assert "process 1 of 2 was ended by SIGKILL (out of memory?)" in ended.err
+    assert "Traceback" not in ended.err, ended.err
+    done = genscale_process(*arguments)
+    assert done.code == 0, done.err
+    check_same(genscale, run, undisturbed(2))

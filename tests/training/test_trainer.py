@@ -1,0 +1,242 @@
+"""The loop against loops written out by hand: one network, and two networks that train against each other."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genscale.config import Config, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
+from genscale.data.lanes import Cursor, Data, Sample
+from genscale.data.loader import StepLoader
+from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
+from genscale.parallel.processes import Processes
+from genscale.parallel.replicated import ReplicatedEngine
+from genscale.rng import Draws
+from genscale.training.guards import NonFiniteLoss, StopSignal
+from genscale.training.optimizers import make_optimizer
+from genscale.training.schedules import learning_rate_share
+from genscale.training.trainer import Hook, StepReport, Trainer
+
+GLOBAL, STEPS, NOISE = 6, 5, 3
+
+
+class Points(Data):
+    """Sample g is a point in the plane that only g decides, with a validity flag: every third sample is invalid."""
+
+    lane_count = 4
+
+    def open_lane(self, lane: int, cursor: Cursor | None = None) -> Iterator[tuple[Sample, Cursor]]:
+        position = 0 if cursor is None else cursor["position"]
+        while True:
+            g = position * self.lane_count + lane
+            yield point(g), {"position": position + 1}
+            position += 1
+
+    def validation(self) -> list[Sample]:
+        return [point(-1)]
+
+    def check(self, global_batch_size: int) -> None: ...
+
+    def plan(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None: ...
+
+
+def point(g: int) -> Sample:
+    return {"x": np.array([math.sin(g), math.cos(2 * g)], np.float32), "valid": np.array(g % 3 > 0)}
+
+
+def batch_of(numbers: Sequence[int]) -> Batch:
+    samples = [point(g) for g in numbers]
+    return {"x": torch.tensor(np.stack([s["x"] for s in samples])), "valid": torch.tensor([bool(s["valid"]) for s in samples])}
+
+
+class Adversaries(Objective):
+    """A small GAN: the discriminator takes two batches a step, the generator one, and a regulariser comes every second step."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.networks = {"generator": nn.Sequential(nn.Linear(NOISE, 8), nn.Tanh(), nn.Linear(8, 2)),
+                         "discriminator": nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.0), nn.Tanh(), nn.Linear(8, 1))}
+        self.phases = [
+            Phase("discriminate", "discriminator", self.discriminate, self.count, repeats=2),
+            Phase("regularise", "discriminator", self.regularise, self.count, every=2),
+            Phase("generate", "generator", self.generate, self.count),
+        ]
+        self.seen: list[tuple[str, dict[str, bool]]] = []
+
+    def count(self, batch: Batch) -> int:
+        return int(batch["valid"].sum())
+
+    def discriminate(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
+        self.seen.append(("discriminate", {name: any(p.requires_grad for p in n.parameters()) for name, n in networks.items()}))
+        real, fake = networks["discriminator"](batch["x"]), networks["discriminator"](networks["generator"](draws.normal("z", NOISE)))
+        valid = batch["valid"]
+        return {"real": F.softplus(-real[valid]).sum(), "fake": F.softplus(fake[valid]).sum()}
+
+    def regularise(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
+        return {"penalty": networks["discriminator"](batch["x"])[batch["valid"]].square().sum()}
+
+    def generate(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
+        self.seen.append(("generate", {name: any(p.requires_grad for p in n.parameters()) for name, n in networks.items()}))
+        return {"loss": F.softplus(-networks["discriminator"](networks["generator"](draws.normal("z", NOISE)))[batch["valid"]]).sum()}
+
+    def evaluate(self, networks: Networks, batch: Batch) -> Terms:
+        return {}
+
+    def summarise(self, totals: Any) -> dict[str, float]:
+        return {"loss": 0.0}
+
+    def preview(self, networks: Networks, seed: int, device: torch.device) -> str:
+        return ""
+
+
+def settings(steps: int = STEPS, **optimizer: Any) -> Config:
+    return Config(train=TrainSettings(steps=steps, global_batch_size=GLOBAL, clip=0.5),
+                  optimizer=OptimizerSettings(**{"name": "sgd", "lr": 0.3, "momentum": 0.9, **optimizer}),
+                  schedule=ScheduleSettings(name="linear", warmup_steps=2))
+
+
+def trainer_of(objective: Objective, config: Config, micro: int, hooks: Sequence[Hook] = ()) -> Trainer:
+    engine = ReplicatedEngine(Processes(), ParallelSettings(), "fp32", config.train.clip, micro, GLOBAL // micro)
+    engine.prepare(objective.networks, lambda module: make_optimizer(module, config.optimizer))
+    loader = StepLoader(Points(), global_batch_size=GLOBAL, micro_batch_size=micro, rank=0, world_size=1, workers=0, prefetch_steps=2)
+    return Trainer(config, objective, engine, loader, hooks, last_good=lambda: "step-9")
+
+
+def by_hand(objective: Adversaries, config: Config) -> list[dict[str, float]]:
+    """The same training, written out: whole batches, means over the valid samples, one optimizer a network."""
+    networks = objective.networks
+    optimizers = {name: make_optimizer(network, config.optimizer) for name, network in networks.items()}
+    history = []
+
+    def update(name: str, phase: str, terms: Terms, valid: int) -> dict[str, float]:
+        for optimizer in optimizers.values():
+            optimizer.zero_grad()
+        (sum(terms.values()) / valid).backward()
+        norm = nn.utils.clip_grad_norm_(networks[name].parameters(), config.train.clip)
+        optimizers[name].step()
+        means = {f"{phase}/{key}": value.item() / valid for key, value in terms.items()}
+        return {f"{phase}/loss": sum(means.values()), **means, f"{phase}/grad_norm": norm.item()}
+
+    for step in range(1, config.train.steps + 1):
+        lr = config.optimizer.lr * learning_rate_share(step, config.train.steps, config.schedule)
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        metrics = {"learning_rate": lr}
+        for repeat in range(2):
+            numbers = range((2 * (step - 1) + repeat) * GLOBAL, (2 * (step - 1) + repeat + 1) * GLOBAL)
+            batch = batch_of(numbers)
+            valid = int(batch["valid"].sum())
+
+            def noise(phase: str, step: int = step, numbers: range = numbers) -> Draws:
+                return Draws(config.run.seed, phase, step, torch.tensor(list(numbers)))
+
+            metrics |= update("discriminator", "discriminate", objective.discriminate(networks, batch, noise("discriminate")), valid)
+            if repeat == 0 and step % 2 == 0:
+                metrics |= update("discriminator", "regularise", objective.regularise(networks, batch, noise("regularise")), valid)
+            if repeat == 0:
+                metrics |= update("generator", "generate", objective.generate(networks, batch, noise("generate")), valid)
+        history.append(metrics)
+    return history
+
+
+@pytest.mark.parametrize("micro", [1, 2, 6])
+def test_two_networks_follow_the_loop_written_by_hand(micro: int) -> None:
+    objective, twin = Adversaries(), Adversaries()
+    history: list[dict[str, float]] = []
+    trainer = trainer_of(objective, settings(), micro, [Hook(1, lambda report: history.append(report.metrics))])
+    report = trainer.run(1)
+    trainer.loader.close()
+    expected = by_hand(twin, settings())
+    assert report.step == STEPS and report.last and not report.stopped
+    assert ["regularise/loss" in metrics for metrics in history] == [False, True, False, True, False]
+    for found, wanted in zip(history, expected, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)
+    for name, network in objective.networks.items():
+        for mine, theirs in zip(network.parameters(), twin.networks[name].parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_phase_trains_its_own_network_alone() -> None:
+    objective = Adversaries()
+    trainer = trainer_of(objective, settings(), 3)
+    batches = trainer.loader.next_batch()
+    trainer._set_learning_rate(1)
+    for phase, frozen in (("discriminate", "generator"), ("generate", "discriminator")):
+        before = {name: copy.deepcopy(network.state_dict()) for name, network in objective.networks.items()}
+        trainer.run_phase(next(each for each in objective.phases if each.name == phase), 1, batches)
+        for name, network in objective.networks.items():
+            same = all(torch.equal(value, before[name][key]) for key, value in network.state_dict().items())
+            assert same == (name == frozen)
+            assert all(p.grad is None for p in network.parameters())
+    trainer.loader.close()
+    trained = {"discriminate": "discriminator", "generate": "generator"}
+    assert len(objective.seen) == 4
+    for phase, gradients in objective.seen:
+        assert gradients == {name: name == trained[phase] for name in objective.networks}
+
+
+def test_hooks_come_when_due_and_after_the_last_step() -> None:
+    called: dict[int, list[int]] = {0: [], 2: [], 3: []}
+    hooks = [Hook(every, lambda report, every=every: called[every].append(report.step)) for every in called]
+    trainer = trainer_of(Adversaries(), settings(), 6, hooks)
+    trainer.run(1)
+    trainer.loader.close()
+    assert called == {0: [5], 2: [2, 4, 5], 3: [3, 5]}
+
+
+def test_a_signal_ends_the_run_after_the_step() -> None:
+    reports: list[StepReport] = []
+
+    def interrupt(report: StepReport) -> None:
+        reports.append(report)
+        if report.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = trainer_of(Adversaries(), settings(steps=50), 6, [Hook(1, interrupt)])
+    report = trainer.run(1)
+    trainer.loader.close()
+    assert (report.step, report.stopped, report.last, trainer.stopped_by) == (3, True, True, signal.SIGTERM)
+    assert [each.stopped for each in reports] == [False, False, True]
+
+
+class Diverging(Adversaries):
+    """Its generator's loss stops being a number at a step, in value or in gradient only."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.phases = [Phase("generate", "generator", self.generate, self.count)]
+
+    def generate(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
+        loss = super().generate(networks, batch, draws)["loss"]
+        if draws.step == 3:
+            zero: Tensor = loss * 0
+            loss = loss * float(self.kind) if self.kind != "gradient" else loss + torch.sqrt(zero)  # slope infinite at 0
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize("kind, words", [("nan", "generate/loss became nan at step 3 on rank 0"),
+                                         ("inf", "generate/loss became inf at step 3 on rank 0"),
+                                         ("gradient", r"the gradient of generator became nan at step 3 .the loss was finite.")])
+def test_a_loss_that_is_no_number_stops_the_run(kind: str, words: str) -> None:
+    trainer = trainer_of(Diverging(kind), settings(), 6)
+    with StopSignal() as stop:
+        trainer.train_step(1, stop)
+        trainer.train_step(2, stop)
+        with pytest.raises(NonFiniteLoss, match=f"{words}.* last good checkpoint: step-9; try a lower optimizer.lr"):
+            trainer.train_step(3, stop)
+    trainer.loader.close()
