@@ -191,7 +191,7 @@ def _digest(checkpoint: Path) -> str:
 def _bytes_at_rest(strategy: str) -> int:
     """Of the model of table a after one AdamW step, on the process that holds most."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1" if strategy == "single" else str(PROCESSES),
-               "--master_port", "0", __file__, "--bytes_at_rest_of", strategy]
+               "--standalone", __file__, "--bytes_at_rest_of", strategy]
     done = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
     return max(int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("bytes_at_rest"))
 

@@ -175,12 +175,12 @@ def _check_flags(arguments: Sequence[str], known: set[str]) -> None:
 def _nearest_key(path: str, known: set[str]) -> str:
     """The closest full key; a bare or misplaced name (`steps`) finds the section that has it (`train.steps`), and a section
     is compared with sections."""
-    leaves = [key for key in known if "." in key] or sorted(known)
+    sections = {key.split(".")[0] for key in known if "." in key}
+    leaves = sorted(known - sections)
     same_leaf = [key for key in leaves if key.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
     if same_leaf:
         return f" (did you mean '{sorted(same_leaf)[0]}'?)"
-    sections = {key.split(".")[0] for key in leaves if "." in key and "." not in path}
-    return nearest(path, sections) or nearest(path, leaves)
+    return (nearest(path, sections) if "." not in path else "") or nearest(path, leaves)
 
 
 TYPE_WORDS = {

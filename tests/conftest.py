@@ -52,6 +52,15 @@ class Outcome:
         assert len(lines) == 1, self.err
         return lines[0].removeprefix("error: ")
 
+    def one_error(self) -> str:
+        """The one `error: ` line of several processes, whatever their launcher adds; no traceback of ours."""
+        assert self.code != 0, self.err
+        text = self.out + self.err
+        lines = [line for line in text.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and text.count(lines[0]) == 1, text
+        assert "/genscale/" not in "".join(line for line in text.splitlines() if line.lstrip().startswith("File ")), text
+        return lines[0]
+
 
 def run_here(*arguments: object) -> Outcome:
     """`genscale <arguments>` in this process: a fresh one spends seconds on importing torch."""
@@ -99,7 +108,7 @@ def finish(process: subprocess.Popen, timeout: float = 120) -> Outcome:
             assert time.monotonic() < deadline, f"still running after {timeout} s"
             with contextlib.suppress(psutil.NoSuchProcess):
                 seen |= set(watched.children(recursive=True))
-            time.sleep(0.05)
+            time.sleep(0.1)
         out, err = reader(10)
         _, left = psutil.wait_procs(seen, timeout=5)
         assert not left, f"left behind: {left}"
@@ -230,3 +239,23 @@ def steps_of(run: Path) -> list[int]:
 @pytest.fixture(scope="session")
 def logged_steps() -> Callable[[Path], list[int]]:
     return steps_of
+
+
+@pytest.fixture
+def refuse(genscale, tiny_config, tiny_run, logged_steps) -> Callable[..., str]:
+    """Run the tiny config with other settings; check that it is refused before a step, and return the one line."""
+
+    def run(*overrides: object, config: Path = tiny_config) -> str:
+        before = logged_steps(tiny_run)
+        message = genscale("train", "--config", config, *overrides).message()
+        assert logged_steps(tiny_run) == before
+        return message
+
+    return run
+
+
+@pytest.fixture
+def copied(trained, tiny_config, tiny_run) -> Path:
+    """The trained run in the place of `tiny_config`'s: a run to go on from."""
+    shutil.copytree(trained, tiny_run)
+    return tiny_run

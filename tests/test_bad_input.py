@@ -3,38 +3,15 @@ first step, with exit code 2."""
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import json
 import re
-import shutil
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-
-from genscale.training.checkpoints import Checkpoint, write_checkpoint
-
-ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/cpu.yaml")
-
-
-@pytest.fixture
-def refuse(genscale, tiny_config, tiny_run, logged_steps) -> Callable[..., str]:
-    """Run the tiny config with other settings; check that it is refused before a step, and return the one line."""
-
-    def run(*overrides: object, config: Path = tiny_config) -> str:
-        before = logged_steps(tiny_run)
-        message = genscale("train", "--config", config, *overrides).message()
-        assert logged_steps(tiny_run) == before
-        return message
-
-    return run
 
 
 def holds(message: str, *words: object) -> None:
@@ -52,7 +29,7 @@ def edited(config: Path, **sections: object) -> Path:
     return path
 
 
-# --- the config ----------------------------------------------------------------------------------------------------------
+# --- the config -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("sections", "words"), [
@@ -119,7 +96,7 @@ def test_a_missing_config_names_the_nearest(refuse, tiny_config):
     holds(refuse(config=tiny_config.parent), "--config", "directory")
 
 
-# --- what does not fit together ------------------------------------------------------------------------------------------
+# --- what does not fit together ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
@@ -140,7 +117,7 @@ def test_settings_that_exclude_each_other(arguments, words, refuse):
     holds(refuse(*arguments), *words)
 
 
-# --- the data ------------------------------------------------------------------------------------------------------------
+# --- the data ---------------------------------------------------------------------------------------------------------
 
 
 def jsonl(path: Path, *rows: dict) -> Path:
@@ -226,302 +203,6 @@ def _tokenizer_without_end() -> str:
     from tokenizers import Tokenizer, models
 
     return Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")])).to_str()
-
-
-# --- checkpoints ---------------------------------------------------------------------------------------------------------
-
-
-def flip_a_byte(checkpoint: Path) -> None:
-    file = checkpoint / "networks" / "gpt.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-100] ^= 1
-    file.write_bytes(content)
-
-
-def cut_short(checkpoint: Path) -> None:
-    file = checkpoint / "optimizers" / "gpt.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-
-
-DAMAGES = {
-    "a flipped bit": (flip_a_byte, "networks/gpt.safetensors is damaged"),
-    "a file cut short": (cut_short, "optimizers/gpt.safetensors has"),
-    "a missing file": (lambda c: (c / "state.json").unlink(), "state.json is missing"),
-    "no manifest": (lambda c: (c / "manifest.json").unlink(), "manifest.json is missing"),
-    "half a manifest": (lambda c: (c / "manifest.json").write_text('{"format": 1,'), "manifest.json is damaged"),
-    "an empty manifest": (lambda c: (c / "manifest.json").write_text("{}"), "format None is not 1"),
-    "another manifest": (lambda c: (c / "manifest.json").write_text("[]"), "manifest.json is damaged"),
-    "a manifest of no files": (lambda c: (c / "manifest.json").write_text('{"format": 1}'), "manifest.json is damaged"),
-}
-
-
-@pytest.fixture
-def copied(trained, tiny_config, tiny_run) -> Path:
-    """The trained run in the place of `tiny_config`'s: a run to go on from."""
-    shutil.copytree(trained, tiny_run)
-    return tiny_run
-
-
-@pytest.mark.parametrize("case", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(case, genscale, copied, trained, tiny_config):
-    damage, reason = DAMAGES[case]
-    newest = copied / "checkpoints" / "step-00000006"
-    damage(newest)
-    done = genscale("train", "--config", tiny_config)
-    assert done.code == 0, done.err
-    warning = next(line for line in done.err.splitlines() if line.startswith("warning"))
-    holds(warning, newest, reason, "the one before it")
-    assert f"continuing from {copied / 'checkpoints' / 'step-00000004'}" in done.err
-    assert Checkpoint(newest).problem() is None
-    assert Checkpoint(newest).digest() == Checkpoint(trained / "checkpoints" / newest.name).digest()
-
-
-def test_every_checkpoint_damaged(genscale, copied, tiny_config):
-    for checkpoint in (copied / "checkpoints").iterdir():
-        cut_short(checkpoint)
-    done = genscale("train", "--config", tiny_config)
-    assert done.code == 2
-    lines = done.err.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["warning", "warning", "warning", "error"], done.err
-    holds(lines[-1], "run.resume", copied, "every checkpoint", "--run.resume never")
-
-
-def test_the_checkpoint_asked_for_is_damaged_or_not_there(refuse, copied):
-    chosen = copied / "checkpoints" / "step-00000004"
-    cut_short(chosen)
-    holds(refuse("--run.resume", chosen), "run.resume", chosen, "optimizers/gpt.safetensors", "auto")
-    holds(refuse("--run.resume", "alwyas"), "run.resume", "alwyas", "auto, never")
-    holds(refuse("--run.resume", copied / "samples"), "run.resume", copied / "samples")
-
-
-def test_the_checkpoint_of_another_model(refuse, trained):
-    other = trained / "checkpoints" / "step-00000004"
-    message = refuse("--run.resume", other, "--model.width", 64, "--model.layers", 1)
-    holds(message, "run.resume", other, "model.layers (was 2, now 1)", "model.width (was 32, now 64)")
-
-
-def test_a_checkpoint_whose_tensors_are_of_another_model(refuse, trained, tmp_path):
-    # As written by a version of the model with other layers under the same config.
-    right = trained / "checkpoints" / "step-00000004"
-    name = names_of(right)[0]
-    wrong = replaced(right, tmp_path, name, torch.zeros(7))
-    holds(refuse("--run.resume", wrong.path), "run.resume", wrong.path, "another model", f"gpt.{name} is (7,)")
-
-
-def names_of(checkpoint: Path) -> list[str]:
-    return Checkpoint(checkpoint).tensors("networks", "gpt").keys()
-
-
-def replaced(checkpoint: Path, folder: Path, name: str, value: torch.Tensor) -> Checkpoint:
-    """A valid copy of a checkpoint in which one weight is another."""
-    old = Checkpoint(checkpoint)
-    tensors = {}
-    for kind in ("networks", "optimizers"):
-        read = old.tensors(kind, "gpt")
-        tensors[f"{kind}/gpt"] = {key: read(key) for key in read.keys()}  # noqa: SIM118 - no mapping
-    tensors["networks/gpt"][name] = value
-    folder.mkdir(exist_ok=True)
-    return write_checkpoint(folder, old.step, tensors, old.state(), (checkpoint / "config.yaml").read_text())
-
-
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--model.layers", 3, "--optimizer.lr", 0.5], ["model.layers (was 2, now 3)", "optimizer.lr (was 0.001, now 0.5)"]),
-    (["--run.seed", 1], ["run.seed (was 1337, now 1)"]),
-    (["--train.global_batch_size", 8], ["train.global_batch_size (was 4, now 8)"]),
-    (["--data.sequence_length", 16], ["data.sequence_length (was 32, now 16)"]),
-])  # fmt: skip
-def test_resume_with_another_config_names_the_keys(arguments, words, refuse, copied):
-    holds(refuse(*arguments), "run.resume", *words, "--run.name", "--run.resume never")
-
-
-def test_resume_with_other_data_of_the_same_name(refuse, copied, tiny_text):
-    whole = tiny_text.read_text()
-    try:
-        tiny_text.write_text(whole + "\n\nAn afterthought.")
-        holds(refuse(), "run.resume", "the data is not what the checkpoint", "source_content", "--run.name")
-    finally:
-        tiny_text.write_text(whole)
-
-
-def test_what_may_change_at_resume_may(genscale, copied, trained, tiny_config, logged_steps):
-    shutil.rmtree(copied / "checkpoints" / "step-00000006")
-    done = genscale("train", "--config", tiny_config, "--train.log_every", 2, "--parallel.strategy", "ddp",
-                    "--train.checkpoint_keep", 9, "--train.micro_batch_size", 4, "--data.prefetch_steps", 1)  # fmt: skip
-    assert done.code == 0, done.err
-    holds(done.err, "continuing from", "train.log_every: 1 -> 2", "parallel.strategy: 'auto' -> 'ddp'")
-    last = Path("checkpoints") / "step-00000006"
-    assert logged_steps(copied) == [1, 2, 3, 4, 6]
-    assert Checkpoint(copied / last).digest() == Checkpoint(trained / last).digest()
-
-
-# --- the run folder and the disk -----------------------------------------------------------------------------------------
-
-
-def test_a_run_folder_that_cannot_be_written(refuse, tmp_path, small_disk):
-    (tmp_path / "file").write_text("")
-    below_a_file = tmp_path / "file" / "runs"
-    holds(refuse("--run.dir", below_a_file), "run.dir", below_a_file, "Not a directory", "--run.dir")
-    read_only = small_disk("1m,ro")
-    holds(refuse("--run.dir", read_only), "run.dir", read_only / "tiny", "Read-only file system", "--run.dir")
-
-
-def test_a_disk_too_small_or_full_at_the_start(refuse, small_disk):
-    small = small_disk("1m")
-    holds(refuse("--run.dir", small), "run.dir", "disk full", small, "MiB free", "train.checkpoint_keep (3)", "--run.dir")
-    full = small_disk("64k")
-    fill(full)
-    holds(refuse("--run.dir", full), "run.dir", full, "--run.dir")
-
-
-def fill(folder: Path) -> Path:
-    filler = folder / "filler"
-    with contextlib.suppress(OSError), filler.open("ab", buffering=0) as file:
-        while file.write(b"0" * 4096):
-            pass
-    return filler
-
-
-@pytest.mark.parametrize("freed", [True, False])
-def test_a_disk_that_fills_up_in_the_middle_of_a_run(freed, genscale, small_disk, tiny_config, logged_steps):
-    """The periodic checkpoint that fails is a warning; the last one that fails is an error that names the last good one."""
-    disk = small_disk("5m")
-    run = disk / "tiny"
-    first, second = (run / "checkpoints" / f"step-00000{step}" for step in (100, 200))
-
-    def fill_up() -> None:
-        wait_for(first.exists)
-        filler = fill(disk)
-        if freed:
-            wait_for(lambda: "step-00000200 could not be written" in (run / "logs" / "rank-00000.log").read_text())
-            filler.unlink()
-
-    # The log must have room for the warning when the disk is full: its last page is not.
-    thread = threading.Thread(target=fill_up, daemon=True)
-    thread.start()
-    arguments = ["--run.dir", disk, "--train.steps", 300, "--train.checkpoint_every", 100, "--train.log_every", 50]
-    done = genscale("train", "--config", tiny_config, *arguments)
-    thread.join(timeout=10)
-    assert "Traceback" not in done.err, done.err
-    warnings = [line for line in done.err.splitlines() if line.startswith("warning") and "checkpoint" in line]
-    assert len(warnings) == 1, done.err
-    holds(warnings[0], second, "could not be written", "No space left", "training goes on", first)
-    assert not list((run / "checkpoints").glob(".partial*"))
-    assert Checkpoint(first).problem() is None
-    if freed:
-        assert done.code == 0, done.err
-        assert Checkpoint(run / "checkpoints" / "step-00000300").problem() is None
-    else:
-        assert done.code == 2
-        last = [line for line in done.err.splitlines() if line.startswith("error: ")]
-        assert len(last) == 1
-        holds(last[0], "step-00000300", "could not be written", "last good checkpoint", first)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-# --- a loss that is not a number -----------------------------------------------------------------------------------------
-
-
-def test_a_learning_rate_that_blows_up(genscale, tiny_config, tiny_run, logged_steps):
-    message = genscale("train", "--config", tiny_config, "--optimizer.lr", 1e38, "--train.checkpoint_every", 1).message_of_run()
-    step = int(re.search(r"at step (\d+)", message).group(1))
-    assert logged_steps(tiny_run) == list(range(1, step)) and step > 1
-    holds(message, "loss", "nan", "rank 0", f"last good checkpoint: {tiny_run}/checkpoints/step-{step - 1:08d}", "optimizer.lr")
-
-
-def test_a_weight_that_is_infinite(genscale, copied, tiny_config, tmp_path):
-    chosen = copied / "checkpoints" / "step-00000004"
-    shutil.rmtree(copied / "checkpoints" / "step-00000006")
-    name = names_of(chosen)[0]
-    weight = Checkpoint(chosen).tensors("networks", "gpt")(name).clone()
-    weight.view(-1)[0] = float("inf")
-    replaced(chosen, chosen.parent, name, weight)
-    message = genscale("train", "--config", tiny_config).message_of_run()
-    holds(message, "nan", "at step 5 on rank 0", "last good checkpoint", chosen)
-
-
-# The loss of one sample of one step is not a number, as if its data were damaged: only one rank sees it.
-PLANTED = """
-import sys
-from genscale.cli import main
-from genscale.objectives.language_model import LanguageModel
-loss = LanguageModel.loss
-def planted(self, networks, batch, draws):
-    terms = loss(self, networks, batch, draws)
-    return {"loss": terms["loss"] * (float("nan") if 11 in batch["sample"].tolist() else 1.0)}
-LanguageModel.loss = planted
-sys.exit(main(["train", *sys.argv[1:]]))
-"""
-
-
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow),
-                                      pytest.param("zero2", marks=pytest.mark.slow)])  # fmt: skip
-def test_a_loss_that_is_no_number_on_one_rank_only(strategy, genscale_process, tiny_config, tiny_run, tmp_path):
-    script = tmp_path / "planted.py"
-    script.write_text(PLANTED)
-    done = genscale_process(script, "--config", tiny_config, "--parallel.strategy", strategy, command=ACCELERATE)
-    # Sample 11 is the last of the third batch of 4, so the second of two ranks has it.
-    message = one_error(done)
-    holds(message, "loss", "nan", "at step 3 on rank 1", "last good checkpoint", tiny_run / "checkpoints" / "step-00000002")
-
-
-# --- several processes ---------------------------------------------------------------------------------------------------
-
-
-def one_error(done) -> str:
-    """The one `error:` line of several processes, without a traceback of ours."""
-    assert done.code != 0, done.err
-    text = done.out + done.err
-    lines = [line for line in text.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and text.count(lines[0]) == 1, text
-    assert 'genscale/' not in "".join(line for line in text.splitlines() if line.lstrip().startswith("File ")), text
-    return lines[0]
-
-
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--parallel.strategy", "single"], ["parallel.strategy", "single", "one process", "ddp"]),
-    (["--data.source", "nowhere.txt"], ["data.source=nowhere.txt", "no such file"]),
-    (["--train.global_batch_size", 4096], ["train.global_batch_size=4096", "less than one global batch"]),
-    pytest.param(["--model.heads", 3], ["model.heads", "3"], marks=pytest.mark.slow),
-    pytest.param(["--run.resume", "nowhere"], ["run.resume", "nowhere"], marks=pytest.mark.slow),
-])  # fmt: skip
-def test_two_processes_say_it_once_and_end(arguments, words, genscale_process, tiny_config, tiny_run, logged_steps):
-    done = genscale_process("train", "--processes", 2, "--config", tiny_config, *arguments, timeout=60)
-    assert done.code == 2
-    assert "Traceback" not in done.err
-    holds(one_error(done), *words)
-    assert logged_steps(tiny_run) == []
-
-
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--train.stpes", 3], ["--train.stpes", "'train.steps'"]),
-    pytest.param(["--data.column", "txet"], ["data.column=txet", "'text'"], marks=pytest.mark.slow),
-    pytest.param(["--run.dir", "/dev/null/runs"], ["run.dir", "/dev/null/runs", "Not a directory"], marks=pytest.mark.slow),
-])  # fmt: skip
-def test_accelerate_launch_says_it_once_and_ends(arguments, words, genscale_process, tiny_config, tiny_run, logged_steps):
-    done = genscale_process("train.py", "--config", tiny_config, *arguments, command=ACCELERATE, timeout=60)
-    holds(one_error(done), *words)
-    assert logged_steps(tiny_run) == []
-
-
-@pytest.mark.slow
-def test_two_processes_find_a_damaged_checkpoint(genscale_process, copied, tiny_config):
-    newest = copied / "checkpoints" / "step-00000006"
-    cut_short(newest)
-    done = genscale_process("train", "--processes", 2, "--config", tiny_config)
-    assert done.code == 0, done.err
-    assert done.err.count("the one before it") == 1
-    assert Checkpoint(newest).problem() is None
-    for checkpoint in newest.parent.iterdir():
-        cut_short(checkpoint)
-    done = genscale_process("train", "--processes", 2, "--config", tiny_config, timeout=60)
-    assert done.code == 2
-    holds(one_error(done), "every checkpoint", "--run.resume never")
 
 
 def test_a_closed_pipe_is_no_mistake():

@@ -17,14 +17,14 @@ import pytest
 import yaml
 
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/cpu.yaml")
-STEPS = 40
+STEPS = 30
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 @pytest.fixture(scope="module")
 def settings(tiny_settings) -> dict[str, Any]:
     """Steps long enough (some 50 ms) to be hit in the middle."""
-    train = {"steps": STEPS, "global_batch_size": 32, "micro_batch_size": 2, "log_every": 1, "checkpoint_every": 15}
+    train = {"steps": STEPS, "global_batch_size": 32, "micro_batch_size": 2, "log_every": 1, "checkpoint_every": 10}
     return {**tiny_settings, "train": train}
 
 
@@ -36,7 +36,8 @@ def undisturbed(settings, tmp_path_factory, genscale, genscale_process) -> Calla
     def run(processes: int) -> tuple[str, list[dict]]:
         if processes not in done:
             config = write_config(settings, tmp_path_factory.mktemp("undisturbed"))
-            outcome = genscale_process("train", "--processes", processes, "--config", config)
+            arguments = command_line(config, processes)
+            outcome = genscale(*arguments) if processes == 1 else genscale_process(*arguments)
             assert outcome.code == 0, outcome.err
             done[processes] = (digest(genscale, config.parent / "tiny"), metrics(config.parent / "tiny"))
         return done[processes]
@@ -53,6 +54,10 @@ def write_config(settings: dict[str, Any], folder: Path) -> Path:
     path = folder / "config with a space.yaml"
     path.write_text(yaml.safe_dump({**settings, "run": {"name": "tiny", "dir": str(folder)}}))
     return path
+
+
+def command_line(config: Path, processes: int) -> list[object]:
+    return ["train", *(["--processes", processes] if processes > 1 else []), "--config", config]
 
 
 def digest(genscale, run: Path) -> str:
@@ -85,7 +90,7 @@ def wait_for(condition: Callable[[], bool], process, seconds: float = 90) -> Non
 
 
 def check_stop(outcome, number: signal.Signals, logged: int, run: Path) -> str:
-    """The exit code, the message, the checkpoint, and no step more than the one under way; returns the command to go on with."""
+    """The exit code, the message, the checkpoint, no step more than the one under way; returns the command to go on with."""
     assert outcome.code == SIGNALS[number], outcome.err
     assert "Traceback" not in outcome.out + outcome.err, outcome.err
     step = int(re.search(rf"stopped by {number.name} after step (\d+)", outcome.out).group(1))
@@ -113,8 +118,7 @@ SLOW = pytest.mark.slow
 def test_a_signal_stops_within_a_step_and_the_run_goes_on(processes, number, genscale, genscale_start, genscale_finish,
                                                           genscale_process, config, undisturbed):  # fmt: skip
     run = config.parent / "tiny"
-    arguments = ["--config", config] if processes == 1 else ["--processes", processes, "--config", config]
-    process = genscale_start("train", *arguments)
+    process = genscale_start(*command_line(config, processes))
     wait_for(lambda: whole_lines(run) >= 8, process)
     logged = whole_lines(run)
     process.send_signal(number)
@@ -158,15 +162,15 @@ def test_interrupted_before_the_first_step(genscale_start, genscale_finish, conf
 def test_killed_outright_the_run_goes_on_from_the_last_checkpoint(processes, genscale, genscale_start, genscale_finish,
                                                                   genscale_process, config, undisturbed):  # fmt: skip
     run = config.parent / "tiny"
-    arguments = ["train", "--processes", processes, "--config", config]
+    arguments = command_line(config, processes)
     process = genscale_start(*arguments)
-    wait_for(lambda: whole_lines(run) >= 22, process)
+    wait_for(lambda: whole_lines(run) >= 13, process)
     kill_all(process)
     genscale_finish(process)
-    assert len(metrics(run)) >= 22
+    assert len(metrics(run)) >= 13
     done = genscale_process(*arguments)
     assert done.code == 0, done.err
-    assert f"continuing from {run / 'checkpoints' / 'step-00000015'}" in done.err
+    assert f"continuing from {run / 'checkpoints' / 'step-00000010'}" in done.err
     check_same(genscale, run, undisturbed(processes))
 
 
@@ -184,7 +188,7 @@ def test_killed_again_and_again_while_checkpoints_are_written(genscale, genscale
     arguments = ["train", "--config", config, "--train.checkpoint_every", 1, "--train.checkpoint_keep", 1]
     for kill in range(4):
         process = genscale_start(*arguments)
-        wait_for(lambda goal=8 * (kill + 1): len(metrics(run)) >= goal, process)
+        wait_for(lambda goal=6 * (kill + 1): len(metrics(run)) >= goal, process)
         time.sleep(0.007 * kill)
         kill_all(process)
         genscale_finish(process)
@@ -199,7 +203,7 @@ def test_killed_again_and_again_while_checkpoints_are_written(genscale, genscale
 @pytest.mark.slow
 def test_workers_whose_launcher_was_killed_save_and_end(genscale, genscale_start, genscale_process, config, undisturbed):
     run = config.parent / "tiny"
-    arguments = ["train", "--processes", 2, "--config", config]
+    arguments = command_line(config, 2)
     process = genscale_start(*arguments)
     wait_for(lambda: whole_lines(run) >= 8, process)
     workers = psutil.Process(process.pid).children(recursive=True)
@@ -220,9 +224,9 @@ def test_one_worker_killed_takes_the_run_down_and_says_so(genscale, genscale_sta
                                                           undisturbed):  # fmt: skip
     """As the kernel does where memory runs out."""
     run = config.parent / "tiny"
-    arguments = ["train", "--processes", 2, "--config", config]
+    arguments = command_line(config, 2)
     process = genscale_start(*arguments)
-    wait_for(lambda: whole_lines(run) >= 22, process)
+    wait_for(lambda: whole_lines(run) >= 13, process)
     worker = next(child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1")
     worker.kill()
     ended = genscale_finish(process, 60)

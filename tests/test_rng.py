@@ -62,7 +62,7 @@ def test_moments() -> None:
     assert abs(normal.var() - 1) < error * math.sqrt(2)
     assert abs((normal**3).mean()) < error * math.sqrt(15)
     assert abs((normal**4).mean() - 3) < error * math.sqrt(96)
-    assert 0 <= uniform.min() and uniform.max() < 1
+    assert uniform.min() >= 0 and uniform.max() < 1
     assert abs(uniform.mean() - 1 / 2) < error * math.sqrt(1 / 12)
     assert abs(uniform.var() - 1 / 12) < error * math.sqrt(1 / 180)
     # Neighbours in a sample, and the same place in neighbouring samples, know nothing of each other.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from genscale.config_parser import load_config, parse_config, take_number
+from genscale.errors import UserError
 from genscale.evaluation.validation import validate
 from genscale.objectives import FAMILIES
 from genscale.parallel.precision import autocast
@@ -23,10 +24,12 @@ def main(arguments: list[str]) -> int:
         return 0
     path, rest = take_run(arguments, USAGE)
     step, rest = take_number(rest, "--step", least=0)
-    config, checkpoint = find_trained(path, step)
+    trained, checkpoint = find_trained(path, step)
+    config = load_config(FAMILIES, checkpoint.path / "config.yaml", rest)
+    if config.model != trained.model:
+        raise UserError(f"model: {config.model} is not the model of {checkpoint.path}, {trained.model}; leave model.* out")
     family = FAMILIES[config.model.family]
     objective = family.restore(config, run_of(checkpoint))
-    config = load_config(FAMILIES, checkpoint.path / "config.yaml", rest)
     objective.use_assets(config, run_of(checkpoint))
     data = family.build_data(config.data, config.run.seed)
     device = load_weights(objective, checkpoint)

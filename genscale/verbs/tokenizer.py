@@ -35,7 +35,21 @@ def main(arguments: list[str]) -> int:
             word = arguments[0] if arguments else ""
             raise UserError(f"genscale tokenizer: '{word}' is not one of: train{nearest(word, ['train'])}")
     settings = parse_settings(TokenizerSettings, arguments[1:], "genscale tokenizer train", DESCRIPTION)
+    _check_writable(Path(settings.out))
     path = train_tokenizer(settings.data, settings.vocab_size, Path(settings.out), progress=sys.stderr.isatty())
     tokenizer = load_tokenizer(str(path))
     print(f"{path}: {tokenizer.vocab_size} tokens; use it with --data.tokenizer {path}")
     return 0
+
+
+def _check_writable(out: Path) -> None:
+    """Raise UserError, before the text is read."""
+    file = out if out.suffix == ".json" else out / "tokenizer.json"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        existed = file.exists()
+        file.open("ab").close()
+        if not existed:
+            file.unlink()
+    except OSError as error:
+        raise UserError(f"out: cannot write {file} ({error.strerror}); give a path in a folder you can write to") from None

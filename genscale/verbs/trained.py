@@ -3,6 +3,7 @@ and evaluate."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -31,10 +32,15 @@ def find_trained(path: str, step: int | None = None) -> tuple[Config, Checkpoint
             steps = ", ".join(str(checkpoint.step) for checkpoint in candidates)
             raise UserError(f"--step: {path} has no checkpoint of step {step}; it has {steps}")
         candidates = chosen
-    valid = [checkpoint for checkpoint in candidates if checkpoint.problem() is None]
-    if not valid:
-        raise UserError(f"{path}: damaged: {candidates[-1].path.name}: {candidates[-1].problem()}")
-    return load_config(FAMILIES, valid[-1].path / "config.yaml"), valid[-1]
+    damaged = []
+    for checkpoint in reversed(candidates):
+        problem = checkpoint.problem()
+        if problem is None:
+            for line in damaged:
+                print(f"warning: {line}; using the one before it", file=sys.stderr)
+            return load_config(FAMILIES, checkpoint.path / "config.yaml"), checkpoint
+        damaged.append(f"checkpoint {checkpoint.path} is damaged ({problem})")
+    raise UserError(f"{'; '.join(damaged)}; there is no other")
 
 
 def load_weights(objective: Objective, checkpoint: Checkpoint) -> torch.device:

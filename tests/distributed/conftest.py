@@ -104,7 +104,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str,
 
     def run(variants: dict[str, dict[str, Any]], processes: int = 2, extra: dict[str, str] | None = None) -> dict[str, Any]:
         out = tmp_path_factory.mktemp("engines") / "results.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
         run_to_end([*command, str(WORKER), json.dumps(variants), str(out)], extra)
         return json.loads(out.read_text())
 

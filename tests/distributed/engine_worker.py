@@ -29,12 +29,12 @@ from genscale.training.trainer import Trainer
 
 GLOBAL_BATCH, TIME, VOCABULARY = 8, 32, 64
 DEFAULTS = {"strategy": "ddp", "task": "text", "steps": 4, "accumulation": 1, "precision": "fp32", "clip": 0.0, "offload": "none",
-            "activation_checkpointing": "none", "compile": False, "ragged": False, "optimizer": {"name": "sgd", "lr": 0.5, "momentum": 0.9}}
+            "activation_checkpointing": "none", "compile": False, "ragged": False, "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}}
 
 
 def token_batch(step: int, ragged: bool) -> Tensor:
     """The global batch of a step, `(GLOBAL_BATCH, TIME + 1)`; ragged: sample i has about i * i / 2 valid targets, the rest is -1."""
-    tokens = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, TIME + 1), generator=torch_generator(0, "tokens", step))
+    tokens = torch.randint(0, 4, (GLOBAL_BATCH, TIME + 1), generator=torch_generator(0, "tokens", step))
     if ragged:
         for index in range(GLOBAL_BATCH):
             tokens[index, 2 + index * index // 2:] = -1

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from genscale.rng import Draws
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
-LR = 0.5
+LR = 0.1
 
 
 @pytest.fixture(scope="module")
 def results(engines):
     return engines({f"{task} {strategy}": {"task": task, "strategy": strategy, "ragged": True, "accumulation": 2, "steps": 5,
-                                           "optimizer": {"name": "sgd", "lr": LR}}
+                                           "optimizer": {"name": "sgd", "lr": LR, "weight_decay": 0.0}}
                     for task in ("text", "points") for strategy in STRATEGIES})
 
 

@@ -15,7 +15,7 @@ from genscale.training.optimizers import make_optimizer
 
 ZERO = ("zero1", "zero2", "zero3")
 SHARDED = (*ZERO, "fsdp2")
-SGD = {"name": "sgd", "lr": 0.5, "momentum": 0.9, "weight_decay": 0.1}
+SGD = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
 # Decoupled weight decay and an L2 penalty are far apart with this much of it.
 ADAMW = {"name": "adamw", "lr": 1e-3, "weight_decay": 2.0}
 

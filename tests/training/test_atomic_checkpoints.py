@@ -44,7 +44,8 @@ for trial in range(trials):
 
 def test_a_killed_writer_leaves_only_whole_checkpoints(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", WRITERS, str(tmp_path), "25"], cwd=root, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", WRITERS, str(tmp_path), "25"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     trials = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(trials) == 25 and all(trial["killed"] for trial in trials)

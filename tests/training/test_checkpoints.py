@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import pickle
 import shutil
@@ -25,8 +26,8 @@ from genscale.training.checkpoints import (
     write_checkpoint,
 )
 
-STATE = {"step": 20, "data": {"batches": 20, "cursors": {"0": {"position": 3, "cursor": None}}}, "scalers": {"gpt": {"scale": 8.0}},
-         "best": None, "plan": {}}
+STATE = {"step": 20, "data": {"batches": 20, "cursors": {"0": {"position": 3, "cursor": None}}},
+         "scalers": {"gpt": {"scale": 8.0}}, "best": None, "plan": {}}
 
 
 def tensors() -> dict[str, dict[str, torch.Tensor]]:
@@ -56,13 +57,15 @@ def test_reads_back_what_was_written(tmp_path: Path) -> None:
 
 def test_a_view_is_written_as_it_looks(tmp_path: Path) -> None:
     base = torch.arange(12.0).reshape(3, 4)
-    read = write(tmp_path, tensors={"networks/gpt": {"turned": base.T, "part": torch.arange(9.0)[2::3]}}).tensors("networks", "gpt")
+    views = {"turned": base.T, "part": torch.arange(9.0)[2::3]}
+    read = write(tmp_path, tensors={"networks/gpt": views}).tensors("networks", "gpt")
     assert torch.equal(read("turned"), base.T) and torch.equal(read("part"), torch.tensor([2.0, 5.0, 8.0]))
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
 
 WEIGHTS = "networks/gpt.safetensors"
+OPTIMIZER = "optimizers/gpt.safetensors"
 
 
 def flip_last_bit(path: Path) -> None:
@@ -87,15 +90,15 @@ DAMAGES = {
     "flipped bit": (WEIGHTS, flip_last_bit, "networks/gpt.safetensors is damaged (SHA-256 differs)"),
     "flipped bit of the state": ("state.json", flip_last_bit, "state.json is damaged (SHA-256 differs)"),
     "cut short": (WEIGHTS, cut_short, "networks/gpt.safetensors has "),
-    "emptied": ("optimizers/gpt.safetensors", lambda path: path.write_bytes(b""), "optimizers/gpt.safetensors has 0 bytes, not "),
-    "missing": ("optimizers/gpt.safetensors", Path.unlink, "optimizers/gpt.safetensors is missing"),
+    "emptied": (OPTIMIZER, lambda path: path.write_bytes(b""), "optimizers/gpt.safetensors has 0 bytes, not "),
+    "missing": (OPTIMIZER, Path.unlink, "optimizers/gpt.safetensors is missing"),
     "missing config": ("config.yaml", Path.unlink, "config.yaml is missing"),
     "no manifest": ("manifest.json", Path.unlink, "manifest.json is missing"),
     "cut manifest": ("manifest.json", cut_short, "manifest.json is damaged"),
     "binary manifest": ("manifest.json", lambda path: path.write_bytes(b"\xff\xfe\x00"), "manifest.json is damaged"),
     "manifest of another kind": ("manifest.json", lambda path: path.write_text("[1]"), "manifest.json is damaged"),
     "manifest without files": ("manifest.json", without("files"), "manifest.json is damaged"),
-    "later format": ("manifest.json", lambda path: path.write_text('{"format": 99, "step": 20, "files": {}}'), "format 99 is not 1"),
+    "later format": ("manifest.json", lambda path: path.write_text('{"format": 99}'), "format 99 is not 1"),
 }
 
 
@@ -138,7 +141,7 @@ class Trap:
         return Path.touch, (self.mark,)
 
 
-@pytest.mark.parametrize("save", [lambda value, path: torch.save(value, path), lambda value, path: path.write_bytes(pickle.dumps(value))])
+@pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
 @pytest.mark.parametrize("file", [WEIGHTS, "state.json", "manifest.json"])
 def test_a_pickle_is_refused_and_never_run(save: Callable[[Any, Path], Any], file: str, tmp_path: Path) -> None:
     found, mark = write(tmp_path / "run"), tmp_path / "unpickled"
@@ -159,8 +162,8 @@ def test_a_pickle_is_refused_and_never_run(save: Callable[[Any, Path], Any], fil
     else:
         assert found.problem() == "manifest.json is damaged"
     assert not mark.exists()
-    with (found.path / file).open("rb") as content, pytest.raises(Exception):  # noqa: B017
-        torch.load(content, weights_only=False)["a.weight"].missing
+    content = planted.read_bytes()
+    torch.load(io.BytesIO(content), weights_only=False) if save is torch.save else pickle.loads(content)
     assert mark.exists(), "the trap would not have sprung"
 
 
@@ -203,7 +206,7 @@ def test_digest_changes_with_any_bit_of_any_tensor(tmp_path: Path) -> None:
     assert len(digests) == 13 and len(set(digests.values())) == len(digests)
 
 
-@pytest.mark.parametrize("change", [{"step": 21}, {"data": {**STATE["data"], "batches": 21}}, {"scalers": {"gpt": {"scale": 4.0}}}])
+@pytest.mark.parametrize("change", [{"step": 21}, {"data": {"batches": 21, "cursors": {}}}, {"scalers": {"gpt": {"scale": 4}}}])
 def test_digest_changes_with_the_state(change: dict[str, Any], tmp_path: Path) -> None:
     assert write(tmp_path / "a").digest() != write(tmp_path / "b", state={**STATE, **change}).digest()
 

@@ -35,9 +35,10 @@ def config() -> Config:
     return Config(model=GPTSettings(), data=TextDataSettings())
 
 
-def checkpoint(folder: Path, step: int = 10, of: Config | None = None) -> Checkpoint:
+def checkpoint(folder: Path, step: int = 10) -> Checkpoint:
     state = {"step": step, "data": {}, "scalers": {}, "plan": PLAN}
-    return write_checkpoint(folder / "checkpoints", step, {"networks/gpt": {"w": torch.full((2,), step)}}, state, config_yaml(of or config()))
+    tensors = {"networks/gpt": {"w": torch.full((2,), step)}}
+    return write_checkpoint(folder / "checkpoints", step, tensors, state, config_yaml(config()))
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../other", "a/b", "/etc", "a/", "a/../b", "./a"])
@@ -62,12 +63,14 @@ def test_the_config_file_means_the_config() -> None:
 
 # --- what may change -------------------------------------------------------------------------------------------------
 
-MAY = {"run.name": "other", "run.dir": "elsewhere", "run.resume": "never", "parallel.strategy": "fsdp2", "parallel.compile": True,
-       "tracking.wandb": "disabled", "train.log_every": 3, "train.evaluate_every": 7, "train.sample_every": 7,
+MAY = {"run.name": "other", "run.dir": "elsewhere", "run.resume": "never", "parallel.strategy": "fsdp2",
+       "parallel.compile": True, "tracking.wandb": "disabled", "train.log_every": 3,
+       "train.evaluate_every": 7, "train.sample_every": 8,
        "train.checkpoint_every": 9, "train.checkpoint_keep": 9, "train.micro_batch_size": 2, "train.steps": 2000,
        "data.workers": 2, "data.prefetch_steps": 5}
-MUST_NOT = {"run.seed": 1, "model.layers": 7, "data.source": "other.txt", "data.sequence_length": 128, "train.global_batch_size": 64,
-            "train.precision": "bf16", "train.clip": 0.5, "optimizer.lr": 1.0, "optimizer.betas": (0.9, 0.99), "schedule.warmup_steps": 5}
+MUST_NOT = {"run.seed": 1, "model.layers": 7, "data.source": "other.txt", "data.sequence_length": 128,
+            "train.global_batch_size": 64, "train.precision": "bf16", "train.clip": 0.5, "optimizer.lr": 1.0,
+            "optimizer.betas": (0.9, 0.99), "schedule.warmup_steps": 5}
 
 
 def with_setting(key: str, value: Any) -> Config:
@@ -165,7 +168,8 @@ def test_later_checkpoints_are_set_aside_whole(tmp_path: Path) -> None:
     assert {each.step: each.digest() for each in list_checkpoints(aside / "checkpoints")} == {20: found[20], 30: found[30]}
 
 
-def test_a_run_taken_up_from_an_earlier_checkpoint_keeps_what_it_writes(genscale: Callable, tiny_config: Path, tiny_run: Path) -> None:
+def test_a_run_taken_up_from_an_earlier_checkpoint_keeps_what_it_writes(
+        genscale: Callable[..., Any], tiny_config: Path, tiny_run: Path) -> None:
     """Neither pruned in favour of the checkpoints it left behind, nor continued from one of them."""
     assert genscale("train", "--config", tiny_config).code == 0
     straight = {each.step: each.digest() for each in list_checkpoints(tiny_run / "checkpoints")}

@@ -74,23 +74,28 @@ class Adversaries(Objective):
             Phase("regularise", "discriminator", self.regularise, self.count, every=2),
             Phase("generate", "generator", self.generate, self.count),
         ]
-        self.seen: list[tuple[str, dict[str, bool]]] = []
+        self.seen: list[tuple[str, dict[str, set[bool]]]] = []
 
     def count(self, batch: Batch) -> int:
         return int(batch["valid"].sum())
 
     def discriminate(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
-        self.seen.append(("discriminate", {name: any(p.requires_grad for p in n.parameters()) for name, n in networks.items()}))
-        real, fake = networks["discriminator"](batch["x"]), networks["discriminator"](networks["generator"](draws.normal("z", NOISE)))
-        valid = batch["valid"]
+        self._see("discriminate", networks)
+        discriminator, valid = networks["discriminator"], batch["valid"]
+        real, fake = discriminator(batch["x"]), discriminator(networks["generator"](draws.normal("z", NOISE)))
         return {"real": F.softplus(-real[valid]).sum(), "fake": F.softplus(fake[valid]).sum()}
 
     def regularise(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
         return {"penalty": networks["discriminator"](batch["x"])[batch["valid"]].square().sum()}
 
     def generate(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
-        self.seen.append(("generate", {name: any(p.requires_grad for p in n.parameters()) for name, n in networks.items()}))
-        return {"loss": F.softplus(-networks["discriminator"](networks["generator"](draws.normal("z", NOISE)))[batch["valid"]]).sum()}
+        self._see("generate", networks)
+        score = networks["discriminator"](networks["generator"](draws.normal("z", NOISE)))
+        return {"loss": F.softplus(-score[batch["valid"]]).sum()}
+
+    def _see(self, phase: str, networks: Networks) -> None:
+        flags = {name: {p.requires_grad for p in network.parameters()} for name, network in networks.items()}
+        self.seen.append((phase, flags))
 
     def evaluate(self, networks: Networks, batch: Batch) -> Terms:
         return {}
@@ -111,7 +116,8 @@ def settings(steps: int = STEPS, **optimizer: Any) -> Config:
 def trainer_of(objective: Objective, config: Config, micro: int, hooks: Sequence[Hook] = ()) -> Trainer:
     engine = ReplicatedEngine(Processes(), ParallelSettings(), "fp32", config.train.clip, micro, GLOBAL // micro)
     engine.prepare(objective.networks, lambda module: make_optimizer(module, config.optimizer))
-    loader = StepLoader(Points(), global_batch_size=GLOBAL, micro_batch_size=micro, rank=0, world_size=1, workers=0, prefetch_steps=2)
+    loader = StepLoader(Points(), global_batch_size=GLOBAL, micro_batch_size=micro, rank=0, world_size=1, workers=0,
+                        prefetch_steps=2)
     return Trainer(config, objective, engine, loader, hooks, last_good=lambda: "step-9")
 
 
@@ -141,14 +147,12 @@ def by_hand(objective: Adversaries, config: Config) -> list[dict[str, float]]:
             batch = batch_of(numbers)
             valid = int(batch["valid"].sum())
 
-            def noise(phase: str, step: int = step, numbers: range = numbers) -> Draws:
-                return Draws(config.run.seed, phase, step, torch.tensor(list(numbers)))
-
-            metrics |= update("discriminator", "discriminate", objective.discriminate(networks, batch, noise("discriminate")), valid)
-            if repeat == 0 and step % 2 == 0:
-                metrics |= update("discriminator", "regularise", objective.regularise(networks, batch, noise("regularise")), valid)
+            due = [("discriminator", "discriminate")]
             if repeat == 0:
-                metrics |= update("generator", "generate", objective.generate(networks, batch, noise("generate")), valid)
+                due += [("discriminator", "regularise")] * (step % 2 == 0) + [("generator", "generate")]
+            for name, phase in due:
+                draws = Draws(config.run.seed, phase, step, torch.tensor(list(numbers)))
+                metrics |= update(name, phase, getattr(objective, phase)(networks, batch, draws), valid)
         history.append(metrics)
     return history
 
@@ -186,7 +190,7 @@ def test_a_phase_trains_its_own_network_alone() -> None:
     trained = {"discriminate": "discriminator", "generate": "generator"}
     assert len(objective.seen) == 4
     for phase, gradients in objective.seen:
-        assert gradients == {name: name == trained[phase] for name in objective.networks}
+        assert gradients == {name: {name == trained[phase]} for name in objective.networks}
 
 
 def test_hooks_come_when_due_and_after_the_last_step() -> None:

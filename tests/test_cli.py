@@ -1,0 +1,346 @@
+"""Each verb of the command line, as a user types it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+from genscale import __version__
+from genscale.cli import VERBS
+from genscale.config_parser import COMMON_SECTIONS, load_config
+from genscale.data.tokenizers import ByteTokenizer, load_tokenizer
+from genscale.evaluation.samplers import TextSampling
+from genscale.models.gpt import GPT
+from genscale.objectives import FAMILIES
+from genscale.training.checkpoints import Checkpoint
+from genscale.training.run import derive_accumulation
+from genscale.verbs.tokenizer import TokenizerSettings
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+LAST = Path("checkpoints") / "step-00000006"
+
+
+def done(outcome) -> str:
+    assert outcome.code == 0, outcome.err
+    return outcome.out
+
+
+# --- help ----------------------------------------------------------------------------------------------------------------
+
+
+def settings_of(settings: Any, prefix: str = "--") -> list[str]:
+    """Every flag of a settings dataclass."""
+    found = []
+    for field in dataclasses.fields(settings):
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        nested = dataclasses.is_dataclass(default)
+        found += settings_of(default, f"{prefix}{field.name}.") if nested else [f"{prefix}{field.name}"]
+    return found
+
+
+def test_help_of_train_lists_every_setting_with_meaning_type_and_default(genscale):
+    text = done(genscale("train", "--help"))
+    sections = {**COMMON_SECTIONS, "model": FAMILIES["gpt"].model_settings, "data": FAMILIES["gpt"].data_settings}
+    wanted = [flag for name, section in sections.items() for flag in settings_of(section, f"--{name}.")]
+    assert len(wanted) > 50
+    listed = re.split(r"\n  (?=--)", text.split("options:")[-1])
+    entries = {entry.split()[0]: " ".join(entry.split()) for entry in listed}
+    for flag in wanted:
+        assert re.search(r"\w{2,} .*\((.*type: .*|.*default: .*)\)", entries[flag]), entries.get(flag)
+    assert "Optimizer steps in all. (type: PositiveInt, default: 1000)" in entries["--train.steps"]
+    assert "--config" in entries and "--print_config" in entries
+
+
+@pytest.mark.parametrize(("words", "settings"), [
+    (["sample"], TextSampling), (["tokenizer"], TokenizerSettings), (["tokenizer", "train"], TokenizerSettings),
+])  # fmt: skip
+def test_help_of_a_verb_lists_every_setting(words, settings, genscale):
+    text = done(genscale(*words, "--help"))
+    for flag in settings_of(settings):
+        assert re.search(rf"^  {re.escape(flag)}\b", text, re.MULTILINE), flag
+
+
+def test_help_of_the_others(genscale):
+    assert "--data.validation_source" in done(genscale("evaluate", "--help"))
+    assert re.search(r"list.*verify.*digest", done(genscale("checkpoint", "--help")), re.DOTALL)
+    assert "path" in done(genscale("checkpoint", "digest", "--help"))
+    for flag in ("-h", "--help"):
+        overview = done(genscale(flag))
+        assert all(verb in overview and meaning in overview for verb, meaning in VERBS.items())
+
+
+def test_an_unknown_verb_names_the_nearest(genscale):
+    message = genscale("trian", "--config", "x").message()
+    assert "'trian'" in message and "did you mean 'train'" in message
+    nothing = genscale()
+    assert nothing.code == 2 and all(verb in nothing.out + nothing.err for verb in VERBS)
+
+
+def test_the_module_is_the_command():
+    command = [sys.executable, "-m", "genscale", "--version"]
+    started = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (started.returncode, started.stdout.strip()) == (0, __version__)
+
+
+# --- train ---------------------------------------------------------------------------------------------------------------
+
+
+def test_print_config_is_a_config_of_the_same_run(genscale, trained, tiny_config, tiny_run, tmp_path):
+    text = done(genscale("train", "--config", tiny_config, "--train.log_every", 2, "--print_config"))
+    assert not tiny_run.exists()
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(text)
+    assert yaml.safe_load(text)["train"]["log_every"] == 2
+    done(genscale("train", "--config", printed))
+    assert Checkpoint(tiny_run / LAST).digest() == Checkpoint(trained / LAST).digest()
+
+
+def test_the_config_in_the_run_folder_gives_the_same_run(genscale, trained, tmp_path):
+    done(genscale("train", "--config", trained / "config.yaml", "--run.dir", tmp_path))
+    assert Checkpoint(tmp_path / "tiny" / LAST).digest() == Checkpoint(trained / LAST).digest()
+
+
+def test_the_run_folder_holds_what_it_should(trained):
+    parts = {"config.yaml", "metrics.jsonl", "checkpoints", "samples", "plots", "logs"}
+    assert {path.name for path in trained.iterdir()} >= parts
+    records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    training = [record for record in records if "loss" in record]
+    assert [record["step"] for record in training] == [1, 2, 3, 4, 5, 6]
+    keys = {"step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "data_wait_seconds"}
+    assert all(keys <= record.keys() for record in training)
+    assert training[-1]["tokens"] == 6 * 4 * 32
+    assert (trained / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (trained / "logs" / "rank-00000.log").exists()
+    assert [path.name for path in sorted((trained / "checkpoints").iterdir())] == [f"step-{n:08d}" for n in (2, 4, 6)]
+
+
+def test_what_is_printed_at_the_end(genscale, tiny_config, tiny_run):
+    text = done(genscale("train", "--config", tiny_config, "--train.steps", 2))
+    assert re.search(r"^validation: loss [\d.]+, .*bits per byte [\d.]+", text, re.MULTILINE)
+    assert f"run folder: {tiny_run}" in text and f"loss curve: {tiny_run}/plots/loss.png" in text
+    # Two of the commands it proposes are typed.
+    words = re.search(r"^  sample +genscale (.*)$", text, re.MULTILINE).group(1)
+    assert done(genscale(*words.replace("'", "").split())).startswith("The")
+    words = re.search(r"^  train on +genscale (.*)$", text, re.MULTILINE).group(1)
+    done(genscale(*words.split()))
+    assert (tiny_run / "checkpoints" / "step-00000004").is_dir()
+
+
+def test_a_finished_run_started_again_does_nothing(genscale, trained, tmp_path):
+    run = tmp_path / "tiny"
+    shutil.copytree(trained, run)
+    before = (run / "metrics.jsonl").read_bytes()
+    outcome = genscale("train", "--config", run / "config.yaml", "--run.dir", tmp_path)
+    assert "nothing to do" in outcome.err
+    own = [json.loads(line) for line in before.decode().splitlines()][-1]["validation_loss"]
+    assert f"validation: loss {own:.4f}" in done(outcome)
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert Checkpoint(run / LAST).digest() == Checkpoint(trained / LAST).digest()
+
+
+def test_resume_never_keeps_the_earlier_run(genscale, trained, tmp_path):
+    run = tmp_path / "tiny"
+    shutil.copytree(trained, run)
+    arguments = ["--run.dir", tmp_path, "--run.resume", "never", "--run.seed", 5]
+    outcome = genscale("train", "--config", run / "config.yaml", *arguments)
+    done(outcome)
+    kept = next(run.glob("previous-*"))
+    assert str(kept) in outcome.err
+    assert Checkpoint(kept / LAST).digest() == Checkpoint(trained / LAST).digest() != Checkpoint(run / LAST).digest()
+
+
+# --- sample --------------------------------------------------------------------------------------------------------------
+
+
+def test_sample_follows_the_seed_and_the_checkpoint(genscale, trained):
+    def sample(*arguments: object) -> str:
+        return done(genscale("sample", trained, "--prompt", "The ", "--tokens", 40, *arguments))
+
+    first = sample("--seed", 1)
+    assert first.startswith("The ") and len(first) > 10
+    assert sample("--seed", 1) == first != sample("--seed", 2)
+    assert sample("--seed", 1, "--step", 2) != first == sample("--seed", 1, "--step", 6)
+    two = sample("--seed", 1, "--count", 2)
+    assert first.strip() in two and len(two) > 1.5 * len(first)
+    chosen = done(genscale("sample", trained / LAST, "--prompt", "The ", "--tokens", 40, "--seed", 1))
+    assert chosen == first
+
+
+def test_sample_at_temperature_zero_takes_the_likeliest(genscale, trained):
+    text = done(genscale("sample", trained, "--prompt", "word", "--tokens", 12, "--temperature", 0))
+    network = network_of(trained / LAST)
+    ids = list(b"word")
+    for _ in range(12):
+        ids.append(int(network(torch.tensor([ids]))[0, -1, :257].argmax()))
+    assert text == ByteTokenizer().decode(ids[: ids.index(256) if 256 in ids else None]) + "\n"
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--tokens", "x"], ["tokens", "whole number", "x"]),
+    (["--tkens", 5], ["--tkens", "'tokens'"]),
+    (["--step", 5], ["--step", "step 5", "2, 4, 6"]),
+    (["--step", "x"], ["--step", "whole number", "x"]),
+])  # fmt: skip
+def test_sample_refuses(arguments, words, genscale, trained):
+    message = genscale("sample", trained, *arguments).message()
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(("name", "value"), [("tokens", 0), ("temperature", -1), ("top_k", 0), ("top_p", 1.5), ("count", 0)])
+def test_sample_refuses_what_no_text_can_be_drawn_with(name, value, genscale, trained):
+    message = genscale("sample", trained, f"--{name}", value).message_of_run()
+    assert name in message and str(value) in message
+
+
+def network_of(checkpoint: Path) -> GPT:
+    config = load_config(FAMILIES, checkpoint / "config.yaml")
+    network = GPT(config.model, 320)  # 257 in whole tiles of 64
+    read = Checkpoint(checkpoint).tensors("networks", "gpt")
+    stored = {key: read(key) for key in read.keys()}  # noqa: SIM118 - no mapping
+    missing = network.load_state_dict(stored, strict=False).missing_keys
+    # A tied tensor is stored once.
+    assert all(network.state_dict()[key].data_ptr() in {p.data_ptr() for p in network.parameters()} for key in missing)
+    return network.eval()
+
+
+# --- evaluate ------------------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_is_the_runs_own_validation(genscale, trained):
+    own = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()][-1]
+    report = json.loads(done(genscale("evaluate", trained, "--train.micro_batch_size", 4)))
+    assert report["step"] == 6 and report["samples"] == 8
+    assert {f"validation_{name}": report[name] for name in ("loss", "perplexity", "bits_per_byte")} == {
+        name: own[name] for name in ("validation_loss", "validation_perplexity", "validation_bits_per_byte")
+    }
+    assert json.loads(done(genscale("evaluate", trained)))["loss"] == pytest.approx(own["validation_loss"], rel=1e-6)
+    assert json.loads(done(genscale("evaluate", trained, "--step", 2)))["loss"] > own["validation_loss"]
+
+
+@torch.no_grad()
+def test_evaluate_on_other_data(genscale, trained, tmp_path):
+    text = "Something else entirely, of a length that fills no whole number of blocks. " * 2
+    other = tmp_path / "other.txt"
+    other.write_text(text)
+    report = json.loads(done(genscale("evaluate", trained, "--data.validation_source", other)))
+    tokens = torch.tensor([*text.rstrip("\n").encode(), 256])
+    nats, network = 0.0, network_of(trained / LAST)
+    for start in range(0, len(tokens) - 1, 32):
+        piece = tokens[start : start + 33]
+        nats += F.cross_entropy(network(piece[None, :-1])[0], piece[1:], reduction="sum").item()
+    assert report["loss"] == pytest.approx(nats / (len(tokens) - 1), rel=1e-5)
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--data.validation_source", "nowhere.txt"], ["data.validation_source=nowhere.txt", "no such file"]),
+    (["--data.sequence_length", 64], ["data.sequence_length", "64", "model.positions 32"]),
+    (["--model.layers", 1], ["model", "layers=1", "layers=2"]),
+    (["--data.validatoin_source", "x"], ["'data.validation_source'"]),
+])  # fmt: skip
+def test_evaluate_refuses(arguments, words, genscale, trained):
+    message = genscale("evaluate", trained, *arguments).message()
+    assert all(word in message for word in words), message
+
+
+# --- tokenizer -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_is_trained_and_trained_with(genscale, tiny_config, tiny_run, tiny_text, tmp_path):
+    path = tmp_path / "bpe" / "tokenizer.json"
+    text = done(genscale("tokenizer", "train", "--data.source", tiny_text, "--vocab_size", 300, "--out", path))
+    assert "300 tokens" in text and f"--data.tokenizer {path}" in text
+    tokenizer = load_tokenizer(str(path))
+    words = "The statement is executed."
+    assert tokenizer.decode(tokenizer.encode(words)) == words and len(tokenizer.encode(words)) < len(words)
+    done(genscale("train", "--config", tiny_config, "--data.tokenizer", path))
+    # The run is whole in its folder: the tokenizer file itself is no longer needed.
+    path.unlink()
+    assert done(genscale("sample", tiny_run, "--prompt", words, "--tokens", 5)).startswith(words)
+    own = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()][-1]
+    report = json.loads(done(genscale("evaluate", tiny_run)))
+    assert report["loss"] == pytest.approx(own["validation_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["tarin"], ["'tarin'", "'train'"]),
+    (["train", "--vocab_size", 100], ["vocab_size=100", "257"]),
+    (["train", "--vocab_szie", 300], ["--vocab_szie", "'vocab_size'"]),
+    (["train", "--data.source", "nowhere.txt"], ["data.source=nowhere.txt"]),
+    (["train", "--out", "/dev/null/tokenizer.json"], ["out", "/dev/null/tokenizer.json"]),
+])  # fmt: skip
+def test_tokenizer_refuses(arguments, words, genscale):
+    message = genscale("tokenizer", *arguments).message()
+    assert all(word in message for word in words), message
+
+
+# --- checkpoint ----------------------------------------------------------------------------------------------------------
+
+
+def test_checkpoint_lists_verifies_and_digests(genscale, trained, tmp_path):
+    run = tmp_path / "tiny"
+    shutil.copytree(trained, run)
+    for verb in ("list", "verify"):
+        lines = done(genscale("checkpoint", verb, run)).splitlines()
+        assert [re.search(r"step-(\d{8})", line).group(1) for line in lines] == ["00000002", "00000004", "00000006"]
+        assert all("valid" in line for line in lines)
+    of_the_run = done(genscale("checkpoint", "digest", run))
+    assert re.fullmatch(r"[0-9a-f]{64}\n", of_the_run)
+    assert of_the_run == done(genscale("checkpoint", "digest", run / LAST))
+    assert of_the_run != done(genscale("checkpoint", "digest", run / LAST.with_name("step-00000004")))
+
+    (run / LAST / "networks" / "gpt.safetensors").write_bytes(b"")
+    listed = done(genscale("checkpoint", "list", run)).splitlines()
+    assert ["DAMAGED" in line for line in listed] == [False, False, True]
+    verified = genscale("checkpoint", "verify", run)
+    assert verified.code == 2 and "step-00000006" in verified.message_of_run()
+    assert "step-00000004" not in verified.message_of_run()
+    assert "networks/gpt.safetensors" in genscale("checkpoint", "digest", run).message()
+    # What reads a run uses the checkpoint before it, and says so.
+    report = genscale("evaluate", run)
+    assert json.loads(done(report))["step"] == 4
+    assert "step-00000006" in report.err and "the one before it" in report.err
+    assert "networks/gpt.safetensors" in genscale("sample", run, "--step", 6).message()
+
+
+@pytest.mark.parametrize("words", ["checkpoint list", "checkpoint verify", "checkpoint digest", "sample", "evaluate"])
+def test_a_path_without_a_checkpoint(words, genscale, tmp_path):
+    for path in (tmp_path / "absent", tmp_path, tmp_path / "step-00000001"):
+        message = genscale(*words.split(), path).message()
+        assert str(path) in message and "no checkpoint" in message
+
+
+@pytest.mark.parametrize("arguments", [[], ["lst", "x"], ["list"], ["list", "a", "b"], ["--frobnicate"]])
+def test_checkpoint_refuses(arguments, genscale):
+    assert genscale("checkpoint", *arguments).message()
+
+
+# --- the shipped configs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_shipped_config_parses_and_builds(path, tmp_path):
+    config = load_config(FAMILIES, path)
+    assert config.run.name != "run", "each config names its run"
+    derive_accumulation(config, 1)
+    with torch.device("meta"):  # shapes, not memory
+        objective = FAMILIES[config.model.family].restore(config, tmp_path)
+    assert sum(p.numel() for network in objective.networks.values() for p in network.parameters()) > 0
+
+
+def test_the_demo_runs(genscale, tmp_path):
+    """Its first two steps; `launch/quickstart.sh` runs all of it."""
+    arguments = ["--train.steps", 2, "--train.global_batch_size", 8, "--run.dir", tmp_path, "--data.validation_blocks", 2]
+    text = done(genscale("train", "--config", ROOT / "configs/gpt/demo.yaml", *arguments))
+    assert "bits per byte" in text and (tmp_path / "demo" / "checkpoints" / "step-00000002").is_dir()
