@@ -1,4 +1,4 @@
-"""One run under every strategy: equal losses, step time, memory, resume, precision. Real runs of `genscale train` on this machine.
+"""One run under every strategy: equal losses, step time, memory, resume, precision, by real runs of `genscale train`.
 
     python benchmarks/strategy_table.py --only a,b,c,d --out benchmarks/results/strategies-cpu.json
 
@@ -29,11 +29,12 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTED = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 PROCESSES = 2
+PACKAGES = ("torch", "accelerate", "deepspeed")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 COMMON = {"data.source": "python-docs", "data.tokenizer": "bytes", "data.validation_blocks": 4, "train.log_every": 1,
           "train.clip": 1.0, "schedule.warmup_steps": 10, "tracking.wandb": "disabled", "run.seed": 1337}
-MEDIUM = {**COMMON, "model.layers": 4, "model.heads": 4, "model.width": 256, "model.positions": 128, "data.sequence_length": 128,
-          "train.global_batch_size": 16}
+MEDIUM = {**COMMON, "model.layers": 4, "model.heads": 4, "model.width": 256, "model.positions": 128,
+          "data.sequence_length": 128, "train.global_batch_size": 16}
 SMALL = {**COMMON, "model.layers": 2, "model.heads": 2, "model.width": 64, "model.positions": 64, "data.sequence_length": 64,
          "train.global_batch_size": 16}
 SGD = {"optimizer.name": "sgd", "optimizer.lr": 0.1, "optimizer.momentum": 0.9, "optimizer.weight_decay": 0.0}
@@ -51,7 +52,8 @@ class Outcome:
     def difference(self, other: Outcome) -> float:
         """Largest relative difference of the loss over all steps."""
         assert self.steps.keys() == other.steps.keys(), "the runs logged different steps"
-        return max(abs(line["loss"] - other.steps[step]["loss"]) / abs(other.steps[step]["loss"]) for step, line in self.steps.items())
+        pairs = [(line["loss"], other.steps[step]["loss"]) for step, line in self.steps.items()]
+        return max(abs(mine - theirs) / abs(theirs) for mine, theirs in pairs)
 
     def same_data(self, other: Outcome) -> bool:
         return all(line["data_digest"] == other.steps[step]["data_digest"] for step, line in self.steps.items())
@@ -165,8 +167,9 @@ def table_c(runner: Runner) -> list[dict[str, Any]]:
         shutil.rmtree(copy / "checkpoints" / "step-00000040")
         resumed = runner.train(strategy, settings, folder=copy)
         digests = [_digest(run.folder / "checkpoints" / "step-00000040") for run in (straight, resumed)]
-        same = [resumed.steps[step]["loss"] == line["loss"] for step, line in straight.steps.items()]
-        rows.append({"strategy": strategy, "same_digest": digests[0] == digests[1], "same_losses": f"{sum(same)} of {len(same)}",
+        assert all(resumed.steps[step] == straight.steps[step] for step in range(1, 21)), "began anew instead of resuming"
+        same = sum(resumed.steps[step]["loss"] == straight.steps[step]["loss"] for step in range(21, 41))
+        rows.append({"strategy": strategy, "same_digest": digests[0] == digests[1], "same_losses": f"{same} of 20",
                      "digest": digests[0][:16]})
     return rows
 
@@ -182,7 +185,11 @@ def table_d(runner: Runner, steps: int) -> list[dict[str, Any]]:
 
 def _digest(checkpoint: Path) -> str:
     command = [sys.executable, "-m", "genscale", "checkpoint", "digest", str(checkpoint)]
-    return subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout.strip()
+    return _output(command).strip()
+
+
+def _output(command: list[str]) -> str:
+    return subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300).stdout
 
 
 # --- bytes at rest: weights and optimizer state that a process holds, which peak RSS hides --------------------------------
@@ -190,10 +197,10 @@ def _digest(checkpoint: Path) -> str:
 
 def _bytes_at_rest(strategy: str) -> int:
     """Of the model of table a after one AdamW step, on the process that holds most."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1" if strategy == "single" else str(PROCESSES),
-               "--standalone", __file__, "--bytes_at_rest_of", strategy]
-    done = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
-    return max(int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("bytes_at_rest"))
+    processes = "1" if strategy == "single" else str(PROCESSES)
+    output = _output([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes, "--standalone", __file__,
+                      "--bytes_at_rest_of", strategy])
+    return max(int(line.split()[1]) for line in output.splitlines() if line.startswith("bytes_at_rest"))
 
 
 def bytes_at_rest_worker(strategy: str) -> None:
@@ -227,7 +234,8 @@ def bytes_at_rest_worker(strategy: str) -> None:
 
 
 def machine() -> dict[str, Any]:
-    models = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {"cpu": models[0] if models else platform.processor(), "cores": len(os.sched_getaffinity(0)),
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1), "system": platform.platform()}
 
@@ -254,9 +262,9 @@ def main() -> None:
     if arguments.bytes_at_rest_of:
         bytes_at_rest_worker(arguments.bytes_at_rest_of)
         return
-    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True)
-    about = {"date": time.strftime("%Y-%m-%d %H:%M:%S %Z"), "commit": commit.stdout.strip() or "unknown", "machine": machine(),
-             "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "accelerate", "deepspeed")}},
+    about = {"date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+             "commit": _output(["git", "describe", "--always", "--dirty", "--abbrev=12"]).strip(), "machine": machine(),
+             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
              "command": " ".join(["python", "benchmarks/strategy_table.py", *sys.argv[1:]]), "steps": arguments.steps}
     kept = json.loads(arguments.out.read_text())["tables"] if arguments.out and arguments.out.exists() else {}
     result: dict[str, Any] = {**about, "peak_memory": "VmHWM of /proc/<pid>/status, largest training process",

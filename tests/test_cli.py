@@ -2,96 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
 
-from genscale import __version__
-from genscale.cli import VERBS
-from genscale.config_parser import COMMON_SECTIONS, load_config
+from genscale.config_parser import load_config
 from genscale.data.tokenizers import ByteTokenizer, load_tokenizer
-from genscale.evaluation.samplers import TextSampling
 from genscale.models.gpt import GPT
 from genscale.objectives import FAMILIES
 from genscale.training.checkpoints import Checkpoint
-from genscale.training.run import derive_accumulation
-from genscale.verbs.tokenizer import TokenizerSettings
 
-ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 LAST = Path("checkpoints") / "step-00000006"
 
 
 def done(outcome) -> str:
     assert outcome.code == 0, outcome.err
     return outcome.out
-
-
-# --- help ----------------------------------------------------------------------------------------------------------------
-
-
-def settings_of(settings: Any, prefix: str = "--") -> list[str]:
-    """Every flag of a settings dataclass."""
-    found = []
-    for field in dataclasses.fields(settings):
-        default = field.default_factory() if callable(field.default_factory) else field.default
-        nested = dataclasses.is_dataclass(default)
-        found += settings_of(default, f"{prefix}{field.name}.") if nested else [f"{prefix}{field.name}"]
-    return found
-
-
-def test_help_of_train_lists_every_setting_with_meaning_type_and_default(genscale):
-    text = done(genscale("train", "--help"))
-    sections = {**COMMON_SECTIONS, "model": FAMILIES["gpt"].model_settings, "data": FAMILIES["gpt"].data_settings}
-    wanted = [flag for name, section in sections.items() for flag in settings_of(section, f"--{name}.")]
-    assert len(wanted) > 50
-    listed = re.split(r"\n  (?=--)", text.split("options:")[-1])
-    entries = {entry.split()[0]: " ".join(entry.split()) for entry in listed}
-    for flag in wanted:
-        assert re.search(r"\w{2,} .*\((.*type: .*|.*default: .*)\)", entries[flag]), entries.get(flag)
-    assert "Optimizer steps in all. (type: PositiveInt, default: 1000)" in entries["--train.steps"]
-    assert "--config" in entries and "--print_config" in entries
-
-
-@pytest.mark.parametrize(("words", "settings"), [
-    (["sample"], TextSampling), (["tokenizer"], TokenizerSettings), (["tokenizer", "train"], TokenizerSettings),
-])  # fmt: skip
-def test_help_of_a_verb_lists_every_setting(words, settings, genscale):
-    text = done(genscale(*words, "--help"))
-    for flag in settings_of(settings):
-        assert re.search(rf"^  {re.escape(flag)}\b", text, re.MULTILINE), flag
-
-
-def test_help_of_the_others(genscale):
-    assert "--data.validation_source" in done(genscale("evaluate", "--help"))
-    assert re.search(r"list.*verify.*digest", done(genscale("checkpoint", "--help")), re.DOTALL)
-    assert "path" in done(genscale("checkpoint", "digest", "--help"))
-    for flag in ("-h", "--help"):
-        overview = done(genscale(flag))
-        assert all(verb in overview and meaning in overview for verb, meaning in VERBS.items())
-
-
-def test_an_unknown_verb_names_the_nearest(genscale):
-    message = genscale("trian", "--config", "x").message()
-    assert "'trian'" in message and "did you mean 'train'" in message
-    nothing = genscale()
-    assert nothing.code == 2 and all(verb in nothing.out + nothing.err for verb in VERBS)
-
-
-def test_the_module_is_the_command():
-    command = [sys.executable, "-m", "genscale", "--version"]
-    started = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (started.returncode, started.stdout.strip()) == (0, __version__)
 
 
 # --- train ---------------------------------------------------------------------------------------------------------------
@@ -324,23 +256,3 @@ def test_a_path_without_a_checkpoint(words, genscale, tmp_path):
 @pytest.mark.parametrize("arguments", [[], ["lst", "x"], ["list"], ["list", "a", "b"], ["--frobnicate"]])
 def test_checkpoint_refuses(arguments, genscale):
     assert genscale("checkpoint", *arguments).message()
-
-
-# --- the shipped configs -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_shipped_config_parses_and_builds(path, tmp_path):
-    config = load_config(FAMILIES, path)
-    assert config.run.name != "run", "each config names its run"
-    derive_accumulation(config, 1)
-    with torch.device("meta"):  # shapes, not memory
-        objective = FAMILIES[config.model.family].restore(config, tmp_path)
-    assert sum(p.numel() for network in objective.networks.values() for p in network.parameters()) > 0
-
-
-def test_the_demo_runs(genscale, tmp_path):
-    """Its first two steps; `launch/quickstart.sh` runs all of it."""
-    arguments = ["--train.steps", 2, "--train.global_batch_size", 8, "--run.dir", tmp_path, "--data.validation_blocks", 2]
-    text = done(genscale("train", "--config", ROOT / "configs/gpt/demo.yaml", *arguments))
-    assert "bits per byte" in text and (tmp_path / "demo" / "checkpoints" / "step-00000002").is_dir()

@@ -1,4 +1,4 @@
-"""What goes wrong around a run: folders and disks, losses that are no numbers, and mistakes told by several processes at once."""
+"""What goes wrong around a run: folders, disks, losses that are no numbers, mistakes that several processes find at once."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_loss_that_is_no_number_on_one_rank_only(strategy, genscale_process, t
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--parallel.strategy", "single"], ["parallel.strategy", "single", "one process", "ddp"]),
-    (["--data.source", "nowhere.txt"], ["data.source=nowhere.txt", "no such file"]),
+    pytest.param(["--data.source", "nowhere.txt"], ["data.source=nowhere.txt", "no such file"], marks=pytest.mark.slow),
     (["--train.global_batch_size", 4096], ["train.global_batch_size=4096", "less than one global batch"]),
     pytest.param(["--model.heads", 3], ["model.heads", "3"], marks=pytest.mark.slow),
     pytest.param(["--run.resume", "nowhere"], ["run.resume", "nowhere"], marks=pytest.mark.slow),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,8 +37,9 @@ def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
 
 
 def run_to_end(command: list[str], extra: dict[str, str] | None = None) -> str:
-    """Run a command in a session of its own: on a timeout its workers must go too. Returns what it printed."""
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    """Run a command, and fail the test if it fails or hangs. Returns what it printed."""
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(extra), text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
     try:
         output, _ = process.communicate(timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
@@ -80,7 +82,7 @@ class Run:
     def resumed_from(self) -> list[str]:
         """Names of the checkpoints that this run folder's log says it continued from."""
         log = (self.folder / "logs" / "rank-00000.log").read_text()
-        return [Path(line.split("continuing from ")[1].split()[0]).name for line in log.splitlines() if "continuing from " in line]
+        return [Path(path).name for path in re.findall(r"continuing from (\S+)", log)]
 
 
 @pytest.fixture(scope="session")
@@ -100,7 +102,7 @@ def train() -> Callable[..., Run]:
 
 @pytest.fixture(scope="session")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
-    """`engines({"name": {setting: value}})`: what engine_worker.py measured for each variant, all in one start of the processes."""
+    """`engines({"name": {setting: value}})`: what engine_worker.py measured of each variant, all in one start of processes."""
 
     def run(variants: dict[str, dict[str, Any]], processes: int = 2, extra: dict[str, str] | None = None) -> dict[str, Any]:
         out = tmp_path_factory.mktemp("engines") / "results.json"

@@ -28,12 +28,14 @@ from genscale.training.optimizers import make_optimizer
 from genscale.training.trainer import Trainer
 
 GLOBAL_BATCH, TIME, VOCABULARY = 8, 32, 64
-DEFAULTS = {"strategy": "ddp", "task": "text", "steps": 4, "accumulation": 1, "precision": "fp32", "clip": 0.0, "offload": "none",
-            "activation_checkpointing": "none", "compile": False, "ragged": False, "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}}
+DEFAULTS = {"strategy": "ddp", "task": "text", "steps": 4, "accumulation": 1, "precision": "fp32", "clip": 0.0,
+            "offload": "none", "activation_checkpointing": "none", "compile": False, "ragged": False, "count_operations": False,
+            "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}}
 
 
 def token_batch(step: int, ragged: bool) -> Tensor:
-    """The global batch of a step, `(GLOBAL_BATCH, TIME + 1)`; ragged: sample i has about i * i / 2 valid targets, the rest is -1."""
+    """The global batch of a step, `(GLOBAL_BATCH, TIME + 1)`; ragged: sample i has about i * i / 2 valid targets, then -1."""
+    # Few of the words occur, so that the first gradients are large (norm 3.6) and there is something to learn.
     tokens = torch.randint(0, 4, (GLOBAL_BATCH, TIME + 1), generator=torch_generator(0, "tokens", step))
     if ragged:
         for index in range(GLOBAL_BATCH):
@@ -98,8 +100,11 @@ class TwoNetworks(Objective):
 
 def micro_batches(variant: dict[str, Any], step: int, processes: Processes) -> list[dict[str, Tensor]]:
     """This process's share of a step: the samples that are its rank modulo the processes, as the loader deals them."""
-    whole = {"tokens": token_batch(step, variant["ragged"])} if variant["task"] == "text" else {"points": two_network_batch(step)}
-    whole["sample"] = torch.arange(GLOBAL_BATCH)
+    whole = {"sample": torch.arange(GLOBAL_BATCH)}
+    if variant["task"] == "text":
+        whole["tokens"] = token_batch(step, variant["ragged"])
+    else:
+        whole["points"] = two_network_batch(step)
     mine = {key: value[processes.rank::processes.world_size].chunk(variant["accumulation"]) for key, value in whole.items()}
     return [dict(zip(mine, parts, strict=True)) for parts in zip(*mine.values(), strict=True)]
 
@@ -109,7 +114,6 @@ def state_of(engine: Engine, name: str) -> dict[str, Tensor]:
 
 
 def run_variant(variant: dict[str, Any], processes: Processes, plan: Any) -> dict[str, Any]:
-    variant = {**DEFAULTS, **variant}
     config = Config(optimizer=OptimizerSettings(**variant["optimizer"]))
     settings = ParallelSettings(strategy=plan.strategy, offload=plan.offload, compile=variant["compile"],
                                 activation_checkpointing=variant["activation_checkpointing"])
@@ -120,7 +124,7 @@ def run_variant(variant: dict[str, Any], processes: Processes, plan: Any) -> dic
     engine.prepare(objective.networks, lambda module: make_optimizer(module, config.optimizer))
     trainer = Trainer(config, objective, engine, loader=None, hooks=[], last_good=lambda: "none")
     steps, leaks = [], []
-    with torch.autograd.profiler.profile() as profile:
+    with torch.autograd.profiler.profile(enabled=variant["count_operations"]) as profile:
         for step in range(variant["steps"]):
             batches, metrics = micro_batches(variant, step, processes), {}
             for phase in objective.phases:
@@ -132,7 +136,7 @@ def run_variant(variant: dict[str, Any], processes: Processes, plan: Any) -> dic
                     touched = [key for key, p in engine.modules[name].named_parameters() if p.grad is not None]
                     leaks += [f"step {step}, {phase.name}: {name}.{key}" for key in changed + touched]
             steps.append(metrics)
-    names = [event.name for event in profile.function_events]
+    names = [event.name for event in profile.function_events] if variant["count_operations"] else []
     wrapper = next(iter(engine.networks.values()))
     made = next(iter(engine.optimizers.values()))
     return {"steps": steps, "leaks": leaks, "bytes_at_rest": processes.gather(engine.bytes_at_rest()),
@@ -146,8 +150,9 @@ def run_variant(variant: dict[str, Any], processes: Processes, plan: Any) -> dic
 
 def main(variants: dict[str, dict[str, Any]], out: Path) -> None:
     # As `genscale train` does: the launcher is asked first, then its variables are removed, then the group is made.
-    plans = {name: plan_parallel(ParallelSettings(strategy=variant.get("strategy", "ddp"), offload=variant.get("offload", "none")),
-                                 variant.get("precision", "fp32")) for name, variant in variants.items()}
+    variants = {name: {**DEFAULTS, **variant} for name, variant in variants.items()}
+    plans = {name: plan_parallel(ParallelSettings(strategy=it["strategy"], offload=it["offload"]), it["precision"])
+             for name, it in variants.items()}
     clear_launch_environment()
     processes = Processes(need_group=True)
     results = {name: run_variant(variant, processes, plans[name]) for name, variant in variants.items()}
