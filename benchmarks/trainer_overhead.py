@@ -40,7 +40,7 @@ from genscale.training.optimizers import make_optimizer
 from genscale.training.trainer import Trainer
 
 SIZES = {"tiny": {"layers": 2, "heads": 2, "width": 64, "time": 64, "batch": 4, "steps": 400},
-         "small": {"layers": 6, "heads": 6, "width": 384, "time": 256, "batch": 8, "steps": 40}}
+         "small": {"layers": 6, "heads": 6, "width": 384, "time": 256, "batch": 4, "steps": 30}}
 WARMUP_STEPS = 5
 CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
 Step = Callable[[], float]  # returns the loss

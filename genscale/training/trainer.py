@@ -160,16 +160,17 @@ class Trainer:
         """Stop on a loss or gradient that is no longer a number. The norm is global, so every rank comes here alike."""
         if math.isfinite(result.grad_norm):
             return
+        last_good = self.processes.main_does(self.last_good)
         losses = self.processes.gather({name: value.item() for name, value in totals.items()})
         for rank, terms in enumerate(losses):
             for name, value in terms.items():
                 if not math.isfinite(value):
                     raise NonFiniteLoss(f"{phase.name}/{name} became {value} at step {step} on rank {rank}; last good "
-                                        f"checkpoint: {self.last_good()}; try a lower optimizer.lr, a longer "
+                                        f"checkpoint: {last_good}; try a lower optimizer.lr, a longer "
                                         "schedule.warmup_steps, or train.precision bf16 instead of fp16")
         if result.skipped:
             self.skipped_steps += 1
             log.info("step %d: gradient overflow in fp16, update skipped (%d so far)", step, self.skipped_steps)
             return
         raise NonFiniteLoss(f"the gradient of {phase.network} became {result.grad_norm} at step {step} (the loss "
-                            f"was finite); last good checkpoint: {self.last_good()}; try a lower optimizer.lr or train.clip")
+                            f"was finite); last good checkpoint: {last_good}; try a lower optimizer.lr or train.clip")

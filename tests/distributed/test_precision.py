@@ -20,6 +20,7 @@ def test_bf16_is_close_to_fp32(strategy, bf16, difference):
     assert 1e-7 < difference(losses, full) < 5e-3
 
 
+@pytest.mark.slow
 def test_fp16_trains_and_its_scaler_survives_a_resume(train, difference, tmp_path):
     settings = {"train.steps": 6, "schedule.warmup_steps": 3}
     full = train(tmp_path / "fp32", "single", **settings)

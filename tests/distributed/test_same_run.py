@@ -26,20 +26,26 @@ def test_equals_one_process_and_resumes_bit_for_bit(strategy, single, train, dif
     assert resumed.checkpoint(10).digest() == straight.checkpoint(10).digest()
 
 
-@pytest.mark.parametrize(("strategy", "workers"), [("ddp", 2), ("fsdp2", 1)])
+@pytest.mark.parametrize(("strategy", "workers"), [("ddp", 2), pytest.param("fsdp2", 1, marks=pytest.mark.slow)])
 def test_loader_workers_change_nothing(strategy, workers, single, train, difference, tmp_path):
     run = train(tmp_path / "run", strategy, **{"data.workers": workers, "train.micro_batch_size": 2})
     assert run.data_digests() == single.data_digests()
     assert difference(run.losses(), single.losses()) <= 1e-5
 
 
+SGD = {"optimizer.name": "sgd", "optimizer.lr": 0.1, "optimizer.momentum": 0.9, "train.steps": 50}
+
+
+@pytest.fixture(scope="module")
+def single_sgd(train, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("single-sgd") / "run", "single", **SGD)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_sgd_equals_one_process_over_fifty_steps(strategy, train, difference, tmp_path):
-    settings = {"optimizer.name": "sgd", "optimizer.lr": 0.1, "optimizer.momentum": 0.9, "train.steps": 50}
-    alone = train(tmp_path / "alone", "single", **settings)
-    assert difference(train(tmp_path / "run", strategy, **settings).losses(), alone.losses()) <= 1e-5
-    assert alone.losses()[-1] < 0.9 * alone.losses()[0], "nothing was learned: equal losses would mean little"
+def test_sgd_equals_one_process_over_fifty_steps(strategy, single_sgd, train, difference, tmp_path):
+    assert single_sgd.losses()[-1] < 0.9 * single_sgd.losses()[0], "nothing was learned: equal losses would mean little"
+    assert difference(train(tmp_path / "run", strategy, **SGD).losses(), single_sgd.losses()) <= 1e-5
 
 
 @pytest.mark.slow

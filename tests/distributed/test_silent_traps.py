@@ -132,9 +132,11 @@ def test_stale_lock_of_a_killed_extension_build_does_not_hang(engines, tmp_path)
 
 @pytest.fixture(scope="module")
 def recomputed(engines):
+    # zero3 comes last: DeepSpeed's stage 3 replaces torch's `linear` in the whole process by one that adds the bias in place,
+    # onto the product that selective keeps.
     common = {"accumulation": 2, "steps": 3, "count_operations": True}
     return engines({f"{strategy} {mode}": {"strategy": strategy, "activation_checkpointing": mode, **common}
-                    for strategy in ("ddp", *SHARDED) for mode in ("none", "full", "selective")
+                    for strategy in ("ddp", "zero1", "zero2", "fsdp2", "zero3") for mode in ("none", "full", "selective")
                     if (strategy, mode) != ("zero3", "selective")})
 
 
