@@ -75,6 +75,12 @@ class Engine(ABC):
         business)."""
         return {name: self.networks[name] if name == trained else self.modules[name] for name in self.networks}
 
+    def train_only(self, name: str | None) -> None:
+        """Freeze every network but one; None thaws them all."""
+        if len(self.modules) > 1:
+            for other, module in self.modules.items():
+                module.requires_grad_(name in (None, other))
+
     def forward_context(self) -> contextlib.AbstractContextManager:
         """The context of every forward (autocast where the strategy keeps fp32 weights)."""
         return contextlib.nullcontext()

@@ -42,6 +42,14 @@ class ShardedEngine(Engine):
         self.networks[name] = module
         self.optimizers[name] = make_optimizer(module)
 
+    def train_only(self, name: str | None) -> None:
+        if len(self.modules) > 1:
+            for module in self.modules.values():
+                # After a forward without a backward a network still shows gathered weights; flags set on these would vanish with
+                # them, in the middle of an accumulation, and a frozen network would train or the trained one stand still.
+                module.reshard()
+        super().train_only(name)
+
     def _synchronise_gradients(self, name: str, last: bool) -> None:
         self.modules[name].set_requires_gradient_sync(last)
 

@@ -107,8 +107,7 @@ class Trainer:
     def run_phase(self, phase: Phase, step: int, batches: MicroBatches) -> dict[str, float]:
         """Freeze all other networks; loss and backward of each micro-batch; reduce, clip, step; thaw."""
         engine, processes = self.engine, self.processes
-        for name, module in engine.modules.items():
-            module.requires_grad_(name == phase.network)
+        engine.train_only(phase.network)
         networks = engine.view(phase.network)
         networks[phase.network].train()
         count = int(processes.sum(torch.tensor([sum(phase.count(batch) for batch in batches)])).item())
@@ -125,8 +124,7 @@ class Trainer:
             for name, value in terms.items():
                 totals[name] = totals.get(name, 0.0) + value.detach().double()
         result = engine.step(phase.network)
-        for module in engine.modules.values():
-            module.requires_grad_(True)  # DeepSpeed's stage 3 gives no state of a frozen parameter
+        engine.train_only(None)  # DeepSpeed's stage 3 gives no state of a frozen parameter
         self._guard(step, phase, totals, result)
         return self._metrics(phase, totals, count, result)
 

@@ -29,8 +29,8 @@ from genscale.training.trainer import Trainer
 
 GLOBAL_BATCH, TIME, VOCABULARY = 8, 32, 64
 DEFAULTS = {"strategy": "ddp", "task": "text", "steps": 4, "accumulation": 1, "precision": "fp32", "clip": 0.0,
-            "offload": "none", "activation_checkpointing": "none", "compile": False, "ragged": False, "count_operations": False,
-            "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}}
+            "offload": "none", "activation_checkpointing": "none", "compile": False, "ragged": False, "watch": False,
+            "count_operations": False, "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}}
 
 
 def token_batch(step: int, ragged: bool) -> Tensor:
@@ -128,7 +128,8 @@ def run_variant(variant: dict[str, Any], processes: Processes, plan: Any) -> dic
         for step in range(variant["steps"]):
             batches, metrics = micro_batches(variant, step, processes), {}
             for phase in objective.phases:
-                opponents = {name: state_of(engine, name) for name in engine.modules if name != phase.network}
+                watched = [name for name in engine.modules if variant["watch"] and name != phase.network]
+                opponents = {name: state_of(engine, name) for name in watched}
                 metrics.update(trainer.run_phase(phase, step, batches))
                 for name, before in opponents.items():
                     after = state_of(engine, name)
