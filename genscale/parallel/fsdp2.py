@@ -45,8 +45,8 @@ class ShardedEngine(Engine):
     def train_only(self, name: str | None) -> None:
         if len(self.modules) > 1:
             for module in self.modules.values():
-                # After a forward without a backward a network still shows gathered weights; flags set on these would vanish with
-                # them, in the middle of an accumulation, and a frozen network would train or the trained one stand still.
+                # After a forward without a backward a network still shows gathered weights; flags set on these would vanish
+                # with them in the middle of an accumulation: a frozen network would train, or the trained one not.
                 module.reshard()
         super().train_only(name)
 

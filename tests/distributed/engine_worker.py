@@ -30,7 +30,7 @@ from genscale.training.trainer import Trainer
 GLOBAL_BATCH, TIME, VOCABULARY = 8, 32, 64
 DEFAULTS = {"strategy": "ddp", "task": "text", "steps": 4, "accumulation": 1, "precision": "fp32", "clip": 0.0,
             "offload": "none", "activation_checkpointing": "none", "compile": False, "ragged": False, "watch": False,
-            "count_operations": False, "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}}
+            "evaluate": False, "count_operations": False, "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}}
 
 
 def token_batch(step: int, ragged: bool) -> Tensor:
@@ -130,6 +130,10 @@ def run_variant(variant: dict[str, Any], processes: Processes, plan: Any) -> dic
             for phase in objective.phases:
                 watched = [name for name in engine.modules if variant["watch"] and name != phase.network]
                 opponents = {name: state_of(engine, name) for name in watched}
+                if variant["evaluate"]:  # between phases even, which no trainer does
+                    networks = engine.view(None)
+                    with torch.no_grad():
+                        networks["discriminator"](networks["generator"](torch.ones(2, 4)))
                 metrics.update(trainer.run_phase(phase, step, batches))
                 for name, before in opponents.items():
                     after = state_of(engine, name)
