@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,6 +152,22 @@ def named_state(module: nn.Module) -> NamedTensors:
         if id(tensor) not in seen:
             seen.add(id(tensor))
             yield name, tensor
+
+
+def squared_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Sum of the squares of all elements, in fp64.
+
+    In fp32 the norm of a few million elements is off by some 1e-6, by another amount in every sharding, and clipping would pass
+    that on to the weights.
+    """
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+    return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
+
+
+def clip_gradients(gradients: Sequence[Tensor], norm: float, clip: float) -> None:
+    """Scale the gradients down, in place, to a global norm of `clip` (0 = never), as torch.nn.utils.clip_grad_norm_ does."""
+    if clip > 0 and norm + 1e-6 > clip:
+        torch._foreach_mul_(list(gradients), clip / (norm + 1e-6))
 
 
 def tensor_bytes(tensors: Iterable[Any]) -> int:

@@ -19,7 +19,9 @@ from genscale.parallel.engine import (
     NamedTensors,
     StepResult,
     blocks_of,
+    clip_gradients,
     named_state,
+    squared_norm,
     state_tensors,
     tensor_bytes,
 )
@@ -57,14 +59,12 @@ class ShardedEngine(Engine):
         loss.backward()
 
     def step(self, name: str) -> StepResult:
-        parameters = [p for p in self.modules[name].parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if self.clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+        gradients = [p.grad.to_local() for p in self.modules[name].parameters() if p.grad is not None]
+        grad_norm = self.processes.sum(squared_norm(gradients)).sqrt().item()
+        clip_gradients(gradients, grad_norm, self.clip)
         self.optimizers[name].step()
         self.optimizers[name].zero_grad(set_to_none=True)
-        return StepResult(norm.item())
+        return StepResult(grad_norm)
 
     def network_state(self, name: str) -> NamedTensors:
         for key, tensor in named_state(self.modules[name]):

@@ -10,7 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genscale.parallel.engine import Engine, MakeOptimizer, NamedTensors, StepResult, named_state, state_tensors, tensor_bytes
+from genscale.parallel.engine import (
+    Engine,
+    MakeOptimizer,
+    NamedTensors,
+    StepResult,
+    clip_gradients,
+    named_state,
+    squared_norm,
+    state_tensors,
+    tensor_bytes,
+)
 from genscale.parallel.precision import autocast
 
 
@@ -44,14 +54,12 @@ class ReplicatedEngine(Engine):
     def step(self, name: str) -> StepResult:
         optimizer, scaler = self.optimizers[name], self.scalers[name]
         scaler.unscale_(optimizer)
-        parameters = [p for p in self.modules[name].parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        if self.clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+        gradients = [p.grad for p in self.modules[name].parameters() if p.grad is not None]
+        grad_norm = squared_norm(gradients).sqrt().item()
+        clip_gradients(gradients, grad_norm, self.clip)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        grad_norm = norm.item()
         return StepResult(grad_norm, skipped=scaler.is_enabled() and not math.isfinite(grad_norm))
 
     def network_state(self, name: str) -> NamedTensors:
