@@ -123,18 +123,19 @@ def _peaks(pid: int) -> Iterator[tuple[int, float]]:
 
 
 def table_a(runner: Runner, steps: int) -> list[dict[str, Any]]:
-    """Every strategy against one process; for AdamW beside it what reordering the sums alone does."""
+    """Every strategy against one process, and beside it what reordering the sums alone does: one process, accumulation 2."""
     medium = {**MEDIUM, "train.steps": steps}
     single = {"sgd": runner.train("single", {**medium, **SGD}), "adamw": runner.train("single", {**medium, **ADAMW})}
     halves = {"train.micro_batch_size": MEDIUM["train.global_batch_size"] // 2}
-    noise = runner.train("single", {**medium, **ADAMW, **halves}).difference(single["adamw"])
+    noise = {name: runner.train("single", {**medium, **optimizer, **halves}).difference(single[name])
+             for name, optimizer in (("sgd", SGD), ("adamw", ADAMW))}
     rows = []
     for strategy in ("single", *DISTRIBUTED):
         sgd = single["sgd"] if strategy == "single" else runner.train(strategy, {**medium, **SGD})
         adamw = single["adamw"] if strategy == "single" else runner.train(strategy, {**medium, **ADAMW})
         rows.append({"strategy": strategy, "processes": 1 if strategy == "single" else PROCESSES,
-                     "sgd_difference": sgd.difference(single["sgd"]), "adamw_difference": adamw.difference(single["adamw"]),
-                     "adamw_noise": noise, "same_data": sgd.same_data(single["sgd"]) and adamw.same_data(single["adamw"]),
+                     "sgd_difference": sgd.difference(single["sgd"]), "sgd_noise": noise["sgd"],
+                     "adamw_difference": adamw.difference(single["adamw"]), "adamw_noise": noise["adamw"], "same_data": sgd.same_data(single["sgd"]) and adamw.same_data(single["adamw"]),
                      "step_seconds": adamw.median_step_seconds(), "peak_rss_mib": adamw.peak_mib,
                      "bytes_at_rest_mib": _bytes_at_rest(strategy) / 2**20})
     ddp = next(row for row in rows if row["strategy"] == "ddp")["step_seconds"]

@@ -59,7 +59,7 @@ class Outcome:
         text = self.out + self.err
         lines = [line for line in text.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1 and text.count(lines[0]) == 1, text
-        assert "/genscale/" not in "".join(line for line in text.splitlines() if line.lstrip().startswith("File ")), text
+        assert not [line for line in text.splitlines() if line.lstrip().startswith(f'File "{ROOT / "genscale"}/')], text
         return lines[0]
 
 

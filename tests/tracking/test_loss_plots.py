@@ -28,7 +28,7 @@ def _draw(folder, lines) -> dict[str, int]:
     return {name: _pixels(folder / "plots" / "loss.png", colour) for name, colour in COLOURS.items()}
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning", "error::DeprecationWarning")
 def test_each_curve_is_drawn_when_its_metric_is_there(tmp_path):
     run = [(step, TRAINING | {"loss": 1 + 9 / step, "learning_rate": 1e-3 / step}) for step in range(1, 201)]
     drawn = _draw(tmp_path, [*run, (100, {"validation_loss": 1.5}), (200, {"validation_loss": float("nan")})])
@@ -38,7 +38,7 @@ def test_each_curve_is_drawn_when_its_metric_is_there(tmp_path):
     assert drawn["validation"] == 0 and drawn["training"] > 50
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning", "error::DeprecationWarning")
 @pytest.mark.parametrize(
     "lines",
     [
