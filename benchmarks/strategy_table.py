@@ -133,10 +133,11 @@ def table_a(runner: Runner, steps: int) -> list[dict[str, Any]]:
     for strategy in ("single", *DISTRIBUTED):
         sgd = single["sgd"] if strategy == "single" else runner.train(strategy, {**medium, **SGD})
         adamw = single["adamw"] if strategy == "single" else runner.train(strategy, {**medium, **ADAMW})
+        same_data = sgd.same_data(single["sgd"]) and adamw.same_data(single["adamw"])
         rows.append({"strategy": strategy, "processes": 1 if strategy == "single" else PROCESSES,
                      "sgd_difference": sgd.difference(single["sgd"]), "sgd_noise": noise["sgd"],
-                     "adamw_difference": adamw.difference(single["adamw"]), "adamw_noise": noise["adamw"], "same_data": sgd.same_data(single["sgd"]) and adamw.same_data(single["adamw"]),
-                     "step_seconds": adamw.median_step_seconds(), "peak_rss_mib": adamw.peak_mib,
+                     "adamw_difference": adamw.difference(single["adamw"]), "adamw_noise": noise["adamw"],
+                     "same_data": same_data, "step_seconds": adamw.median_step_seconds(), "peak_rss_mib": adamw.peak_mib,
                      "bytes_at_rest_mib": _bytes_at_rest(strategy) / 2**20})
     ddp = next(row for row in rows if row["strategy"] == "ddp")["step_seconds"]
     for row in rows:
