@@ -143,7 +143,8 @@ def table_a(runner: Runner, steps: int) -> list[dict[str, Any]]:
         rows.append({"strategy": strategy, "processes": 1 if strategy == "single" else PROCESSES,
                      "sgd_difference": sgd.difference(single["sgd"]), "sgd_noise": sgd_noise,
                      "adamw_difference": adamw.difference(single["adamw"]), "adamw_noise": adamw_noise[0],
-                     "adamw_noise_2_4_8": max(adamw_noise), "same_data": same_data, "step_seconds": adamw.median_step_seconds(), "peak_rss_mib": adamw.peak_mib,
+                     "adamw_noise_2_4_8": max(adamw_noise), "same_data": same_data,
+                     "step_seconds": adamw.median_step_seconds(), "peak_rss_mib": adamw.peak_mib,
                      "bytes_at_rest_mib": _bytes_at_rest(strategy) / 2**20})
     ddp = next(row for row in rows if row["strategy"] == "ddp")["step_seconds"]
     for row in rows:
