@@ -53,8 +53,7 @@ def check_combination(plan: ParallelPlan, settings: ParallelSettings) -> None:
                         "single and ddp only); use train.precision bf16, which needs no scaling")
     if settings.activation_checkpointing == "selective" and strategy == "zero3":
         raise UserError("parallel.activation_checkpointing: selective under parallel.strategy zero3 trains wrongly "
-                        "without a word "
-                        "(DeepSpeed 0.19.8 gathers weights that the recomputation does not expect); use full, or "
+                        "without a word (DeepSpeed 0.19.8 adds the bias in place to the product it kept); use full, or "
                         "parallel.strategy fsdp2")
     if precision == "bf16" and not on_cpu() and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"train.precision: bf16 is not supported by {torch.cuda.get_device_name()}; use fp16 "
