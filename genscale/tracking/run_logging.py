@@ -19,6 +19,13 @@ LATE_LIBRARIES = ("DeepSpeed", "datasets", "transformers")
 class _RankFile(logging.FileHandler):
     """The log file of this rank (a class of its own, so that a second set-up finds and replaces it)."""
 
+    def emit(self, record: logging.LogRecord) -> None:
+        # A library's logger holds this handler and may propagate to the root, which holds it too (transformers turns
+        # propagation on where the variable CI is set).
+        if not getattr(record, "in_rank_file", False):
+            record.in_rank_file = True
+            super().emit(record)
+
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):  # a full disk; a traceback for each line would say no more
             super().handleError(record)

@@ -19,7 +19,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("precision", "strategy", "checkpointing"),
-                         product(("fp32", "bf16", "fp16"), STRATEGIES, ("none", "full", "selective")))
+                         list(product(("fp32", "bf16", "fp16"), STRATEGIES, ("none", "full", "selective"))))
 def test_support_matrix(precision: str, strategy: str, checkpointing: str) -> None:
     plan = ParallelPlan(strategy, "none", precision, world_size=2)
     settings = ParallelSettings(activation_checkpointing=checkpointing)
