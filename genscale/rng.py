@@ -59,5 +59,11 @@ class Draws:
         rows = [self._generator(stream, g).random(shape, np.float32) for g in self.samples.tolist()]
         return torch.from_numpy(np.stack(rows)).to(self.device)
 
+    def keys(self, stream: str) -> torch.Tensor:
+        """One 64-bit number a sample, int64 `(batch,)`, for noise that is made on the device from a counter."""
+        numbers = [int.from_bytes(_digest(self.seed, (self.scope, stream, self.step, g))[:8], "little", signed=True)
+                   for g in self.samples.tolist()]
+        return torch.tensor(numbers, dtype=torch.int64).to(self.device, non_blocking=True)
+
     def _generator(self, stream: str, sample: int) -> np.random.Generator:
         return numpy_generator(self.seed, self.scope, stream, self.step, sample)

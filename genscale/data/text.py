@@ -43,6 +43,8 @@ class TextDataSettings:
     """bytes, or the path of a tokenizer.json or of a folder that holds one."""
     sequence_length: PositiveInt = 256
     """Tokens a sample predicts."""
+    separate_documents: bool = False
+    """A token sees only its own document, and positions count from the document's start (default: the whole block)."""
     lanes: PositiveInt = 48
     """Parallel streams that make up the sample order, whatever the number of processes; reading is cheapest where it is a
     multiple of processes x workers."""

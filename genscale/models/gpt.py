@@ -1,105 +1,79 @@
-"""The decoder-only transformer of GPT-2 (Radford et al. 2019, "Language models are unsupervised multitask learners")."""
+"""The decoder-only transformer: GPT-2 (Radford et al. 2019), Llama and Qwen3 in one class, by settings."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from genscale.errors import UserError
+from genscale.models.attention import Attention, KeyValueCache, attention_mask, positions_within
+from genscale.models.cross_entropy import summed_cross_entropy
+from genscale.models.dropout import dropped
+from genscale.models.gpt_settings import GPTSettings, resolved
+from genscale.rng import torch_generator
 
-
-@dataclass
-class GPTSettings:
-    """The `model` section of a GPT."""
-
-    family: Literal["gpt"] = "gpt"
-    """Kind of model."""
-    layers: PositiveInt = 6
-    """Transformer blocks."""
-    heads: PositiveInt = 6
-    """Attention heads; must divide the width."""
-    width: PositiveInt = 384
-    """Features of a token between blocks."""
-    positions: PositiveInt = 1024
-    """Longest sequence the model can read, in tokens."""
-    vocab_size: PositiveInt | None = None
-    """Rows of the embedding table (default: the tokenizer's vocabulary, rounded up to a multiple of 64)."""
-    layer_norm_eps: PositiveFloat = 1e-5
-    """Added to the variance in layer normalisation."""
-    init_std: PositiveFloat = 0.02
-    """Standard deviation of the initial weights; projections onto the residual stream get init_std / sqrt(2 x layers)."""
-
-
-def check_settings(settings: GPTSettings) -> None:
-    """Raise UserError for settings that no GPT can have."""
-    width, heads = settings.width, settings.heads
-    if width % heads:
-        below = width // heads * heads
-        widths = " or ".join(str(w) for w in (below, below + heads) if w > 0)
-        divisors = [h for h in range(1, width + 1) if width % h == 0]
-        near = sorted(sorted(divisors, key=lambda h: abs(h - heads))[:2])
-        raise UserError(f"model.heads: {heads} does not divide model.width {width}; nearest allowed: model.heads "
-                        f"{' or '.join(map(str, near))}, or model.width {widths}")
-
-
-class Attention(nn.Module):
-    """Causal multi-head self-attention (Vaswani et al. 2017): `(batch, time, width)` to the same."""
-
-    def __init__(self, settings: GPTSettings) -> None:
-        super().__init__()
-        self.head_width = settings.width // settings.heads
-        self.query_key_value = nn.Linear(settings.width, 3 * settings.width)
-        self.output = nn.Linear(settings.width, settings.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix each position with those before it."""
-        # (batch, time, 3 * heads, head width) -> three of (batch, heads, time, head width)
-        heads = self.query_key_value(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
-        query, key, value = heads.chunk(3, dim=1)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.output(mixed.transpose(1, 2).flatten(2))
+__all__ = ["GPT", "GPTSettings", "KeyValueCache", "resolved"]
 
 
 class MLP(nn.Module):
-    """Two linear layers around GELU (tanh form): `(batch, time, width)` to the same."""
+    """Widen, bend, narrow: `(batch, time, width)` to the same.
+
+    swiglu: Shazeer 2020, "GLU variants improve transformer"; relu2: So et al. 2021, "Primer".
+    """
 
     def __init__(self, settings: GPTSettings) -> None:
         super().__init__()
-        self.up = nn.Linear(settings.width, 4 * settings.width)
-        self.down = nn.Linear(4 * settings.width, settings.width)
+        self.activation = settings.activation
+        self.up = nn.Linear(settings.width, settings.mlp_width, bias=settings.bias)
+        if self.activation == "swiglu":
+            self.gate = nn.Linear(settings.width, settings.mlp_width, bias=settings.bias)
+        self.down = nn.Linear(settings.mlp_width, settings.width, bias=settings.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each position by itself."""
+        if self.activation == "swiglu":
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+        if self.activation == "relu2":
+            return self.down(F.relu(self.up(x)).square())
         return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+def _norm(settings: GPTSettings) -> nn.Module:
+    if settings.norm == "rmsnorm":  # Zhang and Sennrich 2019
+        return nn.RMSNorm(settings.width, settings.norm_eps)
+    return nn.LayerNorm(settings.width, settings.norm_eps, bias=settings.bias)
 
 
 class Block(nn.Module):
     """Attention, then MLP, each normalised before and added to the residual stream: `(batch, time, width)` to the same."""
 
-    def __init__(self, settings: GPTSettings) -> None:
+    def __init__(self, settings: GPTSettings, layer: int) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(settings.width, settings.layer_norm_eps)
-        self.attention = Attention(settings)
-        self.mlp_norm = nn.LayerNorm(settings.width, settings.layer_norm_eps)
+        self.layer, self.dropout = layer, settings.dropout
+        self.attention_norm = _norm(settings)
+        self.attention = Attention(settings, layer)
+        self.mlp_norm = _norm(settings)
         self.mlp = MLP(settings)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """One step of the residual stream."""
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None = None, dropout_keys: Tensor | None = None,
+                cache: KeyValueCache | None = None) -> Tensor:
+        """One step of the residual stream; arguments as of `Attention.forward`."""
+        x = x + self._dropped(self.attention(self.attention_norm(x), positions, mask, dropout_keys, cache), dropout_keys, 2)
+        return x + self._dropped(self.mlp(self.mlp_norm(x)), dropout_keys, 3)
+
+    def _dropped(self, x: Tensor, keys: Tensor | None, place: int) -> Tensor:
+        if keys is None or not self.dropout:
+            return x
+        return dropped(x, keys, 3 * self.layer + place, self.dropout)  # streams 3 l + 1 to 3; 0 is the embedding's
 
 
 class GPT(nn.Module):
-    """GPT-2: learned positions, pre-LayerNorm blocks, and an output layer that shares the token embedding's weights.
+    """A decoder-only language model. It has no buffers, and may be built on the meta device and filled later.
 
     Args:
-        settings: the shape.
+        settings: the shape; `GPT.settings` is the same with nothing left open.
         vocab_size: rows of the embedding table, hence the width of the logits (`settings.vocab_size` may leave it open).
 
     Raises:
@@ -108,59 +82,108 @@ class GPT(nn.Module):
 
     def __init__(self, settings: GPTSettings, vocab_size: int) -> None:
         super().__init__()
-        check_settings(settings)
-        self.settings = settings
+        self.settings = settings = resolved(settings)
         self.vocab_size = vocab_size
         self.token_embedding = nn.Embedding(vocab_size, settings.width)
-        self.position_embedding = nn.Embedding(settings.positions, settings.width)
-        self.layers = nn.ModuleList(Block(settings) for _ in range(settings.layers))
-        self.final_norm = nn.LayerNorm(settings.width, settings.layer_norm_eps)
+        if settings.position_encoding == "learned":
+            self.position_embedding = nn.Embedding(settings.positions, settings.width)
+        self.layers = nn.ModuleList(Block(settings, layer) for layer in range(settings.layers))
+        self.final_norm = _norm(settings)
+        if not settings.tied:
+            self.output = nn.Linear(settings.width, vocab_size, bias=False)
+        # Noted now: ZeRO-3 takes the parameters' shapes away.
+        self._shapes = {name: parameter.shape for name, parameter in self.named_parameters()}
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Next-token logits `(batch, time, vocab_size)` for tokens `(batch, time)` int64, time at most `settings.positions`."""
-        time = tokens.shape[1]
-        if time > self.settings.positions:
-            raise ValueError(f"{time} tokens do not fit into {self.settings.positions} positions")
-        x = self.token_embedding(tokens) + self.position_embedding(torch.arange(time, device=tokens.device))
+    def forward(self, tokens: Tensor, *, targets: Tensor | None = None, documents: Tensor | None = None,
+                dropout_keys: Tensor | None = None, cache: KeyValueCache | None = None, last_only: bool = False) -> Tensor:
+        """Next-token logits, or the loss of given targets.
+
+        Args:
+            tokens: `(batch, time)` int64; with those in the cache at most `settings.positions`.
+            targets: `(batch, time)` int64, -1 where there is none: then the sum of their nats is returned, an fp32 scalar.
+            documents: `(batch, time)` int: a token sees its own document alone, and positions count from its first token.
+            dropout_keys: `(batch,)` int64, what dropout draws from, one a sample; None: no dropout.
+            cache: holds the tokens before these, and takes these in.
+            last_only: logits of the last position alone.
+
+        Returns:
+            Logits `(batch, time or 1, vocab_size)`, or the loss.
+        """
+        x, positions, mask = self._embed(tokens, documents, cache)
+        if dropout_keys is not None and self.settings.dropout:
+            x = dropped(x, dropout_keys, 0, self.settings.dropout)
         for block in self.layers:
-            x = block(x)
+            x = block(x, positions, mask, dropout_keys, cache)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        x = self.final_norm(x[:, -1:] if last_only else x)
         # The tied weight is used by name rather than held by a second module, so that it stands once in a state dict.
-        return F.linear(self.final_norm(x), self.token_embedding.weight)
+        weight = self.token_embedding.weight if self.settings.tied else self.output.weight
+        if targets is None:
+            return F.linear(x, weight)
+        return summed_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), self.settings.loss_chunk)
+
+    def _embed(self, tokens: Tensor, documents: Tensor | None,
+               cache: KeyValueCache | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The residual stream's start, the positions, and the attention mask."""
+        time, past = tokens.shape[1], cache.length if cache is not None else 0
+        if past + time > self.settings.positions:
+            raise ValueError(f"{past + time} tokens do not fit into {self.settings.positions} positions")
+        if documents is not None and cache is not None:
+            documents = documents if cache.documents is None else torch.cat([cache.documents, documents], dim=1)
+            cache.documents = documents
+        if documents is None:
+            positions = torch.arange(past, past + time, device=tokens.device)[None]
+        else:
+            positions = positions_within(documents)[:, past:]
+        x = self.token_embedding(tokens)
+        if self.settings.position_encoding == "learned":
+            x = x + self.position_embedding(positions)
+        return x, positions, attention_mask(time, past + time, self.settings.window, documents, tokens.device)
 
     def blocks(self) -> list[nn.Module]:
-        """The repeated parts, tensor in and tensor out, which are sharded, compiled and recomputed one at a time."""
+        """The repeated parts, which are sharded, compiled and recomputed one at a time."""
         return list(self.layers)
 
-    @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> None:
-        """Draw GPT-2's initial weights, all from `generator` in the order of the modules.
+    def initial_weight(self, name: str, seed: int) -> Tensor:
+        """The full initial value of one parameter, fp32 on the CPU, drawn from (seed, name) alone: parameters can be made one
+        by one, in any order, by whoever holds a part of them.
 
         Matrices and embeddings are normal with `init_std`, biases zero, norms one. Projections onto the residual stream are
         scaled by 1 / sqrt(2 x layers), the number of terms the stream adds up (Radford et al. 2019, section 2.3).
         """
+        shape = self._shapes[name]
+        if name.endswith("bias"):
+            return torch.zeros(shape, device="cpu")
+        if "norm." in name:
+            return torch.ones(shape, device="cpu")
         std = self.settings.init_std
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                module.weight.normal_(0.0, std, generator=generator)
-            if isinstance(module, nn.Linear):
-                module.bias.zero_()
-            if isinstance(module, nn.LayerNorm):
-                module.reset_parameters()
-        for block in self.layers:
-            for projection in (block.attention.output, block.mlp.down):
-                projection.weight.mul_(1 / math.sqrt(2 * self.settings.layers))
+        if name.endswith(("attention.output.weight", "mlp.down.weight")):
+            std /= math.sqrt(2 * self.settings.layers)
+        generator = torch_generator(seed, "initial weights", "gpt", name)
+        return torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Set every parameter to its initial value."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(self.initial_weight(name, seed))
 
     def parameter_count(self) -> int:
-        """Trained numbers in all, the tied embedding counted once. Ask before ZeRO-3 takes the parameters apart."""
+        """Trained numbers in all, a tied embedding counted once. Ask before ZeRO-3 takes the parameters apart."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self, time: int) -> int:
         """Floating-point operations of forward and backward for one token of a sequence of `time` tokens.
 
-        6 N + 12 layers width time: a multiply and an add for each of the N weights of matrix products (the output layer is
-        one, the embedding look-ups are not), once forward and twice backward; and the two products of attention, counted
-        over the full square as is the custom (Chowdhery et al. 2022, PaLM, appendix B), though causal kernels skip half.
+        6 N + 12 layers heads head_width time: a multiply and an add for each of the N weights of matrix products (the output
+        layer is one, the embedding look-ups are not), once forward and twice backward; and the two products of attention,
+        counted over the full square as is the custom (Chowdhery et al. 2022, PaLM, appendix B), though kernels skip what is
+        masked.
+        Recomputed activations are not counted.
         """
-        weights = sum(m.in_features * m.out_features for m in self.modules() if isinstance(m, nn.Linear))
-        weights += self.vocab_size * self.settings.width
-        return 6 * weights + 12 * self.settings.layers * self.settings.width * time
+        s = self.settings
+        query, shared = s.heads * s.head_width, s.kv_heads * s.head_width
+        matrices = 3 if s.activation == "swiglu" else 2
+        layer = s.width * (2 * query + 2 * shared) + matrices * s.width * s.mlp_width
+        return 6 * (s.layers * layer + self.vocab_size * s.width) + 12 * s.layers * query * time

@@ -50,6 +50,15 @@ class Objective(ABC):
     units_per_sample: int = 1
 
     @abstractmethod
+    def initial_weights(self, name: str) -> Callable[[str], Tensor]:
+        """Reads a network's initial weights: a parameter's name to its full value, fp32 on the CPU. Networks may stand on the
+        meta device; whoever holds a part of them asks for the tensors one at a time."""
+
+    def flops_per_unit(self) -> int | None:
+        """Floating-point operations of forward and backward for one unit, or None where that is not known."""
+        return None
+
+    @abstractmethod
     def evaluate(self, networks: Networks, batch: Batch) -> Terms:
         """Sums over one batch of the validation set (fp32 or fp64 scalars); added up over all batches and ranks."""
 
@@ -75,7 +84,7 @@ class Family:
     Attributes:
         model_settings, data_settings: the dataclasses behind the `model` and `data` sections.
         build_data: (data settings, seed) -> data.
-        build_objective: (config, data) -> objective; networks on the CPU, initialised from the run's seed. Raises UserError.
+        build_objective: (config, data) -> objective; networks on the meta device or anywhere. Raises UserError.
     """
 
     model_settings: type

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from genscale.config import Config
@@ -27,43 +26,60 @@ VOCAB_MULTIPLE = 64  # matrix kernels want the width of the logits in whole tile
 
 def _targets(batch: Batch) -> Tensor:
     """What each position has to predict, `(batch, time)` int64; -1 where there is nothing."""
-    return batch["tokens"][:, 1:].long()
-
-
-def _cross_entropy(networks: Networks, batch: Batch) -> Tensor:
-    """Nats of every target `(batch * time,)` in fp32, zero where there is none."""
-    # Padding is fed as token 0: it stands after the text, so no valid target sees it.
-    logits = networks["gpt"](batch["tokens"][:, :-1].clamp(min=0))
-    return F.cross_entropy(logits.float().flatten(0, 1), _targets(batch).flatten(), ignore_index=-1, reduction="none")
+    targets = batch["tokens"][:, 1:].long()
+    return targets.where(batch["mask"][:, 1:] > 0, -1) if "mask" in batch else targets
 
 
 class LanguageModel(Objective):
     """Trains one network, `gpt`, on the cross-entropy of the next token.
 
     A batch holds `tokens` `(batch, sequence_length + 1)`, int32 or int64: each token is the input whose target is the next
-    one; -1 is padding. The loss is in nats, summed over valid targets.
+    one; -1 is padding. Where it also holds `mask`, of the same shape, only tokens with a mask above 0 are targets (the answers
+    of prompt and answer pairs). The loss is in nats, summed over valid targets.
 
     Args:
-        network: tokens `(batch, time)` to logits `(batch, time, vocab_size)`.
+        network: the model.
         tokenizer: what made the tokens; decodes previews and says how many bytes a token stands for.
         sequence_length: targets in a sample.
+        separate_documents: a token sees its own document alone, and positions count from the document's start.
+        weights: the network's initial weights by parameter name, each in full, fp32, on the CPU.
     """
 
     unit = "tokens"
 
-    def __init__(self, network: GPT, tokenizer: Tokenizer, sequence_length: int) -> None:
+    def __init__(self, network: GPT, tokenizer: Tokenizer, sequence_length: int, *, separate_documents: bool = False,
+                 weights: Callable[[str], Tensor] | None = None) -> None:
         self.networks = {"gpt": network}
+        self._weights = weights
         self.phases = [Phase("language_model", "gpt", loss=self.loss, count=self.count)]
         self.tokenizer = tokenizer
         self.units_per_sample = sequence_length
         # Kept here because the network given to `preview` may stand inside a wrapper that hides it.
         self.positions = network.settings.positions
+        self.separate_documents = separate_documents
+        self.drops = network.settings.dropout > 0 or network.settings.attention_dropout > 0
+        self._flops = network.flops_per_token(sequence_length)
         lengths = tokenizer.token_bytes()
         self.token_bytes = None if lengths is None else torch.as_tensor(lengths, dtype=torch.int64)
 
+    def initial_weights(self, name: str) -> Callable[[str], Tensor]:
+        """The initial draw, or the pretrained weights that the run starts from."""
+        return self._weights
+
+    def flops_per_unit(self) -> int:
+        """Of forward and backward for one token."""
+        return self._flops
+
     def loss(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
         """The phase's loss: nats summed over the valid targets of a micro-batch."""
-        return {"loss": _cross_entropy(networks, batch).sum()}
+        return {"loss": self._nats(networks, batch, draws.keys("dropout") if self.drops else None)}
+
+    def _nats(self, networks: Networks, batch: Batch, dropout_keys: Tensor | None = None) -> Tensor:
+        # Padding is fed as token 0: it stands after the text, so no valid target sees it.
+        inputs = batch["tokens"][:, :-1].long().clamp(min=0)
+        # The end-of-text token opens the next document, as it does when text is generated.
+        documents = (inputs == self.tokenizer.end_of_text).cumsum(1) if self.separate_documents else None
+        return networks["gpt"](inputs, targets=_targets(batch), documents=documents, dropout_keys=dropout_keys)
 
     def count(self, batch: Batch) -> int:
         """Valid targets of a micro-batch."""
@@ -82,7 +98,7 @@ class LanguageModel(Objective):
         """Sums in float64: `nats`, `tokens` and, where the tokenizer knows them, the `bytes` that the targets stand for."""
         targets = _targets(batch)
         valid = targets >= 0
-        totals = {"nats": _cross_entropy(networks, batch).double().sum(), "tokens": valid.sum().double()}
+        totals = {"nats": self._nats(networks, batch).double(), "tokens": valid.sum().double()}
         if self.token_bytes is not None:
             self.token_bytes = self.token_bytes.to(targets.device)
             totals["bytes"] = self.token_bytes[targets[valid]].sum().double()
@@ -134,9 +150,10 @@ def _build(config: Config, tokenizer: Tokenizer) -> LanguageModel:
     if vocab_size < needed:
         raise UserError(f"model.vocab_size: {vocab_size} is smaller than the {needed} tokens of data.tokenizer "
                         f"{config.data.tokenizer}; the nearest allowed value is {needed} (or leave it out: {rounded})")
-    network = GPT(config.model, vocab_size)
-    network.initialise(torch_generator(config.run.seed, "initial weights", "gpt"))
-    return LanguageModel(network, tokenizer, length)
+    with torch.device("meta"):  # the engine fills the parameters, or its share of them, from `initial_weights`
+        network = GPT(config.model, vocab_size)
+    return LanguageModel(network, tokenizer, length, separate_documents=config.data.separate_documents,
+                         weights=lambda name: network.initial_weight(name, config.run.seed))
 
 
 FAMILY = Family(model_settings=GPTSettings, data_settings=TextDataSettings, build_data=TextData, build_objective=build,

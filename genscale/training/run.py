@@ -60,7 +60,7 @@ class RunResult:
 
 def train(config: Config) -> RunResult:
     """Train as the config says. Raises UserError for anything the user can mend, on every rank, before the first step."""
-    plan = plan_parallel(config.parallel, config.train.precision)
+    plan = plan_parallel(config.parallel, config.train.precision, config.optimizer.name)
     config.parallel.offload, config.train.precision = plan.offload, plan.precision
     shape = derive_accumulation(config, plan.world_size)
     folder = run_folder(config)
@@ -115,7 +115,8 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
         loader = StepLoader(data, global_batch_size=config.train.global_batch_size,
                             micro_batch_size=micro_batch_size, rank=processes.rank,
                             world_size=processes.world_size, workers=config.data.workers,
-                            prefetch_steps=config.data.prefetch_steps, state=state.get("data"))
+                            prefetch_steps=config.data.prefetch_steps, state=state.get("data"),
+                            pin_memory=processes.device.type == "cuda")
         if processes.is_main:
             (folder / "config.yaml").write_text(config_yaml(config))
             objective.save_assets(folder)
@@ -171,18 +172,13 @@ def _check_same_network(checkpoint: Checkpoint, name: str, network: torch.nn.Mod
 
 
 def _prepare(config: Config, engine: Engine, objective: Objective, checkpoint: Checkpoint | None) -> None:
-    """Weights first, then the strategy's wrapping, then what only the wrapped form can hold."""
-    if checkpoint is not None:
-        for name, network in objective.networks.items():
-            read = checkpoint.tensors("networks", name)
-            with torch.no_grad():
-                for key, value in named_state(network):
-                    value.copy_(read(key))
-    engine.prepare(objective.networks, lambda module: make_optimizer(module, config.optimizer))
+    """Networks with the weights of the checkpoint, or their initial ones, under the strategy; then the rest of the checkpoint."""
+    weights = {name: checkpoint.tensors("networks", name) if checkpoint else objective.initial_weights(name)
+               for name in objective.networks}
+    engine.prepare(objective.networks, lambda module: make_optimizer(module, config.optimizer, config.train.precision), weights)
     if checkpoint is not None:
         scalers = checkpoint.state()["scalers"]
         for name in objective.networks:
-            engine.restore_network(name, checkpoint.tensors("networks", name))
             stored = checkpoint.tensors("optimizers", name)
             engine.load_optimizer_state(name, stored.keys(), stored)
             engine.load_scaler_state(name, scalers.get(name, {}))

@@ -13,7 +13,7 @@ from genscale.config_parser import load_config
 from genscale.errors import UserError
 from genscale.objectives import FAMILIES
 from genscale.objectives.base import Objective
-from genscale.parallel.engine import named_state
+from genscale.parallel.materialise import fill, materialise
 from genscale.parallel.processes import on_cpu
 from genscale.training.checkpoints import Checkpoint, find_checkpoints
 
@@ -44,20 +44,35 @@ def find_trained(path: str, step: int | None = None) -> tuple[Config, Checkpoint
 
 
 def load_weights(objective: Objective, checkpoint: Checkpoint) -> torch.device:
-    """Put the checkpoint's weights into the objective's networks, on the best device of this machine, in evaluation mode."""
+    """Put the checkpoint's weights into the objective's networks, on the best device of this machine, in evaluation mode.
+
+    Networks on the meta device get their memory there, and one tensor is read at a time: no second copy is held anywhere.
+    """
     device = torch.device("cpu" if on_cpu() else "cuda")
     for name, network in objective.networks.items():
-        read = checkpoint.tensors("networks", name)
-        with torch.no_grad():
-            for key, value in named_state(network):
-                value.copy_(read(key))
-        network.to(device).eval()
+        materialise(network, device)
+        fill(network, checkpoint.tensors("networks", name))
+        network.eval()
     return device
 
 
 def run_of(checkpoint: Checkpoint) -> Path:
     """The run folder a checkpoint lies in."""
     return checkpoint.path.resolve().parent.parent
+
+
+def take_text(arguments: list[str], flag: str) -> tuple[str | None, list[str]]:
+    """Split `flag VALUE` (or `flag=VALUE`) from the settings. Raises UserError."""
+    rest, text, words = [], None, iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name != flag:
+            rest.append(word)
+            continue
+        text = value if equals else next(words, "")
+        if not text or (not equals and text.startswith("--")):
+            raise UserError(f"{flag}: needs a value, as in `{flag} VALUE`")
+    return text, rest
 
 
 def take_run(arguments: list[str], usage: str) -> tuple[str, list[str]]:

@@ -1,28 +1,29 @@
-"""The GPT against transformers' GPT-2, torch's flop counter and the closed forms of its initialisation."""
+"""The GPT against transformers' GPT-2, Llama and Qwen3, torch's flop counter and the closed forms of its initialisation."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from genscale.errors import UserError
 from genscale.models.decoding import generate
-from genscale.models.gpt import GPT, GPTSettings
+from genscale.models.gpt import GPT, GPTSettings, KeyValueCache
 
 SHAPES = [GPTSettings(layers=1, heads=1, width=8, positions=16), GPTSettings(layers=3, heads=4, width=32, positions=24),
-          GPTSettings(layers=2, heads=3, width=48, positions=40, layer_norm_eps=1e-3)]
+          GPTSettings(layers=2, heads=3, width=48, positions=40, norm_eps=1e-3)]
 
 
 def made(settings: GPTSettings, vocab_size: int, seed: int = 0) -> GPT:
     """A GPT with initial weights."""
     network = GPT(settings, vocab_size)
-    network.initialise(torch.Generator().manual_seed(seed))
+    network.initialise(seed)
     return network
 
 
@@ -56,7 +57,7 @@ def twin(network: GPT) -> GPT2LMHeadModel:
     s = network.settings
     theirs = GPT2LMHeadModel(GPT2Config(
         vocab_size=network.vocab_size, n_positions=s.positions, n_embd=s.width, n_layer=s.layers, n_head=s.heads,
-        layer_norm_epsilon=s.layer_norm_eps, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=0, eos_token_id=0))
+        layer_norm_epsilon=s.norm_eps, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=0, eos_token_id=0))
     with torch.no_grad():
         for ours, other, transposed in pairs(network, theirs):
             other.copy_(ours.T if transposed else ours)
@@ -77,6 +78,116 @@ def test_logits_and_gradients_equal_transformers(settings: GPTSettings) -> None:
         F.cross_entropy(out[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     for ours, other, transposed in matched:
         torch.testing.assert_close(ours.grad, other.grad.T if transposed else other.grad, rtol=1e-5, atol=1e-5)
+
+
+ROTARY = [
+    GPTSettings(preset="llama", layers=2, heads=4, width=32, positions=48, rope_base=1e4),
+    GPTSettings(preset="llama", layers=2, heads=6, kv_heads=2, width=48, mlp_width=40, positions=48, tied=True),
+    GPTSettings(preset="llama", layers=2, heads=4, kv_heads=1, width=32, positions=48, bias=True, rope_scaling="linear",
+                rope_factor=3.0),
+    GPTSettings(preset="llama", layers=1, heads=2, width=64, positions=48, rope_scaling="llama3", rope_factor=8.0,
+                rope_original_positions=32, rope_base=100.0),
+    GPTSettings(preset="qwen3", layers=2, heads=4, kv_heads=2, head_width=16, width=32, positions=48),
+]
+
+
+def rotary_twin(network: GPT) -> LlamaForCausalLM | Qwen3ForCausalLM:
+    """transformers' Llama or Qwen3 of the same shape."""
+    s = network.settings
+    rope = {"rope_theta": s.rope_base, "rope_type": "default"}
+    if s.rope_scaling != "none":
+        rope |= {"rope_type": s.rope_scaling, "factor": s.rope_factor, "low_freq_factor": s.rope_low_frequency,
+                 "high_freq_factor": s.rope_high_frequency, "original_max_position_embeddings": s.rope_original_positions}
+    shape = {"vocab_size": network.vocab_size, "hidden_size": s.width, "intermediate_size": s.mlp_width,
+             "head_dim": s.head_width, "num_hidden_layers": s.layers, "num_attention_heads": s.heads,
+             "num_key_value_heads": s.kv_heads, "max_position_embeddings": s.positions, "rms_norm_eps": s.norm_eps,
+             "tie_word_embeddings": s.tied, "attention_bias": s.bias, "rope_parameters": rope}
+    return Qwen3ForCausalLM(Qwen3Config(**shape)) if s.qk_norm else LlamaForCausalLM(LlamaConfig(mlp_bias=s.bias, **shape))
+
+
+def rotary_names(s: GPTSettings) -> dict[str, list[str]]:
+    """Each of our parameters, and theirs whose rows it holds one after the other."""
+    names = {"token_embedding.weight": ["model.embed_tokens.weight"], "final_norm.weight": ["model.norm.weight"]}
+    if not s.tied:
+        names["output.weight"] = ["lm_head.weight"]
+    for i in range(s.layers):
+        ours, theirs = f"layers.{i}", f"model.layers.{i}"
+        names |= {f"{ours}.attention_norm.weight": [f"{theirs}.input_layernorm.weight"],
+                  f"{ours}.mlp_norm.weight": [f"{theirs}.post_attention_layernorm.weight"]}
+        if s.qk_norm:
+            names |= {f"{ours}.attention.{x}_norm.weight": [f"{theirs}.self_attn.{x[0]}_norm.weight"] for x in ("query", "key")}
+        for kind in ("weight", "bias") if s.bias else ("weight",):
+            names |= {f"{ours}.attention.query_key_value.{kind}": [f"{theirs}.self_attn.{x}_proj.{kind}" for x in "qkv"],
+                      f"{ours}.attention.output.{kind}": [f"{theirs}.self_attn.o_proj.{kind}"],
+                      **{f"{ours}.mlp.{x}.{kind}": [f"{theirs}.mlp.{x}_proj.{kind}"] for x in ("up", "gate", "down")}}
+    return names
+
+
+@pytest.mark.parametrize("settings", ROTARY, ids=["llama", "grouped", "linear", "llama3", "qwen3"])
+def test_rotary_models_equal_transformers(settings: GPTSettings) -> None:
+    network = scrambled(settings, vocab_size=61)
+    theirs = rotary_twin(network)
+    names = rotary_names(network.settings)
+    assert names.keys() == dict(network.named_parameters()).keys()
+    assert sum(map(len, names.values())) == len(list(theirs.parameters()))
+    with torch.no_grad():
+        for ours, parts in names.items():
+            others = [theirs.get_parameter(part) for part in parts]
+            for other, rows in zip(others, network.get_parameter(ours).split([len(other) for other in others]), strict=True):
+                other.copy_(rows)
+
+    tokens = torch.randint(61, (3, settings.positions), generator=torch.Generator().manual_seed(2))
+    logits, expected = network(tokens), theirs(tokens).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    for out in (logits, expected):
+        F.cross_entropy(out[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    for ours, parts in names.items():
+        wanted = torch.cat([theirs.get_parameter(part).grad for part in parts])
+        torch.testing.assert_close(network.get_parameter(ours).grad, wanted, rtol=1e-5, atol=1e-5, msg=ours)
+
+
+@pytest.mark.parametrize("settings", [SHAPES[1], *ROTARY], ids=lambda s: s.preset)
+def test_a_cache_changes_nothing(settings: GPTSettings) -> None:
+    network = scrambled(settings, vocab_size=61)
+    tokens = torch.randint(61, (3, 20), generator=torch.Generator().manual_seed(3))
+    documents = torch.tensor([[0] * 20, [0] * 5 + [1] * 15, [0] * 9 + [1] * 11])
+    for given in (None, documents):
+        whole = network(tokens, documents=given)
+        cache = KeyValueCache(settings.layers, capacity=20)
+        parts = [network(tokens[:, a:b], documents=None if given is None else given[:, a:b], cache=cache)
+                 for a, b in [(0, 7), (7, 12), *((i, i + 1) for i in range(12, 20))]]
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(network(tokens, last_only=True), network(tokens)[:, -1:], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [SHAPES[1], ROTARY[1], ROTARY[4]], ids=["gpt2", "llama", "qwen3"])
+def test_packed_documents_that_see_only_themselves_are_as_if_alone(settings: GPTSettings) -> None:
+    network = scrambled(settings, vocab_size=61)
+    tokens = torch.randint(61, (1, 21), generator=torch.Generator().manual_seed(4))
+    bounds = [0, 3, 4, 13, 20]
+    documents = torch.repeat_interleave(torch.arange(4), torch.tensor(bounds).diff())[None]
+    packed = network(tokens[:, :-1], targets=tokens[:, 1:], documents=documents)
+    alone = sum(network(tokens[:, a:b], targets=tokens[:, a + 1:b + 1]) for a, b in pairwise(bounds))
+    assert packed.item() == pytest.approx(alone.item(), rel=1e-5)
+    assert network(tokens[:, :-1], targets=tokens[:, 1:]).item() != pytest.approx(alone.item(), rel=1e-3)
+
+
+def test_a_window_hides_what_is_further_away() -> None:
+    near = scrambled(GPTSettings(preset="llama", layers=1, heads=2, width=16, positions=32, window=4), vocab_size=61)
+    tokens = torch.randint(61, (1, 20), generator=torch.Generator().manual_seed(5))
+    changed = tokens.clone()
+    changed[:, 8] = (tokens[:, 8] + 1) % 61
+    differs = (near(tokens) - near(changed)).abs().amax(-1)[0] > 1e-5
+    assert differs.nonzero().flatten().tolist() == [8, 9, 10, 11]
+
+
+@pytest.mark.parametrize(("activation", "closed"), [("relu2", lambda up, gate: up.clamp(min=0) ** 2),
+                                                    ("swiglu", lambda up, gate: gate * torch.sigmoid(gate) * up)])
+def test_activations_are_their_formulas(activation: str, closed) -> None:
+    mlp = scrambled(GPTSettings(layers=1, heads=1, width=8, activation=activation, bias=False), 61).layers[0].mlp
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(6))
+    gate = x @ mlp.gate.weight.T if activation == "swiglu" else None
+    torch.testing.assert_close(mlp(x), closed(x @ mlp.up.weight.T, gate) @ mlp.down.weight.T)
 
 
 def test_a_position_sees_only_itself_and_those_before_it() -> None:
@@ -109,17 +220,24 @@ def test_initial_weights_are_those_of_gpt2() -> None:
     assert loss == pytest.approx(math.log(512), rel=0.02)
 
 
-def test_initial_weights_depend_on_the_generator_alone() -> None:
+def test_initial_weights_depend_on_seed_and_name_alone() -> None:
     first = made(SHAPES[1], 61, seed=5)
     torch.manual_seed(99)
     again, other = made(SHAPES[1], 61, seed=5), made(SHAPES[1], 61, seed=6)
     for name, parameter in first.named_parameters():
         assert torch.equal(parameter, again.get_parameter(name)), name
     assert not torch.equal(first.token_embedding.weight, other.token_embedding.weight)
+    with torch.device("meta"):
+        unmade = GPT(SHAPES[1], 61)
+    for name in reversed(list(dict(unmade.named_parameters()))):  # one by one and in any order
+        assert torch.equal(unmade.initial_weight(name, 5), first.get_parameter(name)), name
 
 
-def test_flops_equal_torchs_count() -> None:
-    settings = GPTSettings(layers=3, heads=4, width=64, positions=96)
+@pytest.mark.parametrize("settings", [
+    GPTSettings(layers=3, heads=4, width=64, positions=96),
+    GPTSettings(preset="llama", layers=2, heads=4, kv_heads=2, width=64, positions=96),
+    GPTSettings(preset="qwen3", layers=2, heads=4, kv_heads=1, head_width=32, width=64, positions=96)], ids=lambda s: s.preset)
+def test_flops_equal_torchs_count(settings: GPTSettings) -> None:
     network = made(settings, vocab_size=160)
     tokens = torch.randint(160, (2, 96), generator=torch.Generator().manual_seed(7))
     # The counter knows no CPU attention kernel; the plain one is matrix products, which it knows.
@@ -128,10 +246,16 @@ def test_flops_equal_torchs_count() -> None:
     assert network.flops_per_token(96) * tokens.numel() == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
-def test_parameter_count_is_gpt2s() -> None:
+def test_parameter_counts_are_those_of_the_released_models() -> None:
     with torch.device("meta"):
         small = GPT(GPTSettings(layers=12, heads=12, width=768), vocab_size=50257)
+        llama = GPT(GPTSettings(preset="llama", layers=32, heads=32, kv_heads=8, width=4096, mlp_width=14336),
+                    vocab_size=128256)
+        qwen = GPT(GPTSettings(preset="qwen3", layers=28, heads=16, kv_heads=8, head_width=128, width=1024, mlp_width=3072,
+                               tied=True), vocab_size=151936)
     assert small.parameter_count() == 124_439_808  # the count of the released "gpt2" weights
+    assert llama.parameter_count() == 8_030_261_248  # Llama-3.1-8B
+    assert qwen.parameter_count() == 596_049_920  # Qwen3-0.6B
 
 
 def test_blocks_are_the_parts_that_the_forward_runs() -> None:
@@ -151,6 +275,19 @@ def test_heads_must_divide_the_width(width: int, heads: int, hints: tuple[str, s
     message = str(caught.value)
     assert message.startswith(f"model.heads: {heads} ") and str(width) in message
     assert all(hint in message for hint in hints) and "or 0" not in message
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"heads": 6, "kv_heads": 4}, ["model.kv_heads: 4", "model.heads 6", "2 or 3"]),
+    ({"preset": "llama", "head_width": 7}, ["model.head_width: 7", "8"]),
+    ({"dropout": 1.0}, ["model.dropout: 1.0", "0.1"]),
+    ({"rope_scaling": "linear"}, ["model.rope_scaling: linear", "rotary", "learned"]),
+    ({"preset": "llama", "rope_scaling": "llama3", "rope_high_frequency": 0.5}, ["model.rope_high_frequency: 0.5", "4 and 1"]),
+])
+def test_settings_that_no_gpt_can_have(settings: dict, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        GPT(GPTSettings(**settings), vocab_size=61)
+    assert all(word in str(caught.value) for word in words)
 
 
 def test_a_sequence_longer_than_the_positions_is_refused() -> None:

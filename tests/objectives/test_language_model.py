@@ -43,11 +43,23 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(str(train_bpe(["the theme of the thesis, then others"] * 3, 270, tmp_path_factory.mktemp("bpe"))))
 
 
-def make(tokenizer: Tokenizer | None = None, *, seed: int = 1, sequence_length: int = 8, **model) -> LanguageModel:
+def make(tokenizer: Tokenizer | None = None, *, seed: int = 1, sequence_length: int = 8, data: dict | None = None,
+         **model) -> LanguageModel:
     """What the family builds for these settings."""
     config = Config(run=RunSettings(seed=seed), model=GPTSettings(**{**vars(MODEL), **model}),
-                    data=TextDataSettings(sequence_length=sequence_length, tokenizer="bytes"))
-    return build(config, SimpleNamespace(tokenizer=tokenizer or ByteTokenizer()))
+                    data=TextDataSettings(sequence_length=sequence_length, tokenizer="bytes", **(data or {})))
+    return filled(build(config, SimpleNamespace(tokenizer=tokenizer or ByteTokenizer())))
+
+
+def filled(objective: LanguageModel) -> LanguageModel:
+    """The objective with its network off the meta device, holding its initial weights."""
+    (network,) = objective.networks.values()
+    network.to_empty(device="cpu")
+    read = objective.initial_weights("gpt")
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.copy_(read(name))
+    return objective
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -81,6 +93,49 @@ def test_loss_is_the_sum_of_nats_over_valid_targets() -> None:
     count = phase.count({"tokens": tokens})
     assert count == len(expected) == 8 + 6 + 8 and type(count) is int
     assert (objective.unit, objective.units_per_sample) == ("tokens", 8)
+
+
+def test_only_what_the_mask_says_is_a_target() -> None:
+    objective, tokens = make(), batch()["tokens"]
+    mask = torch.zeros_like(tokens)
+    mask[:, [2, 5, 8]] = 1
+    expected = 0.0
+    for row, hidden in zip(tokens, mask == 0, strict=True):
+        length = int((row >= 0).sum())
+        if length > 1:
+            logits = objective.networks["gpt"](row[None, :length - 1]).detach().double()[0]
+            nats = -logits.log_softmax(-1)[torch.arange(length - 1), row[1:length]]
+            expected += nats[~hidden[1:length]].sum().item()
+    masked = {"tokens": tokens, "mask": mask.to(torch.uint8)}
+    assert objective.loss(objective.networks, masked, DRAWS)["loss"].item() == pytest.approx(expected, rel=1e-6)
+    assert objective.count(masked) == 3 + 2 + 3
+
+
+@pytest.mark.parametrize("preset", ["gpt2", "llama"])
+def test_separate_documents_are_as_if_each_stood_alone(preset: str) -> None:
+    end = ByteTokenizer.end_of_text
+    rows = [[5, 6, end, 7, 8, 9, end, 1, 2], [end, 3, 4, 5, 6, end, end, 8, 9]]
+    objective = make(data={"separate_documents": True}, preset=preset, init_std=0.3)
+    packed = objective.loss(objective.networks, {"tokens": torch.tensor(rows)}, DRAWS)["loss"].item()
+    alone = 0.0
+    for row in rows:
+        starts = sorted({0, *(i for i, token in enumerate(row[:-1]) if token == end)})
+        for start, stop in zip(starts, [*starts[1:], len(row) - 1], strict=True):
+            alone += sum(nats_by_hand(objective, torch.tensor([row[start:stop + 1]])))
+    assert packed == pytest.approx(alone, rel=1e-5)
+    together = make(preset=preset, init_std=0.3).loss(objective.networks, {"tokens": torch.tensor(rows)}, DRAWS)["loss"].item()
+    assert together != pytest.approx(alone, rel=1e-3)
+
+
+def test_dropout_is_drawn_by_sample_and_in_training_only() -> None:
+    objective, tokens = make(dropout=0.3, init_std=0.3), torch.randint(257, (4, 9), generator=torch.Generator().manual_seed(0))
+    networks = objective.networks
+    draws = [Draws(0, "language_model", 1, samples) for samples in (torch.arange(4), torch.arange(2), torch.arange(2, 4))]
+    whole, *halves = [objective.loss(networks, {"tokens": part}, draw)["loss"].item()
+                      for part, draw in zip((tokens, tokens[:2], tokens[2:]), draws, strict=True)]
+    assert sum(halves) == pytest.approx(whole, rel=1e-5)
+    plain = objective.evaluate(networks, {"tokens": tokens})["nats"].item()
+    assert plain != pytest.approx(whole, rel=1e-4) and plain == objective.evaluate(networks, {"tokens": tokens})["nats"].item()
 
 
 def test_micro_batches_add_up_to_the_batch() -> None:

@@ -1,0 +1,35 @@
+"""Dropout whose masks are addressed by sample: the same sample drops the same activations on any rank, in any micro-batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, the increment of SplitMix64
+_FIRST, _SECOND = -4658895280553007687, -7723592293110705685  # its two multipliers, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def _mixed(z: Tensor) -> Tensor:
+    """SplitMix64's finaliser (Steele et al. 2014, "Fast splittable pseudorandom number generators"), element by element."""
+    # torch shifts int64 with its sign: the copies of the sign bit are masked away.
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * _FIRST
+    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * _SECOND
+    return z ^ ((z >> 31) & 0x1FFFFFFFF)
+
+
+def dropped(x: Tensor, keys: Tensor, stream: int, share: float) -> Tensor:
+    """`x` with a share of its elements zero and the others scaled up (Srivastava et al. 2014).
+
+    Args:
+        x: `(batch, ...)`.
+        keys: `(batch,)` int64, one a sample, on the device of `x`.
+        stream: tells the places in a network apart that drop.
+        share: of the elements, in steps of 1/65536.
+    """
+    count = x[0].numel()
+    words = torch.arange(1, -(-count // 4) + 1, device=x.device, dtype=torch.int64) * _GOLDEN
+    # Each 64-bit word of the counter-based stream decides for four elements.
+    bits = _mixed(_mixed(keys ^ (stream + 1))[:, None] + words).view(torch.int16)[:, :count]
+    threshold = round(share * 2**16)
+    kept = (bits >= threshold - 2**15).view(x.shape)
+    return x * kept * (1 / (1 - threshold / 2**16))

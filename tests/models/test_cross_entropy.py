@@ -1,0 +1,66 @@
+"""The chunked loss against torch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from genscale.models.cross_entropy import summed_cross_entropy
+
+
+def given(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(37, 24, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(301, 24, generator=generator).to(dtype).requires_grad_()
+    targets = torch.randint(301, (37,), generator=generator)
+    targets[[0, 5, 36]] = -1
+    return hidden, weight, targets
+
+
+def nats_and_gradients(chunk: int | None, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, targets = given(dtype)
+    nats = summed_cross_entropy(hidden, weight, targets, chunk)
+    (nats * 0.37).backward()
+    return nats.detach(), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 36, 37, 100, None])
+def test_any_chunk_gives_torchs_loss_and_gradients(chunk: int | None) -> None:
+    hidden, weight, targets = given()
+    expected = F.cross_entropy(hidden @ weight.T, targets, ignore_index=-1, reduction="sum")
+    (expected * 0.37).backward()
+    nats, grad_hidden, grad_weight = nats_and_gradients(chunk)
+    torch.testing.assert_close(nats, expected.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad_hidden, hidden.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad_weight, weight.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_under_autocast_and_in_bf16_it_is_as_close_to_fp32_as_the_plain_one() -> None:
+    truth = nats_and_gradients(None)
+    for cast in (False, True):
+        def run(chunk: int | None, cast: bool = cast) -> tuple[Tensor, ...]:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
+                return nats_and_gradients(chunk, torch.float32 if cast else torch.bfloat16)
+        for ours, plain, true in zip(run(8), run(None), truth, strict=True):
+            error = (ours.float() - true).norm() / true.norm()
+            assert error < max(2 * (plain.float() - true).norm() / true.norm(), 1e-3)
+
+
+def test_logits_of_all_tokens_never_exist_at_once() -> None:
+    hidden = torch.randn(4096, 16, requires_grad=True)
+    weight = torch.randn(5000, 16, requires_grad=True)
+    largest = {}
+    for chunk in (None, 128):
+        with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            summed_cross_entropy(hidden, weight, torch.zeros(4096, dtype=torch.int64), chunk).backward()
+        largest[chunk] = max(event.cpu_memory_usage for event in profiler.events())
+    assert largest[None] >= 4096 * 5000 * 4
+    assert largest[128] <= 4 * 128 * 5000 * 4
+
+
+def test_no_gradient_is_made_where_none_is_wanted() -> None:
+    hidden, weight, targets = given()
+    with torch.no_grad():
+        assert not summed_cross_entropy(hidden, weight, targets, 8).requires_grad
