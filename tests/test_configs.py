@@ -9,6 +9,7 @@ import torch
 
 from genscale.config_parser import load_config
 from genscale.data.tokenizers import ByteTokenizer
+from genscale.models.gpt import GPT
 from genscale.objectives import FAMILIES
 from genscale.training.run import derive_accumulation
 
@@ -34,3 +35,24 @@ def test_the_demo_runs(genscale, tmp_path):
     outcome = genscale("train", "--config", ROOT / "configs/gpt/demo.yaml", *arguments)
     assert outcome.code == 0, outcome.err
     assert "bits per byte" in outcome.out and (tmp_path / "demo" / "checkpoints" / "step-00000002").is_dir()
+
+
+GPT2_ROWS = 50304 - 50257  # of the embedding, added so that matrix kernels have whole tiles
+COUNTS = {  # parameters of the released models, to the last one
+    "gpt2-124m": 124_439_808 + GPT2_ROWS * 768, "gpt2-355m": 354_823_168 + GPT2_ROWS * 1024,
+    "gpt2-774m": 774_030_080 + GPT2_ROWS * 1280, "gpt2-1558m": 1_557_611_200 + GPT2_ROWS * 1600,
+    "llama-1b": 1_235_814_400, "llama-8b": 8_030_261_248, "llama-70b": 70_553_706_496,
+}
+GPT3_MILLIONS = {"125m": 125, "350m": 350, "760m": 760, "1.3b": 1_300, "2.7b": 2_700, "6.7b": 6_700, "13b": 13_000,
+                 "175b": 175_000}
+
+
+@pytest.mark.parametrize("name", [*COUNTS, *(f"gpt3-{size}" for size in GPT3_MILLIONS)])
+def test_the_sizes_are_those_of_the_published_models(name):
+    config = load_config(FAMILIES, ROOT / "configs" / "gpt" / f"{name}.yaml")
+    with torch.device("meta"):
+        network = GPT(config.model, config.model.vocab_size)
+    if name in COUNTS:
+        assert network.parameter_count() == COUNTS[name]
+    else:  # the paper's table gives two or three digits
+        assert network.parameter_count() == pytest.approx(GPT3_MILLIONS[name.removeprefix("gpt3-")] * 1e6, rel=0.025)
