@@ -52,6 +52,12 @@ class Attention(nn.Module):
             self.query_norm = nn.RMSNorm(settings.head_width, settings.norm_eps)
             self.key_norm = nn.RMSNorm(settings.head_width, settings.norm_eps)
 
+    def fused_rows(self) -> dict[str, tuple[int, ...]]:
+        """Rows of the matrices that stand on top of each other in one parameter, for optimizers that treat each as a whole."""
+        s = self.settings
+        shared = s.kv_heads * s.head_width
+        return {"query_key_value.weight": (s.heads * s.head_width, shared, shared)}
+
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None, dropout_keys: Tensor | None,
                 cache: KeyValueCache | None) -> Tensor:
         """Mix each position with those it may see.

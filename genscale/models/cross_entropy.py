@@ -9,16 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None) -> Tensor:
+CPU_LOGITS, GPU_LOGITS = 2**24, 2**29
+"""Logits held at once by default: 64 MiB of fp32 stay near a CPU's caches; a GPU wants large products."""
+
+
+def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
     """Nats of all targets together, an fp32 scalar.
 
     Args:
         hidden: `(tokens, width)`.
         weight: of the output layer, `(vocab_size, width)`.
         targets: `(tokens,)` int64; -1 where there is none.
-        chunk: tokens whose logits are held at once; None: all.
+        chunk: tokens whose logits are held at once (default: by the device).
     """
-    if chunk is None or chunk >= len(hidden):
+    chunk = chunk or max(1, (GPU_LOGITS if hidden.is_cuda else CPU_LOGITS) // len(weight))
+    if chunk >= len(hidden):
         return F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=-1, reduction="sum")
     return _Chunked.apply(hidden, weight, targets, chunk, torch.is_grad_enabled())
 
@@ -35,23 +40,22 @@ class _Chunked(torch.autograd.Function):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        ctx.types = hidden.dtype, weight.dtype
         with torch.autocast(device, enabled=False):
             rows, matrix = hidden.to(dtype), weight.to(dtype)
             grad_hidden = torch.empty_like(rows) if differentiate else None
-            grad_weight = torch.zeros(matrix.shape, dtype=torch.float32, device=matrix.device) if differentiate else None
+            grad_weight = torch.empty(matrix.shape, dtype=torch.float32, device=hidden.device) if differentiate else None
+            # Two buffers for all chunks: memory that is new each time costs a CPU as much as the arithmetic.
+            room = chunk, len(matrix)
+            buffers = torch.empty(room, dtype=dtype, device=hidden.device), torch.empty(room, device=hidden.device)
             for start in range(0, len(rows), chunk):
                 part, wanted = rows[start:start + chunk], targets[start:start + chunk, None]
-                logits = (part @ matrix.T).float()
-                valid, at = wanted >= 0, wanted.clamp(min=0)
-                normaliser = logits.logsumexp(-1, keepdim=True)
-                total += (normaliser - logits.gather(1, at)).mul_(valid).sum()
+                nats, error = _nats_and_error(part, matrix, wanted, buffers)
+                total += nats
                 if differentiate:
-                    # d nats / d logits = softmax - one-hot, in the place of the logits.
-                    error = logits.sub_(normaliser).exp_().scatter_add_(1, at, -valid.float()).mul_(valid).to(dtype)
                     torch.mm(error, matrix, out=grad_hidden[start:start + chunk])
-                    _add_product(grad_weight, error, part)
+                    _add_product(grad_weight, error, part, first=start == 0)
         ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.types = hidden.dtype, weight.dtype
         return total
 
     @staticmethod
@@ -62,11 +66,34 @@ class _Chunked(torch.autograd.Function):
         return (grad_hidden * grad).to(hidden_type), grad_weight.mul_(grad).to(weight_type), None, None, None
 
 
-def _add_product(total: Tensor, error: Tensor, part: Tensor) -> None:
-    """total += error.T @ part, added up in fp32."""
-    if error.dtype == torch.float32:
-        total.addmm_(error.T, part)
-    elif error.is_cuda:
-        total.add_(torch.mm(error.T, part, out_dtype=torch.float32))
+def _nats_and_error(part: Tensor, matrix: Tensor, wanted: Tensor, buffers: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The chunk's nats together, and their derivative by the logits `(chunk, vocab_size)`: softmax minus one-hot.
+
+    Args:
+        part: `(chunk, width)`; matrix: `(vocab_size, width)`; wanted: `(chunk, 1)`, -1 where there is no target.
+        buffers: for the logits, in the type of the products, and for the probabilities, in fp32.
+    """
+    raw, probabilities = (buffer[:len(part)] for buffer in buffers)
+    valid, at = wanted >= 0, wanted.clamp(min=0)
+    torch.mm(part, matrix.T, out=raw)
+    chosen, highest = raw.gather(1, at).float(), raw.amax(-1, keepdim=True).float()
+    if raw.dtype == torch.float32:
+        torch.softmax(raw, -1, out=probabilities)
     else:
-        total.add_(error.T @ part)
+        torch.softmax(probabilities.copy_(raw), -1, out=probabilities)
+    # The likeliest token's probability is at least 1 / vocab_size, so its logarithm loses nothing.
+    normaliser = highest - probabilities.amax(-1, keepdim=True).log()
+    nats = (normaliser - chosen).mul_(valid).sum()
+    probabilities.scatter_add_(1, at, -valid.float())
+    if raw.is_cuda or not valid.all():  # on a GPU asking would cost more than multiplying
+        probabilities.mul_(valid)
+    return nats, probabilities if raw.dtype == torch.float32 else raw.copy_(probabilities)
+
+
+def _add_product(total: Tensor, error: Tensor, part: Tensor, first: bool) -> None:
+    """total += error.T @ part, added up in fp32; the first is stored, for `total` is still empty."""
+    if error.dtype == torch.float32:
+        total.addmm_(error.T, part, beta=0 if first else 1)
+    else:
+        product = torch.mm(error.T, part, out_dtype=torch.float32) if error.is_cuda else error.T @ part
+        total.copy_(product) if first else total.add_(product)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,6 +63,9 @@ class _Reader:
         self.network, self.positions = network, positions
         self.options = {} if layers is None else {"last_only": True}
         self.cache = None if layers is None else KeyValueCache(layers, min(capacity, positions))
+        # Every turn has another shape: compiled blocks would be compiled anew, and slower ones be left behind for training.
+        compiled = any(module._compiled_call_impl is not None for module in network.modules())
+        self.stance = partial(torch.compiler.set_stance, "force_eager") if compiled else nullcontext
 
     def __call__(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
         """Logits `(batch, vocab_size)` after `tokens` `(batch, time)`: those of the call before and what came to them."""
@@ -72,7 +77,8 @@ class _Reader:
             options["cache"] = self.cache
         if documents is not None:
             options["documents"] = documents[:, seen]
-        return self.network(tokens[:, seen], **options)[:, -1]
+        with self.stance():
+            return self.network(tokens[:, seen], **options)[:, -1]
 
 
 @torch.no_grad()

@@ -83,8 +83,9 @@ class GPTSettings:
     """Share of attention weights dropped in training (slow: no fused kernel can have masks addressed by sample)."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights; projections onto the residual stream get init_std / sqrt(2 x layers)."""
-    loss_chunk: PositiveInt | None = 1024
-    """Tokens whose logits are held at once while the loss and its gradient are computed (null: all of them)."""
+    loss_chunk: PositiveInt | None = None
+    """Tokens whose logits are held at once while the loss and its gradient are computed (default: 64 MiB of logits on a CPU,
+    2 GiB on a GPU)."""
 
 
 def resolved(settings: GPTSettings) -> GPTSettings:
