@@ -7,14 +7,23 @@ file names. Mistakes come out as one line (`UserError`), with the nearest key wh
 from __future__ import annotations
 
 import dataclasses
+import keyword
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import (
+    ActionConfigFile,
+    ArgumentError,
+    ArgumentParser,
+    get_loader,
+    set_dumper,
+    set_loader,
+    set_parsing_settings,
+)
 
 from genscale.config import (
     Config,
@@ -33,10 +42,60 @@ COMMON_SECTIONS = {"run": RunSettings, "train": TrainSettings, "optimizer": Opti
                    "parallel": ParallelSettings, "tracking": TrackingSettings}
 Families = Mapping[str, Any]
 
+# A setting may have a name that Python keeps for itself (`model.from`). Its field then ends in an underscore (`from_`), which
+# is put in where the user's words are read and taken out of all that the user reads.
+_FIELD = re.compile(r"(?<![\w.])((?:--)?\w+\.)(" + "|".join(keyword.kwlist) + r")_(?!\w)")
 
-def config_parser(families: Families, family: str, prog: str = "genscale train", description: str = "") -> ArgumentParser:
+
+def as_field(key: str) -> str:
+    """`from` as `from_`; other names as they are."""
+    return f"{key}_" if keyword.iskeyword(key) else key
+
+
+def as_key(field: str) -> str:
+    """`from_` as `from`; other names as they are."""
+    return field[:-1] if field.endswith("_") and keyword.iskeyword(field[:-1]) else field
+
+
+def _renamed(content: Any, rename: Callable[[str], str]) -> Any:
+    """The same nested dicts with other keys."""
+    if not isinstance(content, dict):
+        return content
+    return {rename(key) if isinstance(key, str) else key: _renamed(value, rename) for key, value in content.items()}
+
+
+set_loader("run", lambda text: _renamed(get_loader("yaml")(text), as_field), (yaml.YAMLError,))
+set_dumper("run", lambda content: yaml.safe_dump(_renamed(content, as_key), sort_keys=False, allow_unicode=True))
+
+
+class RunParser(ArgumentParser):
+    """jsonargparse with settings called as the user knows them."""
+
+    def __init__(self, prog: str | None = None, description: str = "", **options: Any) -> None:
+        # jsonargparse makes parsers of the same class, with options of its own, for the entries of a list of settings.
+        options = {"exit_on_error": False, "default_env": False, "parser_mode": "run", **options}
+        super().__init__(prog=prog, description=description, **options)
+
+    def keys(self) -> set[str]:
+        """Every key and section that a file or a flag may name."""
+        # For a list of settings jsonargparse adds a `--<key>.help`; it is no part of a section.
+        fields = [action.dest for action in self._actions if action.dest and not action.dest.endswith(".help")]
+        return {".".join(map(as_key, field.split("."))) for field in fields}
+
+    def parse_args(self, args: Sequence[str], **options: Any) -> Any:
+        flags = [argument.partition("=") for argument in args]
+        renamed = [f"--{'.'.join(map(as_field, flag[2:].split('.')))}" if flag.startswith("--") else flag
+                   for flag, _, _ in flags]
+        return super().parse_args([flag + equals + value for flag, (_, equals, value) in zip(renamed, flags, strict=True)],
+                                  **options)
+
+    def format_help(self) -> str:
+        return re.sub(r"(?<= [A-Z])([A-Z]+)_(?!\w)", r"\1", _FIELD.sub(r"\1\2", super().format_help()))
+
+
+def config_parser(families: Families, family: str, prog: str = "genscale train", description: str = "") -> RunParser:
     """The parser of one family: --config FILE, --print_config and a flag for every setting of every section."""
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, default_env=False)
+    parser = RunParser(prog, description)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of a run; flags after it override it.")
     sections = {"run": COMMON_SECTIONS["run"], "model": families[family].model_settings, "data": families[family].data_settings,
                 **{name: section for name, section in COMMON_SECTIONS.items() if name != "run"}}
@@ -49,7 +108,7 @@ def parse_config(families: Families, arguments: Sequence[str], prog: str = "gens
     """The config that the arguments mean. Raises UserError with one line for the user."""
     family = _family(families, arguments)
     parser = config_parser(families, family, prog, description)
-    known = {action.dest for action in parser._actions if action.dest}
+    known = parser.keys()
     for file in _config_files(arguments):
         _check_keys(_read_yaml(file), known, where=f" in {file}")
     _check_flags(arguments, known)
@@ -67,9 +126,9 @@ def load_config(families: Families, file: Path, overrides: Sequence[str] = ()) -
 
 def parse_settings(settings: type, arguments: Sequence[str], prog: str, description: str) -> Any:
     """An instance of one settings dataclass from its flags (for verbs that are not about a run's config). Raises UserError."""
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, default_env=False)
+    parser = RunParser(prog, description)
     parser.add_class_arguments(settings)
-    _check_flags(arguments, {action.dest for action in parser._actions if action.dest})
+    _check_flags(arguments, parser.keys())
     return settings(**vars(parser.instantiate(parse(parser, arguments))))
 
 
@@ -160,9 +219,9 @@ def _check_values(section: Any, prefix: str) -> None:
         value, kind = getattr(section, name), kinds[name]
         if value is None and type(None) not in get_args(kind):
             wanted = TYPE_WORDS.get(getattr(kind, "__name__", ""), "set")
-            raise UserError(f"{prefix}{name}: must be {wanted}, not None; leave the key out for its default")
+            raise UserError(f"{prefix}{as_key(name)}: must be {wanted}, not None; leave the key out for its default")
         if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{prefix}{name}: must be a finite number, not {value}")
+            raise UserError(f"{prefix}{as_key(name)}: must be a finite number, not {value}")
 
 
 def _check_flags(arguments: Sequence[str], known: set[str]) -> None:
@@ -193,7 +252,7 @@ TYPE_WORDS = {
 
 def _one_line(message: str) -> str:
     """jsonargparse's message in one line of plain words: the key, what it must be, what it was."""
-    text = " ".join(message.split())
+    text = _FIELD.sub(r"\1\2", " ".join(message.split()))
     text = re.sub(r'^(?:Parser key|argument) "?(?:--)?([\w.]+)"?:', r"\1:", text)
     if match := re.match(r"^([\w.]+): Not of type (\w+): (.*)$", text):
         key, kind, why = match.groups()
@@ -203,7 +262,14 @@ def _one_line(message: str) -> str:
         key, choices, value = match.groups()
         allowed = [choice.strip(" '\"") for choice in choices.split(",")]
         return f"{key}: must be one of {', '.join(allowed)}, not {value}{nearest(value, allowed)}"
+    if match := re.match(r"^([\w.]+): Does not validate .* Subtypes: \[(.*?), <class 'NoneType'>\] .*Given value: (.*)$", text):
+        key, kind, value = match.groups()
+        words = re.findall(r"(\w+)'", kind)
+        wanted = f"one of {', '.join(words)}" if "Literal" in kind else TYPE_WORDS.get(words[-1] if words else kind, kind)
+        return f"{key}: must be {wanted}, or null, not {value}"
     if match := re.match(r"^([\w.]+): Expected a <class '(\w+)'>\. Got value: (.*)$", text):
         key, kind, value = match.groups()
         return f"{key}: must be {TYPE_WORDS.get(kind, kind)}, not {value}"
+    if match := re.match(r"^([\w.]+): Does not validate .* Subtypes: \[list\[str\].*Given value: (.*)$", text):
+        return f"{match.group(1)}: must be text or a list of texts, not {match.group(2)}"
     return text[:600]

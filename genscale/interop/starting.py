@@ -1,0 +1,128 @@
+"""`model.from`: a run that starts from a Hugging Face model takes its shape, its tokenizer and its weights.
+
+Only the start needs the model: the shape goes into the run's config.yaml, the weights into its checkpoints, and the tokenizer
+into its folder, from where a resumed run takes them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from genscale.config import Config
+from genscale.data.tokenizers import load_tokenizer
+from genscale.errors import UserError
+from genscale.interop.huggingface import TOKENIZER, find_folder, open_huggingface, read_settings
+from genscale.interop.tokenizer_files import GENERATION_CONFIG
+from genscale.interop.weights import Read
+
+FREE = {"family", "from_", "dropout", "attention_dropout", "loss_chunk", "init_std"}
+"""Settings that are the run's own whatever it starts from."""
+
+
+def complete_from(config: Config, recorded: Path | None = None) -> Any:
+    """Fill `config.model` and `config.data.tokenizer` from the model that `model.from` names; without one change nothing.
+
+    Args:
+        recorded: a checkpoint that the run goes on from. If it began from the same model, its config.yaml has the shape and its
+            run folder the tokenizer, and the model itself is not needed any more.
+
+    Returns:
+        The data settings to build the data with: `config.data`, its tokenizer where it lies on this machine.
+
+    Raises:
+        UserError: the model cannot be read, model.* settings contradict it, or it has fewer rows than the tokenizer has ids.
+    """
+    name = getattr(config.model, "from_", None)
+    if name is None:
+        return config.data
+    shape = _recorded_shape(recorded, name)
+    if shape is None:
+        folder = find_folder(name)
+        shape, tokenizer = read_settings(folder, name), folder / TOKENIZER
+    else:
+        tokenizer = recorded.resolve().parent.parent / TOKENIZER
+    config.model = _merged(config.model, shape, name)
+    defaults = {field.name: field.default for field in dataclasses.fields(config.data)}
+    if config.data.tokenizer not in (defaults["tokenizer"], name):
+        _check_rows(config, config.data.tokenizer)
+        return config.data
+    if not tokenizer.is_file():
+        raise UserError(f"model.from: {name} holds no {TOKENIZER}; set data.tokenizer to the one that it was trained with")
+    config.data.tokenizer = name
+    _check_rows(config, str(tokenizer))
+    return dataclasses.replace(config.data, tokenizer=str(tokenizer))
+
+
+def _recorded_shape(recorded: Path | None, name: str) -> dict[str, Any] | None:
+    if recorded is None:
+        return None
+    model = yaml.safe_load((recorded / "config.yaml").read_text())["model"]
+    return {key: value for key, value in model.items() if key not in (*FREE, "from")} if model.get("from") == name else None
+
+
+def _merged(ours: Any, shape: dict[str, Any], name: str) -> Any:
+    """The settings, with the model's shape where the user left the default. Raises UserError for what contradicts it."""
+    filled, against = {}, []
+    for field in dataclasses.fields(ours):
+        value, theirs = getattr(ours, field.name), shape.get(field.name, field.default)
+        if field.name in FREE or value == theirs:
+            continue
+        fewer = field.name == "positions" and value < theirs
+        more = field.name == "vocab_size" and value is not None and value > theirs
+        if value == field.default:
+            filled[field.name] = theirs
+        elif not fewer and not more:
+            against.append(f"model.{field.name} {value} (there {theirs})")
+    if against:
+        raise UserError(f"model.from: {name} has another shape than {', '.join(against)}; leave these out (model.positions may "
+                        "be smaller, model.vocab_size larger)")
+    return dataclasses.replace(ours, **filled)
+
+
+def _check_rows(config: Config, tokenizer: str) -> None:
+    ids, rows = load_tokenizer(tokenizer).vocab_size, config.model.vocab_size
+    if ids > rows:
+        raise UserError(f"model.from: {config.model.from_} has {rows} rows in its embedding table, fewer than the {ids} tokens "
+                        f"of data.tokenizer {config.data.tokenizer}; use the tokenizer it was trained with, or add rows with "
+                        f"model.vocab_size {ids}")
+
+
+def weights_from(config: Config) -> Read | None:
+    """`read(name)`: the weights to start from, full fp32 CPU tensors of the shape that `config.model` has; None without
+    `model.from`.
+
+    Positions beyond `model.positions` are dropped. Rows added by a larger `model.vocab_size` are the mean of the others: zeros
+    would outdo every true token where logits are far below zero, as GPT-2's are (Hewitt 2021, "Initializing new word embeddings
+    for pretrained language models").
+
+    Raises:
+        UserError: as of `open_huggingface`.
+    """
+    if getattr(config.model, "from_", None) is None:
+        return None
+    _, source = open_huggingface(config.model.from_)
+    positions, rows = config.model.positions, config.model.vocab_size
+
+    def read(name: str) -> Tensor:
+        value = source(name)
+        if name == "position_embedding.weight":
+            return value[:positions]
+        if name in ("token_embedding.weight", "output.weight") and rows > len(value):
+            return torch.cat([value, value.mean(dim=0, keepdim=True).expand(rows - len(value), -1)])
+        return value
+
+    return read
+
+
+def keep_for_export(config: Config, run: Path) -> None:
+    """Copy the model's generation_config.json into the run folder, beside the tokenizer that it speaks of."""
+    file = find_folder(config.model.from_) / GENERATION_CONFIG
+    if config.data.tokenizer == config.model.from_ and file.is_file():
+        shutil.copyfile(file, run / GENERATION_CONFIG)
