@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from genscale.evaluation.generation import sample_text
+from genscale.errors import UserError
+from genscale.evaluation.generation import stream_texts
 from genscale.objectives.base import Objective
 
 
@@ -16,6 +20,8 @@ class TextSampling:
 
     prompt: str = ""
     """Text to go on from (empty: the start of a document)."""
+    prompts: str | None = None
+    """File of prompts, one a line (blank lines are skipped), written many side by side."""
     tokens: int = 200
     """Tokens to add at most; a text ends earlier where its document does."""
     temperature: float = 0.8
@@ -25,20 +31,46 @@ class TextSampling:
     top_p: float | None = None
     """Draw from the fewest likeliest tokens that hold this probability only."""
     seed: int = 0
-    """Same seed, same text; text i depends on the seed and i alone."""
+    """Same seed, same text; text i of a prompt depends on the prompt, the seed and i alone."""
     count: int = 1
-    """Texts to write."""
+    """Texts to write (with prompts: for each)."""
 
 
 def sample_gpt(objective: Objective, settings: TextSampling) -> None:
-    """Print the texts, each under a rule where there are several."""
-    texts = sample_text(objective.networks["gpt"], objective.tokenizer, settings.prompt, tokens=settings.tokens,
-                        temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, seed=settings.seed,
-                        count=settings.count)
-    for index, text in enumerate(texts, 1):
-        if len(texts) > 1:
-            print(f"--- {index} of {len(texts)} ---")
-        print(text)
+    """Print the texts as they are drawn, each under a rule where there are several; the speed goes to stderr.
+
+    Raises:
+        UserError: a setting out of range, or prompts that cannot be read.
+    """
+    prompts = _prompts(settings)
+    started, shown, drawn, total = time.perf_counter(), -1, 0, len(prompts) * settings.count
+    for piece in stream_texts(objective.networks["gpt"], objective.tokenizer, prompts, tokens=settings.tokens,
+                              temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p,
+                              seed=settings.seed, count=settings.count):
+        if piece.text != shown:
+            print("\n" * (shown >= 0) + (f"--- {piece.text + 1} of {total} ---\n" if total > 1 else ""), end="")
+            shown = piece.text
+        print(piece.words, end="", flush=True)
+        drawn += piece.tokens
+    print(flush=True)
+    seconds = time.perf_counter() - started
+    print(f"{drawn:,} tokens in {seconds:.2f} s, {drawn / seconds:,.0f} tokens/s", file=sys.stderr)
+
+
+def _prompts(settings: TextSampling) -> list[str]:
+    if settings.prompts is None:
+        return [settings.prompt]
+    if settings.prompt:
+        raise UserError(f"prompts: {settings.prompts} and prompt '{settings.prompt}' are both given; leave one out")
+    try:
+        lines = Path(settings.prompts).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts: {settings.prompts} cannot be read ({getattr(error, 'strerror', None) or error}); give a "
+                        "UTF-8 file of one prompt a line") from None
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"prompts: {settings.prompts} holds no prompt; give a file of one prompt a line, or use --prompt")
+    return prompts
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ def _collate(samples: list[dict[str, np.ndarray]], device: torch.device) -> Batc
 
 def validate(objective: Objective, networks: Networks, samples: list[dict[str, np.ndarray]], *, batch_size: int, rank: int,
              world_size: int, device: torch.device, reduce_sum: Callable[[Tensor], Tensor],
-             autocast: Callable[[], AbstractContextManager]) -> dict[str, float]:
+             autocast: Callable[[], AbstractContextManager],
+             on_batch: Callable[[int], object] | None = None) -> dict[str, float]:
     """Metrics of `networks` over `samples`; every rank calls it and gets the same answer, whatever the number of ranks.
 
     Args:
@@ -44,6 +45,7 @@ def validate(objective: Objective, networks: Networks, samples: list[dict[str, n
         device: where the networks are.
         reduce_sum: a float64 tensor to its sum over all ranks, on every rank.
         autocast: the precision's context for a forward pass.
+        on_batch: told after each batch of this rank how many samples it had.
     """
     batches = [samples[start:start + batch_size] for start in range(0, len(samples), batch_size)]
     table: Tensor | None = None
@@ -58,6 +60,8 @@ def validate(objective: Objective, networks: Networks, samples: list[dict[str, n
                 table = torch.zeros(len(batches), len(names), dtype=torch.float64, device=device)
             if turn < len(batches):
                 table[turn] = torch.stack([sums[name].double() for name in names])
+                if on_batch is not None:
+                    on_batch(len(batches[turn]))
     # One row a batch, filled in by one rank alone: the sum over ranks adds only zeros to it, and the batches are then added
     # in the same order everywhere. So the result has the same last digit for any number of ranks.
     totals = reduce_sum(table).cpu().sum(0).tolist()

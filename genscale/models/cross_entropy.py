@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 CPU_LOGITS, GPU_LOGITS = 2**24, 2**29
 """Logits held at once by default: 64 MiB of fp32 stay near a CPU's caches; a GPU wants large products."""
 

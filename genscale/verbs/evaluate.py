@@ -1,21 +1,36 @@
-"""genscale evaluate RUN: the validation metrics of a trained run, on its own validation set or on any other."""
+"""genscale evaluate RUN: the validation metrics of a trained run, on its own validation set or on any other, and the tasks of
+lm-evaluation-harness."""
 
 from __future__ import annotations
 
 import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-from genscale.config_parser import load_config, parse_config, take_number
+from tqdm import tqdm
+
+from genscale.config import Config
+from genscale.config_parser import parse_config, take_number
 from genscale.errors import UserError
 from genscale.evaluation.validation import validate
 from genscale.objectives import FAMILIES
-from genscale.parallel.precision import autocast
-from genscale.verbs.trained import find_trained, load_weights, run_of, take_run
+from genscale.parallel.precision import autocast, native_precision
+from genscale.parallel.processes import on_cpu
+from genscale.training.checkpoints import Checkpoint
+from genscale.verbs.trained import Published, config_of, find_trained, load_weights, run_of, take_run, take_text
 
-USAGE = "genscale evaluate RUN [--step N]"
+USAGE = "genscale evaluate RUN [--step N] [--on SOURCE | --tasks A,B [--include_path DIR] [--limit N]]"
 DESCRIPTION = ("Validation metrics of a trained run, as one JSON object. RUN is a run folder (its latest "
-               "checkpoint, or --step N's) or a "
-               "checkpoint folder. Every setting of the run can be overridden: --data.validation_source for another text, "
-               "--data.validation_blocks for how much of it, --train.precision, --train.micro_batch_size.")
+               "checkpoint, or --step N's), a checkpoint folder or a Hugging Face folder. --on SOURCE: on the whole of another "
+               "text (a file, a folder, a hub dataset's validation split) instead of the run's validation set. --tasks: on "
+               "tasks of lm-evaluation-harness (pip install 'genscale[eval]'), or of a folder of task YAML files "
+               "(--include_path); --limit: only so many documents of each. Every setting of the run can be "
+               "overridden: --data.validation_blocks for how much of the text, --data.column, "
+               "--train.precision, --train.micro_batch_size.")
+BATCH_SIZE = 8
+SHOWN_AFTER_SECONDS = 2.0
 
 
 def main(arguments: list[str]) -> int:
@@ -24,19 +39,60 @@ def main(arguments: list[str]) -> int:
         return 0
     path, rest = take_run(arguments, USAGE)
     step, rest = take_number(rest, "--step", least=0)
+    source, rest = take_text(rest, "--on")
+    tasks, rest = take_text(rest, "--tasks")
+    include_path, rest = take_text(rest, "--include_path")
+    limit, rest = take_number(rest, "--limit", least=1)
+    if tasks is None and (include_path is not None or limit is not None):
+        raise UserError(f"{'--limit' if include_path is None else '--include_path'}: is about tasks; name them with --tasks")
+    if tasks is not None and source is not None:
+        raise UserError(f"--on: {source} cannot be joined with --tasks, which bring their own data; leave one out")
+    if include_path is not None and not Path(include_path).is_dir():
+        raise UserError(f"--include_path: {include_path} is no folder; give one that holds task YAML files")
+    if source is not None:  # all of it, unless the settings after it say how much
+        rest = ["--data.validation_source", source, "--data.validation_blocks", str(sys.maxsize), *rest]
     trained, checkpoint = find_trained(path, step)
-    config = load_config(FAMILIES, checkpoint.path / "config.yaml", rest)
+    config = config_of(checkpoint, rest)
     if config.model != trained.model:
         raise UserError(f"model: {config.model} is not the model of {checkpoint.path}, {trained.model}; leave model.* out")
+    report = {"checkpoint": str(checkpoint.path), "step": checkpoint.step}
+    if tasks is None:
+        report |= _metrics(config, checkpoint)
+    else:
+        report |= _task_results(config, checkpoint, tasks.split(","), include_path, limit)
+    print(json.dumps(report, indent=1))
+    return 0
+
+
+def _metrics(config: Config, checkpoint: Checkpoint | Published) -> dict[str, Any]:
     family = FAMILIES[config.model.family]
     objective = family.restore(config, run_of(checkpoint))
     objective.use_assets(config, run_of(checkpoint))
-    data = family.build_data(config.data, config.run.seed)
-    device = load_weights(objective, checkpoint)
-    samples = data.validation()
-    batch_size = config.train.micro_batch_size or 8
-    metrics = validate(objective, objective.networks, samples, batch_size=batch_size, rank=0, world_size=1, device=device,
-                       reduce_sum=lambda total: total, autocast=lambda: autocast(config.train.precision, device))
-    print(json.dumps({"checkpoint": str(checkpoint.path), "step": checkpoint.step, "samples": len(samples),
-                      "precision": config.train.precision, **metrics}, indent=1))
-    return 0
+    samples = family.validation(config.data, config.run.seed)
+    device, precision = load_weights(objective, checkpoint), _precision(config)
+    batch_size = config.train.micro_batch_size or BATCH_SIZE
+    # Without a terminal nothing is shown, and nothing of what takes a moment only.
+    with tqdm(total=len(samples), desc="samples", delay=SHOWN_AFTER_SECONDS, disable=None, file=sys.stderr) as bar:
+        metrics = validate(objective, objective.networks, samples, batch_size=batch_size, rank=0, world_size=1, device=device,
+                           reduce_sum=lambda total: total, autocast=partial(autocast, precision, device), on_batch=bar.update)
+    return {"samples": len(samples), "precision": precision, **metrics}
+
+
+def _task_results(config: Config, checkpoint: Checkpoint | Published, tasks: list[str], include_path: str | None,
+                  limit: int | None) -> dict[str, Any]:
+    from genscale.evaluation.harness import GenscaleLM, evaluate_tasks, results_table
+
+    objective = FAMILIES[config.model.family].restore(config, run_of(checkpoint))
+    device, precision = load_weights(objective, checkpoint), _precision(config)
+    model = GenscaleLM(objective.networks["gpt"], objective.tokenizer, autocast=partial(autocast, precision, device),
+                       batch_size=config.train.micro_batch_size or BATCH_SIZE, seed=config.run.seed)
+    results = evaluate_tasks(model, tasks, include_path, limit)
+    print(results_table(results), file=sys.stderr)
+    kept = ("results", "groups", "n-shot", "n-samples", "versions", "higher_is_better")
+    return {"precision": precision, "limit": limit, **{key: results[key] for key in kept if key in results}}
+
+
+def _precision(config: Config) -> str:
+    # Weights are fp32; only the training's engines multiply in fp8, and do everything else in bf16.
+    asked = "bf16" if config.train.precision == "fp8" else config.train.precision
+    return native_precision(on_cpu()) if asked == "auto" else asked

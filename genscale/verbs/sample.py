@@ -10,7 +10,8 @@ from genscale.objectives import FAMILIES
 from genscale.verbs.trained import find_trained, load_weights, run_of, take_run
 
 USAGE = "genscale sample RUN [--step N]"
-DESCRIPTION = "Generate from a trained run. RUN is a run folder (its latest checkpoint, or --step N's) or a checkpoint folder."
+DESCRIPTION = ("Generate from a trained run. RUN is a run folder (its latest checkpoint, or --step N's), a checkpoint folder "
+               "or a Hugging Face folder.")
 
 
 def main(arguments: list[str]) -> int:

@@ -1,9 +1,12 @@
-"""What a finished (or running) run folder holds: its config, its tokenizer, the weights of a checkpoint. For sample
-and evaluate."""
+"""What a finished (or running) run folder holds: its config, its tokenizer, the weights of a checkpoint; or what a Hugging
+Face folder holds of them. For sample and evaluate."""
 
 from __future__ import annotations
 
 import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,20 +14,51 @@ import torch
 from genscale.config import Config
 from genscale.config_parser import load_config
 from genscale.errors import UserError
+from genscale.interop.huggingface import open_huggingface
 from genscale.objectives import FAMILIES
 from genscale.objectives.base import Objective
-from genscale.parallel.materialise import fill, materialise
+from genscale.parallel.materialise import Read, fill, materialise
 from genscale.parallel.processes import on_cpu
 from genscale.training.checkpoints import Checkpoint, find_checkpoints
+from genscale.training.run_folder import config_yaml
+
+HUGGINGFACE_CONFIG = "config.json"
+"""A run has none of this name."""
+LONGEST = 1024
+"""Tokens of a sample of a published model at most: what it could read may be far more than a batch of them has memory for."""
 
 
-def find_trained(path: str, step: int | None = None) -> tuple[Config, Checkpoint]:
-    """The config and the checkpoint that a run folder or a checkpoint path means; of a run folder the latest valid
-    one, or `step`'s.
+@dataclass(frozen=True)
+class Published:
+    """A Hugging Face folder in the place of a checkpoint.
+
+    Attributes:
+        path: the folder.
+        config: a run's that would hold this model.
+        read: our parameter of a name, in full.
+        step: none is known.
+    """
+
+    path: Path
+    config: Config
+    read: Read
+    step: None = None
+
+    def tensors(self, kind: str, name: str) -> Read:
+        """The weights; there is one network and no optimizer."""
+        return self.read
+
+
+def find_trained(path: str, step: int | None = None) -> tuple[Config, Checkpoint | Published]:
+    """The config and the checkpoint that a run folder or a checkpoint path means, of a run folder the latest valid
+    one, or `step`'s; or the model of a Hugging Face folder.
 
     Raises:
         UserError: nothing there, no such step, or every checkpoint damaged.
     """
+    if (Path(path) / HUGGINGFACE_CONFIG).is_file():
+        published = _published(Path(path), step)
+        return published.config, published
     candidates = list(find_checkpoints(Path(path)))
     if step is not None:
         chosen = [checkpoint for checkpoint in candidates if checkpoint.step == step]
@@ -43,7 +77,27 @@ def find_trained(path: str, step: int | None = None) -> tuple[Config, Checkpoint
     raise UserError(f"{'; '.join(damaged)}; there is no other")
 
 
-def load_weights(objective: Objective, checkpoint: Checkpoint) -> torch.device:
+def _published(folder: Path, step: int | None) -> Published:
+    if step is not None:
+        raise UserError(f"--step: {folder} is a Hugging Face folder, which holds one state of a model; leave --step out")
+    fields, read = open_huggingface(str(folder))
+    family = FAMILIES["gpt"]
+    model = family.model_settings(**fields)
+    data = family.data_settings(tokenizer=str(folder), sequence_length=min(model.positions, LONGEST))
+    return Published(folder, Config(model=model, data=data), read)
+
+
+def config_of(checkpoint: Checkpoint | Published, overrides: Sequence[str]) -> Config:
+    """The config with settings of the command line. Raises UserError."""
+    if isinstance(checkpoint, Checkpoint):
+        return load_config(FAMILIES, checkpoint.path / "config.yaml", overrides)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(config_yaml(checkpoint.config))
+        return load_config(FAMILIES, file, overrides)
+
+
+def load_weights(objective: Objective, checkpoint: Checkpoint | Published) -> torch.device:
     """Put the checkpoint's weights into the objective's networks, on the best device of this machine, in evaluation mode.
 
     Networks on the meta device get their memory there, and one tensor is read at a time: no second copy is held anywhere.
@@ -56,9 +110,9 @@ def load_weights(objective: Objective, checkpoint: Checkpoint) -> torch.device:
     return device
 
 
-def run_of(checkpoint: Checkpoint) -> Path:
-    """The run folder a checkpoint lies in."""
-    return checkpoint.path.resolve().parent.parent
+def run_of(checkpoint: Checkpoint | Published) -> Path:
+    """The run folder a checkpoint lies in; a Hugging Face folder keeps its tokenizer as one does."""
+    return checkpoint.path if isinstance(checkpoint, Published) else checkpoint.path.resolve().parent.parent
 
 
 def take_text(arguments: list[str], flag: str) -> tuple[str | None, list[str]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from genscale.data.tokenizers import ByteTokenizer
+from genscale.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 from genscale.errors import UserError
-from genscale.evaluation.generation import sample_text
+from genscale.evaluation.generation import GrowingText, sample_text, stream_texts
 from genscale.models.gpt import GPT, GPTSettings
 
 
@@ -25,7 +25,7 @@ class Letters(ByteTokenizer):
 def network() -> GPT:
     """A GPT with large weights, so that its choices vary, and a padded vocabulary."""
     made = GPT(GPTSettings(layers=2, heads=2, width=32, positions=24, init_std=0.4), vocab_size=128)
-    made.initialise(torch.Generator().manual_seed(3))
+    made.initialise(3)
     return made
 
 
@@ -86,3 +86,59 @@ def test_settings_out_of_range_are_one_clear_line(network: GPT, setting: str, va
         sample_text(network, Letters(), "gen", **{"tokens": 5, setting: value})
     message = str(caught.value)
     assert message.startswith(f"{setting}: {value} ") and f"nearest allowed value is {allowed}" in message
+
+
+def test_several_prompts_write_what_each_writes_alone(network: GPT) -> None:
+    """Also past the positions, and with more texts than are written side by side."""
+    prompts = ["genscale", "g", "", "a prompt that is longer than the positions are"] * 10
+    pieces = list(stream_texts(network, Letters(), prompts, tokens=30, temperature=1.5, seed=4, count=2))
+    texts = [""] * 80
+    for piece in pieces:
+        texts[piece.text] += piece.words
+    for prompt, first in zip(prompts[:4], (0, 2, 4, 6), strict=True):
+        assert texts[first:first + 2] == sample_text(network, Letters(), prompt, tokens=30, temperature=1.5, seed=4, count=2)
+    assert texts[8:] == texts[:-8] and len(set(texts[:8])) == 8
+    assert [piece.text for piece in pieces] == sorted(piece.text for piece in pieces)
+
+
+def test_the_first_text_comes_token_by_token_and_every_token_counts(network: GPT) -> None:
+    pieces = list(stream_texts(network, Letters(), ["gen"], tokens=20, seed=5, count=3))
+    assert pieces[0] == (0, "gen", 0)
+    first = [piece for piece in pieces if piece.text == 0]
+    assert len(first) > 10 and all(piece.tokens == 1 and len(piece.words) <= 1 for piece in first[1:])
+    for text in range(3):
+        drawn = sum(piece.tokens for piece in pieces if piece.text == text)
+        words = "".join(piece.words for piece in pieces if piece.text == text)
+        assert drawn == len(words) - len("gen") + (drawn < 20)  # the end of text is drawn and not shown
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Merges that cut characters in the middle: trained on characters of two to four bytes."""
+    text = "Zoë naïve 東京 タワー 👩‍👩‍👧 😀😃 слово, слова; mañana. " * 30
+    return load_tokenizer(str(train_bpe([text], 300, tmp_path_factory.mktemp("bpe"))))
+
+
+def test_only_whole_characters_are_shown(bpe: Tokenizer) -> None:
+    text = " Zoë 東京タワー 👩‍👩‍👧 so: 😀 слово…🂡 ends"
+    for tokenizer in (ByteTokenizer(), bpe):
+        growing, pieces = GrowingText(tokenizer), []
+        for token in [*tokenizer.encode(text), tokenizer.end_of_text]:
+            growing.add(token)
+            pieces.append(growing.take())
+        assert growing.ended and "".join(words for words, _ in pieces) == text
+        assert sum(drawn for _, drawn in pieces) == len(pieces)
+        assert all("\N{REPLACEMENT CHARACTER}" not in words for words, _ in pieces)
+        assert sum(bool(words) for words, _ in pieces) > 12
+
+
+def test_text_that_is_no_utf_8_is_shown_as_it_is_decoded(bpe: Tokenizer) -> None:
+    draw = torch.Generator().manual_seed(0)
+    for tokenizer in (ByteTokenizer(), bpe):
+        for _ in range(30):
+            ids = [i for i in torch.randint(tokenizer.vocab_size, (40,), generator=draw).tolist() if i != tokenizer.end_of_text]
+            growing, shown = GrowingText(tokenizer), ""
+            for token in ids:
+                growing.add(token)
+                shown += growing.take()[0]
+            assert shown + growing.take(last=True)[0] == tokenizer.decode(ids)

@@ -15,6 +15,7 @@ from genscale.config import Config
 from genscale.evaluation.validation import validate
 from genscale.objectives import FAMILIES
 from genscale.objectives.base import Objective
+from genscale.parallel.materialise import fill, materialise
 
 CPU = torch.device("cpu")
 
@@ -26,6 +27,9 @@ class MeanSquare(Objective):
         torch.manual_seed(0)
         self.networks = {"net": nn.Sequential(nn.Linear(3, 1), nn.Dropout(0.5))}
         self.phases, self.seen = [], []
+
+    def initial_weights(self, name: str):
+        raise NotImplementedError  # the network is made with its weights
 
     def evaluate(self, networks, batch) -> dict[str, Tensor]:
         self.seen.append((batch["x"].clone(), networks["net"].training, torch.is_grad_enabled()))
@@ -89,6 +93,15 @@ def test_networks_are_evaluated_without_dropout_or_gradient_and_return_to_their_
     assert networks["net"].training and networks["net"][1].training and not frozen.training
 
 
+def test_every_sample_is_reported_once_as_progress() -> None:
+    told: list[int] = []
+    for rank in range(3):
+        objective = MeanSquare()
+        validate(objective, objective.networks, samples(11), batch_size=2, rank=rank, world_size=3, device=CPU,
+                 reduce_sum=lambda table: table.clamp(min=1), autocast=nullcontext, on_batch=told.append)
+    assert sorted(told) == [1, 2, 2, 2, 2, 2]
+
+
 def test_forwards_run_in_the_given_precision() -> None:
     (full,), _ = by_ranks(1, 11)
     (half,), _ = by_ranks(1, 11, autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
@@ -102,6 +115,8 @@ def test_a_gpt_that_knows_nothing_needs_a_uniform_code_for_held_out_text(tmp_pat
     config = Config(data=settings, model=family.model_settings(layers=1, heads=1, width=8, positions=32, init_std=1e-4))
     data = family.build_data(settings, config.run.seed)
     objective, blocks = family.build_objective(config, data), data.validation()
+    materialise(objective.networks["gpt"], CPU)
+    fill(objective.networks["gpt"], objective.initial_weights("gpt"))
     metrics = validate(objective, objective.networks, blocks, batch_size=3, rank=0, world_size=1, device=CPU,
                        reduce_sum=lambda table: table, autocast=nullcontext)
     targets = np.concatenate([block["tokens"][1:] for block in blocks])

@@ -1,0 +1,62 @@
+"""`genscale sample`: text shown as it is drawn, many prompts from a file, and the speed beside it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+
+def done(outcome) -> str:
+    assert outcome.code == 0, outcome.err
+    return outcome.out
+
+
+def test_prompts_of_a_file_write_what_each_writes_alone(genscale, trained, tmp_path):
+    prompts = ["The ", "a statement is", "x" * 50, "Ünï"]
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join([*prompts[:2], "  ", *prompts[2:]]) + "\n", encoding="utf-8")
+    settings = ("--tokens", 40, "--seed", 3)
+    together = done(genscale("sample", trained, "--prompts", file, "--count", 2, *settings))
+    parts = re.split(r"--- \d of 8 ---\n", together)
+    assert parts[0] == "" and together.count("--- 8 of 8 ---") == 1
+    alone = [done(genscale("sample", trained, "--prompt", prompt, "--count", 2, *settings)) for prompt in prompts]
+    expected = [text for both in alone for text in re.split(r"--- \d of 2 ---\n", both)[1:]]
+    assert parts[1:] == expected and len(set(expected)) == 8
+
+
+def test_the_speed_is_told_beside_the_text(genscale, trained):
+    outcome = genscale("sample", trained, "--prompt", "The ", "--tokens", 30, "--seed", 1)
+    line = r"^([\d,]+) tokens in ([\d.]+) s, ([\d,]+) tokens/s$"
+    tokens, seconds, speed = re.search(line, outcome.err, re.MULTILINE).groups()
+    assert 0 < int(tokens) <= 30
+    assert int(speed.replace(",", "")) == pytest.approx(int(tokens) / float(seconds), rel=0.3)
+    assert "tokens/s" not in outcome.out
+
+
+def test_text_shows_before_the_next_token_is_drawn(genscale_start, trained):
+    """A reader that hangs up after some characters ends the run long before it has drawn a million tokens."""
+    process = genscale_start("sample", trained, "--prompt", "The ", "--tokens", 1_000_000, "--temperature", 0)
+    try:
+        assert process.stdout.read(8).startswith("The ")
+        process.stdout.close()
+        assert process.wait(timeout=60) == 0
+        assert "tokens/s" not in process.stderr.read()  # which is told at the end
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    (None, ["cannot be read"]), (b"\n \n", ["holds no prompt"]), (b"\xff\xfe\xff", ["cannot be read", "UTF-8"]),
+])  # fmt: skip
+def test_a_file_of_prompts_that_is_none_is_refused(content, words, genscale, trained, tmp_path):
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    message = genscale("sample", trained, "--prompts", file).message_of_run()
+    assert all(word in message for word in ["prompts", *words, str(file)]), message
+
+
+def test_a_prompt_beside_a_file_of_prompts_is_refused(genscale, trained, tmp_path):
+    message = genscale("sample", trained, "--prompts", tmp_path / "x", "--prompt", "The").message_of_run()
+    assert "prompts" in message and "leave one out" in message
