@@ -38,6 +38,7 @@ class StepLoader:
         workers: processes that load (0: a background thread).
         prefetch_steps: global batches to load ahead.
         state: where to continue: `merge_states` of all ranks' `state()`, taken at any shape.
+        pin_memory: page-locked batches, from which a GPU copies while the host goes on.
 
     Attributes:
         wait_seconds: how long the last `next_batch` was held up.
@@ -46,7 +47,7 @@ class StepLoader:
     wait_seconds: float = 0.0
 
     def __init__(self, data: Data, *, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int, workers: int,
-                 prefetch_steps: int, state: dict[str, Any] | None = None) -> None:
+                 prefetch_steps: int, state: dict[str, Any] | None = None, pin_memory: bool = False) -> None:
         if global_batch_size % (micro_batch_size * world_size):
             raise ValueError(f"global batch {global_batch_size} is not a multiple of {micro_batch_size} x {world_size}")
         state = state or {"batches": 0, "cursors": {}}
@@ -54,6 +55,7 @@ class StepLoader:
         self._batches = int(state["batches"])
         self._cursors: Cursors = dict(state["cursors"])
         self._digest = 0
+        self._pin_memory = pin_memory
         self._share = Share(global_batch_size, rank, world_size, max(workers, 1))
         transport = _Processes if workers else _Thread
         self._parts = transport(data, self._share, self._batches, dict(self._cursors), prefetch_steps)
@@ -74,7 +76,7 @@ class StepLoader:
         self.wait_seconds = time.perf_counter() - started
         batch, own = self._batches, self._share.global_batch_size // self._share.world_size
         first = batch * self._share.global_batch_size + self._share.rank
-        arrays = _join(parts, [self._share.slots(batch, worker) for worker in range(len(parts))], own)
+        arrays = _join(parts, [self._share.slots(batch, worker) for worker in range(len(parts))], own, self._pin_memory)
         arrays["sample"] = torch.arange(first, first + own * self._share.world_size, self._share.world_size)
         for part in parts:
             furthest(self._cursors, part.cursors)
@@ -96,17 +98,18 @@ class StepLoader:
         self._parts.close()
 
 
-def _join(parts: list[Part], slots: list[slice], size: int) -> dict[str, torch.Tensor]:
+def _join(parts: list[Part], slots: list[slice], size: int, pin_memory: bool) -> dict[str, torch.Tensor]:
     """The workers' parts of a batch in the order of the samples."""
-    joined: dict[str, np.ndarray] = {}
+    joined: dict[str, torch.Tensor] = {}
     for part, slot in zip(parts, slots, strict=True):
         for name, array in part.arrays.items():
             if name not in joined:
                 # uint8 stays: it is what images travel as.
                 dtype = np.int64 if np.issubdtype(array.dtype, np.signedinteger) else array.dtype
-                joined[name] = np.empty((size, *array.shape[1:]), dtype)
-            joined[name][slot] = array
-    return {name: torch.from_numpy(array) for name, array in joined.items()}
+                dtype = torch.from_numpy(np.empty(0, dtype)).dtype
+                joined[name] = torch.empty((size, *array.shape[1:]), dtype=dtype, pin_memory=pin_memory)
+            joined[name].numpy()[slot] = array
+    return joined
 
 
 class _Failure:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,21 @@ class Piece:
     text: str
     ends: bool
     place: Place
+
+
+@dataclass(frozen=True)
+class Run:
+    """Token ids of pieces that follow each other.
+
+    Attributes:
+        ids: int32 `(time,)`.
+        ends: int64 `(pieces,)`, where each piece ends in `ids`.
+        place: the place of the n-th piece; asked for once a block, because a place a piece would cost more than its tokens.
+    """
+
+    ids: np.ndarray
+    ends: np.ndarray
+    place: Callable[[int], Place]
 
 
 def cut(text: str, limit: int = PIECE) -> list[str]:
@@ -76,18 +92,34 @@ def pack(documents: Iterable[tuple[np.ndarray, Place]], length: int, offset: int
     Yields:
         (block, place, offset): packing again from that place and offset gives the blocks that follow.
     """
-    parts: list[np.ndarray] = []
-    held, place = 0, {}
-    for tokens, place in documents:
-        while offset < len(tokens):
-            part = tokens[offset : offset + length + 1 - held]
-            parts.append(part)
-            held += len(part)
-            offset += len(part)
-            if held == length + 1:
-                offset -= 1  # the next block's first input is this block's last target
-                yield np.concatenate(parts), place, offset
-                parts, held = [], 0
-        offset = 0
-    if tail and held > 1:  # a lone token has no target
-        yield np.concatenate([*parts, np.full(length + 1 - held, -1, np.int32)]), place, offset
+    runs = (Run(ids, np.array([len(ids)]), lambda _, place=place: place) for ids, place in documents)
+    return pack_runs(runs, length, offset, tail)
+
+
+def pack_runs(runs: Iterable[Run], length: int, offset: int = 0, tail: bool = False) -> Iterator[tuple[np.ndarray, Place, int]]:
+    """`pack` for many pieces at a time: a block costs a handful of operations, however many pieces it holds."""
+    carry, place = np.empty(0, np.int32), {}
+    for run in runs:
+        ids = run.ids[offset:]
+        shift, offset = offset - len(carry), 0
+        count = max(0, (len(carry) + len(ids) - 1) // length)
+        if count:
+            lasts = np.arange(length, count * length + 1, length) + shift  # the blocks' last tokens, as they stand in the run
+            pieces = np.searchsorted(run.ends, lasts, side="right")
+            offsets = lasts - np.where(pieces > 0, run.ends[pieces - 1], 0)
+            used = length + 1 - len(carry)
+            blocks = chain([np.concatenate([carry, ids[:used]])], _blocks(ids[used - 1 :], count - 1, length))
+            for block, piece, at in zip(blocks, pieces.tolist(), offsets.tolist(), strict=True):
+                yield block, run.place(piece), at
+            carry = ids[used - 1 + (count - 1) * length :]  # the next block's first input is this block's last target
+        else:
+            carry = np.concatenate([carry, ids])
+        if tail and len(run.ends):
+            place = run.place(len(run.ends) - 1)
+    if tail and len(carry) > 1:  # a lone token has no target
+        yield np.concatenate([carry, np.full(length + 1 - len(carry), -1, np.int32)]), place, 0
+
+
+def _blocks(ids: np.ndarray, count: int, length: int) -> np.ndarray:
+    """The first `count` blocks of `ids`, `(count, length + 1)`, without a copy."""
+    return np.lib.stride_tricks.as_strided(ids, (count, length + 1), (length * ids.itemsize, ids.itemsize))

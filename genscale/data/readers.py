@@ -1,41 +1,38 @@
-"""Shards of documents behind one face: CPython's language reference, local files and Hugging Face hub datasets.
+"""Shards of documents behind one face: CPython's language reference, local files, URLs and Hugging Face hub datasets.
 
 `datasets` resolves, decompresses and parses; which row goes where is decided in `genscale.data.sources`.
 """
 
 from __future__ import annotations
 
-import glob
 import lzma
 import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from genscale.data.columns import Spec, documents
+from genscale.data.opening import (
+    READABLE,
+    ask_urls,
+    builder_of,
+    hub_revision,
+    is_plain_parquet,
+    is_url,
+    open_file,
+    open_hub,
+)
 from genscale.errors import UserError, nearest
 
-BUILDERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
-COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
-READABLE = "; .txt, .jsonl and .parquet are read, plain or compressed (.gz .zst .xz .bz2)"
-HUB_SECONDS = 10.0
-"""Longest wait for the hub's first answer."""
+__all__ = ["Shard", "Spec", "TableShard", "TopicsShard", "find_shards", "known_size"]
 
 
-@dataclass(frozen=True)
-class Spec:
-    """What to read. `key` is the setting it came from, for messages; `revision` the commit of a hub dataset."""
-
-    key: str
-    name: str
-    subset: str | None = None
-    split: str = "train"
-    column: str = "text"
-    document: str = "paragraph"
-    revision: str | None = None
+ROWS = 64
+"""Rows in memory at a time, for each lane: few, for a document may be a book."""
+PYTHON_DOCS = Spec("data.source", "python-docs")
 
 
 class Shard(ABC):
@@ -51,10 +48,11 @@ class Shard(ABC):
 
     @abstractmethod
     def rows(self, start: int = 0, residue: int = 0, modulus: int = 1) -> Iterator[tuple[int, str]]:
-        """(row, text) of the rows from `start` on that are `residue` modulo `modulus`; rows without text are left out.
+        """(row, document) of the rows from `start` on that are `residue` modulo `modulus`; rows without text, and those that
+        a filter leaves out, do not appear.
 
         Raises:
-            UserError: damaged file, or no such text column.
+            UserError: damaged file, no such column or one of another type, an empty answer.
         """
 
 
@@ -64,14 +62,19 @@ class TopicsShard(Shard):
 
     name: str = "python-docs"
     size: int = 0
+    spec: Spec = PYTHON_DOCS
 
     def rows(self, start: int = 0, residue: int = 0, modulus: int = 1) -> Iterator[tuple[int, str]]:
         from pydoc_data.topics import topics
 
-        texts = [topics[name] for name in sorted(topics)]
-        for row in range(start, len(texts)):
-            if row % modulus == residue and texts[row].strip():
-                yield row, texts[row]
+        import pyarrow as pa
+
+        texts = pa.table({"text": [topics[name] for name in sorted(topics)]})
+        wanted = start + (residue - start) % modulus
+        for row, text in zip(range(wanted, len(texts), modulus), documents(texts, self.spec, self.name, 0, wanted, modulus),
+                             strict=True):
+            if text is not None:
+                yield row, text
 
 
 @dataclass(frozen=True)
@@ -83,41 +86,34 @@ class TableShard(Shard):
     spec: Spec
     path: str | None = None
     part: tuple[int, int] = (0, 1)
+    ranges: bool = True
 
     def rows(self, start: int = 0, residue: int = 0, modulus: int = 1) -> Iterator[tuple[int, str]]:
         first = 0
-        for texts in self._columns():
+        for table in self._tables():
             wanted = max(start - first, 0)
             wanted += (residue - first - wanted) % modulus
-            for row, text in zip(range(wanted, len(texts), modulus), _strided(texts, wanted, modulus), strict=True):
-                if text is not None and text.strip():
-                    yield first + row, text
-            first += len(texts)
+            if wanted < len(table):
+                texts = documents(table, self.spec, self.name, first, wanted, modulus)
+                for row, text in zip(range(wanted, len(table), modulus), texts, strict=True):
+                    if text is not None:
+                        yield first + row, text
+            first += len(table)
 
-    def _columns(self) -> Iterator[Any]:
-        """The text column, an Arrow array at a time."""
-        import pyarrow as pa
-
+    def _tables(self) -> Iterator[Any]:
+        """The rows, an Arrow table at a time."""
         try:
-            for table in self._dataset().with_format("arrow").iter(batch_size=1024):
-                column = self.spec.column
-                if column not in table.column_names:
-                    raise unknown_column(self.spec, self.name, table.column_names)
-                texts = table[column].combine_chunks()
-                if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type) or pa.types.is_null(texts.type)):
-                    raise UserError(f"data.column={column}: in {self.name} it holds {texts.type}, not text; "
-                                    f"the columns are {', '.join(table.column_names)}")
-                yield texts
+            yield from self._dataset().with_format("arrow").iter(batch_size=ROWS)
         except UserError:
             raise
         except StopIteration:
             return  # leaks from `datasets` where a .jsonl has no line
         except Exception as error:
-            raise _damaged(self.spec, self.name, error) from None
+            raise _damaged(self, error) from None
 
     def open(self) -> Any:
         """The `datasets` stream that this is a part of."""
-        return _hub(self.spec) if self.path is None else _local(self.path, self.spec, self.name)
+        return open_hub(self.spec) if self.path is None else open_file(self.path, self.spec, self.name, self.ranges)
 
     def _dataset(self) -> Any:
         stream = self.open()
@@ -127,105 +123,23 @@ class TableShard(Shard):
         return stream.shard(num_shards=count, index=index)
 
 
-def _strided(array: Any, start: int, step: int) -> list[str | None]:
-    """`array[start::step]` of an Arrow array; only the rows wanted become Python strings."""
-    import pyarrow as pa
-
-    return (array[start:] if step == 1 else array.take(pa.array(range(start, len(array), step), pa.int64()))).to_pylist()
-
-
-def _damaged(spec: Spec, name: str, error: Exception) -> Exception:
-    """What reading `name` failed of, as the user's mistake where it can be one, or the error itself."""
+def _damaged(shard: TableShard, error: Exception) -> Exception:
+    """What reading the shard failed of, as the user's mistake where it can be one, or the error itself."""
+    import aiohttp
     import datasets
     import pyarrow as pa
     import zstandard
 
+    reason = f"({type(error).__name__}: {error}"[:300] + ")"
+    where = f"{shard.spec.key}={shard.spec.name}: "
+    if is_url(shard.path or "") and isinstance(error, (aiohttp.ClientError, OSError)):
+        return UserError(f"{where}reading {shard.name} broke off {reason}; if it is whole, start again when the server "
+                         "answers: a run goes on from its last checkpoint")
     theirs = (pa.ArrowException, ValueError, OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError,
               datasets.exceptions.DatasetsError)
     if not isinstance(error, theirs):
         return error
-    reason = f"{type(error).__name__}: {error}"
-    return UserError(f"{spec.key}={spec.name}: {name} is damaged or not what its name says ({reason[:300]}); "
-                     "mend or remove it")
-
-
-def unknown_column(spec: Spec, where: str, columns: Sequence[str]) -> UserError:
-    """The error for a text column that is not there."""
-    return UserError(f"data.column={spec.column}: {where} of {spec.key}={spec.name} has the columns {', '.join(columns)}"
-                     f"{nearest(spec.column, columns)}; set data.column to the one that holds the text")
-
-
-def _quiet() -> Any:
-    """`datasets`, without the progress bars and log lines that would stand beside our own one-line errors."""
-    import datasets
-
-    # It would send a request to the hub each time that a local file is opened, and wait for the answer.
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    return datasets
-
-
-def _local(path: str, spec: Spec, name: str) -> Any:
-    builder = builder_of(path)
-    options: dict[str, Any] = {}
-    if builder == "text":
-        options["sample_by"] = "document" if spec.document == "file" else spec.document
-    if builder == "parquet" and path.endswith(".parquet"):
-        import pyarrow.parquet
-
-        # Columns nobody asked for are not decoded.
-        columns = pyarrow.parquet.read_schema(path).names
-        if spec.column not in columns:
-            raise unknown_column(spec, name, columns)
-        options["columns"] = [spec.column]
-    if builder != "parquet":
-        options["chunksize"] = 1 << 20  # every lane keeps a chunk in memory
-    # Escaped: `datasets` takes the path for a pattern.
-    return _quiet().load_dataset(builder, data_files={"train": [glob.escape(path)]}, split="train", streaming=True, **options)
-
-
-LOCAL_ADVICE = "give the path of a local file or folder (.txt, .jsonl, .parquet), or python-docs"
-
-
-def _revision(spec: Spec) -> str:
-    """The hub dataset's present commit. Asked first because `datasets` itself retries an unreachable hub for half a minute."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    where = f"{spec.key}={spec.name}: there is no such path here, and"
-    try:
-        return HfApi().dataset_info(spec.name, timeout=HUB_SECONDS).sha
-    except GatedRepoError:
-        raise UserError(f"{where} access to this hub dataset must be granted; accept its terms on the hub and set HF_TOKEN, "
-                        f"or {LOCAL_ADVICE}") from None
-    except RepositoryNotFoundError:
-        raise UserError(f"{where} no such dataset on the Hugging Face hub (a private one needs HF_TOKEN); "
-                        f"{LOCAL_ADVICE}") from None
-    except Exception as error:  # each transport of the hub client has exceptions of its own
-        raise UserError(f"{where} the Hugging Face hub cannot be reached ({type(error).__name__}; is HF_HUB_OFFLINE set, "
-                        f"or the network down?); {LOCAL_ADVICE}") from None
-
-
-@lru_cache(maxsize=4)
-def _hub(spec: Spec) -> Any:
-    datasets = _quiet()
-    try:
-        return datasets.load_dataset(spec.name, spec.subset, split=spec.split, revision=spec.revision, streaming=True)
-    except ValueError as error:
-        key, value = ("data.split", spec.split) if "split" in str(error).lower() else ("data.subset", spec.subset)
-        raise UserError(f"{key}={value}: {spec.key}={spec.name}: {error}") from None
-    except Exception as error:
-        raise UserError(f"{spec.key}={spec.name}: the hub dataset cannot be opened ({type(error).__name__}: {error}); "
-                        f"{LOCAL_ADVICE}") from None
-
-
-def builder_of(path: str | Path) -> str | None:
-    """The `datasets` builder for a file name, or None for one that is not read."""
-    name = Path(path).name.lower()
-    for compression in COMPRESSIONS:
-        name = name.removesuffix(compression)
-    return BUILDERS.get(Path(name).suffix)
+    return UserError(f"{where}{shard.name} is damaged or not what its name says {reason}; mend or remove it")
 
 
 def find_shards(spec: Spec, at_least: int) -> list[Shard]:
@@ -236,26 +150,43 @@ def find_shards(spec: Spec, at_least: int) -> list[Shard]:
         at_least: where there are fewer files than this, parquet files are split by row groups.
 
     Raises:
-        UserError: nothing there, nothing readable, or the hub does not answer.
+        UserError: nothing there, nothing readable, or the server or the hub does not answer.
     """
-    if spec.name == "python-docs":
-        return [TopicsShard()]
-    path = Path(spec.name).expanduser()
-    if path.exists():
-        shards = _local_shards(spec, path)
-    elif builder_of(path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", spec.name):
-        near = nearest(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
-        raise UserError(f"{spec.key}={spec.name}: there is no such file or folder{near}; give an existing one, a hub name, "
-                        "or python-docs")
+    if not spec.locations:
+        shards = _url_shards(spec, [spec.name]) if is_url(spec.name) else _shards(spec)
+    elif all(map(is_url, spec.locations)):
+        shards = _url_shards(spec, spec.locations)
     else:
-        spec = replace(spec, revision=_revision(spec))
-        shards = [TableShard(f"{spec.name}@{spec.revision}", 0, spec)]
+        shards = [replace(shard, name=f"{number}:{shard.name}") for number, name in enumerate(spec.locations)
+                  for shard in find_shards(replace(spec, name=name, locations=()), at_least=1)]
     if len(shards) >= at_least:
         return shards
     return [part for shard in shards for part in _split(shard, at_least)]
 
 
-def _local_shards(spec: Spec, path: Path) -> list[TableShard]:
+def _url_shards(spec: Spec, urls: Sequence[str]) -> list[Shard]:
+    for url in urls:
+        if builder_of(url) is None:
+            raise UserError(f"{spec.key}={url}: files of this kind are not read{READABLE}")
+    return [TableShard(url, size, spec, url, ranges=ranges)
+            for url, (size, ranges) in zip(urls, ask_urls(spec, urls), strict=True)]
+
+
+def _shards(spec: Spec) -> list[Shard]:
+    if spec.name == "python-docs":
+        return [TopicsShard(spec=spec)]
+    path = Path(spec.name).expanduser()
+    if path.exists():
+        return _local_shards(spec, path)
+    if builder_of(path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", spec.name):
+        near = nearest(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
+        raise UserError(f"{spec.key}={spec.name}: there is no such file or folder{near}; give an existing one, a URL "
+                        "(https://...), a hub name, or python-docs")
+    spec = replace(spec, revision=hub_revision(spec))
+    return [TableShard(f"{spec.name}@{spec.revision}", 0, spec)]
+
+
+def _local_shards(spec: Spec, path: Path) -> list[Shard]:
     if path.is_file() and builder_of(path) is None:
         raise UserError(f"{spec.key}={spec.name}: files of this kind are not read{READABLE}")
     root = path if path.is_dir() else path.parent
@@ -273,9 +204,9 @@ def _local_shards(spec: Spec, path: Path) -> list[TableShard]:
     return [TableShard(name, sizes[names[name]], spec, str(names[name])) for name in sorted(names)]
 
 
-def _split(shard: TableShard, at_least: int) -> list[TableShard]:
+def _split(shard: Shard, at_least: int) -> list[Shard]:
     """A shard in the parts that `datasets` can open by themselves: a hub dataset's files, a parquet file's row groups."""
-    if shard.path is not None and not shard.path.endswith(".parquet"):
+    if not isinstance(shard, TableShard) or (shard.path is not None and not is_plain_parquet(shard.path)):
         return [shard]
     try:
         stream = shard.open()
@@ -285,14 +216,20 @@ def _split(shard: TableShard, at_least: int) -> list[TableShard]:
     except UserError:
         raise
     except Exception as error:
-        raise _damaged(shard.spec, shard.name, error) from None
+        raise _damaged(shard, error) from None
     return [replace(shard, name=f"{shard.name}#{i}" if count > 1 else shard.name, size=shard.size // count, part=(i, count))
             for i in range(count)]
 
 
-def known_size(spec: Spec, shards: Sequence[Shard]) -> int | None:
-    """Bytes of the source, as far as they are known without reading it."""
-    if any(isinstance(shard, TableShard) and shard.path is None for shard in shards):
-        splits = shards[0].open().info.splits or {}
-        return splits[spec.split].num_bytes if spec.split in splits else None
-    return sum(shard.size for shard in shards)
+def known_size(shards: Sequence[Shard]) -> int | None:
+    """Bytes of the source, as far as they are known without reading it; None where part of it has no known size."""
+    total = 0
+    for shard in shards:
+        size = shard.size
+        if isinstance(shard, TableShard) and shard.path is None:
+            splits = shard.open().info.splits or {}
+            size = splits[shard.spec.split].num_bytes if shard.spec.split in splits else 0
+        if not size and isinstance(shard, TableShard):
+            return None
+        total += size
+    return total

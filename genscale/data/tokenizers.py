@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, or any `tokenizer.json` of the `tokenizers` library; and the training of a byte-level BPE."""
+"""Tokenizers: bytes, or any `tokenizer.json` of the `tokenizers` library with what stands beside it in its folder."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from genscale.data.companions import Companions, read_companions
 from genscale.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -20,6 +23,9 @@ SMALLEST_VOCABULARY = 257
 """A byte-level vocabulary holds every byte and the end of text, so that no text is out of vocabulary."""
 
 
+ALONE = Companions()
+
+
 class Tokenizer(ABC):
     """Text to token ids and back.
 
@@ -27,11 +33,17 @@ class Tokenizer(ABC):
         vocab_size: number of ids (the largest id + 1).
         end_of_text: id of the token that ends every document.
         digest: SHA-256 of the canonical tokenizer file, or "bytes": equal digests mean equal ids for every text.
+        name: where it came from, for messages.
+        companions: what the files beside it say.
+        special_texts: texts of its special tokens.
     """
 
     vocab_size: int
     end_of_text: int
     digest: str
+    name: str = "bytes"
+    companions: Companions = ALONE
+    special_texts: Sequence[str] = ()
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -40,6 +52,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode_documents(self, texts: Sequence[str], ends: Sequence[bool]) -> list[np.ndarray]:
         """Ids of each text, int32 `(time,)`, followed by the end of text where `ends` says so."""
+
+    def encode_chats(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """(ids, character at which each begins) of texts in which special tokens are spelled out, as chat templates write
+        them."""
+        raise NotImplementedError(f"{self.name} has no chat template")
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
@@ -93,13 +110,16 @@ class FileTokenizer(Tokenizer):
     Args:
         text: content of its `tokenizer.json`.
         name: where it came from, for messages.
+        companions: what the files beside it say.
 
     Raises:
         UserError: the content is damaged or names no end-of-text token.
     """
 
-    def __init__(self, text: str, name: str) -> None:
+    def __init__(self, text: str, name: str, companions: Companions = ALONE) -> None:
         import tokenizers
+
+        self.name, self.companions = name, companions
 
         try:
             self._backend = tokenizers.Tokenizer.from_str(text)
@@ -113,13 +133,14 @@ class FileTokenizer(Tokenizer):
         self._backend.encode_special_tokens = True
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        known = [vocabulary[word] for word in END_OF_TEXT_NAMES if word in vocabulary]
-        if not known:
-            raise UserError(f"data.tokenizer={name}: has no end-of-text token; add one named {END_OF_TEXT}")
-        self.end_of_text = known[0]
+        self.special_texts = [token["content"] for token in self._content.get("added_tokens", []) if token["special"]]
+        self.end_of_text = _end_of_text(vocabulary, companions, name)
         # Sorted keys and no spaces: reformatting the file does not make it another tokenizer.
         self._canonical = json.dumps(self._content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        self.digest = hashlib.sha256(self._canonical.encode()).hexdigest()
+        # Where another file names the end of text, it belongs to the tokenizer.
+        self._ends_elsewhere = not _named_ends(vocabulary)
+        named = f" ends with {self.end_of_text}" if self._ends_elsewhere else ""
+        self.digest = hashlib.sha256(f"{self._canonical}{named}".encode()).hexdigest()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -130,6 +151,19 @@ class FileTokenizer(Tokenizer):
             if end:
                 ids.append(self.end_of_text)
         return [np.array(ids, np.int32) for ids in documents]
+
+    @cached_property
+    def _chat_backend(self) -> Any:
+        import tokenizers
+
+        backend = tokenizers.Tokenizer.from_str(self._canonical)
+        backend.no_padding()
+        backend.no_truncation()
+        return backend
+
+    def encode_chats(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        encodings = self._chat_backend.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, [start for start, _ in encoding.offsets]) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -157,7 +191,28 @@ class FileTokenizer(Tokenizer):
         return self._bytes
 
     def save(self, path: str | Path) -> Path:
-        return _write(path, self._canonical)
+        path = _write(path, self._canonical)
+        companions = self.companions
+        if self._ends_elsewhere:
+            end = self._backend.id_to_token(self.end_of_text)
+            companions = replace(companions, special_tokens={**companions.special_tokens, "eos_token": end})
+        companions.save(path.parent)
+        return path
+
+
+def _named_ends(vocabulary: dict[str, int]) -> list[int]:
+    return [vocabulary[word] for word in END_OF_TEXT_NAMES if word in vocabulary]
+
+
+def _end_of_text(vocabulary: dict[str, int], companions: Companions, name: str) -> int:
+    """The token that ends a document: by its published names first, for the `eos_token` of a chat model ends a mere turn."""
+    eos = companions.special_tokens.get("eos_token")
+    found = [*_named_ends(vocabulary), *([vocabulary[eos]] if eos in vocabulary else []),
+             *(number for number in companions.end_ids if number in set(vocabulary.values()))]
+    if not found:
+        raise UserError(f"data.tokenizer={name}: has no end-of-text token; add one named {END_OF_TEXT}, or name it as "
+                        "eos_token in a tokenizer_config.json beside it")
+    return found[0]
 
 
 def _byte_alphabet() -> list[str]:
@@ -205,17 +260,16 @@ def load_tokenizer(name: str) -> Tokenizer:
                         "set data.tokenizer=bytes") from None
     if text == json.dumps({"model": {"type": "bytes"}}):
         return ByteTokenizer()
-    return FileTokenizer(text, name)
+    return FileTokenizer(text, name, read_companions(path.parent, name))
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, out: str | Path, progress: bool = False) -> Path:
+def train_bpe(texts: Iterable[str], vocab_size: int, out: str | Path) -> Path:
     """Train a byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) and write it; the same texts give the same file.
 
     Args:
         texts: the documents to learn the merges from.
         vocab_size: most ids, the 256 bytes and the end of text included; little text may give fewer.
         out: a .json file, or a folder for `tokenizer.json`.
-        progress: show a bar.
 
     Raises:
         UserError: `vocab_size` is below 257.
@@ -230,7 +284,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, out: str | Path, progress: 
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     # The alphabet is sorted: the library numbers it in the order given, and `alphabet()` comes in another order each time.
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=progress,
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
                                   initial_alphabet=sorted(_byte_alphabet()))
     backend.train_from_iterator(texts, trainer)
     content = json.loads(backend.to_str())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from jsonargparse.typing import PositiveInt
 from genscale.config_parser import parse_settings
 from genscale.data.text import TextDataSettings, train_tokenizer
 from genscale.data.tokenizers import load_tokenizer
+from genscale.data.vocabulary_text import console_progress
 from genscale.errors import UserError, nearest
 
 DESCRIPTION = "Train a byte-level BPE tokenizer on the training documents of a source (never on its held-out ones)."
@@ -23,6 +23,8 @@ class TokenizerSettings:
     data: TextDataSettings = field(default_factory=TextDataSettings)
     vocab_size: PositiveInt = 4096
     """Most tokens of the vocabulary, at least 257 (every byte and the end of text); little text may give fewer."""
+    text_megabytes: PositiveInt = 1000
+    """Most text to learn from; a vocabulary hardly changes with more. Of several sources, as the weights have it."""
     out: str = "tokenizer.json"
     """File to write, or a folder for tokenizer.json; then set data.tokenizer to it."""
 
@@ -36,7 +38,7 @@ def main(arguments: list[str]) -> int:
             raise UserError(f"genscale tokenizer: '{word}' is not one of: train{nearest(word, ['train'])}")
     settings = parse_settings(TokenizerSettings, arguments[1:], "genscale tokenizer train", DESCRIPTION)
     _check_writable(Path(settings.out))
-    path = train_tokenizer(settings.data, settings.vocab_size, Path(settings.out), progress=sys.stderr.isatty())
+    path = train_tokenizer(settings.data, settings.vocab_size, Path(settings.out), console_progress(), settings.text_megabytes)
     tokenizer = load_tokenizer(str(path))
     print(f"{path}: {tokenizer.vocab_size} tokens; use it with --data.tokenizer {path}")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from genscale.data.packing import PIECE, Piece, cut, pack, tokenise
+from genscale.data.packing import PIECE, Piece, Run, cut, pack, pack_runs, tokenise
 from genscale.data.tokenizers import ByteTokenizer
 
 
@@ -54,3 +54,25 @@ def test_end_of_text_follows_the_document_and_not_its_pieces() -> None:
     pieces = [Piece("ab", False, {}), Piece("c", True, {}), Piece("dé", True, {})]
     tokens = np.concatenate([ids for ids, _ in tokenise(pieces, ByteTokenizer())]).tolist()
     assert tokens == [*b"abc", 256, *"dé".encode(), 256]
+
+
+@pytest.mark.parametrize("length", [1, 3, 16, 200])
+def test_runs_of_pieces_pack_as_the_pieces_alone(length: int) -> None:
+    draw = np.random.default_rng(0)
+    parts = documents(draw.integers(0, 40, 60).tolist())
+    runs, at = [], 0
+    while at < len(parts):
+        some = parts[at : at + int(draw.integers(1, 9))]
+        places = [place for _, place in some]
+        runs.append(Run(np.concatenate([ids for ids, _ in some]), np.cumsum([len(ids) for ids, _ in some]), places.__getitem__))
+        at += len(some)
+    expected = [(block.tolist(), place, offset) for block, place, offset in pack(parts, length)]
+    assert [(block.tolist(), place, offset) for block, place, offset in pack_runs(runs, length)] == expected
+
+
+def test_skipping_into_a_run() -> None:
+    ids = np.arange(100, dtype=np.int32)
+    run = Run(ids, np.array([30, 30, 100]), [{"document": i} for i in range(3)].__getitem__)
+    blocks = [(block.tolist(), place["document"], offset) for block, place, offset in pack_runs([run], 10, 25)]
+    assert blocks[0] == (list(range(25, 36)), 2, 5)
+    assert blocks[-1] == (list(range(85, 96)), 2, 65)

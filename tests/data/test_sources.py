@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from genscale.data import sources
-from genscale.data.packing import Piece
+from genscale.data import memory_source, sources
+from genscale.data.packing import PIECE, Piece, cut
 from genscale.data.readers import Spec
 from genscale.data.sources import Source, open_source
 from genscale.errors import UserError
@@ -220,3 +220,32 @@ def test_a_single_document_cannot_be_held_out(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one document only " * 50)
     with pytest.raises(UserError, match="data.validation_source"):
         source_of(tmp_path, fraction=0.05)
+
+
+def test_large_lanes_begin_at_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every piece is whole (a cache can hold it), and comes once an epoch."""
+    monkeypatch.setattr(memory_source, "PIECES_OF_A_LANE", 1)
+    texts = [f"{i} " + "some é words " * (7000 * (i % 5 == 0) + i) for i in range(12)]
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    source = source_of(tmp_path, lanes=3)
+    found = Counter()
+    for lane in range(3):
+        window = next(source.windows(lane))
+        for document in range(len(window.rows)):
+            for stretch in window.stretches(document):
+                assert stretch.whole
+                found[int(window.rows[document]), stretch.number, stretch.text] += 1
+    expected = Counter((row, number, piece) for row, text in enumerate(texts) for number, piece in enumerate(cut(text)))
+    assert found == expected
+    lengths = [sum(len(piece.text) for piece in epoch_of(source, lane, 0)) for lane in range(3)]
+    assert max(lengths) - min(lengths) < 3 * PIECE
+
+
+@pytest.mark.parametrize("processes", [1, 2, 5])
+def test_the_parts_of_a_sweep_are_the_training_documents(tmp_path: Path, kind: str, processes: int) -> None:
+    source = source_of(folder(tmp_path, 2), lanes=3, fraction=0.2)
+    swept = Counter()
+    for part, _ in source.parts(processes):
+        for window in source.sweep(part):
+            swept.update(window.text(document) for document in range(len(window.rows)))
+    assert swept == Counter(source.documents())

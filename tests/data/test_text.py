@@ -31,7 +31,7 @@ def test_a_lane_is_its_documents_end_to_end() -> None:
     assert all(block.dtype == np.int32 and block.shape == (33,) for block in blocks)
     stream = np.concatenate([blocks[0], *[block[1:] for block in blocks[1:]]])
     expected: list[int] = []
-    for piece in data._source.read(2):
+    for piece in data.streams[0].source.read(2):
         expected += [*piece.text.encode(), *([256] if piece.ends else [])]
         if len(expected) >= len(stream):
             break
@@ -60,7 +60,7 @@ def test_a_lane_resumed_at_every_sample_is_the_undisturbed_lane(tmp_path: Path, 
 def test_validation_is_the_start_of_the_held_out_documents_at_any_seed_and_shape() -> None:
     data = TextData(settings(), seed=5)
     samples = data.validation()
-    expected = [token for text in data._source.held_out() for token in [*text.encode(), 256]]
+    expected = [token for text in data.streams[0].source.held_out() for token in [*text.encode(), 256]]
     assert len(samples) == 64
     for i, sample in enumerate(samples):
         np.testing.assert_array_equal(sample["tokens"], expected[i * 32 : i * 32 + 33])
@@ -76,7 +76,7 @@ def test_validation_source_holds_nothing_out(tmp_path: Path) -> None:
     (tmp_path / "valid.txt").write_text("a validation set of its own")
     data = TextData(settings(validation_source=str(tmp_path / "valid.txt")), seed=1)
     assert bytes(data.validation()[0]["tokens"][:27].astype(np.uint8)) == b"a validation set of its own"
-    assert list(data._source.held_out()) == []
+    assert list(data.streams[0].source.held_out()) == []
 
 
 def test_plan_names_what_the_order_depends_on(bpe: str, tmp_path: Path) -> None:

@@ -103,3 +103,83 @@ def test_bad_files_are_one_clear_line(tmp_path: Path, name: str, content: str | 
 def test_too_small_a_vocabulary(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="256.*257"):
         train_tokenizer(TextDataSettings(), 256, tmp_path)
+
+
+def hf_folder(path: Path, special: list[str], **files: dict) -> Path:
+    """A Hugging Face folder: a BPE whose own end of text is removed, other special tokens, and files beside it."""
+    from tokenizers import AddedToken, Tokenizer
+
+    content = json.loads(train_bpe(["some text to learn from " * 5], 270, path).read_text())
+    content["added_tokens"] = []
+    content["model"]["vocab"]["<unused>"] = content["model"]["vocab"].pop(END_OF_TEXT)
+    backend = Tokenizer.from_str(json.dumps(content))
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    backend.save(str(path / "tokenizer.json"))
+    for name, value in files.items():
+        (path / f"{name}.json").write_text(json.dumps(value))
+    return path
+
+
+@pytest.mark.parametrize(("special", "files", "end"), [
+    # SmolLM2, Qwen: the chat model's eos_token ends a turn, not a document.
+    (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], {"tokenizer_config": {"eos_token": "<|im_end|>"}}, "<|endoftext|>"),
+    (["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"], {"tokenizer_config": {"eos_token": "<|eot_id|>"}},
+     "<|end_of_text|>"),  # Llama 3
+    (["<s>", "</s>"], {}, "</s>"),  # Llama 2, Mistral
+    (["[BEGIN]", "[DONE]"], {"tokenizer_config": {"eos_token": "[DONE]", "bos_token": None}}, "[DONE]"),
+    (["[BEGIN]", "[DONE]"], {"tokenizer_config": {"eos_token": {"content": "[DONE]", "lstrip": False}}}, "[DONE]"),
+    (["[BEGIN]", "[DONE]"], {"generation_config": {"eos_token_id": [271, 270]}}, "[DONE]"),
+])
+def test_the_end_of_text_of_published_tokenizers_is_found(tmp_path: Path, special: list[str], files: dict, end: str) -> None:
+    tokenizer = load_tokenizer(str(hf_folder(tmp_path / "hf", special, **files)))
+    assert tokenizer._backend.id_to_token(tokenizer.end_of_text) == end
+    assert tokenizer.encode_documents(["text"], [True])[0][-1] == tokenizer.end_of_text
+    # The run keeps it, wherever it was named.
+    kept = load_tokenizer(str(tokenizer.save(tmp_path / "run" / "tokenizer.json")))
+    assert (kept.end_of_text, kept.digest) == (tokenizer.end_of_text, tokenizer.digest)
+
+
+def test_the_end_of_text_belongs_to_the_digest(tmp_path: Path) -> None:
+    digests = {load_tokenizer(str(hf_folder(tmp_path / end, ["[A]", "[B]"], tokenizer_config={"eos_token": end}))).digest
+               for end in ("[A]", "[B]")}
+    assert len(digests) == 2
+
+
+def test_damaged_files_beside_a_tokenizer_are_one_clear_line(tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path, ["</s>"])
+    for text, word in [("{", "damaged"), ("[]", "holds no settings")]:
+        (folder / "tokenizer_config.json").write_text(text)
+        with pytest.raises(UserError, match=f"data.tokenizer={folder}: .*tokenizer_config.json.*{word}"):
+            load_tokenizer(str(folder))
+
+
+def test_progress_and_limit_of_the_text(tmp_path: Path) -> None:
+    texts = [f"document {i} " + "é" * 1000 for i in range(3000)]
+    (tmp_path / "a.txt").write_text("\n".join(texts))
+    settings, told = TextDataSettings(source=str(tmp_path / "a.txt"), document="line", lanes=4, validation_fraction=0.001), []
+    train_tokenizer(settings, 300, tmp_path / "all.json", lambda *call: told.append(call))
+    documents, size, done = told[-1]
+    training = len(told) - 1
+    assert done and documents == training and 2990 <= training < 3000
+    assert size == sum(len(text.encode()) for text in texts) - held_out_size(settings)
+    told.clear()
+    train_tokenizer(settings, 300, tmp_path / "some.json", lambda *call: told.append(call), megabytes=1)
+    assert told[-1][2] and 10**6 <= told[-1][1] < 10**6 + 3000 and told[-1][0] == len(told) - 1
+
+
+def held_out_size(settings: TextDataSettings) -> int:
+    from genscale.data.text_settings import readings
+    from genscale.data.text_stream import open_training_source
+
+    return sum(len(text.encode()) for text in open_training_source(readings(settings)[0].spec, settings, 0).held_out())
+
+
+def test_progress_in_a_log_is_plain_lines(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    from genscale.data import vocabulary_text
+
+    monkeypatch.setattr(vocabulary_text, "SECONDS", 0.0)
+    texts = vocabulary_text.reported(iter(["é" * 500_000] * 3), vocabulary_text.console_progress(), None)
+    assert len(list(texts)) == 3
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" (")[0] for line in lines[:3]] == [f"read {i}.0 MB in {i} documents" for i in (1, 2, 3)]
+    assert lines[-1].startswith("read 3.0 MB in 3 documents") and lines[-1].endswith("learning the vocabulary")

@@ -1,0 +1,134 @@
+"""Prompt/answer pairs and conversations as token ids, each with a mask of what is to be learnt: the answers and their end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+
+import numpy as np
+
+from genscale.data.chat_template import ChatTemplate, Message
+from genscale.data.columns import Spec
+from genscale.data.lanes import Sample
+from genscale.data.packing import Place
+from genscale.data.tokenizers import Tokenizer
+from genscale.data.windows import Source
+from genscale.errors import UserError
+
+BATCH = 32
+"""Conversations that are tokenised at a time; a lane that opens or resumes tokenises no more than this ahead."""
+
+
+class PairEncoder:
+    """Turns the documents of a source of pairs into tokens.
+
+    With a chat template the text is exactly the template's, and so are the ids, special tokens included; the end of text
+    follows where the template does not write it itself. Without one a pair is prompt, answer and end of text.
+
+    Ids travel through the packing as `2 * id + mask`, so that no block can part a token from its mask.
+
+    Args:
+        tokenizer: its chat template is used if it has one.
+        spec: the source, for messages.
+        separate: whether documents are told apart by their end of text (`data.separate_documents`).
+
+    Raises:
+        UserError: conversations without a chat template.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, spec: Spec, separate: bool) -> None:
+        self._tokenizer, self._spec, self._separate = tokenizer, spec, separate
+        if spec.messages and not tokenizer.companions.chat_template:
+            raise UserError(f"{spec.setting('messages_column')}={spec.messages}: data.tokenizer={tokenizer.name} has no chat "
+                            "template to write conversations with; give the folder of a chat model's tokenizer "
+                            "(chat_template.jinja, or chat_template in tokenizer_config.json), or set prompt_column and "
+                            "answer_column")
+        _ = self._template  # a template that cannot be read is refused now
+
+    @cached_property
+    def _template(self) -> ChatTemplate | None:
+        beside = self._tokenizer.companions
+        if not beside.chat_template:
+            return None
+        return ChatTemplate(beside.chat_template, beside.special_tokens, self._tokenizer.special_texts, self._tokenizer.name)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {key: value for key, value in self.__dict__.items() if key != "_template"}  # compiled code does not travel
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the chat template and of what it refers to, or "plain"."""
+        beside = self._tokenizer.companions
+        if not beside.chat_template:
+            return "plain"
+        return hashlib.sha256(json.dumps([beside.chat_template, beside.special_tokens], sort_keys=True).encode()).hexdigest()
+
+    def encode(self, documents: Sequence[str]) -> list[np.ndarray]:
+        """`2 * id + mask` of each document, int32 `(time,)`.
+
+        Raises:
+            UserError: the chat template does not fit a conversation.
+        """
+        conversations = [json.loads(document) for document in documents]
+        if self._template is None:
+            return self._plain(conversations)
+        rendered = [self._template.answers(messages) for messages in conversations]
+        encoded = self._tokenizer.encode_chats([text for text, _ in rendered])
+        return [self._join(ids, starts, spans) for (ids, starts), (_, spans) in zip(encoded, rendered, strict=True)]
+
+    def _plain(self, conversations: Sequence[Sequence[Message]]) -> list[np.ndarray]:
+        # Apart from each other: an answer's first token must not depend on whether the prompt is there to merge with.
+        prompts, answers = ([messages[i]["content"] for messages in conversations] for i in (0, 1))
+        return [np.concatenate([np.multiply(2, prompt, dtype=np.int32), np.multiply(2, answer, dtype=np.int32) + 1])
+                for prompt, answer in zip(self._tokenizer.encode_documents(prompts, [False] * len(prompts)),
+                                          self._tokenizer.encode_documents(answers, [True] * len(answers)), strict=True)]
+
+    def _join(self, ids: list[int], starts: list[int], spans: list[tuple[int, int]]) -> np.ndarray:
+        end = self._tokenizer.end_of_text
+        if self._separate and end in ids[:-1]:
+            raise UserError(f"data.separate_documents=true: the chat template of data.tokenizer={self._tokenizer.name} writes "
+                            "the end-of-text token inside a conversation, which would be cut there; set "
+                            "data.separate_documents=false")
+        at = np.array(starts)
+        mask = np.zeros(len(ids), np.int32)
+        for start, stop in spans:
+            mask[np.searchsorted(at, start) : np.searchsorted(at, stop)] = 1
+        coded = 2 * np.array(ids, np.int32) + mask
+        return coded if ids[-1] == end else np.append(coded, np.int32(2 * end + mask.any()))
+
+    def read(self, source: Source, lane: int, place: Place | None = None) -> Iterator[tuple[np.ndarray, Place]]:
+        """Endless documents of a lane, whole, with their places."""
+        for window in source.windows(lane, place):
+            for first in range(window.start[0], len(window.rows), BATCH):
+                numbers = range(first, min(first + BATCH, len(window.rows)))
+                coded = self.encode([window.text(n) for n in numbers])
+                yield from ((ids, window.place(n, 0)) for ids, n in zip(coded, numbers, strict=True))
+
+    def documents(self, documents: Iterable[str]) -> Iterator[tuple[np.ndarray, Place]]:
+        """Documents once, for the validation set and for counting."""
+        batch: list[str] = []
+        for document in documents:
+            batch.append(document)
+            if len(batch) == BATCH:
+                yield from ((ids, {}) for ids in self.encode(batch))
+                batch = []
+        if batch:
+            yield from ((ids, {}) for ids in self.encode(batch))
+
+    def check(self, documents: Iterable[str]) -> None:
+        """Refuse a source in which the mask hides every token; reads no further than to the first that it shows.
+
+        Raises:
+            UserError: nothing could be learnt.
+        """
+        if not any((ids & 1).any() for ids, _ in self.documents(documents)):
+            raise UserError(f"{self._spec.key}={self._spec.name}: the mask hides every token: the chat template of "
+                            f"data.tokenizer={self._tokenizer.name} marks nothing as the assistant's; mend its "
+                            "{% generation %} part, or set prompt_column and answer_column")
+
+
+def unpack(block: np.ndarray) -> Sample:
+    """A block of `2 * id + mask` as a sample: `tokens` int32 and `mask` uint8, both `(time + 1,)`. Padding stays -1."""
+    return {"tokens": block >> 1, "mask": ((block & 1) * (block >= 0)).astype(np.uint8)}

@@ -1,0 +1,165 @@
+"""A source of any size: its shards are dealt to the lanes, their documents shuffled in windows."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from genscale.data.memory_source import text_hash
+from genscale.data.packing import Place
+from genscale.data.readers import Shard, Spec
+from genscale.data.windows import Catalogue, Part, Source, Window
+from genscale.errors import UserError
+from genscale.rng import permutation
+
+HASHES = 2**64
+PROBE = 4096
+"""Bytes of a file's beginning, middle and end that tell it from another of the same name and size."""
+COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".parquet")
+COMPRESSION = 3
+"""Bytes of text in a byte of such a file, about."""
+Row = tuple[int, int, int, str | None]
+"""(number of the part in the lane's share, shard, row, text unless the catalogue knew the row)."""
+
+
+class StreamSource(Source):
+    """Shards dealt to lanes by a permutation keyed (seed, epoch), their documents shuffled in windows.
+
+    A window's permutation is keyed (seed, epoch, lane, window): there is nothing to save but where the window starts.
+
+    Args:
+        shards: what to read.
+        fraction: share of the documents to hold out.
+        window: documents shuffled together.
+        spec, seed, lanes: the source's name for messages, the key of the order, the number of lanes.
+    """
+
+    def __init__(self, shards: Sequence[Shard], fraction: float, window: int, spec: Spec, seed: int, lanes: int) -> None:
+        self._shards, self._window, self._spec, self._seed, self._lanes = list(shards), window, spec, seed, lanes
+        self._fraction, self._threshold = fraction, int(fraction * HASHES)
+
+    def _trains(self, text: str) -> bool:
+        return not self._threshold or text_hash(text) >= self._threshold
+
+    def share(self, lane: int, epoch: int) -> list[Part]:
+        """What the lane reads in the epoch.
+
+        Whole shards as far as they go round; the rest is cut into as many residues of rows as give every lane the same number.
+        """
+        count, lanes = len(self._shards), self._lanes
+        order = permutation(count, self._seed, "shards", epoch).tolist()
+        whole = count - count % lanes
+        rest = order[whole:]
+        cuts = lanes // math.gcd(len(rest), lanes)
+        residues = [Part(shard, residue, cuts) for residue in range(cuts) for shard in rest]
+        return [Part(shard, 0, 1) for shard in order[lane:whole:lanes]] + residues[lane::lanes]
+
+    def _rows(self, share: Sequence[Part], first: int, row: int, catalogue: Catalogue | None,
+              finished: list[tuple[Part, int]]) -> Iterator[Row]:
+        """The training documents of a share from a row of its part `first` on. Parts that were read (not looked up) from
+        front to back come into `finished`."""
+        for number, part in enumerate(share[first:], first):
+            known = catalogue(part) if catalogue else None
+            if known is not None:
+                yield from ((number, part.shard, at, None) for at in known[known >= row].tolist())
+            else:
+                count = 0
+                for at, text in self._shards[part.shard].rows(row, part.residue, part.modulus):
+                    if self._trains(text):
+                        yield number, part.shard, at, text
+                        count += 1
+                if row == 0:
+                    finished.append((part, count))
+            row = 0
+
+    def windows(self, lane: int, place: Place | None = None, catalogue: Catalogue | None = None) -> Iterator[Window]:
+        place = place or {"epoch": 0, "part": 0, "row": 0, "window": 0, "document": 0, "piece": 0}
+        empty = 0
+        while True:
+            epoch, number, start = place["epoch"], place["window"], (place["document"], place["piece"])
+            finished: list[tuple[Part, int]] = []
+            rows = self._rows(self.share(lane, epoch), place["part"], place["row"], catalogue, finished)
+            while documents := list(islice(rows, self._window)):
+                empty = 0
+                order = permutation(len(documents), self._seed, "window", epoch, lane, number)
+                at = {"epoch": epoch, "part": documents[0][0], "row": documents[0][2], "window": number}
+                yield self._documents([documents[i] for i in order], at, start, finished)
+                number, start = number + 1, (0, 0)
+            if finished:
+                yield self._documents([], {}, (0, 0), finished)
+            empty += number == 0
+            if empty == 2:  # the shares of one epoch may miss a lane by chance
+                raise UserError(f"data.lanes={self._lanes}: lane {lane} of {self._spec.key}={self._spec.name} gets no "
+                                "document; set fewer data.lanes, or a smaller data.document")
+            place = {"epoch": epoch + 1, "part": 0, "row": 0, "window": 0, "document": 0, "piece": 0}
+
+    def _documents(self, documents: list[Row], at: Place, start: tuple[int, int], finished: list[tuple[Part, int]]) -> Window:
+        def text(n: int) -> str:
+            _, shard, row, held = documents[n]
+            # A row that the catalogue knew is read only where its tokens are gone from the cache.
+            return next(self._shards[shard].rows(row))[1] if held is None else held
+
+        ended = finished.copy()
+        finished.clear()
+        shards, rows = (np.array([document[i] for document in documents], np.int64) for i in (1, 2))
+        return Window(shards, rows, text, lambda n, piece: {**at, "document": n, "piece": piece}, start, finished=ended)
+
+    def parts(self, processes: int) -> list[tuple[Part, int]]:
+        cuts = -(-processes // len(self._shards))
+        return [(Part(number, residue, cuts), shard.size // cuts)
+                for number, shard in enumerate(self._shards) for residue in range(cuts)]
+
+    def sizes(self) -> list[int]:
+        compressed = [shard.name.partition("#")[0].endswith(COMPRESSED) for shard in self._shards]
+        return [shard.size * (COMPRESSION if small else 1) for shard, small in zip(self._shards, compressed, strict=True)]
+
+    def sweep(self, part: Part, catalogue: Catalogue | None = None) -> Iterator[Window]:
+        finished: list[tuple[Part, int]] = []
+        rows = self._rows([part], 0, 0, catalogue, finished)
+        while documents := list(islice(rows, self._window)):
+            yield self._documents(documents, {}, (0, 0), finished)
+        yield self._documents([], {}, (0, 0), finished)
+
+    def _all(self) -> Iterator[str]:
+        return (text for shard in self._shards for _, text in shard.rows())
+
+    def documents(self) -> Iterator[str]:
+        return (text for text in self._all() if self._trains(text))
+
+    def held_out(self) -> Iterator[str]:
+        return (text for text in self._all() if not self._trains(text))
+
+    def plan(self) -> dict[str, Any]:
+        names = hashlib.sha256(repr([(shard.name, shard.size) for shard in self._shards]).encode()).hexdigest()
+        return {"order": "stream", "shards": len(self._shards), "bytes": sum(shard.size for shard in self._shards),
+                "content": names, "window": self._window}
+
+    def identity(self) -> dict[str, Any]:
+        plan = {key: value for key, value in self.plan().items() if key != "window"}
+        # Where the data lies is not what it is: a folder may move.
+        spec = {key: value for key, value in dataclasses.asdict(self._spec).items()
+                if key not in ("key", "name", "revision", "locations")}
+        probes = hashlib.sha256(repr([_probe(shard) for shard in self._shards]).encode()).hexdigest()
+        return {**plan, "files": probes, **json.loads(json.dumps(spec, default=str)), "validation_fraction": self._fraction}
+
+
+def _probe(shard: Shard) -> str:
+    """A few bytes of a local file: `plan` knows names and sizes, and a file may have been replaced by one of the same size."""
+    path = getattr(shard, "path", None)
+    if path is None or not Path(path).is_file():
+        return ""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        size = file.seek(0, 2)
+        for at in (0, size // 2, max(0, size - PROBE)):
+            file.seek(at)
+            digest.update(file.read(PROBE))
+    return digest.hexdigest()

@@ -1,0 +1,127 @@
+"""One source as blocks of tokens in lanes: text through the tokenizer or the token cache, or prompt/answer pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from genscale.data.columns import Spec, pair_text
+from genscale.data.encoded import open_encoded
+from genscale.data.lanes import Cursor, Sample
+from genscale.data.packing import Piece, Place, cut, pack, tokenise
+from genscale.data.pairs import PairEncoder, unpack
+from genscale.data.sources import open_source
+from genscale.data.text_settings import Reading, TextDataSettings
+from genscale.data.tokenizers import Tokenizer
+from genscale.errors import UserError
+
+
+class TextStream:
+    """A training source in tokens.
+
+    Args:
+        reading: what to read.
+        settings: the data section.
+        seed: the run's seed.
+        tokenizer: what makes the tokens.
+        masked: whether every sample carries a mask, because pairs are among the sources.
+        cache: folder of the source's token cache.
+
+    Raises:
+        UserError: whatever is wrong with the source or the cache.
+    """
+
+    def __init__(self, reading: Reading, settings: TextDataSettings, seed: int, tokenizer: Tokenizer, masked: bool,
+                 cache: Path | None) -> None:
+        self.label, self.weight, self.spec = reading.label, reading.weight, reading.spec
+        self._length, self._masked, self._tokenizer = settings.sequence_length, masked, tokenizer
+        if cache is not None and self.spec.pairs:
+            raise UserError(f"data.cache={settings.cache}: prompt/answer pairs ({self.spec.key}={self.spec.name}) are not "
+                            "cached; leave data.cache out")
+        self._pairs = pair_encoder(self.spec, settings, tokenizer)
+        self.source = open_training_source(self.spec, settings, seed)
+        if self._pairs:
+            self._pairs.check(self.source.documents())
+        self.encoded = None if self._pairs else open_encoded(self.source, tokenizer, cache)
+
+    def open_lane(self, lane: int, cursor: Cursor | None = None) -> Iterator[tuple[Sample, Cursor]]:
+        """Endless samples of a lane, each with the cursor that continues right after it."""
+        place, offset = (None, 0) if cursor is None else (cursor["place"], cursor["offset"])
+        if self._pairs:
+            blocks = pack(self._pairs.read(self.source, lane, place), self._length, offset)
+        else:
+            blocks = self.encoded.blocks(lane, place, self._length, offset)
+        for block, at, token in blocks:
+            yield as_sample(block, self._pairs is not None, self._masked), {"place": at, "offset": token}
+
+    def held_out(self, limit: int) -> list[Sample]:
+        """The first blocks of the held-out documents in canonical order, `limit` at most."""
+        return validation_samples(self.source.held_out(), self._pairs, self._tokenizer, self._length, self._masked, limit)
+
+    def lengths(self) -> Iterator[int]:
+        """Tokens of the training documents (or parts of them) in canonical order."""
+        return (len(ids) for ids, _ in in_tokens(self.source.documents(), self._pairs, self._tokenizer))
+
+    def encode(self, documents: Sequence[str]) -> list[np.ndarray]:
+        """Whole documents in tokens (of pairs: coded), each with its end of text."""
+        if self._pairs:
+            return self._pairs.encode(documents)
+        return self._tokenizer.encode_documents(documents, [True] * len(documents))
+
+    def plan(self) -> dict[str, Any]:
+        """What the samples of this source depend on besides the data section, as JSON."""
+        plan = {f"source_{key}": value for key, value in self.source.plan().items()}
+        if self._pairs:
+            plan["chat_template"] = self._pairs.digest
+        return plan
+
+    def close(self) -> None:
+        """Write out what the cache keeps back."""
+        if self.encoded:
+            self.encoded.close()
+
+
+def open_training_source(spec: Spec, settings: TextDataSettings, seed: int) -> Any:
+    """The documents of a source to train on; where there is no validation source, some are held out. Raises UserError."""
+    fraction = settings.validation_fraction if settings.validation_source is None else 0.0
+    return open_source(spec, fraction=fraction, window=settings.shuffle_window, seed=seed, lanes=settings.lanes)
+
+
+def pair_encoder(spec: Spec, settings: TextDataSettings, tokenizer: Tokenizer) -> PairEncoder | None:
+    """The encoder of a source of pairs; None for a source of text."""
+    return PairEncoder(tokenizer, spec, settings.separate_documents) if spec.pairs else None
+
+
+def plain_documents(spec: Spec, documents: Iterable[str]) -> Iterator[str]:
+    """The documents as text to learn a vocabulary from."""
+    return map(pair_text, documents) if spec.pairs else iter(documents)
+
+
+def in_tokens(documents: Iterable[str], pairs: PairEncoder | None, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, Place]]:
+    """Documents once, tokenised: ids of pieces of text, or coded pairs."""
+    return pairs.documents(documents) if pairs else tokenise(_pieces(documents), tokenizer)
+
+
+def validation_samples(documents: Iterable[str], pairs: PairEncoder | None, tokenizer: Tokenizer, length: int, masked: bool,
+                       limit: int) -> list[Sample]:
+    """Documents packed end to end, `limit` blocks at most; the last one is filled up with -1."""
+    blocks = pack(in_tokens(documents, pairs, tokenizer), length, tail=True)
+    return [as_sample(block, pairs is not None, masked) for block, _, _ in islice(blocks, limit)]
+
+
+def as_sample(block: np.ndarray, coded: bool, masked: bool) -> Sample:
+    """A block of coded pairs or of ids as a sample; among pairs, all of a text is to be learnt."""
+    if coded:
+        return unpack(block)
+    return {"tokens": block, "mask": (block >= 0).astype(np.uint8)} if masked else {"tokens": block}
+
+
+def _pieces(documents: Iterable[str]) -> Iterator[Piece]:
+    for text in documents:
+        *body, last = cut(text)
+        yield from (Piece(part, False, {}) for part in body)
+        yield Piece(last, True, {})
