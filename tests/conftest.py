@@ -175,7 +175,7 @@ def tiny_settings(tiny_text: Path) -> dict[str, Any]:
         "run": {"name": "tiny"},
         "model": {"family": "gpt", "layers": 2, "heads": 2, "width": 32, "positions": 32},
         "data": {"source": str(tiny_text), "sequence_length": 32, "validation_blocks": 8},
-        "train": {"steps": 6, "global_batch_size": 4, "log_every": 1, "checkpoint_every": 2},
+        "train": {"steps": 6, "global_batch_size": 4, "precision": "fp32", "log_every": 1, "checkpoint_every": 2},
         "optimizer": {"lr": 1e-3},
         "tracking": {"wandb": "disabled"},
     }

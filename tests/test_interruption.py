@@ -24,7 +24,8 @@ SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 @pytest.fixture(scope="module")
 def settings(tiny_settings) -> dict[str, Any]:
     """Steps long enough (some 50 ms) to be hit in the middle."""
-    train = {"steps": STEPS, "global_batch_size": 32, "micro_batch_size": 2, "log_every": 1, "checkpoint_every": 10}
+    train = {"steps": STEPS, "global_batch_size": 32, "micro_batch_size": 2, "precision": "fp32", "log_every": 1,
+             "checkpoint_every": 10}
     return {**tiny_settings, "train": train}
 
 

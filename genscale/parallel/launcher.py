@@ -91,7 +91,13 @@ def resolve_offload(asked: str, strategy: str, request: LaunchRequest) -> str:
 
 
 def resolve_precision(asked: str, request: LaunchRequest) -> str:
-    """The precision of the run: `train.precision`. Raises UserError when the launcher explicitly asked for another."""
+    """The precision of the run: `train.precision`, with auto the launcher's or the device's own. Raises UserError when the
+    launcher explicitly asked for another."""
+    if asked == "auto":
+        from genscale.parallel.precision import native_precision
+        from genscale.parallel.processes import on_cpu
+
+        return request.precision or native_precision(on_cpu())
     if request.precision not in (None, asked):
         raise UserError(
             f"train.precision: {asked} contradicts the launcher, which was configured with mixed_precision {request.precision}"

@@ -24,8 +24,9 @@ WORKER = Path(__file__).with_name("engine_worker.py")
 TIMEOUT = 200
 SETTINGS = {
     "model.layers": 2, "model.heads": 2, "model.width": 32, "model.positions": 32, "data.sequence_length": 32,
-    "data.lanes": 12, "data.validation_blocks": 2, "train.steps": 10, "train.global_batch_size": 12, "train.log_every": 1,
-    "schedule.warmup_steps": 10, "optimizer.lr": 1e-3, "tracking.wandb": "disabled",
+    "data.lanes": 12, "data.validation_blocks": 2, "train.steps": 10, "train.global_batch_size": 12,
+    "train.log_every": 1, "train.precision": "fp32", "schedule.warmup_steps": 10, "optimizer.lr": 1e-3,
+    "tracking.wandb": "disabled",
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from genscale.errors import UserError
 from genscale.parallel.launcher import (
@@ -177,6 +178,10 @@ def test_offload():
 def test_precision():
     assert resolve_precision("bf16", request()) == "bf16"
     assert resolve_precision("bf16", request(precision="bf16")) == "bf16"
+    assert resolve_precision("auto", request(precision="fp16")) == "fp16"
+    flags = Path("/proc/cpuinfo").read_text().split()
+    native = "bf16" if "avx512_bf16" in flags or "amx_tile" in flags else "fp32"
+    assert torch.cuda.is_available() or resolve_precision("auto", request()) == native
     with pytest.raises(UserError, match=r"train\.precision: fp32 contradicts the launcher.*mixed_precision bf16"):
         resolve_precision("fp32", request(precision="bf16"))
 
