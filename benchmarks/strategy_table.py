@@ -32,7 +32,8 @@ PROCESSES = 2
 PACKAGES = ("torch", "accelerate", "deepspeed")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 COMMON = {"data.source": "python-docs", "data.tokenizer": "bytes", "data.validation_blocks": 4, "train.log_every": 1,
-          "train.clip": 1.0, "schedule.warmup_steps": 10, "tracking.wandb": "disabled", "run.seed": 1337}
+          "train.clip": 1.0, "train.precision": "fp32", "schedule.warmup_steps": 10, "tracking.wandb": "disabled",
+          "run.seed": 1337}
 MEDIUM = {**COMMON, "model.layers": 4, "model.heads": 4, "model.width": 256, "model.positions": 128,
           "data.sequence_length": 128, "train.global_batch_size": 16}
 SMALL = {**COMMON, "model.layers": 2, "model.heads": 2, "model.width": 64, "model.positions": 64, "data.sequence_length": 64,
@@ -220,13 +221,12 @@ def bytes_at_rest_worker(strategy: str) -> None:
     from genscale.models.gpt import GPT, GPTSettings
     from genscale.parallel.processes import Processes
     from genscale.parallel.strategies import ParallelPlan, build_engine
-    from genscale.rng import torch_generator
     from genscale.training.optimizers import make_optimizer
 
     processes = Processes(need_group=True)
     shape = {key.removeprefix("model."): value for key, value in MEDIUM.items() if key.startswith("model.")}
     network = GPT(GPTSettings(**shape), vocab_size=320)
-    network.initialise(torch_generator(1337, "initial weights"))
+    network.initialise(1337)
     plan = ParallelPlan(strategy, "none", "fp32", processes.world_size)
     engine = build_engine(plan, processes, ParallelSettings(strategy=strategy), "fp32", 1.0, 1, 1)
     engine.prepare({"gpt": network}, lambda module: make_optimizer(module, OptimizerSettings()))

@@ -33,6 +33,7 @@ from genscale.data.loader import StepLoader
 from genscale.data.text import TextData, TextDataSettings
 from genscale.models.gpt import GPTSettings
 from genscale.objectives import FAMILIES
+from genscale.parallel.materialise import fill, materialise
 from genscale.parallel.processes import Processes
 from genscale.parallel.replicated import ReplicatedEngine
 from genscale.training.guards import StopSignal
@@ -61,7 +62,8 @@ def loader_of(data: TextData, config: Config) -> StepLoader:
 def our_step(config: Config, data: TextData, objective: Any) -> tuple[Step, Callable[[], None]]:
     """A call for one step of the trainer, and one to end its loader."""
     engine = ReplicatedEngine(Processes(), config.parallel, "fp32", config.train.clip, config.train.global_batch_size, 1)
-    engine.prepare(objective.networks, lambda module: make_optimizer(module, config.optimizer))
+    engine.prepare(objective.networks, lambda module: make_optimizer(module, config.optimizer),
+                   {name: objective.initial_weights(name) for name in objective.networks})
     loader = loader_of(data, config)
     trainer = Trainer(config, objective, engine, loader, hooks=[], last_good=lambda: "none")
     stop, steps = StopSignal(), iter(range(1, config.train.steps))
@@ -91,6 +93,8 @@ def measure(size: dict[str, int]) -> dict[str, Any]:
     data = TextData(config.data, config.run.seed)
     objective = FAMILIES["gpt"].build_objective(config, data)
     twin = copy.deepcopy(objective.networks["gpt"])
+    materialise(twin, torch.device("cpu"))
+    fill(twin, objective.initial_weights("gpt"))
     count = WARMUP_STEPS + size["steps"]
     loader = loader_of(data, config)
     batches = [loader.next_batch()[0]["tokens"] for _ in range(count)]

@@ -16,7 +16,9 @@ VERBS = {
     "train": "train a model as a YAML config says; resumes by itself",
     "sample": "generate from a trained run",
     "evaluate": "loss and other scores of a trained run on a data set",
+    "export": "write a trained run as a Hugging Face folder",
     "tokenizer": "train a byte-level BPE tokenizer",
+    "data": "fill the token cache ahead of a run, or see what a run would train on",
     "checkpoint": "list, verify or digest checkpoints",
 }
 
@@ -63,8 +65,12 @@ def _verb(verb: str) -> Callable[[list[str]], int]:
         from genscale.verbs.sample import main as run
     elif verb == "evaluate":
         from genscale.verbs.evaluate import main as run
+    elif verb == "export":
+        from genscale.verbs.export import main as run
     elif verb == "tokenizer":
         from genscale.verbs.tokenizer import main as run
+    elif verb == "data":
+        from genscale.verbs.data import main as run
     elif verb == "checkpoint":
         from genscale.verbs.checkpoint import main as run
     else:

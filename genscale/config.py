@@ -40,8 +40,10 @@ class TrainSettings:
     micro_batch_size: PositiveInt | None = None
     """Samples in one forward pass on one process (default: global batch / processes). Accumulation is derived:
     global batch = micro-batch x processes x accumulation."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of forward and backward; weights and optimizer state stay in fp32."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
+    """Arithmetic of forward and backward; weights and optimizer state stay in fp32. auto: what `accelerate launch` was
+    configured with, else bf16 where the device computes in it, else fp32. fp8 (Hopper GPUs or newer, with torchao):
+    matrix products of the blocks in fp8, the rest in bf16; use it with parallel.compile."""
     clip: NonNegativeFloat = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it (0 = no clipping)."""
     log_every: PositiveInt = 10
@@ -54,16 +56,20 @@ class TrainSettings:
     """Steps between checkpoints (0 = only after the last step)."""
     checkpoint_keep: PositiveInt = 3
     """Latest checkpoints to keep; the best by validation loss is kept besides."""
+    profile: NonNegativeInt = 0
+    """Steps to trace with torch.profiler on rank 0, after ten steps of warm-up; writes <run folder>/profile/trace.json.gz and
+    table.txt (0 = none)."""
 
 
 @dataclass
 class OptimizerSettings:
     """The optimizer of every network."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    """adamw (Loshchilov and Hutter 2019) or sgd (with momentum)."""
+    name: Literal["adamw", "muon", "sgd"] = "adamw"
+    """adamw (Loshchilov and Hutter 2019), muon (Jordan et al. 2024) for the matrices of hidden layers with adamw for the
+    rest, or sgd (with momentum)."""
     lr: PositiveFloat = 3e-4
-    """Peak learning rate."""
+    """Peak learning rate (muon's updates are scaled to the size of adamw's, so that one rate serves both)."""
     betas: tuple[ClosedUnitInterval, ClosedUnitInterval] = (0.9, 0.95)
     """AdamW: decay rates of the two moments."""
     eps: PositiveFloat = 1e-8
@@ -73,6 +79,8 @@ class OptimizerSettings:
     the same."""
     momentum: ClosedUnitInterval = 0.0
     """SGD: momentum."""
+    muon_momentum: ClosedUnitInterval = 0.95
+    """Muon: momentum of the hidden matrices, in Nesterov's form."""
 
 
 @dataclass
@@ -133,7 +141,8 @@ class Config:
 
 
 MAY_CHANGE_AT_RESUME = ("run.", "parallel.", "tracking.", "train.log_every", "train.evaluate_every", "train.sample_every",
-                        "train.checkpoint_", "train.micro_batch_size", "train.steps", "data.workers", "data.prefetch_steps")
+                        "train.checkpoint_", "train.micro_batch_size", "train.steps", "train.profile", "data.workers",
+                        "data.prefetch_steps")
 """Key prefixes that do not change what is computed (`train.steps` may grow or shrink; the schedule then follows the
 new value)."""
 # run.seed changes what is computed although it stands under "run.".

@@ -13,9 +13,10 @@ import pytest
 
 from genscale import __version__
 from genscale.cli import VERBS
-from genscale.config_parser import COMMON_SECTIONS
+from genscale.config_parser import COMMON_SECTIONS, as_key
 from genscale.evaluation.samplers import TextSampling
 from genscale.objectives import FAMILIES
+from genscale.verbs.export import ExportSettings
 from genscale.verbs.tokenizer import TokenizerSettings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +33,7 @@ def settings_of(settings: Any, prefix: str = "--") -> list[str]:
     for field in dataclasses.fields(settings):
         default = field.default_factory() if callable(field.default_factory) else field.default
         nested = dataclasses.is_dataclass(default)
-        found += settings_of(default, f"{prefix}{field.name}.") if nested else [f"{prefix}{field.name}"]
+        found += settings_of(default, f"{prefix}{field.name}.") if nested else [f"{prefix}{as_key(field.name)}"]
     return found
 
 
@@ -50,7 +51,8 @@ def test_help_of_train_lists_every_setting_with_meaning_type_and_default(genscal
 
 
 @pytest.mark.parametrize(("words", "settings"), [
-    (["sample"], TextSampling), (["tokenizer"], TokenizerSettings), (["tokenizer", "train"], TokenizerSettings),
+    (["sample"], TextSampling), (["export"], ExportSettings), (["tokenizer"], TokenizerSettings),
+    (["tokenizer", "train"], TokenizerSettings),
 ])  # fmt: skip
 def test_help_of_a_verb_lists_every_setting(words, settings, genscale):
     text = done(genscale(*words, "--help"))

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGE_OF = {"yaml": "pyyaml"}
 # Imported only where the user chose it, or only when present.
-OPTIONAL = {"tensorboard"}
+OPTIONAL = {"tensorboard", "transformers", "torchao", "lm_eval"}
 
 
 def declared(requirements: list[str]) -> set[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genscale.data.lanes import Data
+from genscale.data.lanes import Data, Sample
 from genscale.rng import Draws
 
 Networks = Mapping[str, nn.Module]
@@ -84,11 +84,13 @@ class Family:
     Attributes:
         model_settings, data_settings: the dataclasses behind the `model` and `data` sections.
         build_data: (data settings, seed) -> data.
+        validation: (data settings, seed) -> the validation samples; of what is trained on, no more is opened than they need.
         build_objective: (config, data) -> objective; networks on the meta device or anywhere. Raises UserError.
     """
 
     model_settings: type
     data_settings: type
     build_data: Callable[[Any, int], Data]
+    validation: Callable[[Any, int], list[Sample]]
     build_objective: Callable[[Any, Any], Objective]
     restore: Callable[[Any, Path], Objective]

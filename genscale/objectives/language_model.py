@@ -55,7 +55,7 @@ class LanguageModel(Objective):
         self.tokenizer = tokenizer
         self.units_per_sample = sequence_length
         # Kept here because the network given to `preview` may stand inside a wrapper that hides it.
-        self.positions = network.settings.positions
+        self.positions, self.layers = network.settings.positions, network.settings.layers
         self.separate_documents = separate_documents
         self.drops = network.settings.dropout > 0 or network.settings.attention_dropout > 0
         self._flops = network.flops_per_token(sequence_length)
@@ -117,7 +117,7 @@ class LanguageModel(Objective):
         """Text that the network writes from the start of a document."""
         start = torch.full((1, 1), self.tokenizer.end_of_text, dtype=torch.int64, device=device)
         # No early stop: every rank must run the same number of forwards, also if rounding made one draw another token.
-        tokens = generate(networks["gpt"], start, PREVIEW_TOKENS, positions=self.positions,
+        tokens = generate(networks["gpt"], start, PREVIEW_TOKENS, positions=self.positions, layers=self.layers,
                           generators=[torch_generator(seed, "preview")], temperature=PREVIEW_TEMPERATURE,
                           vocab_size=self.tokenizer.vocab_size)
         return self.tokenizer.decode(tokens[0, 1:].tolist())
@@ -156,5 +156,6 @@ def _build(config: Config, tokenizer: Tokenizer) -> LanguageModel:
                          weights=lambda name: network.initial_weight(name, config.run.seed))
 
 
-FAMILY = Family(model_settings=GPTSettings, data_settings=TextDataSettings, build_data=TextData, build_objective=build,
-                restore=restore)
+FAMILY = Family(model_settings=GPTSettings, data_settings=TextDataSettings, build_data=TextData,
+                validation=lambda settings, seed: TextData(settings, seed, for_training=False).validation(),
+                build_objective=build, restore=restore)

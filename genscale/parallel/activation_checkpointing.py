@@ -20,6 +20,7 @@ KEPT_OPERATIONS = {
     aten.mm.default,
     aten.addmm.default,
     aten.bmm.default,
+    aten._scaled_mm.default,  # fp8
     aten.convolution.default,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,

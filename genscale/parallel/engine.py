@@ -17,9 +17,14 @@ from torch import Tensor, nn
 
 from genscale.config import ParallelSettings
 from genscale.parallel.activation_checkpointing import checkpoint_activations
+from genscale.parallel.materialise import Read, named_state
+from genscale.parallel.precision import use_float8
 from genscale.parallel.processes import Processes
 
+__all__ = ["Engine", "MakeOptimizer", "NamedTensors", "Read", "StepResult", "blocks_of", "named_state"]
+
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+NORM_PIECE = 2**22  # elements
 NamedTensors = Iterator[tuple[str, Tensor]]
 
 
@@ -28,12 +33,12 @@ class StepResult:
     """What an optimizer step did.
 
     Attributes:
-        grad_norm: global gradient norm before clipping.
-        skipped: the loss scaler found an overflow and left the weights alone (fp16 only).
+        grad_norm: global gradient norm before clipping, a scalar still on the device: reading it would make the loop wait.
+        scaled: a loss scaler is at work (fp16): where the norm is not finite, it has left the weights alone.
     """
 
-    grad_norm: float
-    skipped: bool = False
+    grad_norm: Tensor
+    scaled: bool = False
 
 
 class Engine(ABC):
@@ -42,7 +47,7 @@ class Engine(ABC):
     Args:
         processes: the process group.
         settings: the `parallel` section.
-        precision: fp32, bf16 or fp16.
+        precision: fp32, bf16, fp16 or fp8.
         clip: largest global gradient norm (0 = no clipping).
         micro_batch_size, accumulation: of a step, for the strategies that want to know.
     """
@@ -55,20 +60,34 @@ class Engine(ABC):
         self.modules: dict[str, nn.Module] = {}  # the plain modules inside
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
 
-    def prepare(self, networks: Mapping[str, nn.Module], make_optimizer: MakeOptimizer) -> None:
-        """Wrap every network (its weights already set, on the CPU) and build its optimizer."""
+    def prepare(self, networks: Mapping[str, nn.Module], make_optimizer: MakeOptimizer,
+                weights: Mapping[str, Read] | None = None) -> None:
+        """Give every network its weights, wrap it, and build its optimizer.
+
+        Args:
+            networks: on the meta device, or (small ones) materialised on the CPU.
+            weights: by network, what gives each tensor in full; a sharded network keeps no more of it than its shard. None:
+                the networks, on the CPU, have their weights already.
+        """
         for name, module in networks.items():
             blocks = blocks_of(module)
+            if self.precision == "fp8":
+                use_float8(blocks)
             checkpoint_activations(blocks, self.settings.activation_checkpointing)
             if self.settings.compile:
                 for block in blocks or [module]:
                     block.compile()
-            self.modules[name] = module
-            self._wrap(name, module, make_optimizer)
+            read = weights[name] if weights is not None else None
+            self._wrap(name, module, make_optimizer, read)
+            if read is not None:
+                self._restore_rounded(name, read)
 
     @abstractmethod
-    def _wrap(self, name: str, module: nn.Module, make_optimizer: MakeOptimizer) -> None:
-        """Set networks[name] and optimizers[name]."""
+    def _wrap(self, name: str, module: nn.Module, make_optimizer: MakeOptimizer, read: Read | None) -> None:
+        """Materialise and fill the module, set modules[name], networks[name] and optimizers[name]."""
+
+    def _restore_rounded(self, name: str, read: Read) -> None:
+        """Set what rounding lost when the network was wrapped; nothing to do where weights stay fp32."""
 
     def view(self, trained: str | None) -> dict[str, nn.Module]:
         """The networks a phase calls: the trained one wrapped, the frozen ones plain (their gradients are nobody's
@@ -122,10 +141,6 @@ class Engine(ABC):
         """The inverse of `optimizer_state`, after `prepare` with the network's weights loaded: `read(key)` gives the
         full tensor."""
 
-    def restore_network(self, name: str, read: Callable[[str], Tensor]) -> None:
-        """Set what rounding may have lost when the (already loaded) network was wrapped; nothing to do where weights
-        stay fp32."""
-
     def scaler_state(self, name: str) -> dict[str, Any]:
         """Loss-scaler state (JSON), empty without one."""
         return {}
@@ -145,29 +160,25 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
     return list(module.blocks()) if hasattr(module, "blocks") else []
 
 
-def named_state(module: nn.Module) -> NamedTensors:
-    """Parameters and persistent buffers by name; a tied tensor once, under its first name, whatever the world size."""
-    seen: set[int] = set()
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield name, tensor
-
-
 def squared_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Sum of the squares of all elements, in fp64.
 
     In fp32 the norm of a few million elements is off by some 1e-6, by another amount in every sharding, and clipping would pass
     that on to the weights.
     """
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+    # Piece by piece, for torch makes a copy in fp64 first: of an embedding's gradient that would be the step's peak of memory.
+    pieces = [piece for gradient in gradients for piece in gradient.reshape(-1).split(NORM_PIECE)]
+    norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
     return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
 
 
-def clip_gradients(gradients: Sequence[Tensor], norm: float, clip: float) -> None:
-    """Scale the gradients down, in place, to a global norm of `clip` (0 = never), as torch.nn.utils.clip_grad_norm_ does."""
-    if clip > 0 and norm + 1e-6 > clip:
-        torch._foreach_mul_(list(gradients), clip / (norm + 1e-6))
+def clip_gradients(gradients: Sequence[Tensor], norm: Tensor, clip: float) -> None:
+    """Scale the gradients down, in place, to a global norm of `clip` (0 = never), as torch.nn.utils.clip_grad_norm_ does.
+
+    The norm is not read: gradients that are small enough are multiplied by exactly 1.
+    """
+    if clip > 0 and gradients:
+        torch._foreach_mul_(list(gradients), (clip / (norm + 1e-6)).clamp(max=1.0).to(gradients[0].device))
 
 
 def tensor_bytes(tensors: Iterable[Any]) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from genscale.parallel.engine import (
     Engine,
@@ -20,28 +20,39 @@ from genscale.parallel.engine import (
     StepResult,
     blocks_of,
     clip_gradients,
-    named_state,
     squared_norm,
     state_tensors,
     tensor_bytes,
 )
+from genscale.parallel.materialise import Read, check_fillable, fill, named_state, on_meta, places_of, put, shard_like
 from genscale.parallel.precision import DTYPES
 
 
 class ShardedEngine(Engine):
     """PyTorch FSDP2."""
 
-    def _wrap(self, name: str, module: nn.Module, make_optimizer: MakeOptimizer) -> None:
+    def _wrap(self, name: str, module: nn.Module, make_optimizer: MakeOptimizer, read: Read | None) -> None:
         device = self.processes.device
         mesh = init_device_mesh(device.type, (self.processes.world_size,))
         # Computation in the asked precision, gradients reduced in fp32; the shards themselves stay fp32.
         policy = MixedPrecisionPolicy(param_dtype=DTYPES[self.precision], reduce_dtype=torch.float32) \
             if self.precision != "fp32" else MixedPrecisionPolicy()
-        module.to(device)
+        unborn = on_meta(module)
+        if unborn:
+            check_fillable(module)
+        else:
+            module.to(device)
         for block in blocks_of(module):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(module, mesh=mesh, mp_policy=policy)
-        self.networks[name] = module
+        if unborn:
+            tied = [places for places in places_of(module) if len(places) > 1]
+            module.to_empty(device=device)  # shards only; through FSDP's own hook, which keeps track of them
+            for places in tied:
+                put(getattr(*places[0]), places)
+        if read is not None:
+            fill(module, read)
+        self.modules[name] = self.networks[name] = module
         self.optimizers[name] = make_optimizer(module)
 
     def train_only(self, name: str | None) -> None:
@@ -60,7 +71,7 @@ class ShardedEngine(Engine):
 
     def step(self, name: str) -> StepResult:
         gradients = [p.grad.to_local() for p in self.modules[name].parameters() if p.grad is not None]
-        grad_norm = self.processes.sum(squared_norm(gradients)).sqrt().item()
+        grad_norm = self.processes.sum(squared_norm(gradients)).sqrt()
         clip_gradients(gradients, grad_norm, self.clip)
         self.optimizers[name].step()
         self.optimizers[name].zero_grad(set_to_none=True)
@@ -84,8 +95,8 @@ class ShardedEngine(Engine):
             kind, parameter_name = key.split("/", 1)
             parameter, value = parameters[parameter_name], read(key)
             if value.shape == parameter.shape and kind != "step":
-                value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-            elif optimizer.param_groups[0].get("fused"):
+                value = shard_like(value, parameter)
+            elif any(group.get("fused") for group in optimizer.param_groups):
                 value = value.to(parameter.device)
             optimizer.state[parameter][kind] = value
 

@@ -48,6 +48,10 @@ class Processes:
         self.device: torch.device = self.accelerator.device
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        # What the host knows is agreed upon between hosts, without waiting for what the devices still compute.
+        self._host_group = None
+        if self.world_size > 1 and self.device.type != "cpu":
+            self._host_group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
 
     @property
     def is_main(self) -> bool:
@@ -60,12 +64,20 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
+    def sum_of_numbers(self, *numbers: int) -> list[int]:
+        """The sums of whole numbers over all processes (modulo 2**64), on every process; no device takes part."""
+        if self.world_size == 1:
+            return list(numbers)
+        tensor = torch.tensor(numbers)
+        dist.all_reduce(tensor, group=self._host_group)
+        return tensor.tolist()
+
     def gather(self, value: T) -> list[T]:
         """Every process's value, in rank order, on every process."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self._host_group)
         return values
 
     def main_does(self, work: Callable[[], T]) -> T:
@@ -81,7 +93,7 @@ class Processes:
                 outcome[1] = error if known else RuntimeError(f"{type(error).__name__}: {error}")
                 original = error
         if self.world_size > 1:
-            dist.broadcast_object_list(outcome, src=0)
+            dist.broadcast_object_list(outcome, src=0, group=self._host_group)
             if outcome[1] is not None:
                 raise (original if self.is_main else outcome[1])
         return outcome[0]
@@ -101,6 +113,23 @@ class Processes:
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+class HostCopy:
+    """A small tensor on its way from the device to the host, which does not wait for it before `read`."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event = None
+        self._tensor = tensor
+        if tensor.is_cuda:
+            self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> list[float]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tensor.tolist()
 
 
 def on_cpu() -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,11 +15,11 @@ from genscale.parallel.engine import (
     NamedTensors,
     StepResult,
     clip_gradients,
-    named_state,
     squared_norm,
     state_tensors,
     tensor_bytes,
 )
+from genscale.parallel.materialise import Read, fill, materialise, named_state
 from genscale.parallel.precision import autocast
 
 
@@ -31,8 +30,11 @@ class ReplicatedEngine(Engine):
         super().__init__(*args, **kwargs)
         self.scalers: dict[str, torch.amp.GradScaler] = {}
 
-    def _wrap(self, name: str, module: nn.Module, make_optimizer: MakeOptimizer) -> None:
-        module.to(self.processes.device)
+    def _wrap(self, name: str, module: nn.Module, make_optimizer: MakeOptimizer, read: Read | None) -> None:
+        materialise(module, self.processes.device)
+        if read is not None:
+            fill(module, read)
+        self.modules[name] = module
         self.optimizers[name] = make_optimizer(module)
         self.networks[name] = module
         if self.processes.world_size > 1:
@@ -55,12 +57,12 @@ class ReplicatedEngine(Engine):
         optimizer, scaler = self.optimizers[name], self.scalers[name]
         scaler.unscale_(optimizer)
         gradients = [p.grad for p in self.modules[name].parameters() if p.grad is not None]
-        grad_norm = squared_norm(gradients).sqrt().item()
+        grad_norm = squared_norm(gradients).sqrt()
         clip_gradients(gradients, grad_norm, self.clip)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        return StepResult(grad_norm, skipped=scaler.is_enabled() and not math.isfinite(grad_norm))
+        return StepResult(grad_norm, scaled=scaler.is_enabled())
 
     def network_state(self, name: str) -> NamedTensors:
         for key, tensor in named_state(self.modules[name]):

@@ -12,6 +12,7 @@ from genscale.config import ParallelSettings
 from genscale.errors import UserError
 from genscale.parallel.engine import Engine
 from genscale.parallel.launcher import read_launch_request, resolve_offload, resolve_precision, resolve_strategy
+from genscale.parallel.precision import check_float8
 from genscale.parallel.processes import on_cpu
 
 
@@ -33,28 +34,33 @@ class ParallelPlan:
         return self.strategy not in ("single", "ddp")
 
 
-def plan_parallel(settings: ParallelSettings, precision: str) -> ParallelPlan:
-    """Settle `parallel` and `train.precision` with what the launcher asked for. Raises UserError, before any process
-    group exists."""
+def plan_parallel(settings: ParallelSettings, precision: str, optimizer: str = "adamw") -> ParallelPlan:
+    """Settle `parallel` and `train.precision` with what the launcher asked for; `optimizer` is `optimizer.name`.
+
+    Raises UserError, before any process group exists."""
     request = read_launch_request()
     strategy = resolve_strategy(settings.strategy, request)
     plan = ParallelPlan(strategy, resolve_offload(settings.offload, strategy, request), resolve_precision(precision, request),
                         request.world_size)
-    check_combination(plan, settings)
+    check_combination(plan, optimizer)
     return plan
 
 
-def check_combination(plan: ParallelPlan, settings: ParallelSettings) -> None:
+def check_combination(plan: ParallelPlan, optimizer: str = "adamw") -> None:
     """Refuse what is wrong or untested, naming the combination, the reason and the nearest allowed one."""
     strategy, precision = plan.strategy, plan.precision
     if precision == "fp16" and strategy not in ("single", "ddp"):
         raise UserError(f"train.precision: fp16 under parallel.strategy {strategy} is not supported (its loss "
                         f"scaler is tested for "
                         "single and ddp only); use train.precision bf16, which needs no scaling")
-    if settings.activation_checkpointing == "selective" and strategy == "zero3":
-        raise UserError("parallel.activation_checkpointing: selective under parallel.strategy zero3 trains wrongly "
-                        "without a word (DeepSpeed 0.19.8 adds the bias in place to the product it kept); use full, or "
-                        "parallel.strategy fsdp2")
+    if precision == "fp8":
+        if strategy.startswith("zero"):
+            raise UserError(f"train.precision: fp8 under parallel.strategy {strategy} is not supported (DeepSpeed has linear "
+                            "layers of its own); use parallel.strategy fsdp2, or train.precision bf16")
+        check_float8(on_cpu())
+    if optimizer == "muon" and strategy.startswith("zero"):
+        raise UserError(f"optimizer.name: muon under parallel.strategy {strategy} is not supported (it needs whole matrices, "
+                        "where ZeRO has flat partitions); use parallel.strategy fsdp2 or ddp, or optimizer.name adamw")
     if precision == "bf16" and not on_cpu() and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"train.precision: bf16 is not supported by {torch.cuda.get_device_name()}; use fp16 "
                         f"(parallel.strategy single "

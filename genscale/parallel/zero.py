@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genscale.parallel.engine import Engine, MakeOptimizer, NamedTensors, StepResult, named_state, state_tensors, tensor_bytes
+from genscale.parallel.engine import Engine, MakeOptimizer, NamedTensors, StepResult, state_tensors, tensor_bytes
+from genscale.parallel.materialise import Read, check_fillable, fill, fill_tensor, materialise, named_state, on_meta, put
+from genscale.parallel.precision import DTYPES
 
 
 def import_deepspeed(device: torch.device) -> ModuleType:
@@ -49,6 +51,8 @@ class ZeroEngine(Engine):
         if self.stage == 3:
             # Small tensors are kept whole; 0 elements of prefetch on the CPU would only copy.
             zero["stage3_param_persistence_threshold"] = 10_000
+            # DeepSpeed's own linear adds the bias in place, onto the product that selective checkpointing keeps.
+            zero["memory_efficient_linear"] = not self._selective()
         configuration: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": self.micro_batch_size,
             "gradient_accumulation_steps": self.accumulation,
@@ -65,14 +69,51 @@ class ZeroEngine(Engine):
             configuration["communication_data_type"] = "fp32"
         return configuration
 
-    def _wrap(self, name: str, module: nn.Module, make_optimizer: MakeOptimizer) -> None:
+    def _selective(self) -> bool:
+        return self.settings.activation_checkpointing == "selective"
+
+    def _wrap(self, name: str, module: nn.Module, make_optimizer: MakeOptimizer, read: Read | None) -> None:
         deepspeed = import_deepspeed(self.processes.device)
-        module.to(self.processes.device)
+        if self.stage == 3 and self._selective():
+            _use_own_linear()
+        if self.stage == 3 and on_meta(module):
+            self._materialise_in_partitions(module, read)
+        else:
+            materialise(module, self.processes.device)
+            if read is not None:
+                fill(module, read)
+        self.modules[name] = module
         optimizer = make_optimizer(module)
         engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=self.configuration())
         self._check(engine, optimizer)
         self.networks[name] = engine
         self.optimizers[name] = engine.optimizer
+
+    def _materialise_in_partitions(self, module: nn.Module, read: Read | None) -> None:
+        """Give the tensors of one leaf module after another memory and values, and partition them before the next."""
+        import deepspeed
+
+        check_fillable(module)
+        names = {id(tensor): key for key, tensor in named_state(module)}
+        made: dict[int, Tensor] = {}  # by the identity of the tensor it replaces, so that tied ones stay tied
+        for owner in reversed(list(module.modules())):  # children first: Init partitions all that lies below
+            for attribute, tensor in [*owner._parameters.items(), *owner._buffers.items()]:
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if id(tensor) not in made:
+                    made[id(tensor)] = self._materialised(tensor, read and read(names[id(tensor)]))
+                put(made[id(tensor)], [(owner, attribute)])
+            if owner._parameters:
+                deepspeed.zero.Init(module=owner, config_dict_or_path=self.configuration())
+
+    @torch.no_grad()
+    def _materialised(self, tensor: Tensor, full: Tensor | None) -> Tensor:
+        is_parameter = isinstance(tensor, nn.Parameter)
+        dtype = DTYPES[self.precision] if is_parameter else tensor.dtype
+        real = torch.empty_like(tensor, device=self.processes.device, dtype=dtype)
+        if full is not None:
+            fill_tensor(real, full)
+        return nn.Parameter(real, requires_grad=tensor.requires_grad) if is_parameter else real
 
     def _check(self, engine: Any, optimizer: torch.optim.Optimizer) -> None:
         """DeepSpeed has silently given less than it was asked for before: compare what it made with what was asked."""
@@ -102,7 +143,7 @@ class ZeroEngine(Engine):
         engine = self.networks[name]
         engine.step()
         norm = engine.get_global_grad_norm()
-        return StepResult(float(norm) if norm is not None else math.nan)
+        return StepResult(torch.as_tensor(norm if norm is not None else math.nan, dtype=torch.float64))
 
     # --- state by parameter name -------------------------------------------------------------------------------------
 
@@ -150,8 +191,10 @@ class ZeroEngine(Engine):
                 parameter = parameters[parameter_name]
                 safe_set_full_optimizer_state(parameter, read(f"{kind}/{parameter_name}").to(self.processes.device), kind)
 
-    def restore_network(self, name: str, read: Callable[[str], Tensor]) -> None:
-        # With bf16 the fp32 master weights were made from rounded ones.
+    def _restore_rounded(self, name: str, read: Read) -> None:
+        if self.precision == "fp32":
+            return
+        # The fp32 master weights were made from rounded ones.
         from deepspeed.utils import safe_set_full_fp32_param
 
         for key, parameter in self.modules[name].named_parameters():
@@ -185,3 +228,11 @@ class ZeroEngine(Engine):
             held += [getattr(p, "ds_tensor", p) for p in module.parameters()]
             total += tensor_bytes(held)
         return total
+
+
+def _use_own_linear() -> None:
+    """Take back what an earlier stage 3 in this process has done to torch: DeepSpeed leaves its own linear in its place."""
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses, zero3_linear_wrap
+
+    if nn.functional.linear is zero3_linear_wrap:
+        nn.functional.linear = InsertPostInitMethodToModuleSubClasses.linear_bk

@@ -12,10 +12,13 @@ class Throughput:
 
     Args:
         unit: what is counted, in the plural: "tokens" gives `tokens_per_second`.
+        flops_per_unit: of the model, forward and backward, without recomputation; None where it is not known.
+        devices: how many compute together.
+        peak: FLOP/s that one device can do at most at the precision used (`genscale.tracking.peaks`); None where unknown.
     """
 
-    def __init__(self, unit: str) -> None:
-        self.unit = unit
+    def __init__(self, unit: str, flops_per_unit: int | None = None, devices: int = 1, peak: float | None = None) -> None:
+        self.unit, self.flops_per_unit, self.devices, self.peak = unit, flops_per_unit, devices, peak
         self._reset()
 
     def step(self, step_seconds: float, wait_seconds: float, units: float) -> None:
@@ -26,7 +29,10 @@ class Throughput:
         self._units += units
 
     def read(self) -> dict[str, float]:
-        """`<unit>_per_second`, `step_seconds` and `data_wait_seconds` (means a step) since the last reading; or nothing."""
+        """Figures since the last reading; or nothing.
+
+        `<unit>_per_second`, `step_seconds` and `data_wait_seconds` (means a step); `tflops_per_second`: of the model, a device;
+        `mfu`: those over the device's dense peak (Chowdhery et al. 2022, PaLM, appendix B), only where the peak is known."""
         if not self._steps:
             return {}
         figures = {
@@ -34,6 +40,11 @@ class Throughput:
             "step_seconds": self._seconds / self._steps,
             "data_wait_seconds": self._wait / self._steps,
         }
+        if self.flops_per_unit is not None:
+            achieved = self.flops_per_unit * figures[f"{self.unit}_per_second"] / self.devices
+            figures["tflops_per_second"] = achieved / 1e12
+            if self.peak is not None:
+                figures["mfu"] = achieved / self.peak
         self._reset()
         return figures
 

@@ -16,11 +16,13 @@ from genscale.evaluation.validation import evaluating, validate
 from genscale.objectives.base import Objective
 from genscale.parallel.engine import Engine
 from genscale.tracking.metrics_file import MetricsFile
+from genscale.tracking.peaks import device_name, peak_flops
 from genscale.tracking.plots import plot_losses
 from genscale.tracking.progress import Progress
 from genscale.tracking.throughput import Throughput
 from genscale.tracking.trackers import Trackers
 from genscale.training.checkpoints import list_checkpoints, prune, write_checkpoint
+from genscale.training.profile import Profile
 from genscale.training.run_folder import config_dict, config_yaml
 from genscale.training.trainer import Hook, StepReport
 
@@ -38,7 +40,8 @@ class RunHooks:
                  state: dict[str, Any]) -> None:
         self.config, self.folder, self.objective, self.data, self.loader = config, folder, objective, data, loader
         self.engine, self.processes = engine, engine.processes
-        self.throughput = Throughput(objective.unit)
+        self.throughput = Throughput(objective.unit, objective.flops_per_unit(), self.processes.world_size,
+                                     peak_flops(device_name(self.processes.device), config.train.precision))
         self.units_per_step = config.train.global_batch_size * objective.units_per_sample
         self.units = state.get("units", 0)
         self.best: dict[str, Any] | None = state.get("best")
@@ -47,17 +50,23 @@ class RunHooks:
         self.preview = ""
         self.validation_set = data.validation()
         done = state.get("step", 0)
+        self.profile: Profile | None = None
         if self.processes.is_main:
             self.metrics_file = MetricsFile(folder / "metrics.jsonl")
             self.metrics_file.truncate_after(done)
             self.trackers = Trackers(config.tracking, folder, config_dict(config), warn=log.warning, first_step=done)
             self.progress = Progress(config.train.steps, done, objective.unit)
+            if config.train.profile and done < config.train.steps:
+                self.profile = Profile(folder / "profile", config.train.profile, config.train.steps - done)
 
     def list(self) -> list[Hook]:
-        """In the order they run: a checkpoint comes after the evaluation that may make it the best."""
+        """In the order they run: the profiler sees steps, not what follows the last of them; a checkpoint comes after the
+        evaluation that may make it the best."""
         train = self.config.train
-        return [Hook(1, self.count), Hook(train.log_every, self.log_metrics), Hook(train.evaluate_every, self.evaluate),
-                Hook(train.sample_every, self.sample), Hook(train.checkpoint_every, self.checkpoint)]
+        profile = [Hook(1, self.profile.step, settled=False)] if self.profile else []
+        return [*profile, Hook(1, self.count, settled=False), Hook(train.log_every, self.log_metrics),
+                Hook(train.evaluate_every, self.evaluate), Hook(train.sample_every, self.sample),
+                Hook(train.checkpoint_every, self.checkpoint)]
 
     def count(self, report: StepReport) -> None:
         self.units += self.units_per_step
@@ -157,6 +166,8 @@ class RunHooks:
     def close(self, failed: bool) -> None:
         if not self.processes.is_main:
             return
+        if self.profile is not None:
+            self.profile.close()
         self.progress.close()
         _try_to_write("metrics.jsonl", self.metrics_file.close)
         try:

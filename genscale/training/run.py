@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from genscale.config import Config
 from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader
 from genscale.errors import UserError
+from genscale.interop.starting import complete_from, keep_for_export, weights_from
 from genscale.objectives import FAMILIES
 from genscale.objectives.base import Objective
 from genscale.parallel.engine import Engine, named_state
@@ -29,6 +32,7 @@ from genscale.training.run_folder import (
     config_yaml,
     create_run_folder,
     find_resume_point,
+    recorded_in,
     run_folder,
     set_later_checkpoints_aside,
 )
@@ -100,7 +104,8 @@ def derive_accumulation(config: Config, world_size: int) -> tuple[int, int]:
 def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tuple[int, int], folder: Path) -> RunResult:
     micro_batch_size, accumulation = shape
     family = FAMILIES[config.model.family]
-    data = processes.all_do(lambda: family.build_data(config.data, config.run.seed))
+    data_settings = processes.all_do(lambda: complete_from(config, recorded_in(folder, config.run.resume)))
+    data = processes.all_do(lambda: family.build_data(data_settings, config.run.seed))
     loader = None
     try:
         processes.main_does(lambda: data.check(config.train.global_batch_size))
@@ -110,7 +115,8 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
         checkpoint = _resume_point(config, processes, folder, data, objective)
         engine = build_engine(plan, processes, config.parallel, config.train.precision, config.train.clip,
                               micro_batch_size, accumulation)
-        _prepare(config, engine, objective, checkpoint)
+        pretrained = None if checkpoint else processes.all_do(lambda: weights_from(config))
+        _prepare(config, engine, objective, checkpoint, pretrained)
         state = checkpoint.state() if checkpoint else {}
         loader = StepLoader(data, global_batch_size=config.train.global_batch_size,
                             micro_batch_size=micro_batch_size, rank=processes.rank,
@@ -120,6 +126,9 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
         if processes.is_main:
             (folder / "config.yaml").write_text(config_yaml(config))
             objective.save_assets(folder)
+            if pretrained is not None:
+                keep_for_export(config, folder)
+                log.info("starting from the weights of %s", config.model.from_)
             kind = processes.device.type if processes.device.type == "cpu" else torch.cuda.get_device_name(processes.device)
             log.info("%s: %s parameters, %s, %d process%s on %s, %s, accumulation %d", folder, f"{parameters:,}", plan.strategy,
                      processes.world_size, "es" if processes.world_size > 1 else "", kind, config.train.precision, accumulation)
@@ -171,9 +180,10 @@ def _check_same_network(checkpoint: Checkpoint, name: str, network: torch.nn.Mod
                             f"there and {wanted.get(key, 'absent')} here; begin a new run with another --run.name")
 
 
-def _prepare(config: Config, engine: Engine, objective: Objective, checkpoint: Checkpoint | None) -> None:
-    """Networks with the weights of the checkpoint, or their initial ones, under the strategy; then the rest of the checkpoint."""
-    weights = {name: checkpoint.tensors("networks", name) if checkpoint else objective.initial_weights(name)
+def _prepare(config: Config, engine: Engine, objective: Objective, checkpoint: Checkpoint | None,
+             pretrained: Callable[[str], Tensor] | None) -> None:
+    """Networks with the checkpoint's weights, or those to start from, under the strategy; then the rest of the checkpoint."""
+    weights = {name: checkpoint.tensors("networks", name) if checkpoint else pretrained or objective.initial_weights(name)
                for name in objective.networks}
     engine.prepare(objective.networks, lambda module: make_optimizer(module, config.optimizer, config.train.precision), weights)
     if checkpoint is not None:

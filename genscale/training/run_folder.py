@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from genscale.config import MAY_CHANGE_AT_RESUME, MUST_NOT_CHANGE_AT_RESUME, Config
+from genscale.config_parser import as_key
 from genscale.errors import UserError
 from genscale.training.checkpoints import Checkpoint, latest_valid, list_checkpoints
 
@@ -57,9 +58,9 @@ def config_dict(config: Config) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples and restricted number types as what YAML knows."""
+    """Tuples and restricted number types as what YAML knows; keys as the user writes them."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {as_key(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     for kind in (bool, int, float, str):
@@ -100,6 +101,20 @@ def check_may_continue(config: Config, checkpoint: Checkpoint, plan: dict[str, A
         raise UserError(f"run.resume: the data is not what the checkpoint {checkpoint.path} was trained on: {what}; "
                         "begin a new run with another --run.name (or --run.resume never)")
     return [f"{key}: {was!r} -> {now!r}" for key, (was, now) in changed.items()]
+
+
+def recorded_in(folder: Path, resume: str) -> Path | None:
+    """The checkpoint whose config.yaml says what the run was so far, as `run.resume` has it; its bytes are not verified yet."""
+    if resume == "never":
+        return None
+    paths = [checkpoint.path for checkpoint in list_checkpoints(folder / "checkpoints")] if resume == "auto" else [Path(resume)]
+    for path in reversed(paths):
+        try:
+            if isinstance(yaml.safe_load((path / "config.yaml").read_text()), dict):
+                return path
+        except (OSError, ValueError, yaml.YAMLError):
+            continue
+    return None
 
 
 def find_resume_point(folder: Path, resume: str, warn: Callable[[str], None]) -> Checkpoint | None:

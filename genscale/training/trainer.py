@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import logging
-import math
 import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from genscale.config import Config
 from genscale.data.loader import StepLoader
 from genscale.data.order import DIGEST_MODULUS
 from genscale.objectives.base import Objective, Phase
-from genscale.parallel.engine import Engine, StepResult
+from genscale.parallel.engine import Engine
 from genscale.parallel.launcher import follow_launcher
 from genscale.rng import Draws
-from genscale.training.guards import NonFiniteLoss, StopSignal
+from genscale.training.guards import StopSignal
+from genscale.training.outcome import PhaseOutcome
 from genscale.training.schedules import learning_rate_share
 
 log = logging.getLogger("genscale")
@@ -28,10 +27,15 @@ MicroBatches = list[dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Hook:
-    """Something to do every so many steps, and after the last one (`every` 0: only then)."""
+    """Something to do every so many steps, and after the last one (`every` 0: only then).
+
+    Attributes:
+        settled: only once the step's losses are known, and known to be finite. Without it a GPU may still be at the step.
+    """
 
     every: int
     action: Callable[[StepReport], None]
+    settled: bool = True
 
     def due(self, report: StepReport) -> bool:
         return report.last or (self.every > 0 and report.step % self.every == 0)
@@ -42,7 +46,7 @@ class StepReport:
     """What one step did; losses are reduced over all ranks and normalised by global counts.
 
     Attributes:
-        metrics: losses by term, grad_norm and learning_rate.
+        metrics: learning_rate and, once settled, losses by term and grad_norm.
         data_digest: hash of the step's global samples, the same at any shape (the ledger).
         seconds, data_wait_seconds: of the step; waiting is part of it.
         last: no step follows, because the run is complete or was asked to stop.
@@ -71,6 +75,8 @@ class Trainer:
         self.last_good = last_good
         self.skipped_steps = 0
         self.stopped_by: signal.Signals | None = None
+        self._runs_ahead = self.processes.device.type != "cpu"
+        self._unsettled: list[tuple[StepReport, PhaseOutcome]] = []
 
     def run(self, first_step: int) -> StepReport | None:
         """Train from `first_step` to `train.steps`, or until a signal; every rank stops after the same step."""
@@ -96,21 +102,24 @@ class Trainer:
             report.data_digest = (report.data_digest + self.loader.digest()) % DIGEST_MODULUS
             for phase in self.objective.phases:
                 if repeat < phase.repeats and step % phase.every == 0:
-                    report.metrics.update(self.run_phase(phase, step, batches))
+                    self._unsettled.append((report, self.run_phase(phase, step, batches)))
         number, report.data_digest = self._agree(stop.received or 0, report.data_digest)
         report.stopped = number > 0
         self.stopped_by = signal.Signals(number) if number else None
         report.last = report.stopped or step == self.config.train.steps
+        self._settle(report)
         report.seconds = time.perf_counter() - started
         return report
 
-    def run_phase(self, phase: Phase, step: int, batches: MicroBatches) -> dict[str, float]:
-        """Freeze all other networks; loss and backward of each micro-batch; reduce, clip, step; thaw."""
+    def run_phase(self, phase: Phase, step: int, batches: MicroBatches) -> PhaseOutcome:
+        """Freeze all other networks; loss and backward of each micro-batch; reduce, clip, step; thaw.
+
+        Nothing in here waits for the device."""
         engine, processes = self.engine, self.processes
         engine.train_only(phase.network)
         networks = engine.view(phase.network)
         networks[phase.network].train()
-        count = int(processes.sum(torch.tensor([sum(phase.count(batch) for batch in batches)])).item())
+        (count,) = processes.sum_of_numbers(sum(phase.count(batch) for batch in batches))
         totals: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
             draws = Draws(self.config.run.seed, phase.name, step, batch["sample"], processes.device)
@@ -125,15 +134,30 @@ class Trainer:
                 totals[name] = totals.get(name, 0.0) + value.detach().double()
         result = engine.step(phase.network)
         engine.train_only(None)  # DeepSpeed's stage 3 gives no state of a frozen parameter
-        self._guard(step, phase, totals, result)
-        return self._metrics(phase, totals, count, result)
+        return PhaseOutcome(step, phase, totals, count, result, processes)
 
-    def _metrics(self, phase: Phase, totals: dict[str, Tensor], count: int, result: StepResult) -> dict[str, float]:
-        prefix = f"{phase.name}/" if len(self.objective.phases) > 1 else ""
-        means = (self.processes.sum(torch.stack(list(totals.values()))) / max(count, 1)).tolist()
-        metrics = {f"{prefix}{name}": mean for name, mean in zip(totals, means, strict=True)}
-        metrics.setdefault(f"{prefix}loss", sum(means))
-        metrics[f"{prefix}grad_norm"] = result.grad_norm
+    def _settle(self, report: StepReport) -> None:
+        """Read what the steps came to, and stop at a loss that is no number.
+
+        A GPU is given the next step before its last one is looked at, except where a hook wants to know: no checkpoint is ever
+        written of weights that are not known to be finite."""
+        wanted = report.last or any(hook.settled and hook.due(report) for hook in self.hooks)
+        wanted = wanted or not self._runs_ahead
+        ready = [each for each in self._unsettled if wanted or each[0] is not report]
+        self._unsettled = [] if wanted else [each for each in self._unsettled if each[0] is report]
+        for earlier, outcome in ready:
+            if outcome.skipped(self.last_good):
+                self.skipped_steps += 1
+                log.info("step %d: gradient overflow in fp16, update skipped (%d so far)", earlier.step, self.skipped_steps)
+            earlier.metrics.update(self.metrics_of(outcome))
+
+    def metrics_of(self, outcome: PhaseOutcome) -> dict[str, float]:
+        """Its numbers under the names they are logged by; waits for the device."""
+        prefix = f"{outcome.phase.name}/" if len(self.objective.phases) > 1 else ""
+        norm, means, _ = outcome.read()
+        metrics = {f"{prefix}{name}": mean for name, mean in means.items()}
+        metrics.setdefault(f"{prefix}loss", sum(means.values()))
+        metrics[f"{prefix}grad_norm"] = norm
         if self.skipped_steps:
             metrics["skipped_steps"] = self.skipped_steps
         return metrics
@@ -149,26 +173,7 @@ class Trainer:
         """All ranks stop alike, on the signal of the lowest rank that got one, and share one ledger entry."""
         if self.processes.world_size == 1:
             return stop, digest
-        total, stopping = self.processes.sum(torch.tensor([digest, int(stop > 0)])).tolist()
+        total, stopping = self.processes.sum_of_numbers(digest, int(stop > 0))
         if stopping:
             stop = next(number for number in self.processes.gather(stop) if number)
         return stop, total % DIGEST_MODULUS
-
-    def _guard(self, step: int, phase: Phase, totals: dict[str, Tensor], result: StepResult) -> None:
-        """Stop on a loss or gradient that is no longer a number. The norm is global, so every rank comes here alike."""
-        if math.isfinite(result.grad_norm):
-            return
-        last_good = self.processes.main_does(self.last_good)
-        losses = self.processes.gather({name: value.item() for name, value in totals.items()})
-        for rank, terms in enumerate(losses):
-            for name, value in terms.items():
-                if not math.isfinite(value):
-                    raise NonFiniteLoss(f"{phase.name}/{name} became {value} at step {step} on rank {rank}; last good "
-                                        f"checkpoint: {last_good}; try a lower optimizer.lr, a longer "
-                                        "schedule.warmup_steps, or train.precision bf16 instead of fp16")
-        if result.skipped:
-            self.skipped_steps += 1
-            log.info("step %d: gradient overflow in fp16, update skipped (%d so far)", step, self.skipped_steps)
-            return
-        raise NonFiniteLoss(f"the gradient of {phase.network} became {result.grad_norm} at step {step} (the loss "
-                            f"was finite); last good checkpoint: {last_good}; try a lower optimizer.lr or train.clip")

@@ -19,7 +19,7 @@ from genscale.config import Config, OptimizerSettings, ParallelSettings
 from genscale.models.gpt import GPT, GPTSettings
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.objectives.language_model import LanguageModel
-from genscale.parallel.engine import Engine
+from genscale.parallel.engine import Engine, Read, tensor_bytes
 from genscale.parallel.launcher import clear_launch_environment
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import build_engine, plan_parallel
@@ -30,7 +30,8 @@ from genscale.training.trainer import Trainer
 GLOBAL_BATCH, TIME, VOCABULARY = 8, 32, 64
 DEFAULTS = {"strategy": "ddp", "task": "text", "steps": 4, "accumulation": 1, "precision": "fp32", "clip": 0.0,
             "offload": "none", "activation_checkpointing": "none", "compile": False, "ragged": False, "watch": False,
-            "evaluate": False, "count_operations": False, "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}}
+            "evaluate": False, "count_operations": False, "meta": False, "tied_modules": False, "layers": 2, "width": 32,
+            "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}}
 
 
 def token_batch(step: int, ragged: bool) -> Tensor:
@@ -48,11 +49,16 @@ def two_network_batch(step: int) -> Tensor:
     return torch.randn(GLOBAL_BATCH, 2, generator=torch_generator(0, "points", step)) + 2.0
 
 
-def networks_of(task: str) -> dict[str, nn.Module]:
-    """The networks with their initial weights, the same in every process."""
+def networks_of(task: str, layers: int = 2, width: int = 32, meta: bool = False,
+                tied_modules: bool = False) -> dict[str, nn.Module]:
+    """The networks with their initial weights, the same in every process; or a text's on the meta device."""
     if task == "text":
-        network = GPT(GPTSettings(layers=2, heads=2, width=32, positions=TIME), VOCABULARY)
-        network.initialise(torch_generator(0, "weights"))
+        with torch.device("meta" if meta else "cpu"):
+            network = GPT(GPTSettings(layers=layers, heads=2, width=width, positions=TIME, tied=not tied_modules), VOCABULARY)
+        if tied_modules:  # the same network, its one embedding table held by two modules
+            network.output.weight = network.token_embedding.weight
+        if not meta:
+            network.initialise(0)
         return {"gpt": network}
     torch.manual_seed(0)
     return {"generator": nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 2)),
@@ -88,6 +94,9 @@ class TwoNetworks(Objective):
         logits = networks["discriminator"](networks["generator"](draws.normal("noise", 4)))
         return {"loss": nn.functional.softplus(-logits.float()).sum()}
 
+    def initial_weights(self, name: str) -> Read:
+        raise NotImplementedError
+
     def evaluate(self, networks: Networks, batch: Batch) -> Terms:
         raise NotImplementedError
 
@@ -113,15 +122,30 @@ def state_of(engine: Engine, name: str) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in engine.network_state(name)}
 
 
+class WatchedReads:
+    """Reads initial weights, and notes the most bytes of the network's tensors that this process held at any read."""
+
+    def __init__(self, network: GPT) -> None:
+        self.network, self.most_bytes = network, 0
+
+    def __call__(self, name: str) -> Tensor:
+        held = [getattr(p, "ds_tensor", p) for p in self.network.parameters()]
+        self.most_bytes = max(self.most_bytes, tensor_bytes([tensor for tensor in held if not tensor.is_meta]))
+        return self.network.initial_weight(name, 0)
+
+
 def run_variant(variant: dict[str, Any], processes: Processes, plan: Any) -> dict[str, Any]:
     config = Config(optimizer=OptimizerSettings(**variant["optimizer"]))
     settings = ParallelSettings(strategy=plan.strategy, offload=plan.offload, compile=variant["compile"],
                                 activation_checkpointing=variant["activation_checkpointing"])
-    objective: Objective = LanguageModel(networks_of("text")["gpt"], NoTokenizer(), TIME) \
+    shape = {key: variant[key] for key in ("layers", "width", "meta", "tied_modules")}
+    objective: Objective = LanguageModel(networks_of("text", **shape)["gpt"], NoTokenizer(), TIME) \
         if variant["task"] == "text" else TwoNetworks()
     micro = GLOBAL_BATCH // processes.world_size // variant["accumulation"]
     engine = build_engine(plan, processes, settings, variant["precision"], variant["clip"], micro, variant["accumulation"])
-    engine.prepare(objective.networks, lambda module: make_optimizer(module, config.optimizer))
+    reads = WatchedReads(objective.networks["gpt"]) if variant["meta"] else None
+    engine.prepare(objective.networks, lambda module: make_optimizer(module, config.optimizer, variant["precision"]),
+                   {"gpt": reads} if reads else None)
     trainer = Trainer(config, objective, engine, loader=None, hooks=[], last_good=lambda: "none")
     steps, leaks = [], []
     with torch.autograd.profiler.profile(enabled=variant["count_operations"]) as profile:
@@ -134,7 +158,7 @@ def run_variant(variant: dict[str, Any], processes: Processes, plan: Any) -> dic
                     networks = engine.view(None)
                     with torch.no_grad():
                         networks["discriminator"](networks["generator"](torch.ones(2, 4)))
-                metrics.update(trainer.run_phase(phase, step, batches))
+                metrics.update(trainer.metrics_of(trainer.run_phase(phase, step, batches)))
                 for name, before in opponents.items():
                     after = state_of(engine, name)
                     changed = [key for key in before if not torch.equal(before[key], after[key])]
@@ -145,6 +169,7 @@ def run_variant(variant: dict[str, Any], processes: Processes, plan: Any) -> dic
     wrapper = next(iter(engine.networks.values()))
     made = next(iter(engine.optimizers.values()))
     return {"steps": steps, "leaks": leaks, "bytes_at_rest": processes.gather(engine.bytes_at_rest()),
+            "bytes_while_filled": processes.gather(reads.most_bytes if reads else 0),
             "wrapper": type(wrapper).__name__, "optimizer": type(getattr(made, "optimizer", made)).__name__,
             "stage": wrapper.zero_optimization_stage() if hasattr(wrapper, "zero_optimization_stage") else None,
             "matrix_products": names.count("aten::addmm"), "activations": names.count("aten::gelu"),
@@ -156,8 +181,8 @@ def run_variant(variant: dict[str, Any], processes: Processes, plan: Any) -> dic
 def main(variants: dict[str, dict[str, Any]], out: Path) -> None:
     # As `genscale train` does: the launcher is asked first, then its variables are removed, then the group is made.
     variants = {name: {**DEFAULTS, **variant} for name, variant in variants.items()}
-    plans = {name: plan_parallel(ParallelSettings(strategy=it["strategy"], offload=it["offload"]), it["precision"])
-             for name, it in variants.items()}
+    plans = {name: plan_parallel(ParallelSettings(strategy=it["strategy"], offload=it["offload"]), it["precision"],
+                                 it["optimizer"]["name"]) for name, it in variants.items()}
     clear_launch_environment()
     processes = Processes(need_group=True)
     results = {name: run_variant(variant, processes, plans[name]) for name, variant in variants.items()}

@@ -6,9 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from genscale.config import OptimizerSettings, ParallelSettings
-from genscale.errors import UserError
-from genscale.parallel.strategies import plan_parallel
+from genscale.config import OptimizerSettings
 from genscale.training.optimizers import make_optimizer
 
 ZERO = ("zero1", "zero2", "zero3")
@@ -132,26 +130,23 @@ def test_stale_lock_of_a_killed_extension_build_does_not_hang(engines, tmp_path)
 
 @pytest.fixture(scope="module")
 def recomputed(engines):
-    # zero3 comes last: DeepSpeed's stage 3 replaces torch's `linear` in the whole process by one that adds the bias in place,
-    # onto the product that selective keeps.
+    # DeepSpeed's stage 3 replaces torch's `linear` in the whole process by one that adds the bias in place, onto the product
+    # that selective keeps: ours must do without it, also in a process where another stage 3 has left it behind.
     common = {"accumulation": 2, "steps": 3, "count_operations": True}
     return engines({f"{strategy} {mode}": {"strategy": strategy, "activation_checkpointing": mode, **common}
-                    for strategy in ("ddp", "zero1", "zero2", "fsdp2", "zero3") for mode in ("none", "full", "selective")
-                    if (strategy, mode) != ("zero3", "selective")})
+                    for strategy in ("ddp", "zero1", "zero2", "fsdp2", "zero3") for mode in ("none", "full", "selective")})
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
 def test_recomputed_activations_change_no_loss(strategy, mode, recomputed, difference):
-    if (strategy, mode) == ("zero3", "selective"):
-        with pytest.raises(UserError, match=r"selective under parallel\.strategy zero3"):
-            plan_parallel(ParallelSettings(strategy="zero3", activation_checkpointing="selective"), "fp32")
-        return
     kept, result = recomputed[f"{strategy} none"], recomputed[f"{strategy} {mode}"]
     assert difference(losses(result), losses(kept)) < 1e-6
     # Full computes everything twice. Selective does so too, but for the matrix products, which it answers from memory; in both
     # passes its dispatch mode makes the profiler see each operation that is really done a second time.
     activations, products = {"full": (2, 2), "selective": (2 + 2, 2 + 1)}[mode]
+    if (strategy, mode) == ("zero3", "selective"):
+        kept = recomputed["ddp none"]  # with torch's own linear
     assert result["activations"] == activations * kept["activations"]
     assert result["matrix_products"] == products * kept["matrix_products"]
 

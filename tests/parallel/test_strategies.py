@@ -2,35 +2,54 @@
 
 from __future__ import annotations
 
+import importlib.util
 from itertools import product
 
 import pytest
+import torch
 
-from genscale.config import ParallelSettings
 from genscale.errors import UserError
+from genscale.parallel.precision import check_float8
 from genscale.parallel.strategies import ParallelPlan, check_combination
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
+SHARDED = ("zero1", "zero2", "zero3", "fsdp2")
 REFUSED = {
-    **{("fp16", strategy, mode): "bf16" for strategy in ("zero1", "zero2", "zero3", "fsdp2")
-       for mode in ("none", "full", "selective")},
-    **{(precision, "zero3", "selective"): "full" for precision in ("fp32", "bf16")},
+    **{("fp16", strategy, optimizer): "bf16" for strategy in SHARDED for optimizer in ("adamw", "muon")},
+    **{(precision, strategy, "muon"): "fsdp2" for precision in ("fp32", "bf16") for strategy in SHARDED[:3]},
+    **{("fp8", strategy, optimizer): "fsdp2" for strategy in SHARDED[:3] for optimizer in ("adamw", "muon")},
 }
 
 
-@pytest.mark.parametrize(("precision", "strategy", "checkpointing"),
-                         list(product(("fp32", "bf16", "fp16"), STRATEGIES, ("none", "full", "selective"))))
-def test_support_matrix(precision: str, strategy: str, checkpointing: str) -> None:
+@pytest.mark.parametrize(("precision", "strategy", "optimizer"),
+                         list(product(("fp32", "bf16", "fp16", "fp8"), STRATEGIES, ("adamw", "muon"))))
+def test_support_matrix(precision: str, strategy: str, optimizer: str) -> None:
     plan = ParallelPlan(strategy, "none", precision, world_size=2)
-    settings = ParallelSettings(activation_checkpointing=checkpointing)
-    instead = REFUSED.get((precision, strategy, checkpointing))
-    if instead is None:
-        check_combination(plan, settings)
+    instead = REFUSED.get((precision, strategy, optimizer))
+    if instead is None and precision != "fp8":
+        check_combination(plan, optimizer)
         return
-    with pytest.raises(UserError, match=f"{strategy}.*use .*{instead}"):
-        check_combination(plan, settings)
+    words = f"{strategy}.*use .*{instead}" if instead else "fp8 needs an NVIDIA GPU.*CPU; use bf16"
+    with pytest.raises(UserError, match=words):
+        check_combination(plan, optimizer)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_only_what_shards_needs_a_group_for_one_process(strategy: str) -> None:
     assert ParallelPlan(strategy, "none", "fp32", 1).needs_group == (strategy not in ("single", "ddp"))
+
+
+@pytest.mark.parametrize("capability, torchao, words", [
+    ((8, 0), True, "Hopper generation or newer, not NVIDIA Old; use bf16"),
+    ((9, 0), False, r"torchao, which is not installed; pip install 'genscale\[fp8\]'"),
+    ((9, 0), True, None), ((10, 0), True, None)])
+def test_fp8_takes_a_new_gpu_and_torchao(capability, torchao, words, monkeypatch) -> None:
+    """The GPU's answers stand in for GPUs that are not here; nothing is computed."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Old")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if torchao else None)
+    if words is None:
+        check_float8(on_cpu=False)
+        return
+    with pytest.raises(UserError, match=words):
+        check_float8(on_cpu=False)

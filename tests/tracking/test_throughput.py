@@ -24,3 +24,17 @@ def test_reading_starts_a_new_interval():
     speed.step(0.25, 0.0, 8)
     assert speed.read() == {"images_per_second": 32.0, "step_seconds": 0.25, "data_wait_seconds": 0.0}
     assert speed.read() == {}
+
+
+def test_mfu_is_the_models_flops_over_all_devices_peaks():
+    speed = Throughput("tokens", flops_per_unit=6_000_000, devices=4, peak=1e9)
+    speed.step(2.0, 0.0, 1000)
+    figures = speed.read()  # 500 tokens/s, 3 GFLOP/s in all
+    assert figures["tflops_per_second"] == pytest.approx(0.75e-3)
+    assert figures["mfu"] == pytest.approx(0.75)
+
+
+def test_an_unknown_device_has_no_mfu():
+    speed = Throughput("tokens", flops_per_unit=10, devices=1, peak=None)
+    speed.step(1.0, 0.0, 1)
+    assert "mfu" not in speed.read()

@@ -6,7 +6,8 @@ import copy
 import math
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from genscale.config import Config, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
 from genscale.data.lanes import Cursor, Data, Sample
 from genscale.data.loader import StepLoader
+from genscale.data.tokenizers import ByteTokenizer
+from genscale.models.gpt import GPT, GPTSettings
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
+from genscale.objectives.language_model import LanguageModel
 from genscale.parallel.processes import Processes
 from genscale.parallel.replicated import ReplicatedEngine
 from genscale.rng import Draws
@@ -96,6 +101,9 @@ class Adversaries(Objective):
     def _see(self, phase: str, networks: Networks) -> None:
         flags = {name: {p.requires_grad for p in network.parameters()} for name, network in networks.items()}
         self.seen.append((phase, flags))
+
+    def initial_weights(self, name: str) -> Callable[[str], Tensor]:
+        return self.networks[name].state_dict().__getitem__
 
     def evaluate(self, networks: Networks, batch: Batch) -> Terms:
         return {}
@@ -244,3 +252,61 @@ def test_a_loss_that_is_no_number_stops_the_run(kind: str, words: str) -> None:
         with pytest.raises(NonFiniteLoss, match=f"{words}.* last good checkpoint: step-9; try a lower optimizer.lr"):
             trainer.train_step(3, stop)
     trainer.loader.close()
+
+
+class HostReads(TorchDispatchMode):
+    """Names the operations that make the host wait for a device's numbers: `.item()`, `.tolist()`, masks of unknown size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operation in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.seen.append(str(operation))
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
+def test_nothing_in_a_phase_waits_for_the_device(name: str) -> None:
+    """Loss, backward, clipping and update of a language model are launched without a look at any number they make."""
+    network = GPT(GPTSettings(layers=1, heads=2, width=32, positions=16, preset="qwen3"), 64)
+    network.initialise(0)
+    config = settings(name=name, momentum=0.0)
+    objective = LanguageModel(network, ByteTokenizer(), 16)
+    trainer = trainer_of(objective, config, 3)
+    trainer.loader.close()
+    batches = [{"tokens": torch.arange(51).view(3, 17) + shift, "sample": torch.arange(3)} for shift in (0, 5)]
+    trainer.run_phase(objective.phases[0], 1, batches)  # builds the optimizer's state
+    # What is known on the host alone may be read there.
+    counts = [objective.count(batch) for batch in batches]
+    phase = replace(objective.phases[0], count=lambda batch: counts[0])
+    with HostReads() as reads:
+        trainer.run_phase(phase, 2, batches)
+    assert reads.seen == []
+
+
+def test_a_gpu_is_given_the_next_step_before_the_last_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a device that is not the CPU, steps are settled one later, and before each hook that wants to know."""
+    trainer = trainer_of(Diverging("nan"), settings(), 6, [])
+    monkeypatch.setattr(trainer, "_runs_ahead", True)
+    with StopSignal() as stop:
+        first = trainer.train_step(1, stop)
+        assert "loss" not in first.metrics
+        second = trainer.train_step(2, stop)
+        assert "loss" in first.metrics and "loss" not in second.metrics
+        trainer.train_step(3, stop)  # the one that diverges
+        with pytest.raises(NonFiniteLoss, match="at step 3 on rank 0"):
+            trainer.train_step(4, stop)
+    trainer.loader.close()
+
+
+def test_no_settled_hook_sees_a_step_that_diverged(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+    trainer = trainer_of(Diverging("nan"), settings(), 6, [Hook(3, lambda report: saved.append(report.step)),
+                                                           Hook(1, lambda report: None, settled=False)])
+    monkeypatch.setattr(trainer, "_runs_ahead", True)
+    with pytest.raises(NonFiniteLoss, match="at step 3 on rank 0"):
+        trainer.run(1)
+    trainer.loader.close()
+    assert saved == []

@@ -1,0 +1,59 @@
+"""Muon under every strategy where it is exact: it needs whole matrices, also where they are sharded."""
+
+from __future__ import annotations
+
+import pytest
+import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_
+
+from genscale.config import OptimizerSettings
+from genscale.training.optimizers import make_optimizer
+
+MUON = {"name": "muon", "lr": 5e-3, "weight_decay": 0.1}
+STEPS = 6
+SHARES = {"ddp": 1.0, "fsdp2": 0.5}
+
+
+@pytest.fixture(scope="module")
+def spread(engines):
+    return engines({strategy: {"strategy": strategy, "optimizer": MUON, "steps": STEPS, "clip": 1.0, "accumulation": 2}
+                    for strategy in SHARES})
+
+
+@pytest.fixture(scope="module")
+def alone(worker):
+    network = worker.networks_of("text")["gpt"]
+    optimizer, losses = make_optimizer(network, OptimizerSettings(**MUON)), []
+    for step in range(STEPS):
+        tokens = worker.token_batch(step, ragged=False)
+        loss = F.cross_entropy(network(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("strategy", SHARES)
+def test_it_equals_one_process(strategy, spread, alone, difference):
+    assert alone[-1] < 0.7 * alone[0], "nothing was learned: equal losses would mean little"
+    assert difference([step["loss"] for step in spread[strategy]["steps"]], alone) < 1e-5
+
+
+@pytest.mark.parametrize("strategy", SHARES)
+def test_its_state_is_sharded(strategy, spread):
+    whole = max(spread["ddp"]["bytes_at_rest"])
+    for held in spread[strategy]["bytes_at_rest"]:
+        assert held == pytest.approx(SHARES[strategy] * whole, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", SHARES)
+def test_it_resumes_bit_for_bit(strategy, train, tmp_path):
+    settings = {"optimizer.name": "muon", "train.checkpoint_every": 5, "train.micro_batch_size": 3}
+    straight = train(tmp_path / "straight", strategy, **settings)
+    resumed = train(straight.cut_after(5), strategy, **settings)
+    assert resumed.resumed_from() == ["step-00000005"]
+    assert resumed.losses() == straight.losses()
+    assert resumed.checkpoint(10).digest() == straight.checkpoint(10).digest()
