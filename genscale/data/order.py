@@ -6,12 +6,12 @@ with (g // R) % n = w. Nothing else depends on the number of processes: the samp
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from genscale.data.lanes import Data, Sample
 
@@ -59,13 +59,13 @@ class Part:
 
 
 def fingerprint(g: int, sample: Sample) -> int:
-    """64 bits of a sample's number and content."""
-    digest = hashlib.blake2b(g.to_bytes(8, "little"), digest_size=8)
+    """64 bits of a sample's number and content (XXH3: forty times as fast as a cryptographic hash, and nobody attacks it)."""
+    digest = xxhash.xxh3_64(seed=g)
     for name in sorted(sample):
         array = np.ascontiguousarray(sample[name])
         digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
         digest.update(array.data)
-    return int.from_bytes(digest.digest(), "little")
+    return digest.intdigest()
 
 
 class LaneReader:

@@ -86,7 +86,10 @@ def check_may_continue(config: Config, checkpoint: Checkpoint, plan: dict[str, A
 
     Raises UserError naming every key that differs and must not.
     """
-    old, new = flatten(yaml.safe_load((checkpoint.path / "config.yaml").read_text())), flatten(config_dict(config))
+    new = flatten(config_dict(config))
+    # A setting that did not exist when the checkpoint was written had its default's effect.
+    defaults = flatten(config_dict(Config(model=type(config.model)(), data=type(config.data)())))
+    old = {**{key: defaults.get(key) for key in new}, **flatten(yaml.safe_load((checkpoint.path / "config.yaml").read_text()))}
     changed = {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)}
     fatal = {key: pair for key, pair in changed.items()
              if key in MUST_NOT_CHANGE_AT_RESUME or not key.startswith(MAY_CHANGE_AT_RESUME)}

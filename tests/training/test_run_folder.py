@@ -67,7 +67,8 @@ MAY = {"run.name": "other", "run.dir": "elsewhere", "run.resume": "never", "para
        "parallel.compile": True, "tracking.wandb": "disabled", "train.log_every": 3,
        "train.evaluate_every": 7, "train.sample_every": 8,
        "train.checkpoint_every": 9, "train.checkpoint_keep": 9, "train.micro_batch_size": 2, "train.steps": 2000,
-       "data.workers": 2, "data.prefetch_steps": 5}
+       "data.workers": 2, "data.prefetch_steps": 5,
+       "data.cache": "cache", "model.loss_chunk": 512}
 MUST_NOT = {"run.seed": 1, "model.layers": 7, "data.source": "other.txt", "data.sequence_length": 128,
             "train.global_batch_size": 64, "train.precision": "bf16", "train.clip": 0.5, "optimizer.lr": 1.0,
             "optimizer.betas": (0.9, 0.99), "schedule.warmup_steps": 5}
@@ -87,6 +88,17 @@ def test_what_computes_the_same_may_change(key: str, tmp_path: Path) -> None:
     assert check_may_continue(config(), before, PLAN) == []
     (line,) = check_may_continue(with_setting(key, MAY[key]), before, PLAN)
     assert line.startswith(f"{key}: ") and line.endswith(f"-> {MAY[key]!r}")
+
+
+def test_a_setting_that_the_checkpoint_never_heard_of_had_its_default(tmp_path: Path) -> None:
+    before = checkpoint(tmp_path)
+    file = before.path / "config.yaml"
+    known = yaml.safe_load(file.read_text())
+    del known["model"]["dropout"]
+    file.write_text(yaml.safe_dump(known))
+    assert check_may_continue(config(), before, PLAN) == []
+    with pytest.raises(UserError, match=r"model.dropout \(was 0.0, now 0.1\)"):
+        check_may_continue(with_setting("model.dropout", 0.1), before, PLAN)
 
 
 @pytest.mark.parametrize("key", MUST_NOT)
