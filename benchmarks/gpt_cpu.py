@@ -62,7 +62,7 @@ def compare(size: dict[str, int], precisions: tuple[str, str]) -> dict[str, Any]
     rows = blocks_of(config, count * size["batch"])
     their_loss = train_with_transformers(config, twin, rows, count, precisions[1], take_turns)
     ours.close()
-    AcceleratorState._reset_state(reset_partial_state=True)  # a process-wide singleton: the next comparison has another precision
+    AcceleratorState._reset_state(reset_partial_state=True)  # a singleton: the next comparison has another precision
     # They divide the sum over time - 1 targets of a row by its time labels.
     their_loss *= size["time"] / (size["time"] - 1)
     difference = abs(statistics.mean(our_losses) - their_loss) / their_loss
