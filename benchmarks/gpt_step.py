@@ -42,7 +42,8 @@ class OurSteps:
         engine.prepare(self.objective.networks, lambda module: make_optimizer(module, config.optimizer),
                        {"gpt": self.objective.initial_weights("gpt")})
         self.loader = StepLoader(self.data, global_batch_size=batch, micro_batch_size=micro, rank=0, world_size=1,
-                                 workers=config.data.workers, prefetch_steps=config.data.prefetch_steps)
+                                 workers=config.data.workers, prefetch_steps=config.data.prefetch_steps,
+                                 pin_memory=self.processes.device.type == "cuda")
         self._trainer = Trainer(config, self.objective, engine, self.loader, hooks=[], last_good=lambda: "none")
         self._stop, self._step = StopSignal(), 0
 
@@ -107,8 +108,7 @@ def train_with_transformers(config: Config, model: Any, rows: list[Tensor], step
             self.started = self.started or time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            # No synchronisation, as on our side: once the queue is full, steps end as often as the device ends them.
             after_step(time.perf_counter() - self.started)
             self.started = time.perf_counter()  # its next batch is fetched on its own time
 

@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
-import platform
 import subprocess
 import sys
-import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from report import circumstances, write
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {"layers": 8, "heads": 8, "width": 512, "vocab_size": 32768, "time": 512, "batch": 2}
@@ -156,13 +153,13 @@ def measure(variant: dict[str, Any]) -> None:
 # --- all of them ---------------------------------------------------------------------------------------------------------
 
 
-def run(name: str) -> int:
-    """Peak bytes a process of one variant, from processes of its own."""
+def run(name: str) -> int | None:
+    """Peak bytes a process of one variant, from processes of its own; None where there are too few GPUs."""
     command = [sys.executable, __file__, "--variant", name]
     if "strategy" in VARIANTS[name]:
         gpus = torch.cuda.device_count()
         if 0 < gpus < PROCESSES:
-            raise SystemExit(f"{name} needs {PROCESSES} GPUs, and there are {gpus}; leave it out with --variants")
+            return None
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}", *command[1:]]
     # What is freed goes back to the system at once, or the resident set would show what was needed earlier.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -186,18 +183,16 @@ def main() -> None:
     results = {}
     for name in arguments.variants.split(","):
         expected, peak = formula(VARIANTS[name], SHAPE), run(name)
+        if peak is None:
+            print(f"{name:28} needs {PROCESSES} GPUs", flush=True)
+            continue
         results[name] = {"measured_gib": round(peak / GIB, 3), "formula_gib": round(expected["peak"] / GIB, 3),
                          "ratio": round(peak / expected["peak"], 3), "at": expected.pop("at"),
                          "terms_gib": {key: round(value / GIB, 3) for key, value in expected.items() if key != "peak"}}
         print(f"{name:28} measured {results[name]['measured_gib']:.3f} GiB, formula {results[name]['formula_gib']:.3f} GiB "
               f"(at the {results[name]['at']})", flush=True)
-    if arguments.out:
-        machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-        about = {"date": time.strftime("%Y-%m-%d %H:%M:%S %Z"), "machine": f"{machine}, {platform.platform()}",
-                 "versions": {name: version(name) for name in ("torch", "accelerate", "deepspeed")},
-                 "shape": SHAPE, "processes": PROCESSES, "command": " ".join(["python", "benchmarks/memory.py", *sys.argv[1:]])}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+    write({**circumstances(["torch", "accelerate", "deepspeed"]), "shape": SHAPE, "processes": PROCESSES, "results": results},
+          arguments.out)
 
 
 if __name__ == "__main__":

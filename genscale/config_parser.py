@@ -58,10 +58,11 @@ def as_key(field: str) -> str:
 
 
 def _renamed(content: Any, rename: Callable[[str], str]) -> Any:
-    """The same nested dicts with other keys."""
+    """The same sections with other keys for their settings; what lies deeper (the columns of filters) is the user's own."""
     if not isinstance(content, dict):
         return content
-    return {rename(key) if isinstance(key, str) else key: _renamed(value, rename) for key, value in content.items()}
+    return {section: {rename(key) if isinstance(key, str) else key: value for key, value in settings.items()}
+            if isinstance(settings, dict) else settings for section, settings in content.items()}
 
 
 set_loader("run", lambda text: _renamed(get_loader("yaml")(text), as_field), (yaml.YAMLError,))

@@ -12,6 +12,7 @@ from genscale.data.tokenizers import ByteTokenizer
 from genscale.models.gpt import GPT
 from genscale.objectives import FAMILIES
 from genscale.training.run import derive_accumulation
+from genscale.training.run_folder import config_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -27,6 +28,15 @@ def test_a_shipped_config_parses_and_builds(path, tmp_path):
     with torch.device("meta"):  # shapes, not memory
         objective = FAMILIES[config.model.family].restore(config, tmp_path)
     assert sum(p.numel() for network in objective.networks.values() for p in network.parameters()) > 0
+
+
+def test_columns_of_filters_may_be_called_as_python_calls_its_own(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {from: somewhere}\ndata: {filters: {class: toxic, from: web}}\n")
+    config = load_config(FAMILIES, file)
+    assert config.model.from_ == "somewhere" and config.data.filters == {"class": "toxic", "from": "web"}
+    file.write_text(config_yaml(config))  # as the run folder keeps it
+    assert load_config(FAMILIES, file) == config and "from: somewhere" in file.read_text()
 
 
 def test_the_demo_runs(genscale, tmp_path):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import yaml
 from tqdm import tqdm
 
 from genscale.data.tokenizers import Tokenizer
@@ -192,18 +193,25 @@ def evaluate_tasks(model: GenscaleLM, tasks: Sequence[str], include_path: str | 
     from lm_eval.tasks import TaskManager
 
     # The harness reads thousands of files, for some 20 s, to know its own tasks: not where only plain tasks of ours are wanted.
-    manager = TaskManager(include_path=include_path, include_defaults=False)
-    if not set(tasks) <= set(manager.all_subtasks):
-        manager = TaskManager(include_path=include_path)
+    try:
+        manager = TaskManager(include_path=include_path, include_defaults=False)
+        if not set(tasks) <= set(manager.all_subtasks):
+            manager = TaskManager(include_path=include_path)
+    except yaml.YAMLError as error:
+        raise UserError(f"--include_path: {include_path} holds a file that is not valid YAML: {' '.join(str(error).split())}; "
+                        "mend or remove it") from None
     for name in tasks:
         if name not in manager.all_tasks:
             close = difflib.get_close_matches(name, manager.all_tasks, n=3)
             advice = f"did you mean {' or '.join(close)}?" if close else "`lm-eval ls tasks` lists its tasks"
             where = f" or of {include_path}" if include_path else ""
             raise UserError(f"--tasks: '{name}' is no task of lm-evaluation-harness{where}; {advice}")
-    with contextlib.redirect_stdout(sys.stderr):  # the harness prints here and there; stdout is for the results
-        results = simple_evaluate(model=model, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False)
-    return results
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # the harness prints here and there; stdout is for the results
+            return simple_evaluate(model=model, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False)
+    except OSError as error:  # what `datasets` and the hub client raise
+        raise UserError(f"--tasks: the data of {', '.join(tasks)} cannot be read ({type(error).__name__}: {str(error)[:200]}); "
+                        "fetch it where there is a network, or use a task with local data") from None
 
 
 def results_table(results: dict[str, Any]) -> str:

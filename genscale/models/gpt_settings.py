@@ -136,6 +136,9 @@ def _check(settings: GPTSettings) -> None:
     if settings.rope_scaling != "none" and settings.position_encoding != "rotary":
         raise UserError(f"model.rope_scaling: {settings.rope_scaling} needs model.position_encoding rotary, not "
                         f"{settings.position_encoding}; set that, or model.rope_scaling none")
+    if settings.rope_scaling == "none" and settings.rope_factor != 1:
+        raise UserError(f"model.rope_factor: {settings.rope_factor} has no effect with model.rope_scaling none; set linear or "
+                        "llama3, or leave it out")
     if settings.rope_scaling == "llama3" and settings.rope_high_frequency <= settings.rope_low_frequency:
         raise UserError(f"model.rope_high_frequency: {settings.rope_high_frequency} must be above model.rope_low_frequency "
                         f"{settings.rope_low_frequency}, as in Llama 3.1: 4 and 1")

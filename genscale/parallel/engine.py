@@ -75,6 +75,8 @@ class Engine(ABC):
                 use_float8(blocks)
             checkpoint_activations(blocks, self.settings.activation_checkpointing)
             if self.settings.compile:
+                # Blocks differ in their number alone (dropout's stream): one graph for all, not one each until the limit.
+                torch._dynamo.config.allow_unspec_int_on_nn_module = True
                 for block in blocks or [module]:
                     block.compile()
             read = weights[name] if weights is not None else None
@@ -166,6 +168,8 @@ def squared_norm(gradients: Sequence[Tensor]) -> Tensor:
     In fp32 the norm of a few million elements is off by some 1e-6, by another amount in every sharding, and clipping would pass
     that on to the weights.
     """
+    if gradients and gradients[0].is_cuda:  # whose kernels add up in a tree, to 1e-7, and are slow in fp64
+        return torch.stack(torch._foreach_norm(list(gradients))).double().square().sum()
     # Piece by piece, for torch makes a copy in fp64 first: of an embedding's gradient that would be the step's peak of memory.
     pieces = [piece for gradient in gradients for piece in gradient.reshape(-1).split(NORM_PIECE)]
     norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
@@ -178,7 +182,7 @@ def clip_gradients(gradients: Sequence[Tensor], norm: Tensor, clip: float) -> No
     The norm is not read: gradients that are small enough are multiplied by exactly 1.
     """
     if clip > 0 and gradients:
-        torch._foreach_mul_(list(gradients), (clip / (norm + 1e-6)).clamp(max=1.0).to(gradients[0].device))
+        torch._foreach_mul_(list(gradients), (clip / (norm + 1e-6)).clamp(max=1.0).to(gradients[0]))
 
 
 def tensor_bytes(tensors: Iterable[Any]) -> int:

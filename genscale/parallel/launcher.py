@@ -49,7 +49,7 @@ def read_launch_request() -> LaunchRequest:
     rank, world_size, local_rank = _read_process_numbers()
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16", "fp16"):
-        raise UserError(f"mixed_precision of the launcher: {precision} is not supported; nearest allowed: bf16")
+        raise UserError(f"mixed_precision of the launcher: {precision} is not supported; leave it out and set train.precision")
     strategy, offload = _read_strategy()
     return LaunchRequest(
         strategy=strategy,
@@ -98,7 +98,7 @@ def resolve_precision(asked: str, request: LaunchRequest) -> str:
         from genscale.parallel.processes import on_cpu
 
         return request.precision or native_precision(on_cpu())
-    if request.precision not in (None, asked):
+    if request.precision not in (None, "bf16" if asked == "fp8" else asked):  # fp8 computes in bf16 what it does not in fp8
         raise UserError(
             f"train.precision: {asked} contradicts the launcher, which was configured with mixed_precision {request.precision}"
             f"; set train.precision to {request.precision}, or leave mixed_precision out of the launcher's file"

@@ -45,10 +45,12 @@ def check_float8(on_cpu: bool) -> None:
 def use_float8(blocks: list[nn.Module]) -> None:
     """Make the blocks' linear layers multiply in fp8 with one scale a tensor (Micikevicius et al. 2022, "FP8 formats for deep
     learning"), in place; names and fp32 weights stay. Layers whose sizes are no multiples of 16 stay as they are."""
-    from torchao.float8 import convert_to_float8_training
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
+    # Padded where the number of tokens is no multiple of 16: it is the inner dimension of the weight gradient's product.
+    config = Float8LinearConfig(pad_inner_dim=True)
     for block in blocks:
-        convert_to_float8_training(block, module_filter_fn=_fits_float8)
+        convert_to_float8_training(block, module_filter_fn=_fits_float8, config=config)
 
 
 def _fits_float8(module: nn.Module, _name: str) -> bool:

@@ -28,6 +28,7 @@ from genscale.training.hooks import RunHooks
 from genscale.training.optimizers import make_optimizer
 from genscale.training.run_folder import (
     check_free_space,
+    check_host_memory,
     check_may_continue,
     config_yaml,
     create_run_folder,
@@ -111,6 +112,7 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
         processes.main_does(lambda: data.check(config.train.global_batch_size))
         objective = processes.all_do(lambda: family.build_objective(config, data))
         parameters = sum(p.numel() for network in objective.networks.values() for p in network.parameters())
+        processes.main_does(lambda: check_host_memory(parameters))
         processes.main_does(lambda: check_free_space(folder, parameters, config.train.checkpoint_keep))
         checkpoint = _resume_point(config, processes, folder, data, objective)
         engine = build_engine(plan, processes, config.parallel, config.train.precision, config.train.clip,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from genscale.config import MAY_CHANGE_AT_RESUME, MUST_NOT_CHANGE_AT_RESUME, Config
@@ -41,6 +42,15 @@ def create_run_folder(folder: Path) -> None:
                         f"write to") from None
 
 
+def check_host_memory(parameters: int) -> None:
+    """Refuse to start where no checkpoint could be written: rank 0 collects it whole, 12 bytes a parameter as on the disk."""
+    free = psutil.virtual_memory().available
+    if free < 12 * parameters:
+        need = f"{12 * parameters / 2**30:,.0f} GiB of rank 0's memory, of which {free / 2**30:,.0f} GiB are free"
+        raise UserError(f"model: a checkpoint of {parameters:,} parameters is collected in {need}; at most {free // 12:,} "
+                        "parameters fit")
+
+
 def check_free_space(folder: Path, parameters: int, keep: int) -> None:
     """Refuse to start where the checkpoints cannot fit: 12 bytes a parameter each (fp32 weights, two AdamW moments)."""
     # Checkpoints that are there already are replaced one for one; one more is written before the oldest is deleted.
@@ -53,14 +63,16 @@ def check_free_space(folder: Path, parameters: int, keep: int) -> None:
 
 
 def config_dict(config: Config) -> dict[str, Any]:
-    """The config as nested dicts of plain values."""
-    return yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(config))))
+    """The config as nested dicts of plain values, keys as the user writes them."""
+    sections = {section: {as_key(key): _plain(value) for key, value in settings.items()}
+                for section, settings in dataclasses.asdict(config).items()}
+    return yaml.safe_load(yaml.safe_dump(sections))
 
 
 def _plain(value: Any) -> Any:
-    """Tuples and restricted number types as what YAML knows; keys as the user writes them."""
+    """Tuples and restricted number types as what YAML knows."""
     if isinstance(value, dict):
-        return {as_key(key): _plain(item) for key, item in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     for kind in (bool, int, float, str):

@@ -21,7 +21,6 @@ from genscale.verbs.data_inspect import inspect
 
 ACTIONS = {"build": "Fill the token cache (data.cache) ahead of a run; stopped and started again, it goes on where it was.",
            "inspect": "Show a few training blocks decoded, with what is known of the documents they come from."}
-EXIT_STOPPED = 130
 LINE_SECONDS = 10.0
 
 
@@ -76,7 +75,7 @@ def _build(settings: BuildSettings) -> int:
     _print_totals(settings.data.cache, data, sources)
     if interrupted:
         print("interrupted: what is above stays; run the same command to go on")
-        return EXIT_STOPPED
+        return 128 + interrupted[0]
     print(f"complete: train with --data.cache {settings.data.cache}")
     return 0
 

@@ -55,6 +55,18 @@ def test_a_model_drops_in_training_only_and_by_sample(kind: str) -> None:
     torch.testing.assert_close(network(tokens[2:], dropout_keys=keys(2, 3)), noisy[2:], rtol=1e-5, atol=1e-5)
 
 
+def test_compiled_blocks_share_their_graphs_whatever_their_number() -> None:
+    network = GPT(GPTSettings(layers=10, heads=1, width=8, positions=8, dropout=0.2), 11)
+    network.initialise(0)
+    tokens = torch.zeros(2, 4, dtype=torch.int64)
+    expected = network(tokens, dropout_keys=keys(0, 1))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, fail_on_recompile_limit_hit=True):
+        for block in network.blocks():
+            block.compile(backend="eager")
+        torch.testing.assert_close(network(tokens, dropout_keys=keys(0, 1)), expected)
+
+
 def test_attention_without_drops_equals_the_fused_kernel() -> None:
     kept = GPT(GPTSettings(layers=2, heads=2, width=16, positions=16, init_std=0.3, attention_dropout=1e-9), 61)
     kept.initialise(0)  # 1e-9 rounds to no drop at all, but takes the open path

@@ -281,6 +281,7 @@ def test_heads_must_divide_the_width(width: int, heads: int, hints: tuple[str, s
     ({"heads": 6, "kv_heads": 4}, ["model.kv_heads: 4", "model.heads 6", "2 or 3"]),
     ({"preset": "llama", "head_width": 7}, ["model.head_width: 7", "8"]),
     ({"dropout": 1.0}, ["model.dropout: 1.0", "0.1"]),
+    ({"preset": "llama", "rope_factor": 8.0}, ["model.rope_factor: 8.0", "linear or llama3"]),
     ({"rope_scaling": "linear"}, ["model.rope_scaling: linear", "rotary", "learned"]),
     ({"preset": "llama", "rope_scaling": "llama3", "rope_high_frequency": 0.5}, ["model.rope_high_frequency: 0.5", "4 and 1"]),
 ])

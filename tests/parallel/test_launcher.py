@@ -130,7 +130,7 @@ def test_torchrun_variables_are_read(environment):
 @pytest.mark.parametrize(("variables", "words"), [
     ({"WORLD_SIZE": "2"}, ["RANK", "not set", "WORLD_SIZE is 2", "torchrun"]),
     ({"RANK": "0", "WORLD_SIZE": "two", "LOCAL_RANK": "0"}, ["WORLD_SIZE=two", "whole numbers"]),
-    ({"ACCELERATE_MIXED_PRECISION": "fp8"}, ["mixed_precision", "fp8", "bf16"]),
+    ({"ACCELERATE_MIXED_PRECISION": "fp8"}, ["mixed_precision", "fp8", "train.precision"]),
     ({"ACCELERATE_USE_MEGATRON_LM": "true"}, ["megatron_lm", "launch/zero3.yaml"]),
     ({"ACCELERATE_USE_FSDP": "true"}, ["fsdp_version", "1", "2"]),
     ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, ["fsdp_offload_params", "false"]),

@@ -18,6 +18,7 @@ from genscale.models.gpt import GPTSettings
 from genscale.training.checkpoints import Checkpoint, list_checkpoints, write_checkpoint
 from genscale.training.run_folder import (
     check_free_space,
+    check_host_memory,
     check_may_continue,
     config_dict,
     config_yaml,
@@ -206,6 +207,9 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_checkpoints_that_cannot_fit(tmp_path: Path) -> None:
     create_run_folder(tmp_path)
+    check_host_memory(1000)
+    with pytest.raises(UserError, match=r"^model: a checkpoint of 1,000,000,000,000 parameters is collected in 11,176 GiB of "):
+        check_host_memory(10**12)
     check_free_space(tmp_path, parameters=1000, keep=3)
     with pytest.raises(UserError, match=r"disk full: .* MiB free, checkpoints need 45,776,368 MiB; .*checkpoint_keep \(3\)"):
         check_free_space(tmp_path, parameters=10**12, keep=3)
