@@ -60,6 +60,19 @@ def test_more_than_two_processes_resume_bit_for_bit(processes, single, train, di
     assert resumed.checkpoint(10).digest() == straight.checkpoint(10).digest()
 
 
+MODERN = {"model.preset": "qwen3", "model.kv_heads": 1, "model.head_width": 8, "model.dropout": 0.2,
+          "model.attention_dropout": 0.1, "data.separate_documents": "true", "optimizer.name": "muon", "train.steps": 6}
+
+
+def test_dropout_document_masks_and_muon_are_the_same_on_any_shape(train, difference, tmp_path):
+    single = train(tmp_path / "single", "single", **MODERN)
+    for strategy, micro_batch_size in (("ddp", 3), ("fsdp2", 2)):
+        run = train(tmp_path / strategy, strategy, **MODERN, **{"train.micro_batch_size": micro_batch_size})
+        assert difference(run.losses(), single.losses()) <= 1e-5
+    plain = train(tmp_path / "plain", "single", **{**MODERN, "model.dropout": 0, "model.attention_dropout": 0})
+    assert difference(plain.losses(), single.losses()) > 1e-4
+
+
 @pytest.mark.slow
 def test_another_strategy_and_world_size_go_on(single, train, difference, tmp_path):
     """zero2 on two processes to step 6, fsdp2 on three from there."""
