@@ -82,3 +82,10 @@ def test_another_strategy_and_world_size_go_on(single, train, difference, tmp_pa
     assert difference(resumed.losses(), single.losses()) <= 1e-5
     assert resumed.data_digests() == single.data_digests()
     assert resumed.checkpoint(9).state()["world_size"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_compiled_and_recomputed_blocks_change_nothing(strategy, single, train, difference, tmp_path):
+    run = train(tmp_path / "run", strategy, **{"parallel.compile": "true", "parallel.activation_checkpointing": "full"})
+    assert difference(run.losses(), single.losses()) <= 1e-5
