@@ -1,8 +1,9 @@
 """The write-through token cache: a folder of tokenised pieces, keyed by where they stand in their source.
 
-A key (shard, row, piece) does not depend on seed, lanes, epoch or block length: one cache serves every run on the same text and
-tokenizer, and any number of processes read and write it at once. Whatever is not there, or not yet, is tokenised on the fly:
-the cache decides about speed and never about samples.
+A key (shard, row, piece) does not depend on seed, epoch or block length, nor on lanes (unless parquet or hub files are fewer:
+they are then read in row groups). One cache serves every run on the same text and tokenizer, and any number of processes read
+and write it at once. Whatever is not there, or not yet, is tokenised on the fly: the cache decides about speed and never about
+samples.
 """
 
 from __future__ import annotations
@@ -88,7 +89,9 @@ class TokenCache:
         path, advice = self.folder / MANIFEST, "remove it, or set another folder"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not path.exists() and any(not entry.name.startswith(f".{MANIFEST}") for entry in os.scandir(self.folder)):
+            # Listed before it is asked for the manifest: another process may put one there in between.
+            holds = [entry.name for entry in os.scandir(self.folder) if not entry.name.startswith(f".{MANIFEST}")]
+            if holds and not path.exists():
                 raise UserError(f"{self._key}={self.folder}: the folder holds something else than a token cache; "
                                 "set a folder that is empty or not there yet")
             if not path.exists():
@@ -119,17 +122,21 @@ class TokenCache:
         changed = [f"{name} {theirs.get(name)}, not {ours.get(name)}" for name in sorted(theirs.keys() | ours.keys())
                    if theirs.get(name) != ours.get(name)]
         if changed:
+            lanes = " (parquet or hub files fewer than data.lanes are read in row groups: was data.lanes another?)"
             raise UserError(f"{self._key}={self.folder}: the cache of another source, or of the same otherwise read "
-                            f"({'; '.join(changed)}); {advice}")
+                            f"({'; '.join(changed)}){lanes if theirs.get('shards') != ours.get('shards') else ''}; {advice}")
 
-    def make_room(self, expected: int) -> None:
-        """Refuse to begin where `expected` bytes more do not fit on the disk.
+    def make_room(self, expected: int, at_most: bool = False) -> None:
+        """Refuse to begin where `expected` bytes more do not fit on the disk; warn where it may be (`at_most`) far fewer.
 
         Raises:
             UserError: names what is needed and what is free.
         """
         free = shutil.disk_usage(self.folder).free
-        if expected > free:
+        if expected > free and at_most:
+            LOG.warning("%s=%s: it may take %.1f MB more, less what filters and limits of length leave out; %.1f MB are free "
+                        "on its disk", self._key, self.folder, expected / 1e6, free / 1e6)
+        elif expected > free:
             raise UserError(f"{self._key}={self.folder}: it will take about {expected / 1e6:,.1f} MB more, and "
                             f"{free / 1e6:,.1f} MB are free on its disk; make room, set a folder on another disk, or leave "
                             "the cache out")

@@ -28,6 +28,25 @@ IN_MEMORY = 2**18
 """Bytes up to which a segment is read into memory: each one mapped holds a file descriptor."""
 
 
+class _Allowance:
+    """Seconds that this process may spend on looking again, at all its shards together: a twentieth of the time that passes,
+    of which no more than `SAVED` is saved up."""
+
+    SHARE, SAVED = 0.05, 2.0
+
+    def __init__(self) -> None:
+        self._left, self._at = self.SAVED, time.monotonic()
+
+    def left(self) -> float:
+        now = time.monotonic()
+        self._left, self._at = min(self.SAVED, self._left + self.SHARE * (now - self._at)), now
+        return self._left
+
+    def spend(self, seconds: float) -> None:
+        self._left -= seconds
+
+
+LOOKING = _Allowance()
 Buffer = bytes | mmap.mmap
 """Tokens of a segment. Not an array: a slice of bytes costs a fifth of a slice of an array, and pieces are short."""
 
@@ -65,20 +84,22 @@ class ShardIndex:
         self._seen: dict[str, int] = {}
         self._buffers: dict[int, Buffer] = {}
         self._answers: dict[Part, np.ndarray | None] = {}  # every lane asks, and asks again each epoch
-        self._loaded_at, self._seconds = 0.0, 0.0
+        self._loaded_at = 0.0
         self._index(np.empty(0, RECORD), np.empty(0, np.int64))
 
     def refresh(self, least: float) -> None:
-        """Look again, but not within `least` seconds of the last time, nor so often that it costs more than a twentieth."""
-        started = time.monotonic()
-        if started - self._loaded_at < max(least, 20 * self._seconds):
+        """Look again, but not within `least` seconds of the last time, nor when this process has looked for too long."""
+        started, first = time.monotonic(), not self._loaded_at
+        if started - self._loaded_at < least or (not first and LOOKING.left() <= 0):
             return
         self._loaded_at = started
         sizes = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder)} if self.folder.is_dir() else {}
         if sizes != self._seen:
             self._seen = sizes
             self._load(sizes)
-        self._loaded_at, self._seconds = time.monotonic(), time.monotonic() - started
+        self._loaded_at = time.monotonic()
+        if not first:
+            LOOKING.spend(self._loaded_at - started)
 
     def _load(self, sizes: dict[str, int]) -> None:
         # New ones behind the old ones: numbers that were given out keep their meaning.

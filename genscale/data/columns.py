@@ -206,7 +206,7 @@ def _conversation(messages: list[Any], spec: Spec, where: str) -> str | None:
         return None
     # Arrow gives every message the keys of all; the ones it does not have are None.
     plain = [{name: value for name, value in message.items() if value is not None} for message in messages]
-    return json.dumps(plain, ensure_ascii=False)
+    return json.dumps(plain, ensure_ascii=False, default=str)  # a message may carry its time
 
 
 def pair_text(document: str) -> str:
@@ -258,10 +258,11 @@ def _holds(column: Any, rule: Filter, spec: Spec, where: str) -> Any:
         raise _wrong_type(spec, rule, values[0], where, f"holds {kind}; filters compare text, numbers, true/false and dates")
     try:
         scalars = [pa.scalar(value).cast(kind) if pa.types.is_temporal(kind) else pa.scalar(value) for value in values]
-    except pa.ArrowInvalid as error:
-        raise _wrong_type(spec, rule, values[0], where, f"holds dates ({kind}); {error}") from None
-    comparisons = [getattr(pc, "equal" if rule.comparison == "in" else rule.comparison)(column, scalar) for scalar in scalars]
-    return reduce(pc.or_, comparisons)
+        compare = getattr(pc, "equal" if rule.comparison == "in" else rule.comparison)
+        return reduce(pc.or_, [compare(column, scalar) for scalar in scalars])
+    except (pa.ArrowException, NotImplementedError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise _wrong_type(spec, rule, values[0], where, f"holds {words} ({kind}); {reason}") from None
 
 
 def _wrong_type(spec: Spec, rule: Filter, value: Any, where: str, reason: str) -> UserError:

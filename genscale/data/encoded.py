@@ -204,7 +204,7 @@ def open_encoded(source: Source, tokenizer: Tokenizer, cache: Path | None, key: 
     if cache is None:
         return EncodedSource(source, tokenizer, None)
     opened = TokenCache(cache, tokenizer, source.identity(), key)
-    opened.make_room(_expected_bytes(source, tokenizer, opened))
+    opened.make_room(_expected_bytes(source, tokenizer, opened), at_most=source.sizes_are_most)
     return EncodedSource(source, tokenizer, opened)
 
 

@@ -14,7 +14,9 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import forkserver
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,9 @@ from genscale.data.order import DIGEST_MODULUS, Cursors, Part, Share, furthest, 
 from genscale.errors import UserError
 
 __all__ = ["StepLoader", "merge_states"]
+
+CLOSE_SECONDS = 2.0
+"""Longest wait for workers that close their data; then they are killed."""
 
 
 class StepLoader:
@@ -73,10 +78,10 @@ class StepLoader:
         """
         started = time.perf_counter()
         parts = [self._parts.get() for _ in range(self._share.workers)]
-        self.wait_seconds = time.perf_counter() - started
         batch, own = self._batches, self._share.global_batch_size // self._share.world_size
         first = batch * self._share.global_batch_size + self._share.rank
         arrays = _join(parts, [self._share.slots(batch, worker) for worker in range(len(parts))], own, self._pin_memory)
+        self.wait_seconds = time.perf_counter() - started
         arrays["sample"] = torch.arange(first, first + own * self._share.world_size, self._share.world_size)
         for part in parts:
             furthest(self._cursors, part.cursors)
@@ -199,6 +204,9 @@ class _Stream(IterableDataset):
         except Exception as error:
             yield _Failure(error)
 
+    def close(self) -> None:
+        self._arguments[0].close()
+
 
 class _Processes(_Transport):
     """Worker processes through torch's `DataLoader`."""
@@ -208,8 +216,11 @@ class _Processes(_Transport):
         # A fork server was started afresh and has no threads; it imports torch once for all its workers.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, type(data).__module__])
+        # A pipe, not an event: to set one waits for all that wait for it, also for those that were killed.
+        self._stopping, self._stop = context.Pipe(duplex=False)
         loader = DataLoader(_Stream(data, share, batch, cursors), batch_size=None, num_workers=share.workers,
-                            prefetch_factor=prefetch_steps, collate_fn=_as_is, worker_init_fn=_start_worker,
+                            prefetch_factor=prefetch_steps, collate_fn=_as_is,
+                            worker_init_fn=partial(_start_worker, self._stopping),
                             multiprocessing_context=context,
                             # DataLoader draws a seed for its workers: not from the generator that the run's numbers come from.
                             generator=torch.Generator())
@@ -227,9 +238,14 @@ class _Processes(_Transport):
         if self._closed:
             return
         self._closed = True
-        # They only read. Asked politely they would first finish what they prefetch.
+        # They close their data (what it keeps back of the token cache), but do not first finish what they prefetch.
+        os.write(self._stop.fileno(), b"." * len(self._iterator._workers))
+        deadline = time.monotonic() + CLOSE_SECONDS
         for worker in self._iterator._workers:
+            worker.join(max(0.0, deadline - time.monotonic()))
             worker.kill()
+        self._stop.close()
+        self._stopping.close()
         self._iterator._shutdown_workers()
 
 
@@ -253,16 +269,23 @@ def _interrupts_ignored() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(stop: Connection, worker: int) -> None:
     """(torch has already limited the worker to one thread.)"""
     # torch has installed handlers of its own by now.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_follow_parent, daemon=True).start()
+    threading.Thread(target=_close_on, args=(stop, get_worker_info().dataset), daemon=True).start()
 
 
 def _follow_parent() -> None:
     """End with the trainer, also when it was killed: torch's own watch looks at the fork server, which outlives it."""
     multiprocessing.parent_process().join()
     os._exit(1)
+
+
+def _close_on(stop: Connection, stream: _Stream) -> None:
+    os.read(stop.fileno(), 1)
+    stream.close()
+    os._exit(0)

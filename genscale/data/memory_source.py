@@ -18,6 +18,10 @@ PIECES_OF_A_LANE = 64
 """From so many pieces in a lane on, lanes begin at a piece: a piece divided by a lane can be in no cache."""
 PART = 2**20
 """Bytes that a process takes at a time where a source is swept."""
+EMPTY_EPOCHS = 1000
+"""Epochs after each other in which a lane may get no document, by chance."""
+HASHES = 2**64
+"""Values of `text_hash`: a document is held out where its hash is below this times the fraction, whatever else is read."""
 
 
 def text_hash(text: str) -> int:
@@ -33,23 +37,25 @@ class MemorySource(Source):
 
     Args:
         texts: the documents in canonical order.
-        fraction: share of the documents to hold out; at least one when above 0.
+        fraction: share of the documents to hold out, on average.
         spec, seed, lanes: the source's name for messages, the key of the order, the number of lanes.
+        alone: hold out at least one document when `fraction` is above 0. Not in a mixture, whose other sources may train on it.
 
     Raises:
         UserError: nothing is left to train on, or too little for so many lanes.
     """
 
-    def __init__(self, texts: Sequence[str], fraction: float, spec: Spec, seed: int, lanes: int) -> None:
-        self._seed, self._lanes, self._fraction = seed, lanes, fraction
+    def __init__(self, texts: Sequence[str], fraction: float, spec: Spec, seed: int, lanes: int, alone: bool = True) -> None:
+        self._seed, self._lanes, self._fraction, self._spec = seed, lanes, fraction, spec
         self._whole = spec.pairs  # a pair is not cut from its mask
         hashes = np.fromiter((text_hash(text) for text in texts), np.uint64, len(texts))
         self._digest = hashlib.sha256(hashes.tobytes()).hexdigest()
-        held = np.zeros(len(texts), bool)
-        if fraction > 0:
-            # A rank and not a threshold: the share is kept also where documents are few.
-            count = max(1, round(fraction * len(texts)))
-            held = hashes <= np.partition(hashes, count - 1)[count - 1]
+        # A threshold and not a rank, the same for every source: no text is held out of one and trained on in another.
+        held = hashes < np.uint64(int(fraction * HASHES))
+        if fraction > 0 and alone and held.all():
+            held = hashes < hashes.max()
+        elif fraction > 0 and alone and not held.any():
+            held = hashes == hashes.min()
         if held.all():
             raise UserError(f"{spec.key}={spec.name}: its {len(texts)} document(s) do not divide into a training and a "
                             "validation set; set data.validation_source, or a smaller data.document")
@@ -63,6 +69,9 @@ class MemorySource(Source):
         if len(self._buffer) < 4 * lanes:
             raise UserError(f"data.lanes={lanes}: the training set of {spec.key}={spec.name} has only {len(self._buffer)} "
                             f"bytes of text; set data.lanes to {max(1, len(self._buffer) // 4)} at most")
+        if self._whole and len(training) < lanes:
+            raise UserError(f"data.lanes={lanes}: the training set of {spec.key}={spec.name} has only {len(training)} pairs, "
+                            f"which are not cut; set data.lanes to {len(training)} at most")
         self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._pieces: dict[int, np.ndarray] = {}
 
@@ -110,13 +119,18 @@ class MemorySource(Source):
 
     def windows(self, lane: int, place: Place | None = None, catalogue: Catalogue | None = None) -> Iterator[Window]:
         place = place or {"epoch": 0, "document": 0, "piece": 0}
-        epoch, start = place["epoch"], (place["document"], place["piece"])
+        epoch, start, empty = place["epoch"], (place["document"], place["piece"]), 0
         while True:
             if catalogue:
                 catalogue(Part(0, 0, 1))  # a look at what was written in the epoch before
             order = self._order(epoch)[0]
             (first, begin), (last, end) = self._boundary(epoch, lane), self._boundary(epoch, lane + 1)
             rows = order[first : last + (end > 0)]
+            empty = 0 if len(rows) else empty + 1
+            if empty == EMPTY_EPOCHS:  # one pair is longer than several lanes
+                raise UserError(f"data.lanes={self._lanes}: lane {lane} of {self._spec.key}={self._spec.name} gets none of the "
+                                f"{len(order)} pairs in {empty} epochs, so unequal are their lengths; set fewer data.lanes, or "
+                                "data.max_characters")
             limits = {}
             if begin:
                 limits[0] = (begin, int(self._lengths[rows[0]]))

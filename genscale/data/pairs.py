@@ -76,7 +76,7 @@ class PairEncoder:
             return self._plain(conversations)
         rendered = [self._template.answers(messages) for messages in conversations]
         encoded = self._tokenizer.encode_chats([text for text, _ in rendered])
-        return [self._join(ids, starts, spans) for (ids, starts), (_, spans) in zip(encoded, rendered, strict=True)]
+        return [self._join(ids, offsets, spans) for (ids, offsets), (_, spans) in zip(encoded, rendered, strict=True)]
 
     def _plain(self, conversations: Sequence[Sequence[Message]]) -> list[np.ndarray]:
         # Apart from each other: an answer's first token must not depend on whether the prompt is there to merge with.
@@ -85,16 +85,17 @@ class PairEncoder:
                 for prompt, answer in zip(self._tokenizer.encode_documents(prompts, [False] * len(prompts)),
                                           self._tokenizer.encode_documents(answers, [True] * len(answers)), strict=True)]
 
-    def _join(self, ids: list[int], starts: list[int], spans: list[tuple[int, int]]) -> np.ndarray:
+    def _join(self, ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> np.ndarray:
         end = self._tokenizer.end_of_text
         if self._separate and end in ids[:-1]:
             raise UserError(f"data.separate_documents=true: the chat template of data.tokenizer={self._tokenizer.name} writes "
                             "the end-of-text token inside a conversation, which would be cut there; set "
                             "data.separate_documents=false")
-        at = np.array(starts)
+        starts, ends = np.array(offsets).reshape(-1, 2).T
         mask = np.zeros(len(ids), np.int32)
         for start, stop in spans:
-            mask[np.searchsorted(at, start) : np.searchsorted(at, stop)] = 1
+            if start < stop:  # a token that begins before the answer and reaches into it is the answer's first
+                mask[np.searchsorted(ends, start, side="right") : np.searchsorted(starts, stop)] = 1
         coded = 2 * np.array(ids, np.int32) + mask
         return coded if ids[-1] == end else np.append(coded, np.int32(2 * end + mask.any()))
 

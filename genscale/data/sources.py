@@ -1,17 +1,18 @@
 """Which document goes to which lane, in which order: a pure function of (seed, epoch, lane).
 
 A source that fits in memory is shuffled perfectly and cut into lanes of equal length; a larger one is streamed: its shards are
-dealt to the lanes and shuffled in windows. The held-out documents are chosen by a hash of their text, so that training
-and validation never overlap, whatever the seed or the shape, and equal documents stay on one side.
+dealt to the lanes and shuffled in windows. (Parquet and hub files fewer than lanes are split by row groups: what the shards are
+may then depend on the lanes.) The held-out documents are chosen by a hash of their text, so that training and validation never
+overlap, whatever the seed or the shape, and equal documents stay on one side, also across the sources of a mixture.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from genscale.data.memory_source import MemorySource, text_hash
+from genscale.data.memory_source import HASHES, MemorySource, text_hash
 from genscale.data.readers import Shard, Spec, find_shards, known_size
-from genscale.data.stream_source import HASHES, StreamSource
+from genscale.data.stream_source import StreamSource
 from genscale.data.windows import Source
 from genscale.errors import UserError
 
@@ -21,8 +22,10 @@ MEMORY_LIMIT = 256 * 2**20
 """Bytes of text up to which a source is held in memory."""
 
 
-def open_source(spec: Spec, *, fraction: float, window: int, seed: int, lanes: int) -> Source:
+def open_source(spec: Spec, *, fraction: float, window: int, seed: int, lanes: int, alone: bool = True) -> Source:
     """The training source of `spec`: in memory up to `MEMORY_LIMIT` bytes of text, else streamed.
+
+    Of one that is not `alone` but in a mixture the held-out share may come to no document at all.
 
     Raises:
         UserError: nothing to read, nothing in it, or too little of it.
@@ -34,7 +37,7 @@ def open_source(spec: Spec, *, fraction: float, window: int, seed: int, lanes: i
         if texts is not None:
             if not texts:
                 raise no_text(spec)
-            return MemorySource(texts, fraction, spec, seed, lanes)
+            return MemorySource(texts, fraction, spec, seed, lanes, alone)
     source = StreamSource(find_shards(spec, at_least=lanes), fraction, window, spec, seed, lanes)
     if next(source.documents(), None) is None:
         raise no_text(spec)

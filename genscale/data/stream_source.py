@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from genscale.data.memory_source import text_hash
+from genscale.data.memory_source import HASHES, text_hash
 from genscale.data.packing import Place
 from genscale.data.readers import Shard, Spec
 from genscale.data.windows import Catalogue, Part, Source, Window
 from genscale.errors import UserError
 from genscale.rng import permutation
 
-HASHES = 2**64
 PROBE = 4096
 """Bytes of a file's beginning, middle and end that tell it from another of the same name and size."""
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".parquet")
@@ -45,6 +44,7 @@ class StreamSource(Source):
     def __init__(self, shards: Sequence[Shard], fraction: float, window: int, spec: Spec, seed: int, lanes: int) -> None:
         self._shards, self._window, self._spec, self._seed, self._lanes = list(shards), window, spec, seed, lanes
         self._fraction, self._threshold = fraction, int(fraction * HASHES)
+        self.sizes_are_most = bool(spec.filters or spec.shortest or spec.longest is not None)
 
     def _trains(self, text: str) -> bool:
         return not self._threshold or text_hash(text) >= self._threshold
@@ -102,15 +102,32 @@ class StreamSource(Source):
             place = {"epoch": epoch + 1, "part": 0, "row": 0, "window": 0, "document": 0, "piece": 0}
 
     def _documents(self, documents: list[Row], at: Place, start: tuple[int, int], finished: list[tuple[Part, int]]) -> Window:
+        lost: dict[int, dict[int, str]] = {}
+
         def text(n: int) -> str:
             _, shard, row, held = documents[n]
-            # A row that the catalogue knew is read only where its tokens are gone from the cache.
-            return next(self._shards[shard].rows(row))[1] if held is None else held
+            if held is not None:
+                return held
+            if shard not in lost:  # rows that the catalogue knew are read only where tokens of them are gone from the cache
+                known = sorted(at for _, other, at, held in documents if other == shard and held is None)
+                lost[shard] = self._texts(shard, known)
+            return lost[shard][row]
 
         ended = finished.copy()
         finished.clear()
         shards, rows = (np.array([document[i] for document in documents], np.int64) for i in (1, 2))
         return Window(shards, rows, text, lambda n, piece: {**at, "document": n, "piece": piece}, start, finished=ended)
+
+    def _texts(self, shard: int, rows: Sequence[int]) -> dict[int, str]:
+        """The texts of increasing rows of a shard, in one pass: a file of lines is read from its start to reach any of them."""
+        step = int(np.gcd.reduce(np.diff(rows))) if len(rows) > 1 else 1
+        wanted, found = set(rows), {}
+        for row, text in self._shards[shard].rows(rows[0], rows[0] % step, step):
+            if row in wanted:
+                found[row] = text
+            if row >= rows[-1]:
+                break
+        return found
 
     def parts(self, processes: int) -> list[tuple[Part, int]]:
         cuts = -(-processes // len(self._shards))

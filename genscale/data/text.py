@@ -46,9 +46,12 @@ class TextData(Data):
         if for_training:
             _ = self.streams  # opened now: what is wrong with them must show before anything else is done
         self._validation = self._read_validation()
+        if not any(_learnable(sample) for sample in self._validation):
+            raise UserError(f"data.validation_blocks={settings.validation_blocks}: these blocks of the validation set hold no "
+                            "token of an answer; set more, or a larger data.sequence_length")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_validation": []}  # worker processes only read lanes
+        return {**self.__dict__, "_validation": []}  # worker processes read lanes, and write the cache
 
     @cached_property
     def streams(self) -> list[TextStream]:
@@ -142,6 +145,11 @@ class TextData(Data):
         """Write out what the token cache keeps back."""
         for stream in self.__dict__.get("streams", ()):  # not opened for the sake of closing
             stream.close()
+
+
+def _learnable(sample: Sample) -> bool:
+    """Whether a token of the block is to be predicted: never its first."""
+    return bool((sample["mask"] if "mask" in sample else sample["tokens"] >= 0)[1:].any())
 
 
 def train_tokenizer(settings: TextDataSettings, vocab_size: int, out: Path, progress: Progress | None = None,

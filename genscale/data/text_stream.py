@@ -88,7 +88,8 @@ class TextStream:
 def open_training_source(spec: Spec, settings: TextDataSettings, seed: int) -> Any:
     """The documents of a source to train on; where there is no validation source, some are held out. Raises UserError."""
     fraction = settings.validation_fraction if settings.validation_source is None else 0.0
-    return open_source(spec, fraction=fraction, window=settings.shuffle_window, seed=seed, lanes=settings.lanes)
+    return open_source(spec, fraction=fraction, window=settings.shuffle_window, seed=seed, lanes=settings.lanes,
+                       alone=settings.sources is None)
 
 
 def pair_encoder(spec: Spec, settings: TextDataSettings, tokenizer: Tokenizer) -> PairEncoder | None:

@@ -53,8 +53,8 @@ class Tokenizer(ABC):
     def encode_documents(self, texts: Sequence[str], ends: Sequence[bool]) -> list[np.ndarray]:
         """Ids of each text, int32 `(time,)`, followed by the end of text where `ends` says so."""
 
-    def encode_chats(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        """(ids, character at which each begins) of texts in which special tokens are spelled out, as chat templates write
+    def encode_chats(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """(ids, first character and stop of each) of texts in which special tokens are spelled out, as chat templates write
         them."""
         raise NotImplementedError(f"{self.name} has no chat template")
 
@@ -161,9 +161,9 @@ class FileTokenizer(Tokenizer):
         backend.no_truncation()
         return backend
 
-    def encode_chats(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+    def encode_chats(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         encodings = self._chat_backend.encode_batch(list(texts), add_special_tokens=False)
-        return [(encoding.ids, [start for start, _ in encoding.offsets]) for encoding in encodings]
+        return [(encoding.ids, encoding.offsets) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)

@@ -82,7 +82,13 @@ class Window:
 
 
 class Source(ABC):
-    """A training stream in lanes, and the documents held out of it."""
+    """A training stream in lanes, and the documents held out of it.
+
+    Attributes:
+        sizes_are_most: whether `sizes` counts text that filters or limits of length leave out.
+    """
+
+    sizes_are_most: bool = False
 
     @abstractmethod
     def windows(self, lane: int, place: Place | None = None, catalogue: Catalogue | None = None) -> Iterator[Window]:

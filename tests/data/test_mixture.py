@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from genscale.data import sources
 from genscale.data.loader import StepLoader
 from genscale.data.mixture import allot, choices, interleave
 from genscale.data.order import DIGEST_MODULUS, merge_states
+from genscale.data.sources import HASHES, text_hash
 from genscale.data.text import SourceSettings, TextData, TextDataSettings, train_tokenizer
 from genscale.errors import UserError
 
@@ -117,6 +119,26 @@ def test_validation_holds_every_source_in_proportion(corpora: Path) -> None:
         np.testing.assert_array_equal(sample["tokens"], other["tokens"])
     other = mixed(corpora, {"a": 1, "b": 3}, validation_source=str(corpora / "c.jsonl"), validation_blocks=5)
     assert words_of(other, other.validation()) == ["c"] * 5
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_no_source_trains_on_what_another_holds_out(tmp_path: Path, streamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sources that share texts, one so small that its share is no document, one in memory beside one streamed."""
+    texts = [f"text {i} " * 5 for i in range(400)]
+    few = [text for text in texts if text_hash(text) >= 0.2 * HASHES][:12]
+    for name, own in {"most": texts[:300], "some": texts[200:], "few": few}.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in own))
+    if streamed:
+        monkeypatch.setattr(sources, "MEMORY_LIMIT", (tmp_path / "few.jsonl").stat().st_size)
+    entries = [SourceSettings(str(tmp_path / f"{name}.jsonl")) for name in ("most", "some", "few")]
+    data = TextData(TextDataSettings(sources=entries, lanes=2, sequence_length=16, validation_fraction=0.1), seed=1)
+    assert [stream.source.plan()["order"] for stream in data.streams] == ["stream" if streamed else "memory"] * 2 + ["memory"]
+    trained = {text for stream in data.streams for text in stream.source.documents()}
+    held = {text for stream in data.streams for text in stream.source.held_out()}
+    assert held == {text for text in texts if text_hash(text) < 0.1 * HASHES} and trained == set(texts) - held
+    alone = TextData(TextDataSettings(source=str(tmp_path / "few.jsonl"), lanes=2, sequence_length=16,
+                                      validation_fraction=0.1), seed=1)
+    assert list(alone.streams[0].source.held_out()) == [min(few, key=text_hash)]  # never an empty validation set
 
 
 def test_parts_are_whole_and_none_is_left_out() -> None:

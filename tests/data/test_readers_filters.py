@@ -107,6 +107,17 @@ def test_filters_of_text_files_and_impossible_lengths_are_refused(tmp_path: Path
         TextData(TextDataSettings(source=str(tmp_path / "a.txt"), min_characters=9, max_characters=5), seed=1)
 
 
+@pytest.mark.parametrize(("values", "wanted"), [
+    (pa.array([1, 2], pa.time32("s")), ">=2024-01-01"), (pa.array([1, 2], pa.duration("s")), ">=3 days"),
+    (pa.array([1, 2], pa.int64()), f">={10**30}"), (pa.array([1, 2], pa.date32()), "tomorrow"),
+])
+def test_what_cannot_be_compared_is_one_clear_line(tmp_path: Path, values: pa.Array, wanted: str) -> None:
+    pq.write_table(pa.table({"text": ["one", "two"], "at": values}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"data.filters.at=.*: cannot be compared with .* in a.parquet") as caught:
+        source_of(tmp_path / "a.parquet", {"at": wanted})
+    assert "\n" not in str(caught.value)
+
+
 def test_filters_stand_in_the_plan(path: Path) -> None:
     settings = {"source": str(path), "lanes": 2}
     plain = TextData(TextDataSettings(**settings), seed=1).plan()
