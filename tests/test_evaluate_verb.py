@@ -89,6 +89,8 @@ def test_evaluate_refuses(arguments, words, genscale, trained):
     assert all(word in message for word in words), message
 
 
-def test_tasks_without_the_harness_say_what_to_install(genscale, trained, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)  # what an import finds where it is not installed
-    assert "pip install 'genscale[eval]'" in genscale("evaluate", trained, "--tasks", "hellaswag").message()
+def test_tasks_without_the_harness_say_what_to_install(genscale_process, trained):
+    # None is what an import finds where a package is not installed.
+    code = "import sys; sys.modules['lm_eval'] = None; from genscale.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = genscale_process("evaluate", trained, "--tasks", "hellaswag", command=(sys.executable, "-c", code))
+    assert "pip install 'genscale[eval]'" in done.message()

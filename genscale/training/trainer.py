@@ -123,7 +123,8 @@ class Trainer:
         totals: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
             draws = Draws(self.config.run.seed, phase.name, step, batch["sample"], processes.device)
-            batch = {key: value.to(processes.device, non_blocking=True) for key, value in batch.items() if key != "sample"}
+            batch = {key: value if key == "sample" else value.to(processes.device, non_blocking=True)
+                     for key, value in batch.items()}
             with engine.micro_batch(phase.network, last=index == len(batches) - 1):
                 with engine.forward_context():
                     terms = phase.loss(networks, batch, draws)
