@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -218,6 +219,21 @@ def test_workers_whose_launcher_was_killed_save_and_end(genscale, genscale_start
     done = genscale_process(*arguments)
     assert done.code == 0, done.err
     check_same(genscale, run, undisturbed(2))
+
+
+@pytest.mark.slow
+def test_a_rank_that_nobody_ends_says_that_the_other_is_gone(genscale_start, genscale_finish, config):
+    """Two processes without a launcher, as on two machines."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [genscale_start(*command_line(config, 1), **place, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+    wait_for(lambda: whole_lines(config.parent / "tiny") >= 13, ranks[0])
+    ranks[1].kill()
+    ended = genscale_finish(ranks[0], 60)
+    genscale_finish(ranks[1])
+    assert ended.code == 2 and "Traceback" not in ended.err, ended.err
+    assert ended.err.splitlines()[-1].startswith("error: another process of the run is gone"), ended.err
 
 
 @pytest.mark.slow

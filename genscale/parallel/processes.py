@@ -132,6 +132,12 @@ class HostCopy:
         return self._tensor.tolist()
 
 
+def lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because a process at its other end is gone (in the words of gloo and NCCL)."""
+    words = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "remote process exited")
+    return any(word in str(error) for word in words)
+
+
 def on_cpu() -> bool:
     """Whether this run computes on the CPU: no CUDA device here, or `accelerate launch --cpu` asked for it."""
     asked = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from genscale.objectives import FAMILIES
 from genscale.objectives.base import Objective
 from genscale.parallel.engine import Engine, named_state
 from genscale.parallel.launcher import clear_launch_environment
-from genscale.parallel.processes import Processes
+from genscale.parallel.processes import Processes, lost_peer
 from genscale.parallel.strategies import ParallelPlan, build_engine, plan_parallel
 from genscale.tracking.run_logging import setup_logging
 from genscale.training.checkpoints import Checkpoint
@@ -40,6 +41,8 @@ from genscale.training.run_folder import (
 from genscale.training.trainer import Trainer
 
 log = logging.getLogger("genscale")
+PATIENCE = 10.0
+"""Seconds that a process waits for its launcher to end it."""
 EXIT_INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
@@ -75,6 +78,13 @@ def train(config: Config) -> RunResult:
         processes.main_does(lambda: create_run_folder(folder))
         setup_logging(folder, processes.rank)
         return _train(config, processes, plan, shape, folder)
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        # The launcher knows which process ended and how: it says so, and ends this one.
+        time.sleep(PATIENCE)
+        raise UserError(f"another process of the run is gone ({folder}/logs may say why); start the run again, and it goes on "
+                        "from its latest checkpoint") from None
     finally:
         processes.close()
 
