@@ -22,7 +22,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from strategy_table import machine
 
 from genscale.data.cache_build import build, work_of
@@ -81,7 +80,6 @@ def contestants(plain: TextData, cached: TextData, arguments: argparse.Namespace
         "on the fly": lambda: blocks(plain, few),
         "from bins": lambda: blocks(cached, many),
         "from bins, with the ledger's fingerprint": lambda: blocks(cached, many, fingerprint),
-        "from bins, with xxh3 in its place": lambda: blocks(cached, many, lambda _, s: xxhash.xxh3_64_intdigest(s["tokens"])),
     }
 
 

@@ -143,17 +143,31 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
 
 def take_number(arguments: Sequence[str], flag: str, least: int) -> tuple[int | None, list[str]]:
     """Split `flag N` (or `flag=N`) from the settings. Raises UserError."""
-    rest, number, words = [], None, iter(arguments)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name != flag:
-            rest.append(word)
-            continue
-        value = value if equals else next(words, "")
+    values, rest = _take(arguments, flag)
+    for value in values:
         if not value.isdigit() or int(value) < least:
             raise UserError(f"{flag}: must be a whole number of at least {least}, not '{value}'")
-        number = int(value)
-    return number, rest
+    return int(values[-1]) if values else None, rest
+
+
+def take_text(arguments: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
+    """Split `flag VALUE` (or `flag=VALUE`) from the settings. Raises UserError."""
+    values, rest = _take(arguments, flag)
+    if any(not value or value.startswith("--") for value in values):
+        raise UserError(f"{flag}: needs a value, as in `{flag} VALUE`")
+    return values[-1] if values else None, rest
+
+
+def _take(arguments: Sequence[str], flag: str) -> tuple[list[str], list[str]]:
+    """The values of a flag (an empty one where it stands last without any), and the other words."""
+    values, rest, words = [], [], iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name == flag:
+            values.append(value if equals else next(words, ""))
+        else:
+            rest.append(word)
+    return values, rest
 
 
 def _config_files(arguments: Sequence[str]) -> list[str]:

@@ -12,14 +12,14 @@ from typing import Any
 from tqdm import tqdm
 
 from genscale.config import Config
-from genscale.config_parser import parse_config, take_number
+from genscale.config_parser import parse_config, take_number, take_text
 from genscale.errors import UserError
 from genscale.evaluation.validation import validate
 from genscale.objectives import FAMILIES
 from genscale.parallel.precision import autocast, native_precision
 from genscale.parallel.processes import on_cpu
 from genscale.training.checkpoints import Checkpoint
-from genscale.verbs.trained import Published, config_of, find_trained, load_weights, run_of, take_run, take_text
+from genscale.verbs.trained import Published, config_of, find_trained, load_weights, run_of, take_run
 
 USAGE = "genscale evaluate RUN [--step N] [--on SOURCE | --tasks A,B [--include_path DIR] [--limit N]]"
 DESCRIPTION = ("Validation metrics of a trained run, as one JSON object. RUN is a run folder (its latest "

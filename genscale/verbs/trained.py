@@ -1,5 +1,5 @@
 """What a finished (or running) run folder holds: its config, its tokenizer, the weights of a checkpoint; or what a Hugging
-Face folder holds of them. For sample and evaluate."""
+Face folder holds of them. For sample, evaluate and export."""
 
 from __future__ import annotations
 
@@ -113,20 +113,6 @@ def load_weights(objective: Objective, checkpoint: Checkpoint | Published) -> to
 def run_of(checkpoint: Checkpoint | Published) -> Path:
     """The run folder a checkpoint lies in; a Hugging Face folder keeps its tokenizer as one does."""
     return checkpoint.path if isinstance(checkpoint, Published) else checkpoint.path.resolve().parent.parent
-
-
-def take_text(arguments: list[str], flag: str) -> tuple[str | None, list[str]]:
-    """Split `flag VALUE` (or `flag=VALUE`) from the settings. Raises UserError."""
-    rest, text, words = [], None, iter(arguments)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name != flag:
-            rest.append(word)
-            continue
-        text = value if equals else next(words, "")
-        if not text or (not equals and text.startswith("--")):
-            raise UserError(f"{flag}: needs a value, as in `{flag} VALUE`")
-    return text, rest
 
 
 def take_run(arguments: list[str], usage: str) -> tuple[str, list[str]]:
