@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpt_step import OurSteps, blocks_of, huggingface_twin, train_with_transformers
+from gpt_step import blocks_of, huggingface_twin, train_with_transformers
+from our_step import OurSteps
 from report import circumstances, write
 
 from genscale.config import Config, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings

@@ -1,4 +1,4 @@
-"""One training step of a GPT as a call: ours, and that of transformers.Trainer with GPT2LMHeadModel of the same weights."""
+"""transformers.Trainer with GPT2LMHeadModel of our weights on our blocks, a step at a time."""
 
 from __future__ import annotations
 
@@ -17,43 +17,6 @@ from genscale.data.text import TextData
 from genscale.interop.architectures import config_json
 from genscale.interop.weights import write_weights
 from genscale.models.gpt import resolved
-from genscale.objectives import FAMILIES
-from genscale.objectives.base import Objective
-from genscale.parallel.processes import Processes
-from genscale.parallel.strategies import build_engine, plan_parallel
-from genscale.training.guards import StopSignal
-from genscale.training.optimizers import make_optimizer
-from genscale.training.trainer import StepReport, Trainer
-
-
-class OurSteps:
-    """What `genscale train` does in a step: StepLoader, LanguageModel, engine and Trainer.train_step; without hooks."""
-
-    def __init__(self, config: Config) -> None:
-        plan = plan_parallel(config.parallel, config.train.precision)
-        self.precision = config.train.precision = plan.precision
-        batch = config.train.global_batch_size
-        micro = config.train.micro_batch_size or batch
-        self.data = TextData(config.data, config.run.seed)
-        self.objective: Objective = FAMILIES["gpt"].build_objective(config, self.data)
-        self.parameters = self.objective.networks["gpt"].parameter_count()
-        self.processes = Processes(need_group=plan.needs_group)
-        engine = build_engine(plan, self.processes, config.parallel, plan.precision, config.train.clip, micro, batch // micro)
-        engine.prepare(self.objective.networks, lambda module: make_optimizer(module, config.optimizer),
-                       {"gpt": self.objective.initial_weights("gpt")})
-        self.loader = StepLoader(self.data, global_batch_size=batch, micro_batch_size=micro, rank=0, world_size=1,
-                                 workers=config.data.workers, prefetch_steps=config.data.prefetch_steps,
-                                 pin_memory=self.processes.device.type == "cuda")
-        self._trainer = Trainer(config, self.objective, engine, self.loader, hooks=[], last_good=lambda: "none")
-        self._stop, self._step = StopSignal(), 0
-
-    def __call__(self) -> StepReport:
-        self._step += 1
-        return self._trainer.train_step(self._step, self._stop)
-
-    def close(self) -> None:
-        self.loader.close()
-        self.processes.close()
 
 
 def blocks_of(config: Config, count: int) -> list[Tensor]:

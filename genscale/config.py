@@ -48,6 +48,18 @@ class TrainSettings:
     """Largest global gradient norm; larger gradients are scaled down to it (0 = no clipping)."""
     log_every: PositiveInt = 10
     """Steps between logged metrics."""
+    ema_half_life: NonNegativeFloat = 0
+    """Samples after which an average of the weights has forgotten half; samples and evaluations are made with the average
+    (0 = no average)."""
+    ema_ramp_up: ClosedUnitInterval = 0.05
+    """The half-life is at most this share of the samples seen so far, so that a young average is not stale (0 = no limit)."""
+    collapse: Literal["ignore", "stop", "restore"] = "ignore"
+    """When the validation loss of `collapse_patience` evaluations in a row is above `collapse_factor` times the best: stop the
+    run, or restore the averaged weights of the best checkpoint and go on."""
+    collapse_factor: PositiveFloat = 3.0
+    """See `collapse`."""
+    collapse_patience: PositiveInt = 2
+    """See `collapse`."""
     evaluate_every: NonNegativeInt = 0
     """Steps between evaluations on the validation set (0 = only after the last step)."""
     sample_every: NonNegativeInt = 0
@@ -70,6 +82,8 @@ class OptimizerSettings:
     rest, or sgd (with momentum)."""
     lr: PositiveFloat = 3e-4
     """Peak learning rate (muon's updates are scaled to the size of adamw's, so that one rate serves both)."""
+    lr_of: dict[str, PositiveFloat] = field(default_factory=dict)
+    """Peak learning rate of single networks by name, as {discriminator: 4e-4}; the others have `lr`."""
     betas: tuple[ClosedUnitInterval, ClosedUnitInterval] = (0.9, 0.95)
     """AdamW: decay rates of the two moments."""
     eps: PositiveFloat = 1e-8
@@ -128,11 +142,12 @@ class TrackingSettings:
 
 @dataclass
 class Config:
-    """A whole run. `model` and `data` hold the family's own settings dataclasses."""
+    """A whole run. `model`, `data` and `objective` hold the family's own settings dataclasses."""
 
     run: RunSettings = field(default_factory=RunSettings)
     model: Any = None
     data: Any = None
+    objective: Any = None
     train: TrainSettings = field(default_factory=TrainSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
@@ -141,9 +156,9 @@ class Config:
 
 
 MAY_CHANGE_AT_RESUME = ("run.", "parallel.", "tracking.", "train.log_every", "train.evaluate_every", "train.sample_every",
-                        "train.checkpoint_", "train.micro_batch_size", "train.steps", "train.profile", "data.workers",
-                        "data.prefetch_steps", "data.cache", "model.loss_chunk")
+                        "train.checkpoint_", "train.micro_batch_size", "train.steps", "train.profile", "train.collapse",
+                        "data.workers", "data.prefetch_steps", "data.cache", "model.loss_chunk")
 """Key prefixes that do not change what is computed (`train.steps` may grow or shrink; the schedule then follows the
-new value)."""
+new value; `train.collapse` decides about the evaluations to come)."""
 # run.seed changes what is computed although it stands under "run.".
 MUST_NOT_CHANGE_AT_RESUME = ("run.seed",)

@@ -98,10 +98,13 @@ def config_parser(families: Families, family: str, prog: str = "genscale train",
     """The parser of one family: --config FILE, --print_config and a flag for every setting of every section."""
     parser = RunParser(prog, description)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of a run; flags after it override it.")
-    sections = {"run": COMMON_SECTIONS["run"], "model": families[family].model_settings, "data": families[family].data_settings,
+    chosen = families[family]
+    sections = {"run": COMMON_SECTIONS["run"], "model": chosen.model_settings, "data": chosen.data_settings,
+                "objective": chosen.objective_settings,
                 **{name: section for name, section in COMMON_SECTIONS.items() if name != "run"}}
     for name, section in sections.items():
-        parser.add_class_arguments(section, name)
+        if dataclasses.fields(section):
+            parser.add_class_arguments(section, name)
     return parser
 
 
@@ -114,8 +117,9 @@ def parse_config(families: Families, arguments: Sequence[str], prog: str = "gens
         _check_keys(_read_yaml(file), known, where=f" in {file}")
     _check_flags(arguments, known)
     built = parser.instantiate(parse(parser, arguments))
-    config = Config(**{name: getattr(built, name) for name in Config.__dataclass_fields__})
-    for name in ("model", "data", *COMMON_SECTIONS):
+    # A family without settings of its objective has no such section.
+    config = Config(**{name: getattr(built, name, None) for name in Config.__dataclass_fields__})
+    for name in ("model", "data", *(["objective"] if config.objective else []), *COMMON_SECTIONS):
         _check_values(getattr(config, name), f"{name}.")
     return config
 
@@ -129,8 +133,25 @@ def parse_settings(settings: type, arguments: Sequence[str], prog: str, descript
     """An instance of one settings dataclass from its flags (for verbs that are not about a run's config). Raises UserError."""
     parser = RunParser(prog, description)
     parser.add_class_arguments(settings)
+    arguments = [re.sub("(?<!^)(?<!^-)-", "_", flag) + equals + value if flag.startswith("--") else word
+                 for word, (flag, equals, value) in ((word, word.partition("=")) for word in arguments)]
+    switches = {f"--{name}" for name, kind in get_type_hints(settings).items() if kind is bool}
+    following = [*arguments[1:], "--"]
+    arguments = [f"{word}=true" if word in switches and after.startswith("--") else word
+                 for word, after in zip(arguments, following, strict=False)]
     _check_flags(arguments, parser.keys())
     return settings(**vars(parser.instantiate(parse(parser, arguments))))
+
+
+def split_flags(arguments: Sequence[str], belongs: Callable[[str], bool]) -> tuple[list[str], list[str]]:
+    """The flags whose name (without dashes) `belongs`, with their values, and the other words."""
+    own, rest = [], []
+    chosen = rest
+    for word in arguments:
+        if word.startswith("--"):
+            chosen = own if belongs(word[2:].partition("=")[0]) else rest
+        chosen.append(word)
+    return own, rest
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Any:

@@ -110,6 +110,7 @@ def test_a_missing_config_names_the_nearest(refuse, tiny_config):
     (["--train.precision", "fp16", "--parallel.strategy", "fsdp2"], ["train.precision", "fp16", "fsdp2", "bf16"]),
     (["--parallel.offload", "cpu"], ["parallel.offload", "cpu", "needs ZeRO", "single", "zero1"]),
     (["--parallel.offload", "cpu", "--parallel.strategy", "fsdp2"], ["parallel.offload", "fsdp2", "zero1"]),
+    (["--optimizer.lr_of", '{"generator": 1e-3}'], ["optimizer.lr_of", "generator", "networks are gpt"]),
     (["--parallel.strategy", "zero2", "--optimizer.name", "muon"], ["optimizer.name", "muon", "zero2", "fsdp2"]),
 ])  # fmt: skip
 def test_settings_that_exclude_each_other(arguments, words, refuse):

@@ -14,6 +14,8 @@ import pytest
 from genscale import __version__
 from genscale.cli import VERBS
 from genscale.config_parser import COMMON_SECTIONS, as_key
+from genscale.evaluation.image_sampling import ImageSampling
+from genscale.evaluation.image_scores import ImageScoring
 from genscale.evaluation.samplers import TextSampling
 from genscale.objectives import FAMILIES
 from genscale.verbs.export import ExportSettings
@@ -51,7 +53,8 @@ def test_help_of_train_lists_every_setting_with_meaning_type_and_default(genscal
 
 
 @pytest.mark.parametrize(("words", "settings"), [
-    (["sample"], TextSampling), (["export"], ExportSettings), (["tokenizer"], TokenizerSettings),
+    (["sample"], TextSampling), (["sample"], ImageSampling), (["evaluate"], ImageScoring),
+    (["export"], ExportSettings), (["tokenizer"], TokenizerSettings),
     (["tokenizer", "train"], TokenizerSettings),
 ])  # fmt: skip
 def test_help_of_a_verb_lists_every_setting(words, settings, genscale):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PACKAGE_OF = {"yaml": "pyyaml"}
+PACKAGE_OF = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn"}
 # Imported only where the user chose it, or only when present.
 OPTIONAL = {"tensorboard", "transformers", "torchao", "lm_eval"}
 

@@ -8,13 +8,24 @@ import numpy as np
 import pytest
 import torch
 
-from genscale.rng import Draws, numpy_generator, permutation, torch_generator
+from genscale.rng import Draws, numpy_generator, permutation, philox, torch_generator
 
 GLOBAL = 24
 
 
 def draws(samples: torch.Tensor, seed: int = 7, scope: str = "generator", step: int = 3) -> Draws:
     return Draws(seed, scope, step, samples)
+
+
+@pytest.mark.parametrize(("counter", "key", "answer"), [
+    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+])
+def test_philox_gives_the_published_answers(counter: str, key: str, answer: str) -> None:
+    """Known answers of Random123, the authors' library."""
+    words = [[int(word, 16) for word in text.split()] for text in (counter, key, answer)]
+    assert philox(tuple(words[1]), np.array(words[0], np.uint64)).tolist() == words[2]
 
 
 @pytest.mark.parametrize("kind", ["normal", "uniform"])

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, ClassVar
 
 from genscale.errors import UserError, nearest
 
@@ -54,6 +54,7 @@ class Spec:
     messages: str | None = None
     shortest: int = 0
     longest: int | None = None
+    local_advice: ClassVar[str] = "give the path of a local file or folder (.txt, .jsonl, .parquet), or python-docs"
 
     def setting(self, name: str) -> str:
         """Full key of another setting of the same entry."""

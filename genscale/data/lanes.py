@@ -26,6 +26,10 @@ class Data(ABC):
         """Endless samples of one lane, each with the (small, JSON) cursor that continues right after it; from the
         start, or from a cursor."""
 
+    def cursor_at(self, position: int) -> Cursor | None:
+        """The cursor of a lane after its first `position` samples, where that can be told without reading them."""
+        return None
+
     @abstractmethod
     def validation(self) -> list[Sample]:
         """The fixed validation set, in a fixed order."""

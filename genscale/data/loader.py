@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from genscale.data.lanes import Data
 from genscale.data.order import DIGEST_MODULUS, Cursors, Part, Share, furthest, merge_states, read_parts
+from genscale.data.worker_logs import Logs
 from genscale.errors import UserError
 
 __all__ = ["StepLoader", "merge_states"]
@@ -220,7 +221,7 @@ class _Processes(_Transport):
         self._stopping, self._stop = context.Pipe(duplex=False)
         loader = DataLoader(_Stream(data, share, batch, cursors), batch_size=None, num_workers=share.workers,
                             prefetch_factor=prefetch_steps, collate_fn=_as_is,
-                            worker_init_fn=partial(_start_worker, self._stopping),
+                            worker_init_fn=partial(_start_worker, self._stopping, Logs.here()),
                             multiprocessing_context=context,
                             # DataLoader draws a seed for its workers: not from the generator that the run's numbers come from.
                             generator=torch.Generator())
@@ -269,12 +270,13 @@ def _interrupts_ignored() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def _start_worker(stop: Connection, worker: int) -> None:
+def _start_worker(stop: Connection, logs: Logs, worker: int) -> None:
     """(torch has already limited the worker to one thread.)"""
     # torch has installed handlers of its own by now.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    logs.follow()
     threading.Thread(target=_follow_parent, daemon=True).start()
     threading.Thread(target=_close_on, args=(stop, get_worker_info().dataset), daemon=True).start()
 

@@ -36,7 +36,6 @@ WEB = {"block_size": 2 * CHUNK, "cache_type": "blockcache", "cache_options": {"m
 for; fsspec's own cache forgets what lies behind, and would fetch every byte eleven times."""
 STREAM = {"block_size": 0}
 """The same from a server that gives no parts of a file: from front to back."""
-LOCAL_ADVICE = "give the path of a local file or folder (.txt, .jsonl, .parquet), or python-docs"
 
 
 def is_url(name: str) -> bool:
@@ -105,11 +104,12 @@ def _parquet_columns(path: str) -> list[str]:
 
     if not is_url(path):
         return pyarrow.parquet.read_schema(path).names
-    with _open_url(path, "rb") as file:
+    with open_url(path, "rb") as file:
         return pyarrow.parquet.read_schema(file).names
 
 
-def _open_url(url: str, mode: str, ranges: bool = True, **options: Any) -> Any:
+def open_url(url: str, mode: str, ranges: bool = True, **options: Any) -> Any:
+    """The file at a URL, to be entered with `with`; without `ranges` it is read from front to back."""
     import fsspec
 
     # Proxies are those that the environment names.
@@ -119,7 +119,7 @@ def _open_url(url: str, mode: str, ranges: bool = True, **options: Any) -> Any:
 def _plain_text(url: str, document: str, ranges: bool) -> Iterator[dict[str, str]]:
     """The rows that `datasets` makes of a text file. Its own way to open one passes the encoding on to the web client, which
     knows no such option."""
-    with _open_url(url, "rt", ranges, encoding="utf-8") as file:
+    with open_url(url, "rt", ranges, encoding="utf-8") as file:
         if document == "file":
             yield {"text": file.read()}
         elif document == "line":
@@ -148,7 +148,7 @@ def open_hub(spec: Spec) -> Any:
         raise UserError(f"{spec.setting(setting)}={value}: {spec.key}={spec.name}: {error}") from None
     except Exception as error:
         raise UserError(f"{spec.key}={spec.name}: the hub dataset cannot be opened ({type(error).__name__}: {error}); "
-                        f"{LOCAL_ADVICE}") from None
+                        f"{spec.local_advice}") from None
 
 
 def hub_revision(spec: Spec) -> str:
@@ -165,13 +165,13 @@ def hub_revision(spec: Spec) -> str:
         return HfApi().dataset_info(spec.name, timeout=HUB_SECONDS).sha
     except GatedRepoError:
         raise UserError(f"{where} access to this hub dataset must be granted; accept its terms on the hub and set HF_TOKEN, "
-                        f"or {LOCAL_ADVICE}") from None
+                        f"or {spec.local_advice}") from None
     except RepositoryNotFoundError:
         raise UserError(f"{where} no such dataset on the Hugging Face hub (a private one needs HF_TOKEN); "
-                        f"{LOCAL_ADVICE}") from None
+                        f"{spec.local_advice}") from None
     except Exception as error:  # each transport of the hub client has exceptions of its own
         raise UserError(f"{where} the Hugging Face hub cannot be reached ({type(error).__name__}; is HF_HUB_OFFLINE set, "
-                        f"or the network down?); {LOCAL_ADVICE}") from None
+                        f"or the network down?); {spec.local_advice}") from None
 
 
 def ask_urls(spec: Spec, urls: Sequence[str]) -> list[tuple[int, bool]]:

@@ -69,7 +69,7 @@ def fingerprint(g: int, sample: Sample) -> int:
 
 
 class LaneReader:
-    """Global samples by number, in increasing order; a lane's samples that belong to others are read past."""
+    """Global samples by number, in increasing order; a lane's samples that belong to others are stepped over, or read."""
 
     def __init__(self, data: Data, cursors: Cursors) -> None:
         self._data, self._start = data, cursors
@@ -85,6 +85,9 @@ class LaneReader:
             self._positions[lane] = start["position"]
         if self._positions[lane] > position:
             raise RuntimeError(f"lane {lane} was read to {self._positions[lane]}, past sample {g} at {position}")
+        skipped = self._data.cursor_at(position) if self._positions[lane] < position else None
+        if skipped is not None:
+            self._lanes[lane], self._positions[lane] = self._data.open_lane(lane, skipped), position
         while self._positions[lane] <= position:
             sample, cursor = next(self._lanes[lane])
             self._positions[lane] += 1

@@ -27,7 +27,7 @@ from genscale.data.opening import (
 )
 from genscale.errors import UserError, nearest
 
-__all__ = ["Shard", "Spec", "TableShard", "TopicsShard", "find_shards", "known_size"]
+__all__ = ["Shard", "Spec", "TableShard", "TopicsShard", "damaged", "find_shards", "known_size", "split"]
 
 
 ROWS = 64
@@ -94,11 +94,15 @@ class TableShard(Shard):
             wanted = max(start - first, 0)
             wanted += (residue - first - wanted) % modulus
             if wanted < len(table):
-                texts = documents(table, self.spec, self.name, first, wanted, modulus)
+                texts = self.documents(table, first, wanted, modulus)
                 for row, text in zip(range(wanted, len(table), modulus), texts, strict=True):
                     if text is not None:
                         yield first + row, text
             first += len(table)
+
+    def documents(self, table: Any, first: int, start: int, step: int) -> list[Any]:
+        """What the rows `start::step` of a table hold; None for one to leave out. `first` is the number of its first row."""
+        return documents(table, self.spec, self.name, first, start, step)
 
     def _tables(self) -> Iterator[Any]:
         """The rows, an Arrow table at a time."""
@@ -109,7 +113,7 @@ class TableShard(Shard):
         except StopIteration:
             return  # leaks from `datasets` where a .jsonl has no line
         except Exception as error:
-            raise _damaged(self, error) from None
+            raise damaged(self, error) from None
 
     def open(self) -> Any:
         """The `datasets` stream that this is a part of."""
@@ -123,7 +127,7 @@ class TableShard(Shard):
         return stream.shard(num_shards=count, index=index)
 
 
-def _damaged(shard: TableShard, error: Exception) -> Exception:
+def damaged(shard: TableShard, error: Exception) -> Exception:
     """What reading the shard failed of, as the user's mistake where it can be one, or the error itself."""
     import aiohttp
     import datasets
@@ -161,7 +165,7 @@ def find_shards(spec: Spec, at_least: int) -> list[Shard]:
                   for shard in find_shards(replace(spec, name=name, locations=()), at_least=1)]
     if len(shards) >= at_least:
         return shards
-    return [part for shard in shards for part in _split(shard, at_least)]
+    return [part for shard in shards for part in split(shard, at_least)]
 
 
 def _url_shards(spec: Spec, urls: Sequence[str]) -> list[Shard]:
@@ -204,7 +208,7 @@ def _local_shards(spec: Spec, path: Path) -> list[Shard]:
     return [TableShard(name, sizes[names[name]], spec, str(names[name])) for name in sorted(names)]
 
 
-def _split(shard: Shard, at_least: int) -> list[Shard]:
+def split(shard: Shard, at_least: int) -> list[Shard]:
     """A shard in the parts that `datasets` can open by themselves: a hub dataset's files, a parquet file's row groups."""
     if not isinstance(shard, TableShard) or (shard.path is not None and not is_plain_parquet(shard.path)):
         return [shard]
@@ -216,7 +220,7 @@ def _split(shard: Shard, at_least: int) -> list[Shard]:
     except UserError:
         raise
     except Exception as error:
-        raise _damaged(shard, error) from None
+        raise damaged(shard, error) from None
     return [replace(shard, name=f"{shard.name}#{i}" if count > 1 else shard.name, size=shard.size // count, part=(i, count))
             for i in range(count)]
 

@@ -39,7 +39,12 @@ class StreamSource(Source):
         fraction: share of the documents to hold out.
         window: documents shuffled together.
         spec, seed, lanes: the source's name for messages, the key of the order, the number of lanes.
+
+    Attributes:
+        unit, advice: what a shard is made of, and what to do where a lane gets none of it, for messages.
     """
+
+    unit, advice = "document", "fewer data.lanes, or a smaller data.document"
 
     def __init__(self, shards: Sequence[Shard], fraction: float, window: int, spec: Spec, seed: int, lanes: int) -> None:
         self._shards, self._window, self._spec, self._seed, self._lanes = list(shards), window, spec, seed, lanes
@@ -98,7 +103,7 @@ class StreamSource(Source):
             empty += number == 0
             if empty == 2:  # the shares of one epoch may miss a lane by chance
                 raise UserError(f"data.lanes={self._lanes}: lane {lane} of {self._spec.key}={self._spec.name} gets no "
-                                "document; set fewer data.lanes, or a smaller data.document")
+                                f"{self.unit}; set {self.advice}")
             place = {"epoch": epoch + 1, "part": 0, "row": 0, "window": 0, "document": 0, "piece": 0}
 
     def _documents(self, documents: list[Row], at: Place, start: tuple[int, int], finished: list[tuple[Part, int]]) -> Window:

@@ -11,7 +11,8 @@ from typing import Any
 
 from genscale.errors import UserError
 from genscale.evaluation.generation import stream_texts
-from genscale.objectives.base import Objective
+from genscale.evaluation.image_sampling import ImageSampling, sample_images
+from genscale.evaluation.trained_run import TrainedRun
 
 
 @dataclass
@@ -36,13 +37,13 @@ class TextSampling:
     """Texts to write (with prompts: for each)."""
 
 
-def sample_gpt(objective: Objective, settings: TextSampling) -> None:
+def sample_gpt(run: TrainedRun, settings: TextSampling) -> None:
     """Print the texts as they are drawn, each under a rule where there are several; the speed goes to stderr.
 
     Raises:
         UserError: a setting out of range, or prompts that cannot be read.
     """
-    prompts = _prompts(settings)
+    prompts, objective = _prompts(settings), run.objective
     started, shown, drawn, total = time.perf_counter(), -1, 0, len(prompts) * settings.count
     for piece in stream_texts(objective.networks["gpt"], objective.tokenizer, prompts, tokens=settings.tokens,
                               temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p,
@@ -78,7 +79,8 @@ class Sampler:
     """A family's settings dataclass (flags of the verb) and what to do with them."""
 
     settings: type
-    run: Callable[[Objective, Any], None]
+    run: Callable[[TrainedRun, Any], None]
 
 
-SAMPLERS = {"gpt": Sampler(TextSampling, sample_gpt)}
+IMAGES = Sampler(ImageSampling, sample_images)
+SAMPLERS = {"gpt": Sampler(TextSampling, sample_gpt), "dcgan": IMAGES, "vae": IMAGES, "vae_gan": IMAGES}

@@ -9,12 +9,19 @@ _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, the increment of 
 _FIRST, _SECOND = -4658895280553007687, -7723592293110705685  # its two multipliers, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
-def _mixed(z: Tensor) -> Tensor:
+def mixed_words(z: Tensor) -> Tensor:
     """SplitMix64's finaliser (Steele et al. 2014, "Fast splittable pseudorandom number generators"), element by element."""
     # torch shifts int64 with its sign: the copies of the sign bit are masked away.
     z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * _FIRST
     z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * _SECOND
     return z ^ ((z >> 31) & 0x1FFFFFFFF)
+
+
+def random_words(keys: Tensor, stream: int, count: int) -> Tensor:
+    """Uniform int16 `(batch, count)`, a function of each sample's key `(batch,)` int64 and the stream alone."""
+    words = torch.arange(1, -(-count // 4) + 1, device=keys.device, dtype=torch.int64) * _GOLDEN
+    # Each 64-bit word of the counter-based stream gives four.
+    return mixed_words(mixed_words(keys ^ (stream + 1))[:, None] + words).view(torch.int16)[:, :count]
 
 
 def dropped(x: Tensor, keys: Tensor, stream: int, share: float) -> Tensor:
@@ -26,10 +33,6 @@ def dropped(x: Tensor, keys: Tensor, stream: int, share: float) -> Tensor:
         stream: tells the places in a network apart that drop.
         share: of the elements, in steps of 1/65536.
     """
-    count = x[0].numel()
-    words = torch.arange(1, -(-count // 4) + 1, device=x.device, dtype=torch.int64) * _GOLDEN
-    # Each 64-bit word of the counter-based stream decides for four elements.
-    bits = _mixed(_mixed(keys ^ (stream + 1))[:, None] + words).view(torch.int16)[:, :count]
     threshold = round(share * 2**16)
-    kept = (bits >= threshold - 2**15).view(x.shape)
+    kept = (random_words(keys, stream, x[0].numel()) >= threshold - 2**15).view(x.shape)
     return x * kept * (1 / (1 - threshold / 2**16))

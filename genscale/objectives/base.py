@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +32,8 @@ class Phase:
         count: number of units in a micro-batch that the sums run over (valid tokens, or samples).
         repeats: how many times in a step it runs, each on a global batch of its own.
         every: runs only in steps divisible by this (lazy regularisation).
+        second_order: takes gradients of gradients (gradient penalties): computed in fp32, on the plain modules.
+        statistics: names among the terms that are logged and are no part of the loss.
     """
 
     name: str
@@ -39,20 +42,33 @@ class Phase:
     count: Callable[[Batch], int]
     repeats: int = 1
     every: int = 1
+    second_order: bool = False
+    statistics: frozenset[str] = frozenset()
 
 
 class Objective(ABC):
-    """What a step minimises. Subclasses hold plain modules; they know nothing of ranks, wrappers or optimizers."""
+    """What a step minimises. Subclasses hold plain modules; they know nothing of ranks, wrappers or optimizers.
+
+    Attributes:
+        unit, units_per_sample: the clock shown beside steps, and how much of it a sample is.
+        loss_unit: of `summarise`'s `loss`, for the plot.
+        averaged: networks that samples are made with: `train.ema_half_life` averages their weights.
+        couples_samples: a loss depends on which samples share a micro-batch (batch normalisation, packing): the number of
+            micro-batches in a step is then part of the run.
+    """
 
     networks: dict[str, nn.Module]
     phases: Sequence[Phase]
-    unit: str = "samples"  # the clock shown beside steps: what `units_per_sample` counts
+    unit: str = "samples"
     units_per_sample: int = 1
+    loss_unit: str = "nats per token"
+    averaged: Sequence[str] = ()
+    couples_samples: bool = False
 
     @abstractmethod
     def initial_weights(self, name: str) -> Callable[[str], Tensor]:
-        """Reads a network's initial weights: a parameter's name to its full value, fp32 on the CPU. Networks may stand on the
-        meta device; whoever holds a part of them asks for the tensors one at a time."""
+        """Reads a network's initial weights: the name of a parameter or persistent buffer to its full value, fp32 on the CPU.
+        Networks may stand on the meta device; whoever holds a part of them asks for the tensors one at a time."""
 
     def flops_per_unit(self) -> int | None:
         """Floating-point operations of forward and backward for one unit, or None where that is not known."""
@@ -60,11 +76,14 @@ class Objective(ABC):
 
     @abstractmethod
     def evaluate(self, networks: Networks, batch: Batch) -> Terms:
-        """Sums over one batch of the validation set (fp32 or fp64 scalars); added up over all batches and ranks."""
+        """Sums over one batch of the validation set (fp32 or fp64 scalars), added up over all batches and ranks; and values by
+        sample, `(batch, ...)`, which are joined in the order of the samples. The batch holds `sample`, int64 `(batch,)`: the
+        samples' numbers in the validation set, to address draws by."""
 
     @abstractmethod
-    def summarise(self, totals: Mapping[str, float]) -> dict[str, float]:
-        """Metrics from the totals of `evaluate`. Must hold `loss`, by which the best checkpoint is chosen (lower is better)."""
+    def summarise(self, totals: Mapping[str, Any]) -> dict[str, float]:
+        """Metrics from the totals of `evaluate`: a float where it gave sums, a fp32 tensor `(samples, ...)` on the CPU where it
+        gave values by sample. Must hold `loss`, by which the best checkpoint is chosen (lower is better)."""
 
     def save_assets(self, folder: Path) -> None:
         """Write what `Family.restore` needs besides weights and config (a tokenizer) to the run folder."""
@@ -73,8 +92,14 @@ class Objective(ABC):
         """Point the config at the assets of the run folder, for evaluating the trained run on other data."""
 
     @abstractmethod
-    def preview(self, networks: Networks, seed: int, device: torch.device) -> str:
-        """A small sample to log. Runs on every rank alike (a sharded forward is collective)."""
+    def preview(self, networks: Networks, seed: int, device: torch.device) -> str | np.ndarray:
+        """A small sample to log: text, or a picture, uint8 `(height, width, 3)`. Runs on every rank alike (a sharded forward is
+        collective)."""
+
+
+@dataclass
+class NoSettings:
+    """A family whose objective leaves nothing to choose."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +107,11 @@ class Family:
     """A registry entry: what `model.family` selects.
 
     Attributes:
-        model_settings, data_settings: the dataclasses behind the `model` and `data` sections.
+        model_settings, data_settings, objective_settings: the dataclasses behind the `model`, `data` and `objective` sections.
         build_data: (data settings, seed) -> data.
         validation: (data settings, seed) -> the validation samples; of what is trained on, no more is opened than they need.
         build_objective: (config, data) -> objective; networks on the meta device or anywhere. Raises UserError.
+        restore: (config, run folder) -> the objective of a trained run, without its data.
     """
 
     model_settings: type
@@ -94,3 +120,4 @@ class Family:
     validation: Callable[[Any, int], list[Sample]]
     build_objective: Callable[[Any, Any], Objective]
     restore: Callable[[Any, Path], Objective]
+    objective_settings: type = NoSettings

@@ -46,6 +46,7 @@ class LanguageModel(Objective):
     """
 
     unit = "tokens"
+    averaged = ("gpt",)
 
     def __init__(self, network: GPT, tokenizer: Tokenizer, sequence_length: int, *, separate_documents: bool = False,
                  weights: Callable[[str], Tensor] | None = None) -> None:

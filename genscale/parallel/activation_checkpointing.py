@@ -7,6 +7,7 @@ sublinear memory cost"). selective: the results of matrix products and attention
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from genscale.models.recomputation import recomputing
 
 aten = torch.ops.aten
 KEPT_OPERATIONS = {
@@ -42,7 +45,39 @@ def checkpoint_activations(blocks: list[nn.Module], mode: str) -> None:
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_costly)
     for block in blocks:
-        block.forward = _checkpointed(block.forward, options)  # type: ignore[method-assign]
+        own = dict(options)
+        # Only for those that ask: torch.compile takes no context but a selective one.
+        if any(hasattr(layer, "update_statistics") for layer in block.modules()):
+            own["context_fn"] = partial(_contexts, options.get("context_fn", _no_contexts))
+        block.forward = _checkpointed(block.forward, own)  # type: ignore[method-assign]
+
+
+Contexts = tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]
+
+
+def _no_contexts() -> Contexts:
+    return contextlib.nullcontext(), contextlib.nullcontext()
+
+
+def _contexts(make: Callable[[], Contexts]) -> Contexts:
+    """Contexts of forward and recomputation, in the latter of which the layers know that it is one."""
+    forward, backward = make()
+    return forward, _Recomputation(backward)
+
+
+class _Recomputation:
+    """Entered anew by every backward through the block: a gradient penalty takes two."""
+
+    def __init__(self, context: contextlib.AbstractContextManager) -> None:
+        self._context = context
+
+    def __enter__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(self._context)
+        self._stack.enter_context(recomputing())
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
 
 def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:

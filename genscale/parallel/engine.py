@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from genscale.config import ParallelSettings
 from genscale.parallel.activation_checkpointing import checkpoint_activations
+from genscale.parallel.averages import Average
 from genscale.parallel.materialise import Read, named_state
 from genscale.parallel.precision import use_float8
 from genscale.parallel.processes import Processes
@@ -50,7 +51,12 @@ class Engine(ABC):
         precision: fp32, bf16, fp16 or fp8.
         clip: largest global gradient norm (0 = no clipping).
         micro_batch_size, accumulation: of a step, for the strategies that want to know.
+
+    Attributes:
+        whole_weights: every process holds every weight, so that a module can be called and differentiated by itself.
     """
+
+    whole_weights = True
 
     def __init__(self, processes: Processes, settings: ParallelSettings, precision: str, clip: float,
                  micro_batch_size: int, accumulation: int) -> None:
@@ -59,17 +65,23 @@ class Engine(ABC):
         self.networks: dict[str, nn.Module] = {}  # to call
         self.modules: dict[str, nn.Module] = {}  # the plain modules inside
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.averages: dict[str, Average] = {}
+        self._second_order = False
 
     def prepare(self, networks: Mapping[str, nn.Module], make_optimizer: MakeOptimizer,
-                weights: Mapping[str, Read] | None = None) -> None:
+                weights: Mapping[str, Read] | None = None, averaged: Iterable[str] = ()) -> None:
         """Give every network its weights, wrap it, and build its optimizer.
 
         Args:
             networks: on the meta device, or (small ones) materialised on the CPU.
             weights: by network, what gives each tensor in full; a sharded network keeps no more of it than its shard. None:
                 the networks, on the CPU, have their weights already.
+            averaged: the networks to keep an average of; it begins as the weights.
         """
         for name, module in networks.items():
+            if self.processes.world_size > 1:
+                for layer in layers_with(module, "sum_over_processes"):
+                    layer.sum_over_processes = self.processes.sum
             blocks = blocks_of(module)
             if self.precision == "fp8":
                 use_float8(blocks)
@@ -83,6 +95,8 @@ class Engine(ABC):
             self._wrap(name, module, make_optimizer, read)
             if read is not None:
                 self._restore_rounded(name, read)
+        for name in averaged:
+            self.averages[name] = self._make_average(name)
 
     @abstractmethod
     def _wrap(self, name: str, module: nn.Module, make_optimizer: MakeOptimizer, read: Read | None) -> None:
@@ -91,19 +105,37 @@ class Engine(ABC):
     def _restore_rounded(self, name: str, read: Read) -> None:
         """Set what rounding lost when the network was wrapped; nothing to do where weights stay fp32."""
 
+    @abstractmethod
+    def _make_average(self, name: str) -> Average:
+        """An average that begins as the network's weights."""
+
     def view(self, trained: str | None) -> dict[str, nn.Module]:
         """The networks a phase calls: the trained one wrapped, the frozen ones plain (their gradients are nobody's
-        business)."""
-        return {name: self.networks[name] if name == trained else self.modules[name] for name in self.networks}
+        business). In a phase of the second order all are plain: wrappers take the first backward for the only one."""
+        wrapped = {name for name in self.networks if name == trained and not self._second_order}
+        return {name: self.networks[name] if name in wrapped else self.modules[name] for name in self.networks}
 
-    def train_only(self, name: str | None) -> None:
-        """Freeze every network but one; None thaws them all."""
+    def train_only(self, name: str | None, second_order: bool = False) -> None:
+        """Freeze every network but one, running statistics included; None thaws them all.
+
+        Args:
+            second_order: the phase takes gradients of gradients.
+        """
+        self._second_order = second_order
         if len(self.modules) > 1:
             for other, module in self.modules.items():
                 module.requires_grad_(name in (None, other))
+                for layer in layers_with(module, "update_statistics"):
+                    layer.update_statistics = name in (None, other)
+
+    def begin_update(self, name: str) -> None:
+        """An update of the network is about to be made: what goes with an update, not with a forward, is now due."""
+        for layer in layers_with(self.modules[name], "begin_update"):
+            layer.begin_update()
 
     def forward_context(self) -> contextlib.AbstractContextManager:
-        """The context of every forward (autocast where the strategy keeps fp32 weights)."""
+        """The context of every forward (autocast where the strategy keeps fp32 weights; never in a phase of the second
+        order)."""
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
@@ -133,6 +165,12 @@ class Engine(ABC):
         """Every parameter and persistent buffer in full and fp32, by name, on the CPU. Collective: every rank must
         exhaust it."""
 
+    def load_network_state(self, name: str, read: Read) -> None:
+        """The inverse of `network_state`, of a network that was prepared with other weights. Collective."""
+        loaded = self._make_average(name)
+        loaded.load([key for key, _ in named_state(self.modules[name])], read)
+        loaded.keep()
+
     @abstractmethod
     def optimizer_state(self, name: str) -> NamedTensors:
         """Every optimizer tensor in full as "<state key>/<parameter name>" (`exp_avg/...`), and counters as
@@ -142,6 +180,32 @@ class Engine(ABC):
     def load_optimizer_state(self, name: str, keys: Iterable[str], read: Callable[[str], Tensor]) -> None:
         """The inverse of `optimizer_state`, after `prepare` with the network's weights loaded: `read(key)` gives the
         full tensor."""
+
+    def update_average(self, name: str, decay: float) -> None:
+        """After a step of the network: average = decay * average + (1 - decay) * weights. Buffers in floating point (running
+        statistics) are averaged too."""
+        self.averages[name].update(decay)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the networks that have an average hold it; afterwards their weights are back, bit for bit. Collective."""
+        shown: list[Average] = []
+        try:
+            for average in self.averages.values():
+                average.show()
+                shown.append(average)
+            yield
+        finally:
+            for average in shown:
+                average.hide()
+
+    def average_state(self, name: str) -> NamedTensors:
+        """The average in full and fp32, by the names of `network_state`, on the CPU. Collective."""
+        return self.averages[name].state()
+
+    def load_average_state(self, name: str, keys: Iterable[str], read: Read) -> None:
+        """The inverse of `average_state`."""
+        self.averages[name].load(keys, read)
 
     def scaler_state(self, name: str) -> dict[str, Any]:
         """Loss-scaler state (JSON), empty without one."""
@@ -153,13 +217,26 @@ class Engine(ABC):
 
     @abstractmethod
     def bytes_at_rest(self) -> int:
-        """Bytes this process holds between steps in weights and optimizer state (not gradients, not activations)."""
+        """Bytes this process holds between steps in weights, averages and optimizer state (not gradients, not activations)."""
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
     """The repeated parts of a network, which are compiled, checkpointed and sharded one at a time: its `blocks()`,
     if it has them."""
     return list(module.blocks()) if hasattr(module, "blocks") else []
+
+
+def layers_with(module: nn.Module, attribute: str) -> list[Any]:
+    """The layers that ask for something by having an attribute of that name."""
+    return [layer for layer in module.modules() if hasattr(layer, attribute)]
+
+
+def fill_gradients(module: nn.Module) -> None:
+    """Give parameters without a gradient one of zeros. A penalty has none for the last bias, and a parameter without one would
+    be stepped (decayed, moved by its momentum) under one strategy and not under another."""
+    for parameter in module.parameters():
+        if parameter.grad is None and parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def squared_norm(gradients: Sequence[Tensor]) -> Tensor:

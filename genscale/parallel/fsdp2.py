@@ -5,14 +5,16 @@ Accelerate's own FSDP plugin is ignored on the CPU without a word, so `fully_sha
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from genscale.parallel.averages import Average, NamedAverage, copied_names
 from genscale.parallel.engine import (
     Engine,
     MakeOptimizer,
@@ -20,6 +22,7 @@ from genscale.parallel.engine import (
     StepResult,
     blocks_of,
     clip_gradients,
+    fill_gradients,
     squared_norm,
     state_tensors,
     tensor_bytes,
@@ -31,7 +34,11 @@ from genscale.parallel.precision import DTYPES
 class ShardedEngine(Engine):
     """PyTorch FSDP2."""
 
+    whole_weights = False
+
     def _wrap(self, name: str, module: nn.Module, make_optimizer: MakeOptimizer, read: Read | None) -> None:
+        # A head's logits are often a view; no objective writes into them.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         device = self.processes.device
         mesh = init_device_mesh(device.type, (self.processes.world_size,))
         # Computation in the asked precision, gradients reduced in fp32; the shards themselves stay fp32.
@@ -52,24 +59,61 @@ class ShardedEngine(Engine):
                 put(getattr(*places[0]), places)
         if read is not None:
             fill(module, read)
+        # FSDP2 settles the precision of its reductions when it begins, from the weights that are then trained: left to the
+        # first forward, a network that begins frozen would have its gradients summed in bf16.
+        module._get_fsdp_state()._lazy_init()
         self.modules[name] = self.networks[name] = module
         self.optimizers[name] = make_optimizer(module)
 
-    def train_only(self, name: str | None) -> None:
+    def _make_average(self, name: str) -> Average:
+        return ShardedAverage(self.modules[name])
+
+    def train_only(self, name: str | None, second_order: bool = False) -> None:
         if len(self.modules) > 1:
             for module in self.modules.values():
                 # After a forward without a backward a network still shows gathered weights; flags set on these would vanish
                 # with them in the middle of an accumulation: a frozen network would train, or the trained one not.
                 module.reshard()
-        super().train_only(name)
+        super().train_only(name, second_order)
+        if second_order:
+            self._gather(self.modules[name])
+
+    def _gather(self, module: nn.Module) -> None:
+        """Keep the whole of every weight until the step: the second backward needs what the first would have given away, and
+        its hooks, of which some never fire, must not decide when gradients are reduced."""
+        for part in _wrapped_parts(module):
+            self._keep_gathered(part, True, root=part is module)
+            part.unshard()
+
+    def _keep_gathered(self, part: FSDPModule, keep: bool, root: bool) -> None:
+        if not root:  # which keeps its weights after a forward anyway
+            part.set_reshard_after_forward(not keep, recurse=False)
+        part.set_reshard_after_backward(not keep, recurse=False)
+
+    def _reduce_gathered(self, module: nn.Module) -> None:
+        """Average the whole gradients over the processes, keep this process's shards, and give the whole weights back (without
+        that the next forward would compute with these instead of the stepped ones, without a word)."""
+        fill_gradients(module)
+        gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+        for parameter in module.parameters():
+            parameter.grad = None
+        for part in _wrapped_parts(module):
+            part.reshard()
+            self._keep_gathered(part, False, root=part is module)
+        for name, parameter in module.named_parameters():
+            mean = self.processes.sum(gradients.pop(name)).div_(self.processes.world_size)
+            parameter.grad = shard_like(mean, parameter)
 
     def _synchronise_gradients(self, name: str, last: bool) -> None:
-        self.modules[name].set_requires_gradient_sync(last)
+        self.modules[name].set_requires_gradient_sync(last and not self._second_order)
 
     def backward(self, name: str, loss: Tensor) -> None:
         loss.backward()
 
     def step(self, name: str) -> StepResult:
+        if self._second_order:
+            self._reduce_gathered(self.modules[name])
+        fill_gradients(self.modules[name])
         gradients = [p.grad.to_local() for p in self.modules[name].parameters() if p.grad is not None]
         grad_norm = self.processes.sum(squared_norm(gradients)).sqrt()
         clip_gradients(gradients, grad_norm, self.clip)
@@ -101,8 +145,30 @@ class ShardedEngine(Engine):
             optimizer.state[parameter][kind] = value
 
     def bytes_at_rest(self) -> int:
-        return sum(tensor_bytes([*module.parameters(), *module.buffers(), *state_tensors(self.optimizers[name])])
-                   for name, module in self.modules.items())
+        held = [tensor for average in self.averages.values() for tensor in average.held()]
+        return tensor_bytes(held) + sum(
+            tensor_bytes([*module.parameters(), *module.buffers(), *state_tensors(self.optimizers[name])])
+            for name, module in self.modules.items())
+
+
+class ShardedAverage(NamedAverage):
+    """Of shards. Weights that a network has gathered are given back whenever what they were gathered from changes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        # Of shards: a state dict gives back what is gathered.
+        super().__init__(dict(named_state(module)), copied_names(module))
+
+    def show(self) -> None:
+        for part in _wrapped_parts(self.module):
+            part.reshard()
+        super().show()
+
+    hide = show
+
+
+def _wrapped_parts(module: nn.Module) -> list[FSDPModule]:
+    return [part for part in module.modules() if isinstance(part, FSDPModule)]
 
 
 def _full(tensor: Tensor) -> Tensor:

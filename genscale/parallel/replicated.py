@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from genscale.parallel.averages import Average, NamedAverage, copied_names
 from genscale.parallel.engine import (
     Engine,
     MakeOptimizer,
     NamedTensors,
     StepResult,
     clip_gradients,
+    fill_gradients,
     squared_norm,
     state_tensors,
     tensor_bytes,
@@ -38,13 +41,19 @@ class ReplicatedEngine(Engine):
         self.optimizers[name] = make_optimizer(module)
         self.networks[name] = module
         if self.processes.world_size > 1:
+            # Of weights with a dimension of one, whose strides are the same walk through memory written in two ways.
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             self.networks[name] = self.processes.accelerator.prepare_model(module)
             _settle_buckets(self.networks[name], module)
         # One scaler a network: two optimizers that share one would undo each other's scale.
         self.scalers[name] = torch.amp.GradScaler(self.processes.device.type, enabled=self.precision == "fp16")
 
+    def _make_average(self, name: str) -> Average:
+        module = self.modules[name]
+        return NamedAverage(dict(named_state(module)), copied_names(module))
+
     def forward_context(self) -> contextlib.AbstractContextManager:
-        return autocast(self.precision, self.processes.device)
+        return autocast("fp32" if self._second_order else self.precision, self.processes.device)
 
     def _synchronise_gradients(self, name: str, last: bool) -> None:
         if self.processes.world_size > 1:
@@ -55,6 +64,9 @@ class ReplicatedEngine(Engine):
 
     def step(self, name: str) -> StepResult:
         optimizer, scaler = self.optimizers[name], self.scalers[name]
+        fill_gradients(self.modules[name])
+        if self._second_order:
+            self._average_gradients(self.modules[name])
         scaler.unscale_(optimizer)
         gradients = [p.grad for p in self.modules[name].parameters() if p.grad is not None]
         grad_norm = squared_norm(gradients).sqrt()
@@ -63,6 +75,12 @@ class ReplicatedEngine(Engine):
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return StepResult(grad_norm, scaled=scaler.is_enabled())
+
+    def _average_gradients(self, module: nn.Module) -> None:
+        """What DDP does, whose forward a phase of the second order goes past."""
+        if self.processes.world_size > 1:
+            for parameter in module.parameters():
+                parameter.grad = self.processes.sum(parameter.grad).div_(self.processes.world_size)
 
     def network_state(self, name: str) -> NamedTensors:
         for key, tensor in named_state(self.modules[name]):
@@ -81,8 +99,12 @@ class ReplicatedEngine(Engine):
         for key in keys:
             kind, parameter_name = key.split("/", 1)
             parameter, value = parameters[parameter_name], read(key)
-            on_host = kind == "step" and not _capturable(optimizer)
-            optimizer.state[parameter][kind] = value if on_host else value.to(parameter.device)
+            if kind != "step":
+                # With the strides of the parameter: fused kernels take both for the same walk through memory.
+                value = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+            elif _capturable(optimizer):
+                value = value.to(parameter.device)
+            optimizer.state[parameter][kind] = value
 
     def scaler_state(self, name: str) -> dict[str, Any]:
         return dict(self.scalers[name].state_dict())
@@ -92,8 +114,10 @@ class ReplicatedEngine(Engine):
             self.scalers[name].load_state_dict(state)
 
     def bytes_at_rest(self) -> int:
-        return sum(tensor_bytes([*module.parameters(), *module.buffers(), *state_tensors(self.optimizers[name])])
-                   for name, module in self.modules.items())
+        held = [tensor for average in self.averages.values() for tensor in average.held()]
+        return tensor_bytes(held) + sum(
+            tensor_bytes([*module.parameters(), *module.buffers(), *state_tensors(self.optimizers[name])])
+            for name, module in self.modules.items())
 
 
 def _settle_buckets(network: nn.Module, module: nn.Module) -> None:

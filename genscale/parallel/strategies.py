@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from genscale.config import ParallelSettings
 from genscale.errors import UserError
+from genscale.objectives.base import Objective, Phase
 from genscale.parallel.engine import Engine
 from genscale.parallel.launcher import read_launch_request, resolve_offload, resolve_precision, resolve_strategy
 from genscale.parallel.precision import check_float8
@@ -65,6 +67,38 @@ def check_combination(plan: ParallelPlan, optimizer: str = "adamw") -> None:
         raise UserError(f"train.precision: bf16 is not supported by {torch.cuda.get_device_name()}; use fp16 "
                         f"(parallel.strategy single "
                         "or ddp) or fp32")
+
+
+def check_objective(plan: ParallelPlan, settings: ParallelSettings, objective: Objective) -> None:
+    """Refuse an objective that the plan does not serve, naming the nearest combination that does.
+
+    Raises:
+        UserError: a phase takes gradients of gradients where there are none.
+    """
+    for phase in objective.phases:
+        if phase.second_order:
+            _check_second_order(plan, settings, phase, objective.networks[phase.network])
+
+
+def _check_second_order(plan: ParallelPlan, settings: ParallelSettings, phase: Phase, network: nn.Module) -> None:
+    strategy, what = plan.strategy, f"a gradient penalty (phase {phase.name})"
+    if strategy == "zero3":
+        raise UserError(f"parallel.strategy: zero3 with {what} is not supported (it gives weights back between the first "
+                        "backward and the second); use zero2 or fsdp2, or spectral norm instead of the penalty")
+    if plan.precision == "fp8" or (plan.precision == "bf16" and strategy not in ("single", "ddp")):
+        raise UserError(f"train.precision: {plan.precision} under parallel.strategy {strategy} with {what} is not supported "
+                        "(it is computed in fp32, and the weights of the forward are not); use train.precision fp32, or "
+                        "parallel.strategy ddp with bf16")
+    if settings.activation_checkpointing == "selective":
+        raise UserError(f"parallel.activation_checkpointing: selective with {what} is not supported (what is kept serves one "
+                        "backward, and a penalty takes two); use full")
+    if settings.compile:
+        raise UserError(f"parallel.compile: true with {what} is not supported (torch.compile has no second derivatives); use "
+                        "parallel.compile false")
+    if plan.world_size > 1 and any(hasattr(layer, "sum_over_processes") for layer in network.modules()):
+        raise UserError(f"parallel.strategy: {strategy} on {plan.world_size} processes with {what} on {phase.network}, which "
+                        "normalises over the batch, is not supported (a penalty by sample has no meaning there); use group "
+                        f"normalisation or none in the {phase.network}")
 
 
 def build_engine(plan: ParallelPlan, *args: Any, **kwargs: Any) -> Engine:

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from genscale.parallel.averages import Average
 from genscale.parallel.engine import Engine, MakeOptimizer, NamedTensors, StepResult, state_tensors, tensor_bytes
 from genscale.parallel.materialise import Read, check_fillable, fill, fill_tensor, materialise, named_state, on_meta, put
 from genscale.parallel.precision import DTYPES
+from genscale.parallel.zero_average import FlatAverage
 
 
 def import_deepspeed(device: torch.device) -> ModuleType:
@@ -41,7 +43,7 @@ class ZeroEngine(Engine):
 
     def __init__(self, stage: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.stage = stage
+        self.stage, self.whole_weights = stage, stage < 3
 
     def configuration(self) -> dict[str, Any]:
         """The DeepSpeed configuration, every number given: DeepSpeed's and Accelerate's defaults are not ours."""
@@ -83,11 +85,21 @@ class ZeroEngine(Engine):
             if read is not None:
                 fill(module, read)
         self.modules[name] = module
+        if self.precision != "fp32":
+            module.register_forward_pre_hook(self._cast_inputs, with_kwargs=True)
         optimizer = make_optimizer(module)
         engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=self.configuration())
         self._check(engine, optimizer)
         self.networks[name] = engine
         self.optimizers[name] = engine.optimizer
+
+    def _cast_inputs(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Numbers in fp32 (images, noise) meet weights in bf16; FSDP2 does the same by itself."""
+        def cast(value: Any) -> Any:
+            is_wide = isinstance(value, Tensor) and value.is_floating_point()
+            return value.to(DTYPES[self.precision]) if is_wide else value
+
+        return tuple(cast(value) for value in args), {key: cast(value) for key, value in kwargs.items()}
 
     def _materialise_in_partitions(self, module: nn.Module, read: Read | None) -> None:
         """Give the tensors of one leaf module after another memory and values, and partition them before the next."""
@@ -132,10 +144,18 @@ class ZeroEngine(Engine):
         if made != asked:
             raise RuntimeError(f"DeepSpeed was asked for {asked} and made {made}")
 
+    def _make_average(self, name: str) -> Average:
+        return FlatAverage(self, name)
+
     def _synchronise_gradients(self, name: str, last: bool) -> None:
         self.networks[name].set_gradient_accumulation_boundary(last)
+        if self._second_order:
+            # As a forward through the wrapper does, and the start of the backward through what it returned.
+            self.optimizers[name].clear_backward_seen_flag()
 
     def backward(self, name: str, loss: Tensor) -> None:
+        if self._second_order:
+            self.networks[name]._backward_prologue()
         # The loss is already divided by the global count: no further division by the accumulation steps.
         self.networks[name].backward(loss, scale_wrt_gas=False)
 
@@ -157,9 +177,9 @@ class ZeroEngine(Engine):
     def optimizer_state(self, name: str) -> NamedTensors:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        self._link_optimizer_state(name)
-        flats = self._flat_partitions(name)
-        inner = self._inner(name)
+        self.link_optimizer_state(name)
+        flats = self.flat_partitions(name)
+        inner = self.inner(name)
         state = inner.state.get(flats[0], {})
         for parameter_name, parameter in self.modules[name].named_parameters():
             for kind, value in state.items():
@@ -171,60 +191,78 @@ class ZeroEngine(Engine):
                     yield f"{kind}/{parameter_name}", value.detach().cpu().reshape(()).clone()
 
     def load_optimizer_state(self, name: str, keys: Iterable[str], read: Callable[[str], Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         parameters = dict(self.modules[name].named_parameters())
-        inner = self._inner(name)
+        inner = self.inner(name)
         by_kind: dict[str, list[str]] = {}
         for key in keys:
             kind, parameter_name = key.split("/", 1)
             by_kind.setdefault(kind, []).append(parameter_name)
-        for flat in self._flat_partitions(name):
+        for flat in self.flat_partitions(name):
             for kind, names in by_kind.items():
                 value = read(f"{kind}/{names[0]}")
                 inner.state[flat][kind] = value.clone().to(flat.device) if kind == "step" else torch.zeros_like(flat)
-        self._link_optimizer_state(name)
+        self.link_optimizer_state(name)
         for kind, names in by_kind.items():
             if kind == "step":
                 continue
             for parameter_name in names:
-                parameter = parameters[parameter_name]
-                safe_set_full_optimizer_state(parameter, read(f"{kind}/{parameter_name}").to(self.processes.device), kind)
+                self.set_full(parameters[parameter_name], read(f"{kind}/{parameter_name}"), kind)
 
     def _restore_rounded(self, name: str, read: Read) -> None:
         if self.precision == "fp32":
             return
         # The fp32 master weights were made from rounded ones.
-        from deepspeed.utils import safe_set_full_fp32_param
-
         for key, parameter in self.modules[name].named_parameters():
-            safe_set_full_fp32_param(parameter, read(key).to(self.processes.device))
+            self.set_full(parameter, read(key))
 
-    def _link_optimizer_state(self, name: str) -> None:
+    def set_full(self, parameter: nn.Parameter, full: Tensor, kind: str | None = None) -> None:
+        """Set the fp32 weights of a parameter, or a state of its optimizer, of which this rank keeps its part."""
+        from deepspeed.utils import (
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
+
+        where, value = () if kind is None else (kind,), full.to(self.processes.device, torch.float32)
+        if self.stage < 3:
+            (safe_set_full_optimizer_state if kind else safe_set_full_fp32_param)(parameter, value, *where)
+            return
+        # DeepSpeed's own division forgets the padding of what does not divide by the processes (a single bias).
+        part = parameter.ds_tensor.numel()
+        mine = value.flatten()[part * self.processes.rank:][:part]
+        mine = nn.functional.pad(mine, (0, part - mine.numel()))
+        (safe_set_local_optimizer_state if kind else safe_set_local_fp32_param)(parameter, mine, *where)
+
+    def link_optimizer_state(self, name: str) -> None:
         """Point each parameter (stages 1, 2) at its part of the flat optimizer tensors.
 
         DeepSpeed does so once, right after the first GROUP took its first step, when the other groups have no state yet.
         """
         optimizer = self.optimizers[name]
-        if hasattr(optimizer, "_hp_optimizer_states_linked") and self._inner(name).state:
+        if hasattr(optimizer, "_hp_optimizer_states_linked") and self.inner(name).state:
             optimizer._hp_optimizer_states_linked = False
             optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _inner(self, name: str) -> torch.optim.Optimizer:
+    def inner(self, name: str) -> torch.optim.Optimizer:
         """The torch optimizer that DeepSpeed's wraps; its parameters are this rank's flat partitions."""
         return self.optimizers[name].optimizer
 
-    def _flat_partitions(self, name: str) -> list[Tensor]:
+    def flat_partitions(self, name: str) -> list[Tensor]:
+        return list(getattr(self.optimizers[name], self.flat_attribute(name)))
+
+    def flat_attribute(self, name: str) -> str:
         optimizer = self.optimizers[name]
         for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
             if hasattr(optimizer, attribute):
-                return list(getattr(optimizer, attribute))
+                return attribute
         raise RuntimeError(f"unknown DeepSpeed optimizer {type(optimizer).__name__}")
 
     def bytes_at_rest(self) -> int:
         total = 0
         for name, module in self.modules.items():
-            held: list[Any] = [*module.buffers(), *self._flat_partitions(name), *state_tensors(self._inner(name))]
+            average = self.averages[name].held() if name in self.averages else []
+            held: list[Any] = [*average, *module.buffers(), *self.flat_partitions(name), *state_tensors(self.inner(name))]
             held += [getattr(p, "ds_tensor", p) for p in module.parameters()]
             total += tensor_bytes(held)
         return total

@@ -13,16 +13,47 @@ from tqdm import tqdm
 LINE_SECONDS = 10.0
 """Least time between two plain lines."""
 BAR_FORMAT = "step {n_fmt}/{total_fmt} |{bar}|{desc}  {remaining} left"
+BAR_COLUMNS = 24
+"""Of it without the numbers of steps and the description, with the least of a bar."""
 
 
-def describe(metrics: Mapping[str, float | None], unit: str) -> str:
-    """The metrics a person watches, in one line: losses, learning rate, gradient norm, speed; those that are there."""
+def describe(metrics: Mapping[str, float | None], unit: str, width: int | None = None) -> str:
+    """The metrics a person watches, in one line: losses, learning rate, gradient norm, speed; those that are there.
+
+    Of several phases: the loss of each by its name, the latest validation score (`validation_<name>` or `validation`), speed,
+    learning rates.
+
+    Args:
+        unit: what speed counts.
+        width: of several phases, leave out at the end what does not fit into so many columns.
+    """
+    if any(name.endswith("/loss") for name in metrics):
+        return _describe_phases(metrics, unit, width)
     parts = [f"{name} {value:.4f}" for name, value in metrics.items() if name.endswith("loss") and value is not None]
     speed = "{:,.0f} " + f"{unit}/s"
     for name, text in (("learning_rate", "lr {:.1e}"), ("grad_norm", "grad {:.2f}"), (f"{unit}_per_second", speed)):
         if metrics.get(name) is not None:
             parts.append(text.format(metrics[name]))
     return "  ".join(parts)
+
+
+def _describe_phases(metrics: Mapping[str, float | None], unit: str, width: int | None) -> str:
+    losses = [(name.removesuffix("/loss"), value) for name, value in metrics.items() if name.endswith("/loss")]
+    scores = [(name.removeprefix("validation_"), value) for name, value in metrics.items() if name.startswith("validation")]
+    parts = [f"{name} {_short(value)}" for name, value in [*losses, *scores] if value is not None]
+    if (speed := metrics.get(f"{unit}_per_second")) is not None:
+        parts.append(f"{speed:,.0f} {unit}/s")
+    rates = [f"{value:.1e}" for name, value in metrics.items() if name.split("/")[0] == "learning_rate" and value is not None]
+    if rates:
+        parts.append(f"lr {' '.join(rates)}")
+    while len(parts) > 1 and width is not None and len("  ".join(parts)) > width:
+        parts.pop()
+    return "  ".join(parts)
+
+
+def _short(value: float) -> str:
+    """Three digits, without an exponent where it can be."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
 
 
 def _on_terminal() -> bool:
@@ -54,7 +85,8 @@ class Progress:
         if self._bar is not None:
             if metrics:
                 shown = {name: value for name, value in metrics.items() if name != "grad_norm"}  # 80 columns hold no more
-                self._bar.set_description_str(f" {describe(shown, self._unit)}", refresh=False)
+                width = os.get_terminal_size(sys.stderr.fileno()).columns - BAR_COLUMNS - 2 * len(str(self._total))
+                self._bar.set_description_str(f" {describe(shown, self._unit, width)}", refresh=False)
             self._bar.update(step - self._bar.n)
         elif metrics:
             self._pending = f"step {step}/{self._total}  {describe(metrics, self._unit)}  {self._left(step)} left"

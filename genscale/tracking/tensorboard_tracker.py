@@ -6,12 +6,14 @@ import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 FLUSH_SECONDS = 10
 """A killed run loses at most the events of this long."""
 
 
 class TensorboardTracker:
-    """Writes scalars and text to `<run folder>/tensorboard`.
+    """Writes scalars, text and pictures to `<run folder>/tensorboard`.
 
     Args:
         run_folder: the run's folder.
@@ -37,6 +39,10 @@ class TensorboardTracker:
     def log_text(self, step: int, name: str, text: str) -> None:
         """A sample; indented, since TensorBoard shows Markdown and would else run the lines together."""
         self._writer.add_text(name, textwrap.indent(text, "    ", lambda line: True), step)
+
+    def log_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """A picture, uint8 `(height, width, 3)`."""
+        self._writer.add_image(name, image, step, dataformats="HWC")
 
     def close(self, exit_code: int = 0) -> None:
         """Write out what is queued. Event files keep no exit code."""

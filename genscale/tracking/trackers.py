@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from genscale.config import TrackingSettings
 from genscale.tracking.tensorboard_tracker import TensorboardTracker
 from genscale.tracking.wandb_tracker import WandbTracker
@@ -18,6 +20,8 @@ class Tracker(Protocol):
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def log_text(self, step: int, name: str, text: str) -> None: ...
+
+    def log_image(self, step: int, name: str, image: np.ndarray) -> None: ...
 
     def close(self, exit_code: int = 0) -> None: ...
 
@@ -58,6 +62,10 @@ class Trackers:
     def log_text(self, step: int, name: str, text: str) -> None:
         """A text sample of a step, to every tracker."""
         self._each(lambda tracker: tracker.log_text(step, name, text))
+
+    def log_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """A picture of a step, uint8 `(height, width, 3)`, to every tracker."""
+        self._each(lambda tracker: tracker.log_image(step, name, image))
 
     def close(self, exit_code: int = 0) -> None:
         """Finish every tracker. Safe to call twice."""

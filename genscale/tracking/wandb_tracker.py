@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 INIT_SECONDS = 30
 """Longest wait for the W&B server when a run starts online."""
 FINISH_SECONDS = 120
@@ -77,6 +79,10 @@ class WandbTracker:
         """A sample, shown as preformatted text."""
         page = f'<pre style="white-space: pre-wrap">{html.escape(text)}</pre>'
         self._run.log({name: self._wandb.Html(page)}, step=step)
+
+    def log_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """A picture, uint8 `(height, width, 3)`, kept as a PNG."""
+        self._run.log({name: self._wandb.Image(image)}, step=step)
 
     def close(self, exit_code: int = 0) -> None:
         """Finish the W&B run; a non-zero exit code marks it failed."""

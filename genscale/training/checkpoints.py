@@ -2,10 +2,11 @@
 
     step-00000100/
       manifest.json               step, format, every file with its size and SHA-256
-      state.json                  counters, data position, loss scaler, best loss: plain JSON
+      state.json                  counters, data position, loss scaler, best loss, collapse watch: plain JSON
       config.yaml                 the resolved config
       networks/<name>.safetensors     weights and buffers by parameter name, fp32
       optimizers/<name>.safetensors   optimizer tensors as <state key>/<parameter name>
+      averages/<name>.safetensors     averaged weights and buffers, fp32, of the networks that have an average
 
 Nothing is ever unpickled. A checkpoint is written under a temporary name, every file is fsynced, then the directory renamed.
 """
@@ -50,8 +51,15 @@ class Checkpoint:
         return json.loads((self.path / "state.json").read_text())
 
     def tensors(self, kind: str, name: str) -> TensorFile:
-        """The tensors of one network (`kind` networks) or its optimizer (`kind` optimizers)."""
-        return TensorFile(self.path / kind / f"{name}.safetensors")
+        """The tensors of one network (`kind` networks), its optimizer (`kind` optimizers) or its average (`kind` averages)."""
+        return TensorFile(self._file(kind, name))
+
+    def weights(self, name: str, averaged: bool) -> TensorFile:
+        """The weights and buffers of one network: the average where it is asked for and there is one, or those of the step."""
+        return self.tensors("averages" if averaged and self._file("averages", name).is_file() else "networks", name)
+
+    def _file(self, kind: str, name: str) -> Path:
+        return self.path / kind / f"{name}.safetensors"
 
     def problem(self) -> str | None:
         """Why this checkpoint cannot be trusted, or None: every file must have the size and SHA-256 of the manifest."""
@@ -83,7 +91,7 @@ class Checkpoint:
         Covers names, shapes, dtypes and bytes of every tensor and the part of state.json that decides how the run goes on.
         """
         total = hashlib.sha256()
-        for kind in ("networks", "optimizers"):
+        for kind in ("networks", "optimizers", "averages"):
             for file in sorted((self.path / kind).glob("*.safetensors")):
                 tensors = TensorFile(file)
                 for key in sorted(tensors.keys()):
@@ -91,7 +99,10 @@ class Checkpoint:
                     total.update(f"{kind}/{file.stem}/{key} {value.dtype} {tuple(value.shape)}".encode())
                     total.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
         state = self.state()
-        total.update(json.dumps({key: state[key] for key in ("step", "data", "scalers")}, sort_keys=True).encode())
+        deciding = {key: state[key] for key in ("step", "data", "scalers")}
+        if state.get("collapse"):  # of the runs that watch for it
+            deciding["collapse"] = state["collapse"]
+        total.update(json.dumps(deciding, sort_keys=True).encode())
         return total.hexdigest()
 
 
@@ -122,7 +133,8 @@ def sha256_of(path: Path) -> str:
 
 def write_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any],
                      config: str) -> Checkpoint:
-    """Write `folder`/step-XXXXXXXX. `tensors` maps "networks/<name>" and "optimizers/<name>" to tensors by name.
+    """Write `folder`/step-XXXXXXXX. `tensors` maps "networks/<name>", "optimizers/<name>" and "averages/<name>" to
+    tensors by name.
 
     Raises OSError (a full disk, a read-only folder); the folder then holds no trace of the attempt, and earlier checkpoints
     are whole.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from genscale.config import Config
 from genscale.data.lanes import Data
@@ -21,8 +24,10 @@ from genscale.tracking.plots import plot_losses
 from genscale.tracking.progress import Progress
 from genscale.tracking.throughput import Throughput
 from genscale.tracking.trackers import Trackers
-from genscale.training.checkpoints import list_checkpoints, prune, write_checkpoint
+from genscale.training.checkpoints import Checkpoint, list_checkpoints, prune, write_checkpoint
+from genscale.training.collapse import CollapseWatch
 from genscale.training.profile import Profile
+from genscale.training.restoring import restore
 from genscale.training.run_folder import config_dict, config_yaml
 from genscale.training.trainer import Hook, StepReport
 
@@ -34,6 +39,11 @@ class RunHooks:
 
     Args:
         state: state.json of the checkpoint the run continues from, or an empty dict.
+
+    Attributes:
+        evaluation: metrics of the last evaluation.
+        preview: the last sample: text, or the file of a picture.
+        collapse: why the collapse watch has ended the run, if it has.
     """
 
     def __init__(self, config: Config, folder: Path, engine: Engine, objective: Objective, data: Data, loader: StepLoader,
@@ -42,12 +52,16 @@ class RunHooks:
         self.engine, self.processes = engine, engine.processes
         self.throughput = Throughput(objective.unit, objective.flops_per_unit(), self.processes.world_size,
                                      peak_flops(device_name(self.processes.device), config.train.precision))
-        self.units_per_step = config.train.global_batch_size * objective.units_per_sample
+        # Each repeat of a phase takes a global batch of its own.
+        batches = max(phase.repeats for phase in objective.phases)
+        self.units_per_step = batches * config.train.global_batch_size * objective.units_per_sample
         self.units = state.get("units", 0)
         self.best: dict[str, Any] | None = state.get("best")
         self.evaluation: dict[str, float] = state.get("evaluation", {})
         self.evaluated_step: int | None = None
-        self.preview = ""
+        self.preview: str | Path = ""
+        self.watch = CollapseWatch(config.train, state.get("collapse"))
+        self.collapse: str | None = None
         self.validation_set = data.validation()
         done = state.get("step", 0)
         self.profile: Profile | None = None
@@ -84,26 +98,66 @@ class RunHooks:
             return
         started = time.perf_counter()
         self.evaluation = self._validate()
-        line = {f"validation_{name}": value for name, value in self.evaluation.items()}
-        self._write(report.step, {**line, "evaluation_seconds": time.perf_counter() - started})
         self.evaluated_step = report.step
+        line = {f"validation_{name}": value for name, value in self.evaluation.items()}
+        line["evaluation_seconds"] = time.perf_counter() - started
+        loss = self.processes.main_does(lambda: self.evaluation["loss"])  # what follows is collective
+        collapsed = self.watch.collapsed(loss)
+        if collapsed:
+            line["collapses"] = self.watch.collapses
+        self._write(report.step, line)
+        if collapsed:
+            self._end_or_restore(report, loss)
 
     def _validate(self) -> dict[str, float]:
         processes = self.processes
-        return validate(self.objective, self.engine.view(None), self.validation_set,
-                        batch_size=self.engine.micro_batch_size, rank=processes.rank, world_size=processes.world_size,
-                        device=processes.device, reduce_sum=processes.sum, autocast=self.engine.forward_context)
+        with self.engine.averaged():
+            return validate(self.objective, self.engine.view(None), self.validation_set,
+                            batch_size=self.engine.micro_batch_size, rank=processes.rank, world_size=processes.world_size,
+                            device=processes.device, reduce_sum=processes.sum, autocast=self.engine.forward_context)
+
+    def _end_or_restore(self, report: StepReport, loss: float) -> None:
+        best = self.processes.main_does(self._best_checkpoint)
+        if best is None or self.config.train.collapse == "stop":
+            where = f"best checkpoint: {best.path if best else 'none'}"
+            advice = "try a lower optimizer.lr" + (", or train.collapse restore" if best else "")
+            self.collapse = self.watch.verdict(report.step, loss, f"{where}; {advice}")
+            report.last = True
+            return
+        log.warning("%s", self.watch.verdict(report.step, loss, f"going back to the weights of {best.path}"))
+        restore(self.engine, best)
+        self.watch.forget()
+        self.evaluation, self.evaluated_step = best.state()["evaluation"], None
+
+    def _best_checkpoint(self) -> Checkpoint | None:
+        """The best checkpoint, if it is there and whole."""
+        if self.best is None:
+            return None
+        checkpoint = Checkpoint(self.folder / "checkpoints" / f"step-{self.best['step']:08d}")
+        if problem := checkpoint.problem():
+            log.warning("the best checkpoint %s is damaged (%s)", checkpoint.path, problem)
+            return None
+        return checkpoint
 
     def sample(self, report: StepReport) -> None:
         if report.stopped:
             return
         networks = self.engine.view(None)
-        with evaluating(networks), self.engine.forward_context():
-            self.preview = self.objective.preview(networks, self.config.run.seed, self.processes.device)
-        if self.processes.is_main:
-            file = self.folder / "samples" / f"step-{report.step:08d}.txt"
-            _try_to_write(f"samples/{file.name}", lambda: file.write_text(self.preview))
-            self.trackers.log_text(report.step, "sample", self.preview)
+        with self.engine.averaged(), evaluating(networks), self.engine.forward_context():
+            preview = self.objective.preview(networks, self.config.run.seed, self.processes.device)
+        file = self.folder / "samples" / f"step-{report.step:08d}"
+        if isinstance(preview, str):
+            self.preview, file = preview, file.with_suffix(".txt")
+        else:
+            self.preview = file = file.with_suffix(".png")
+        if not self.processes.is_main:
+            return
+        if isinstance(preview, str):
+            _try_to_write(f"samples/{file.name}", lambda: file.write_text(preview))
+            self.trackers.log_text(report.step, "sample", preview)
+        else:
+            _try_to_write(f"samples/{file.name}", lambda: Image.fromarray(preview).save(file))
+            self.trackers.log_image(report.step, "sample", preview)
 
     def checkpoint(self, report: StepReport) -> None:
         """Collect the full state on every rank together, write it on rank 0. A failed write is a warning, except
@@ -111,30 +165,37 @@ class RunHooks:
 
         The best checkpoint is the one with the lowest validation loss among those evaluated at their own step.
         """
-        if self.evaluated_step == report.step and (self.best is None or self.evaluation["loss"] < self.best["loss"]):
-            self.best = {"step": report.step, "loss": self.evaluation["loss"]}
+        best, loss = self.best, self.evaluation.get("loss", math.nan)
+        if self.evaluated_step == report.step and math.isfinite(loss) and (best is None or loss < best["loss"]):
+            best = {"step": report.step, "loss": loss}
         tensors = {}
         for name in self.objective.networks:
             tensors[f"networks/{name}"] = self._collect(self.engine.network_state(name))
             tensors[f"optimizers/{name}"] = self._collect(self.engine.optimizer_state(name))
+        for name in self.engine.averages:
+            tensors[f"averages/{name}"] = self._collect(self.engine.average_state(name))
         data_states = self.processes.gather(self.loader.state())
-        state = {"step": report.step, "units": self.units, "best": self.best, "evaluation": self.evaluation,
+        state = {"step": report.step, "units": self.units, "best": best, "evaluation": self.evaluation,
+                 "collapse": self.watch.state(), "accumulation": self.engine.accumulation,
                  "scalers": {name: self.engine.scaler_state(name) for name in self.objective.networks},
                  "data": merge_states(data_states, self.data.lane_count), "plan": self.data.plan(),
                  "world_size": self.processes.world_size}
         folder = self.folder / "checkpoints"
 
-        def write() -> None:
+        def write() -> bool:
             try:
                 write_checkpoint(folder, report.step, tensors, state, config_yaml(self.config))
-                prune(folder, self.config.train.checkpoint_keep, self.best["step"] if self.best else None)
+                prune(folder, self.config.train.checkpoint_keep, best["step"] if best else None)
+                return True
             except OSError as error:
                 message = f"checkpoint {folder / f'step-{report.step:08d}'} could not be written: {error.strerror or error}"
                 if report.last:
                     raise UserError(f"{message}; last good checkpoint: {self.last_good()}") from None
                 log.warning("%s; training goes on, last good checkpoint: %s", message, self.last_good())
+                return False
 
-        self.processes.main_does(write)
+        if self.processes.main_does(write):
+            self.best = best
 
     def _collect(self, state: Any) -> dict[str, Any]:
         """Exhaust a collective iterator; only rank 0 keeps the tensors."""
@@ -161,7 +222,15 @@ class RunHooks:
         numbers = {key: value for key, value in line.items() if key != "data_digest"}
         self.trackers.log(step, numbers)
         if show:
-            self.progress.update(step, numbers)
+            self.progress.update(step, {**numbers, **self._score()})
+
+    def _score(self) -> dict[str, float]:
+        """The latest validation loss, by its second name where it has one (`fd`); beside one phase's loss it has no room."""
+        loss = self.evaluation.get("loss")
+        if loss is None or len(self.objective.phases) == 1:
+            return {}
+        second = next((name for name, value in self.evaluation.items() if name != "loss" and value == loss), None)
+        return {f"validation_{second}" if second else "validation": loss}
 
     def close(self, failed: bool) -> None:
         if not self.processes.is_main:
@@ -171,7 +240,8 @@ class RunHooks:
         self.progress.close()
         _try_to_write("metrics.jsonl", self.metrics_file.close)
         try:
-            plot_losses(self.folder / "metrics.jsonl", self.folder / "plots" / "loss.png", title=self.config.run.name)
+            plot_losses(self.folder / "metrics.jsonl", self.folder / "plots" / "loss.png", title=self.config.run.name,
+                        loss_unit=self.objective.loss_unit)
         except Exception as error:  # a picture is never worth a run
             log.warning("no loss curve: %s", error)
         self.trackers.close(exit_code=int(failed))

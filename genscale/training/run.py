@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,15 +23,18 @@ from genscale.objectives.base import Objective
 from genscale.parallel.engine import Engine, named_state
 from genscale.parallel.launcher import clear_launch_environment
 from genscale.parallel.processes import Processes, lost_peer
-from genscale.parallel.strategies import ParallelPlan, build_engine, plan_parallel
+from genscale.parallel.strategies import ParallelPlan, build_engine, check_objective, plan_parallel
 from genscale.tracking.run_logging import setup_logging
 from genscale.training.checkpoints import Checkpoint
+from genscale.training.collapse import Collapsed, check_collapse
 from genscale.training.hooks import RunHooks
 from genscale.training.optimizers import make_optimizer
+from genscale.training.restoring import load_beside_weights
 from genscale.training.run_folder import (
     check_free_space,
     check_host_memory,
     check_may_continue,
+    check_same_accumulation,
     config_yaml,
     create_run_folder,
     find_resume_point,
@@ -53,7 +57,7 @@ class RunResult:
     Attributes:
         step: the last step done.
         metrics: of the last evaluation.
-        preview: the last generated sample.
+        preview: the last generated sample: text, or the file of a picture.
         stopped_by: the signal that ended it before `train.steps`, if one did.
         is_main: this process is rank 0, which does the talking.
     """
@@ -61,13 +65,18 @@ class RunResult:
     folder: Path
     step: int
     metrics: dict[str, float]
-    preview: str
+    preview: str | Path
     stopped_by: signal.Signals | None
     is_main: bool
 
 
 def train(config: Config) -> RunResult:
-    """Train as the config says. Raises UserError for anything the user can mend, on every rank, before the first step."""
+    """Train as the config says.
+
+    Raises:
+        UserError: anything the user can mend, on every rank, before the first step; and a run that has gone wrong.
+    """
+    check_collapse(config.train)
     plan = plan_parallel(config.parallel, config.train.precision, config.optimizer.name)
     config.parallel.offload, config.train.precision = plan.offload, plan.precision
     shape = derive_accumulation(config, plan.world_size)
@@ -119,22 +128,19 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
     data = processes.all_do(lambda: family.build_data(data_settings, config.run.seed))
     loader = None
     try:
-        processes.main_does(lambda: data.check(config.train.global_batch_size))
-        objective = processes.all_do(lambda: family.build_objective(config, data))
-        parameters = sum(p.numel() for network in objective.networks.values() for p in network.parameters())
-        processes.main_does(lambda: check_host_memory(parameters))
-        processes.main_does(lambda: check_free_space(folder, parameters, config.train.checkpoint_keep))
-        checkpoint = _resume_point(config, processes, folder, data, objective)
+        objective = open_objective(config, processes, plan, data)
+        sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in objective.networks.items()}
+        parameters = sum(sizes.values())
+        averages = sum(sizes[name] for name in averaged_networks(config, objective))
+        processes.main_does(lambda: check_host_memory(parameters, averages))
+        processes.main_does(lambda: check_free_space(folder, parameters, config.train.checkpoint_keep, averages))
+        checkpoint = _resume_point(config, processes, folder, data, objective, accumulation)
         engine = build_engine(plan, processes, config.parallel, config.train.precision, config.train.clip,
                               micro_batch_size, accumulation)
         pretrained = None if checkpoint else processes.all_do(lambda: weights_from(config))
-        _prepare(config, engine, objective, checkpoint, pretrained)
+        prepare(config, engine, objective, checkpoint, pretrained)
         state = checkpoint.state() if checkpoint else {}
-        loader = StepLoader(data, global_batch_size=config.train.global_batch_size,
-                            micro_batch_size=micro_batch_size, rank=processes.rank,
-                            world_size=processes.world_size, workers=config.data.workers,
-                            prefetch_steps=config.data.prefetch_steps, state=state.get("data"),
-                            pin_memory=processes.device.type == "cuda")
+        loader = open_loader(config, data, processes, micro_batch_size, state.get("data"))
         if processes.is_main:
             (folder / "config.yaml").write_text(config_yaml(config))
             objective.save_assets(folder)
@@ -152,6 +158,23 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
         data.close()
 
 
+def open_objective(config: Config, processes: Processes, plan: ParallelPlan, data: Data) -> Objective:
+    """What the run minimises, checked against its data and the way it is spread. Raises UserError."""
+    processes.main_does(lambda: data.check(config.train.global_batch_size))
+    objective = processes.all_do(lambda: FAMILIES[config.model.family].build_objective(config, data))
+    check_objective(plan, config.parallel, objective)
+    check_learning_rates(config, objective)
+    return objective
+
+
+def check_learning_rates(config: Config, objective: Objective) -> None:
+    """Raises UserError where optimizer.lr_of names a network that the objective has not."""
+    for name in config.optimizer.lr_of:
+        if name not in objective.networks:
+            raise UserError(f"optimizer.lr_of: {name} is no network of family {config.model.family}; its networks are "
+                            f"{', '.join(objective.networks)}")
+
+
 def _loop(config: Config, processes: Processes, folder: Path, engine: Engine, objective: Objective, loader: StepLoader,
           hooks: RunHooks, done: int) -> RunResult:
     outcome = "failed"
@@ -160,6 +183,8 @@ def _loop(config: Config, processes: Processes, folder: Path, engine: Engine, ob
         report = trainer.run(done + 1)
         if report is None:
             hooks.already_complete(done)
+        if hooks.collapse is not None:
+            raise Collapsed(hooks.collapse)
         outcome = "stopped" if trainer.stopped_by else "complete"
         return RunResult(folder, report.step if report else done, hooks.evaluation, hooks.preview,
                          trainer.stopped_by, processes.is_main)
@@ -167,12 +192,15 @@ def _loop(config: Config, processes: Processes, folder: Path, engine: Engine, ob
         hooks.close(failed=outcome == "failed")
 
 
-def _resume_point(config: Config, processes: Processes, folder: Path, data: Data, objective: Objective) -> Checkpoint | None:
+def _resume_point(config: Config, processes: Processes, folder: Path, data: Data, objective: Objective,
+                  accumulation: int) -> Checkpoint | None:
     def find() -> Checkpoint | None:
         found = find_resume_point(folder, config.run.resume, log.warning)
         if found is None:
             return None
         changed = check_may_continue(config, found, data.plan())
+        if objective.couples_samples:
+            check_same_accumulation(config.train, found, accumulation, processes.world_size)
         for name, network in objective.networks.items():
             _check_same_network(found, name, network)
         set_later_checkpoints_aside(folder, found.step, log.warning)
@@ -192,15 +220,30 @@ def _check_same_network(checkpoint: Checkpoint, name: str, network: torch.nn.Mod
                             f"there and {wanted.get(key, 'absent')} here; begin a new run with another --run.name")
 
 
-def _prepare(config: Config, engine: Engine, objective: Objective, checkpoint: Checkpoint | None,
-             pretrained: Callable[[str], Tensor] | None) -> None:
+def prepare(config: Config, engine: Engine, objective: Objective, checkpoint: Checkpoint | None,
+            pretrained: Callable[[str], Tensor] | None) -> None:
     """Networks with the checkpoint's weights, or those to start from, under the strategy; then the rest of the checkpoint."""
     weights = {name: checkpoint.tensors("networks", name) if checkpoint else pretrained or objective.initial_weights(name)
                for name in objective.networks}
-    engine.prepare(objective.networks, lambda module: make_optimizer(module, config.optimizer, config.train.precision), weights)
+    engine.prepare(objective.networks, lambda module: make_optimizer(module, config.optimizer, config.train.precision), weights,
+                   averaged_networks(config, objective))
     if checkpoint is not None:
-        scalers = checkpoint.state()["scalers"]
-        for name in objective.networks:
-            stored = checkpoint.tensors("optimizers", name)
-            engine.load_optimizer_state(name, stored.keys(), stored)
-            engine.load_scaler_state(name, scalers.get(name, {}))
+        load_beside_weights(engine, checkpoint)
+
+
+def averaged_networks(config: Config, objective: Objective) -> tuple[str, ...]:
+    """Names of the networks to keep an average of. Raises UserError where one is asked for and the family has none."""
+    if not config.train.ema_half_life:
+        return ()
+    if not objective.averaged:
+        raise UserError(f"train.ema_half_life: {config.train.ema_half_life:g}, but family {config.model.family} averages none "
+                        "of its networks; nearest allowed: 0")
+    return tuple(objective.averaged)
+
+
+def open_loader(config: Config, data: Data, processes: Processes, micro_batch_size: int,
+                state: dict[str, Any] | None = None) -> StepLoader:
+    """This process's micro-batches, from the start or from where a checkpoint's `data` says."""
+    return StepLoader(data, global_batch_size=config.train.global_batch_size, micro_batch_size=micro_batch_size,
+                      rank=processes.rank, world_size=processes.world_size, workers=config.data.workers,
+                      prefetch_steps=config.data.prefetch_steps, state=state, pin_memory=processes.device.type == "cuda")

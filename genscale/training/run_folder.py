@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import yaml
 
-from genscale.config import MAY_CHANGE_AT_RESUME, MUST_NOT_CHANGE_AT_RESUME, Config
+from genscale.config import MAY_CHANGE_AT_RESUME, MUST_NOT_CHANGE_AT_RESUME, Config, TrainSettings
 from genscale.config_parser import as_key
 from genscale.errors import UserError
 from genscale.training.checkpoints import Checkpoint, latest_valid, list_checkpoints
@@ -42,19 +42,21 @@ def create_run_folder(folder: Path) -> None:
                         f"write to") from None
 
 
-def check_host_memory(parameters: int) -> None:
-    """Refuse to start where no checkpoint could be written: rank 0 collects it whole, 12 bytes a parameter as on the disk."""
-    free = psutil.virtual_memory().available
-    if free < 12 * parameters:
-        need = f"{12 * parameters / 2**30:,.0f} GiB of rank 0's memory, of which {free / 2**30:,.0f} GiB are free"
+def check_host_memory(parameters: int, averages: int = 0) -> None:
+    """Refuse to start where no checkpoint could be written: rank 0 collects it whole, 12 bytes a parameter as on the disk, and
+    4 for each that an average is kept of."""
+    free, needed = psutil.virtual_memory().available, 12 * parameters + 4 * averages
+    if free < needed:
+        need = f"{needed / 2**30:,.0f} GiB of rank 0's memory, of which {free / 2**30:,.0f} GiB are free"
         raise UserError(f"model: a checkpoint of {parameters:,} parameters is collected in {need}; at most {free // 12:,} "
                         "parameters fit")
 
 
-def check_free_space(folder: Path, parameters: int, keep: int) -> None:
-    """Refuse to start where the checkpoints cannot fit: 12 bytes a parameter each (fp32 weights, two AdamW moments)."""
+def check_free_space(folder: Path, parameters: int, keep: int, averages: int = 0) -> None:
+    """Refuse to start where the checkpoints cannot fit: 12 bytes a parameter each (fp32 weights, two AdamW moments), and 4 for
+    each that an average is kept of."""
     # Checkpoints that are there already are replaced one for one; one more is written before the oldest is deleted.
-    wanted = 12 * parameters * max(1, keep + 1 - len(list_checkpoints(folder / "checkpoints"))) + 2**20
+    wanted = (12 * parameters + 4 * averages) * max(1, keep + 1 - len(list_checkpoints(folder / "checkpoints"))) + 2**20
     free = shutil.disk_usage(folder).free
     if free < wanted:
         raise UserError(f"run.dir: disk full: {folder} has {free / 2**20:,.0f} MiB free, checkpoints need "
@@ -65,7 +67,7 @@ def check_free_space(folder: Path, parameters: int, keep: int) -> None:
 def config_dict(config: Config) -> dict[str, Any]:
     """The config as nested dicts of plain values, keys as the user writes them."""
     sections = {section: {as_key(key): _plain(value) for key, value in settings.items()}
-                for section, settings in dataclasses.asdict(config).items()}
+                for section, settings in dataclasses.asdict(config).items() if settings is not None}
     return yaml.safe_load(yaml.safe_dump(sections))
 
 
@@ -100,7 +102,8 @@ def check_may_continue(config: Config, checkpoint: Checkpoint, plan: dict[str, A
     """
     new = flatten(config_dict(config))
     # A setting that did not exist when the checkpoint was written had its default's effect.
-    defaults = flatten(config_dict(Config(model=type(config.model)(), data=type(config.data)())))
+    defaults = flatten(config_dict(Config(model=type(config.model)(), data=type(config.data)(),
+                                          objective=type(config.objective)() if config.objective else None)))
     old = {**{key: defaults.get(key) for key in new}, **flatten(yaml.safe_load((checkpoint.path / "config.yaml").read_text()))}
     changed = {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)}
     fatal = {key: pair for key, pair in changed.items()
@@ -116,6 +119,27 @@ def check_may_continue(config: Config, checkpoint: Checkpoint, plan: dict[str, A
         raise UserError(f"run.resume: the data is not what the checkpoint {checkpoint.path} was trained on: {what}; "
                         "begin a new run with another --run.name (or --run.resume never)")
     return [f"{key}: {was!r} -> {now!r}" for key, (was, now) in changed.items()]
+
+
+def check_same_accumulation(train: TrainSettings, checkpoint: Checkpoint, accumulation: int, world_size: int) -> None:
+    """For losses that depend on which samples share a micro-batch. Statistics span all processes, so the number of
+    micro-batches in a step says which those are, for any number of processes.
+
+    Raises:
+        UserError: it is not the checkpoint's; names the micro-batch size that makes it so.
+    """
+    recorded = checkpoint.state().get("accumulation", accumulation)
+    if recorded == accumulation:
+        return
+    share, rest = divmod(train.global_batch_size, world_size * recorded)
+    instead = f"set train.micro_batch_size to {share}"
+    if rest:
+        instead = f"start a number of processes that divides {train.global_batch_size // recorded}"
+    micro = train.global_batch_size // (world_size * accumulation)
+    raise UserError(f"train.micro_batch_size: {micro} on {world_size} process{'es' if world_size > 1 else ''} makes "
+                    f"{accumulation} micro-batch{'es' if accumulation > 1 else ''} of a step, and the checkpoint "
+                    f"{checkpoint.path} was trained with {recorded}: samples of a micro-batch are normalised or judged "
+                    f"together, so this would be another run; {instead}")
 
 
 def recorded_in(folder: Path, resume: str) -> Path | None:

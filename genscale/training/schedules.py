@@ -28,3 +28,14 @@ def learning_rate_share(step: int, steps: int, settings: ScheduleSettings) -> fl
     if settings.name == "linear":
         return 1 - (1 - final) * t
     return final + (1 - final) * (1 + math.cos(math.pi * t)) / 2
+
+
+def average_decay(step: int, samples: int, half_life: float, ramp_up: float) -> float:
+    """Decay of an average of the weights at optimizer step `step` (1 is the first) of `samples` samples each.
+
+    The average forgets half in `half_life` samples, and in no more than `ramp_up` times the samples seen before this step (0 =
+    no such limit), so that the first update makes it the weights themselves. (Karras et al. 2020, the code of StyleGAN2-ADA.)
+    """
+    if ramp_up > 0:
+        half_life = min(half_life, ramp_up * (step - 1) * samples)
+    return 0.5 ** (samples / max(half_life, 1e-8))

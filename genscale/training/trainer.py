@@ -19,7 +19,7 @@ from genscale.parallel.launcher import follow_launcher
 from genscale.rng import Draws
 from genscale.training.guards import StopSignal
 from genscale.training.outcome import PhaseOutcome
-from genscale.training.schedules import learning_rate_share
+from genscale.training.schedules import average_decay, learning_rate_share
 
 log = logging.getLogger("genscale")
 MicroBatches = list[dict[str, Tensor]]
@@ -46,10 +46,10 @@ class StepReport:
     """What one step did; losses are reduced over all ranks and normalised by global counts.
 
     Attributes:
-        metrics: learning_rate and, once settled, losses by term and grad_norm.
+        metrics: learning_rate (by network where they differ) and, once settled, losses by term and grad_norm.
         data_digest: hash of the step's global samples, the same at any shape (the ledger).
         seconds, data_wait_seconds: of the step; waiting is part of it.
-        last: no step follows, because the run is complete or was asked to stop.
+        last: no step follows, because the run is complete or was asked to stop, or because a hook has set it.
     """
 
     step: int
@@ -88,13 +88,13 @@ class Trainer:
                 for hook in self.hooks:
                     if hook.due(report):
                         hook.action(report)
-                if report.stopped:
+                if report.last:  # a hook may have ended the run
                     break
         return report
 
     def train_step(self, step: int, stop: StopSignal) -> StepReport:
         started = time.perf_counter()
-        report = StepReport(step, {"learning_rate": self._set_learning_rate(step)})
+        report = StepReport(step, self._set_learning_rates(step))
         # Phases share the step's batches; the i-th repeat of a phase takes the i-th of them.
         for repeat in range(max(phase.repeats for phase in self.objective.phases)):
             batches = self.loader.next_batch()
@@ -103,6 +103,7 @@ class Trainer:
             for phase in self.objective.phases:
                 if repeat < phase.repeats and step % phase.every == 0:
                     self._unsettled.append((report, self.run_phase(phase, step, batches)))
+        self.update_averages(step)
         number, report.data_digest = self._agree(stop.received or 0, report.data_digest)
         report.stopped = number > 0
         self.stopped_by = signal.Signals(number) if number else None
@@ -116,9 +117,10 @@ class Trainer:
 
         Nothing in here waits for the device."""
         engine, processes = self.engine, self.processes
-        engine.train_only(phase.network)
+        engine.train_only(phase.network, phase.second_order)
         networks = engine.view(phase.network)
         networks[phase.network].train()
+        engine.begin_update(phase.network)
         (count,) = processes.sum_of_numbers(sum(phase.count(batch) for batch in batches))
         totals: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
@@ -130,7 +132,8 @@ class Trainer:
                     terms = phase.loss(networks, batch, draws)
                 # The terms are sums. Engines average gradients over processes, so the mean over the GLOBAL count needs
                 # x world size.
-                engine.backward(phase.network, sum(terms.values()) * (processes.world_size / max(count, 1)))
+                loss = sum(value for name, value in terms.items() if name not in phase.statistics)
+                engine.backward(phase.network, loss * (processes.world_size / max(count, 1)))
             for name, value in terms.items():
                 totals[name] = totals.get(name, 0.0) + value.detach().double()
         result = engine.step(phase.network)
@@ -157,18 +160,32 @@ class Trainer:
         prefix = f"{outcome.phase.name}/" if len(self.objective.phases) > 1 else ""
         norm, means, _ = outcome.read()
         metrics = {f"{prefix}{name}": mean for name, mean in means.items()}
-        metrics.setdefault(f"{prefix}loss", sum(means.values()))
+        losses = [mean for name, mean in means.items() if name not in outcome.phase.statistics]
+        metrics.setdefault(f"{prefix}loss", sum(losses))
         metrics[f"{prefix}grad_norm"] = norm
         if self.skipped_steps:
             metrics["skipped_steps"] = self.skipped_steps
         return metrics
 
-    def _set_learning_rate(self, step: int) -> float:
+    def _set_learning_rates(self, step: int) -> dict[str, float]:
+        """Of every network; returns them by the names they are logged by."""
+        optimizer = self.config.optimizer
         share = learning_rate_share(step, self.config.train.steps, self.config.schedule)
-        lr = self.config.optimizer.lr * share
-        for name in self.engine.optimizers:
+        rates = {name: optimizer.lr_of.get(name, optimizer.lr) * share for name in self.engine.optimizers}
+        for name, lr in rates.items():
             self.engine.set_learning_rate(name, lr)
-        return lr
+        if len(set(rates.values())) == 1:
+            return {"learning_rate": next(iter(rates.values()))}
+        return {f"learning_rate/{name}": lr for name, lr in rates.items()}
+
+    def update_averages(self, step: int) -> None:
+        """Once a step, after all phases, of the networks that one of them has trained."""
+        train = self.config.train
+        for name in self.engine.averages:
+            repeats = [phase.repeats for phase in self.objective.phases if phase.network == name and step % phase.every == 0]
+            if repeats:
+                samples = train.global_batch_size * max(repeats)
+                self.engine.update_average(name, average_decay(step, samples, train.ema_half_life, train.ema_ramp_up))
 
     def _agree(self, stop: int, digest: int) -> tuple[int, int]:
         """All ranks stop alike, on the signal of the lowest rank that got one, and share one ledger entry."""

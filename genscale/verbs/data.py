@@ -12,15 +12,19 @@ from dataclasses import dataclass, field
 
 from jsonargparse.typing import PositiveInt
 
-from genscale.config_parser import parse_settings
+from genscale.config_parser import parse_config, parse_settings, take_number
 from genscale.data.cache_build import build, work_of
 from genscale.data.encoded import EncodedSource
+from genscale.data.images import ImageDataSettings
 from genscale.data.text import TextData, TextDataSettings
 from genscale.errors import UserError, nearest
+from genscale.objectives import FAMILIES
 from genscale.verbs.data_inspect import inspect
+from genscale.verbs.image_inspect import inspect_images
 
 ACTIONS = {"build": "Fill the token cache (data.cache) ahead of a run; stopped and started again, it goes on where it was.",
-           "inspect": "Show a few training blocks decoded, with what is known of the documents they come from."}
+           "inspect": "Show what would be trained on (with --config FILE: by that run): a few blocks of text and what is "
+                      "known of their documents, or the number, classes and damage of images."}
 LINE_SECONDS = 10.0
 
 
@@ -52,9 +56,22 @@ def main(arguments: list[str]) -> int:
         return 0
     if action not in ACTIONS:
         raise UserError(f"genscale data: '{action}' is not one of: {', '.join(ACTIONS)}{nearest(action, ACTIONS)}")
+    if action == "inspect" and any(word.startswith(("--config", "--model.family")) for word in arguments[1:]):
+        return _inspect_run(arguments[1:])
     kind = BuildSettings if action == "build" else InspectSettings
     settings = parse_settings(kind, arguments[1:], f"genscale data {action}", ACTIONS[action])
     return _build(settings) if action == "build" else inspect(settings.data, settings.seed, settings.blocks)
+
+
+def _inspect_run(arguments: list[str]) -> int:
+    """What the run of a config would train on."""
+    blocks, rest = take_number(arguments, "--blocks", least=1)
+    config = parse_config(FAMILIES, rest, "genscale data inspect", ACTIONS["inspect"])
+    if isinstance(config.data, TextDataSettings):
+        return inspect(config.data, config.run.seed, blocks or InspectSettings.blocks)
+    if isinstance(config.data, ImageDataSettings):
+        return inspect_images(config.data, config.run.seed)
+    raise UserError(f"model.family={config.model.family}: its data is made up as it is needed; there is nothing to inspect")
 
 
 def _build(settings: BuildSettings) -> int:

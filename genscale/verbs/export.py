@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
         network.to("meta")
         return logits
 
-    weights = checkpoint.tensors("networks", "gpt")
+    weights = checkpoint.weights("gpt", averaged=True)
     source = Source(network.settings, network.vocab_size, weights, objective.tokenizer, run)
     difference = export(source, out, dtype, logits_of)
     print(f"{out}: step {checkpoint.step}, {network.parameter_count():,} parameters in {settings.dtype}")

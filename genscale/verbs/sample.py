@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
-from genscale.config_parser import parse_settings, take_number
+from genscale.config_parser import parse_settings, split_flags, take_number
+from genscale.errors import UserError
 from genscale.evaluation.samplers import SAMPLERS
+from genscale.evaluation.trained_run import TrainedRun
 from genscale.objectives import FAMILIES
-from genscale.verbs.trained import find_trained, load_weights, run_of, take_run
+from genscale.verbs.trained import config_of, find_trained, load_weights, run_of, take_run
 
 USAGE = "genscale sample RUN [--step N]"
 DESCRIPTION = ("Generate from a trained run. RUN is a run folder (its latest checkpoint, or --step N's), a checkpoint folder "
-               "or a Hugging Face folder.")
+               "or a Hugging Face folder. The settings of a run's data can be overridden.")
 
 
 def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
-        for sampler in SAMPLERS.values():
-            parse_settings(sampler.settings, ["--help"], USAGE, DESCRIPTION)
+        _help()
         return 0
     path, rest = take_run(arguments, USAGE)
     step, rest = take_number(rest, "--step", least=0)
     config, checkpoint = find_trained(path, step)
+    if config.model.family not in SAMPLERS:
+        raise UserError(f"model.family: {path} is a run of {config.model.family}, which makes nothing to write; samples can be "
+                        f"had of {', '.join(SAMPLERS)}")
     sampler = SAMPLERS[config.model.family]
+    overrides, rest = split_flags(rest, lambda name: name.startswith("data."))
     settings = parse_settings(sampler.settings, rest, USAGE, DESCRIPTION)
+    if overrides:
+        config = config_of(checkpoint, overrides)
     objective = FAMILIES[config.model.family].restore(config, run_of(checkpoint))
-    load_weights(objective, checkpoint)
+    device = load_weights(objective, checkpoint, averaged=not getattr(settings, "live", False))
     print(f"{checkpoint.path}", file=sys.stderr)
-    sampler.run(objective, settings)
+    sampler.run(TrainedRun(objective, config, run_of(checkpoint), device), settings)
     return 0
+
+
+def _help() -> None:
+    families: dict[type, list[str]] = {}
+    for family, sampler in SAMPLERS.items():
+        families.setdefault(sampler.settings, []).append(family)
+    for settings, names in families.items():
+        with contextlib.suppress(SystemExit):  # which ends each help
+            parse_settings(settings, ["--help"], f"{USAGE}  (model.family {', '.join(names)})", DESCRIPTION)
+        print()

@@ -5,28 +5,39 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from genscale.config_parser import parse_config, take_number
 from genscale.objectives import FAMILIES
 from genscale.training.run import EXIT_INTERRUPTED, RunResult, derive_accumulation, train
 
 PROCESSES = "GENSCALE_PROCESSES"
+EXIT_FAULT = 2
 
+SAMPLE_TEXT = "--prompt 'The' --tokens 200"
+SAMPLE_PICTURES = "--count 64 --out grid.png"
 DESCRIPTION = ("Train a model. A run is one YAML file; every setting in it is also a flag. Run it again to continue "
                "from its latest "
                "checkpoint. --processes N starts N processes on this machine; `accelerate launch train.py` takes "
-               "the same settings.")
+               "the same settings. --audit N trains nothing: it watches the first N steps, says what each term of each "
+               "loss does to each network, and ends with exit code 2 where a phase changes a network that it does not "
+               "train, a term does nothing, or a sample comes twice.")
 
 
 def main(arguments: list[str]) -> int:
-    processes, settings = take_number(arguments, "--processes", least=1)
+    processes, arguments = take_number(arguments, "--processes", least=1)
+    audited, settings = take_number(arguments, "--audit", least=1)
     config = parse_config(FAMILIES, settings, description=DESCRIPTION)
     if processes is not None:
         from genscale.parallel.launcher import launch_processes
 
         derive_accumulation(config, processes)  # a mistake found here costs no launch
         os.environ[PROCESSES] = str(processes)  # for the processes to say how to go on
-        return launch_processes(processes, settings)
+        return launch_processes(processes, arguments)
+    if audited is not None:
+        from genscale.training.audit import audit
+
+        return 0 if audit(config, audited) else EXIT_FAULT
     result = train(config)
     if result.is_main:
         print(farewell(result, settings), flush=True)
@@ -57,13 +68,16 @@ def farewell(result: RunResult, settings: Sequence[str]) -> str:
                 f"a checkpoint was written to {folder}/checkpoints\n"
                 f"go on with: {command(settings, drop=['--run.resume'])}")
     lines = [""]
-    if result.preview:
+    is_picture = isinstance(result.preview, Path)
+    if is_picture:
+        lines += [f"sample: {result.preview}"]
+    elif result.preview:
         lines += ["sample:", *(f"  | {line}" for line in result.preview.splitlines()), ""]
     scores = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.metrics.items())
     longer = command([*settings, "--train.steps", str(2 * result.step)], drop=["--run.resume"])
     lines += [f"validation: {scores}", f"run folder: {folder}", f"loss curve: {folder}/plots/loss.png", "", "next:",
               f"  train on         {longer}",
-              f"  sample           genscale sample {folder} --prompt 'The' --tokens 200"]
+              f"  sample           genscale sample {folder} {SAMPLE_PICTURES if is_picture else SAMPLE_TEXT}"]
     again, sibling = f"--config {folder}/config.yaml", f"--run.name {folder.name}"
     lines += [f"  two processes    genscale train --processes 2 {again} {sibling}-2",
               f"  a GPU            accelerate launch train.py {again} {sibling}-gpu --train.precision bf16"]

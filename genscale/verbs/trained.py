@@ -44,8 +44,8 @@ class Published:
     read: Read
     step: None = None
 
-    def tensors(self, kind: str, name: str) -> Read:
-        """The weights; there is one network and no optimizer."""
+    def weights(self, name: str, averaged: bool) -> Read:
+        """Of the one network there is."""
         return self.read
 
 
@@ -97,15 +97,18 @@ def config_of(checkpoint: Checkpoint | Published, overrides: Sequence[str]) -> C
         return load_config(FAMILIES, file, overrides)
 
 
-def load_weights(objective: Objective, checkpoint: Checkpoint | Published) -> torch.device:
+def load_weights(objective: Objective, checkpoint: Checkpoint | Published, averaged: bool = True) -> torch.device:
     """Put the checkpoint's weights into the objective's networks, on the best device of this machine, in evaluation mode.
 
     Networks on the meta device get their memory there, and one tensor is read at a time: no second copy is held anywhere.
+
+    Args:
+        averaged: networks whose average the checkpoint holds get that.
     """
     device = torch.device("cpu" if on_cpu() else "cuda")
     for name, network in objective.networks.items():
         materialise(network, device)
-        fill(network, checkpoint.tensors("networks", name))
+        fill(network, checkpoint.weights(name, averaged))
         network.eval()
     return device
 

@@ -1,15 +1,21 @@
-"""A web server of files, as static hosts are: with range requests, and a log of what it was asked."""
+"""A web server of files, as static hosts are: with range requests, and a log of what it was asked; and a small dataset hub."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import http.server
+import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+
+COMMIT = "c" * 40
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -68,6 +74,65 @@ def serve() -> Iterator[Callable[..., tuple[str, list]]]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
         return f"http://127.0.0.1:{server.server_port}", server.asked
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A dataset hub of one dataset, `dataset`, whose files are `files`."""
+
+    dataset: str
+    files: dict[str, bytes]
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def _reply(self, status: int, content: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def _json(self, value: Any) -> None:
+        self._reply(200, json.dumps(value).encode(), Content_Type="application/json", X_Repo_Commit=COMMIT)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        info = f"/api/datasets/{self.dataset}"
+        if path in (info, f"{info}/revision/{COMMIT}"):
+            return self._json({"id": self.dataset, "sha": COMMIT, "private": False, "tags": [], "siblings": []})
+        if path == f"{info}/tree/{COMMIT}":
+            return self._json([{"type": "file", "path": name, "size": len(content), "oid": "0" * 40}
+                               for name, content in self.files.items()])
+        found = re.fullmatch(f"/datasets/{self.dataset}/resolve/{COMMIT}/(.+)", path)
+        if not found or found[1] not in self.files:
+            return self._reply(404, X_Error_Code="EntryNotFound" if self.dataset in path else "RepoNotFound")
+        content, wanted = self.files[found[1]], self.headers.get("Range")
+        start, stop = (int(part) for part in wanted.removeprefix("bytes=").split("-")) if wanted else (0, len(content) - 1)
+        stop = min(stop, len(content) - 1)
+        self._reply(206 if wanted else 200, content[start : stop + 1], ETag='"1"', X_Repo_Commit=COMMIT,
+                    Content_Range=f"bytes {start}-{stop}/{len(content)}")
+
+
+@pytest.fixture(scope="module")
+def serve_hub() -> Iterator[Callable[[str, dict[str, bytes]], str]]:
+    """serve_hub("someone/dataset", {file name: content}) -> the address of a hub that has it."""
+    servers = []
+
+    def start(dataset: str, files: dict[str, bytes]) -> str:
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Chosen", (Hub,), {"dataset": dataset, "files": files}))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
 
     yield start
     for server in servers:

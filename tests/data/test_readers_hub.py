@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
-import re
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 
@@ -20,7 +16,7 @@ from genscale.data.readers import find_shards
 from genscale.data.sources import text_hash
 from genscale.errors import UserError
 
-NAME, COMMIT = "someone/corpus", "c" * 40
+NAME = "someone/corpus"
 TEXTS = [f"document {i} of the hub" for i in range(300)]
 FILES = {"train-0.jsonl": TEXTS[:150], "train-1.jsonl": TEXTS[150:], "validation.jsonl": ["a validation text", "and another"]}
 CONTENT = {name: "".join(json.dumps({"text": text}) + "\n" for text in texts).encode() for name, texts in FILES.items()}
@@ -54,44 +50,6 @@ for changes in json.loads(sys.argv[1]):
 """
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def _reply(self, status: int, content: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def _json(self, value: Any) -> None:
-        self._reply(200, json.dumps(value).encode(), Content_Type="application/json", X_Repo_Commit=COMMIT)
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = urlsplit(self.path).path
-        info = f"/api/datasets/{NAME}"
-        if path in (info, f"{info}/revision/{COMMIT}"):
-            return self._json({"id": NAME, "sha": COMMIT, "private": False, "tags": [], "siblings": []})
-        if path == f"{info}/tree/{COMMIT}":
-            return self._json([{"type": "file", "path": name, "size": len(content), "oid": "0" * 40}
-                               for name, content in CONTENT.items()])
-        found = re.fullmatch(f"/datasets/{NAME}/resolve/{COMMIT}/(.+)", path)
-        if not found or found[1] not in CONTENT:
-            return self._reply(404, X_Error_Code="EntryNotFound" if NAME in path else "RepoNotFound")
-        content, wanted = CONTENT[found[1]], self.headers.get("Range")
-        start, stop = (int(part) for part in wanted.removeprefix("bytes=").split("-")) if wanted else (0, len(content) - 1)
-        stop = min(stop, len(content) - 1)
-        self._reply(206 if wanted else 200, content[start : stop + 1], ETag='"1"', X_Repo_Commit=COMMIT,
-                    Content_Range=f"bytes {start}-{stop}/{len(content)}")
-
-
 CASES: dict[str, dict[str, Any]] = {
     "held out": {"validation_fraction": 0.1}, "validation split": {"validation_source": NAME}, "split": {"split": "test"},
     "subset": {"subset": "german"}, "name": {"source": "someone/nothing"}, "column": {"column": "content"},
@@ -99,21 +57,17 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[str, Any]]]:
+def found(tmp_path_factory: pytest.TempPathFactory, serve_hub: Callable[..., str]) -> dict[str, dict[str, Any]]:
     """What one process reads with the settings of each case: the hub's address is fixed when its client is imported."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     home = tmp_path_factory.mktemp("home")
-    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(home),
+    environment = {**os.environ, "HF_ENDPOINT": serve_hub(NAME, CONTENT), "HF_HOME": str(home),
                    "PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop("HF_HUB_OFFLINE", None)
     settings = [{"source": NAME, "lanes": 4, "sequence_length": 16, "shuffle_window": 8, **case} for case in CASES.values()]
     done = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(settings)], env=environment, capture_output=True, text=True,
                           timeout=240, cwd=home)
-    server.shutdown()
-    server.server_close()
     assert done.returncode == 0, done.stderr
-    yield dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
+    return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
 def test_a_hub_dataset_is_streamed_by_split(found: dict[str, dict[str, Any]]) -> None:

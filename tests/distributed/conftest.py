@@ -16,17 +16,26 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from genscale.training.checkpoints import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("engine_worker.py")
+IMAGE_WORKER = Path(__file__).with_name("image_engine_worker.py")
 TIMEOUT = 200
 SETTINGS = {
     "model.layers": 2, "model.heads": 2, "model.width": 32, "model.positions": 32, "data.sequence_length": 32,
     "data.lanes": 12, "data.validation_blocks": 2, "train.steps": 10, "train.global_batch_size": 12,
     "train.log_every": 1, "train.precision": "fp32", "schedule.warmup_steps": 10, "optimizer.lr": 1e-3,
     "tracking.wandb": "disabled",
+}  # fmt: skip
+
+IMAGE_SETTINGS = {
+    "data.source": "digits", "data.size": 16, "data.channels": 1, "data.lanes": 12, "data.validation_images": 80,
+    "train.steps": 30, "train.global_batch_size": 12, "train.log_every": 1, "train.precision": "fp32", "train.clip": 0,
+    "train.ema_half_life": 100, "train.checkpoint_every": 15, "optimizer.name": "sgd", "optimizer.lr": 0.02,
+    "schedule.name": "constant", "tracking.wandb": "disabled",
 }  # fmt: skip
 
 
@@ -86,17 +95,31 @@ class Run:
         return [Path(path).name for path in re.findall(r"continuing from (\S+)", log)]
 
 
+def launch(folder: Path, strategy: str, processes: int, settings: dict[str, Any]) -> Run:
+    settings = {**settings, "parallel.strategy": strategy, "run.dir": folder.parent, "run.name": folder.name}
+    command = [sys.executable, "-m", "genscale", "train"]
+    command += ["--processes", str(processes)] if strategy != "single" else []
+    run_to_end([*command, *(word for key, value in settings.items() for word in (f"--{key}", str(value)))])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return Run(folder, {line["step"]: line for line in lines if "data_digest" in line})
+
+
 @pytest.fixture(scope="session")
 def train() -> Callable[..., Run]:
     """`train(folder, strategy, processes=2, **{"train.steps": 4, ...})`: one real run."""
 
     def run(folder: Path, strategy: str, processes: int = 2, **settings: Any) -> Run:
-        settings = {**SETTINGS, **settings, "parallel.strategy": strategy, "run.dir": folder.parent, "run.name": folder.name}
-        command = [sys.executable, "-m", "genscale", "train"]
-        command += ["--processes", str(processes)] if strategy != "single" else []
-        run_to_end([*command, *(word for key, value in settings.items() for word in (f"--{key}", str(value)))])
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return Run(folder, {line["step"]: line for line in lines if "loss" in line})
+        return launch(folder, strategy, processes, {**SETTINGS, **settings})
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def train_images() -> Callable[..., Run]:
+    """The same of an image family: `train_images(folder, strategy, processes=2, **{"model.family": "vae", ...})`."""
+
+    def run(folder: Path, strategy: str, processes: int = 2, **settings: Any) -> Run:
+        return launch(folder, strategy, processes, {**IMAGE_SETTINGS, **settings})
 
     return run
 
@@ -115,9 +138,31 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str,
 
 
 @pytest.fixture(scope="session")
+def image_engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """The same of image_engine_worker.py, whose results are tensors."""
+
+    def run(variants: dict[str, dict[str, Any]], processes: int = 2) -> dict[str, Any]:
+        out = tmp_path_factory.mktemp("engines") / "results.pt"
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
+        run_to_end([*command, str(IMAGE_WORKER), json.dumps(variants), str(out)])
+        return torch.load(out, weights_only=True)
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def worker() -> ModuleType:
     """engine_worker.py as a module: its data and initial weights, for computing the truth."""
-    spec = importlib.util.spec_from_file_location("engine_worker", WORKER)
+    return load_module(WORKER)
+
+
+@pytest.fixture(scope="session")
+def image_worker() -> ModuleType:
+    return load_module(IMAGE_WORKER)
+
+
+def load_module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)

@@ -34,9 +34,11 @@ class MeanSquare(Objective):
     def evaluate(self, networks, batch) -> dict[str, Tensor]:
         self.seen.append((batch["x"].clone(), networks["net"].training, torch.is_grad_enabled()))
         error = networks["net"](batch["x"]) - batch["y"]
-        return {"square": error.square().sum(), "count": torch.tensor(float(len(error)))}
+        return {"square": error.square().sum(), "count": torch.tensor(float(len(error))),
+                "errors": torch.cat([error, error.double() * 0 + batch["sample"][:, None]], dim=1)}
 
     def summarise(self, totals) -> dict[str, float]:
+        self.totals = totals
         return {"loss": totals["square"] / totals["count"], "count": totals["count"]}
 
     def preview(self, networks, seed, device) -> str:
@@ -56,12 +58,17 @@ def by_ranks(world_size: int, n: int, autocast=nullcontext) -> tuple[list[dict[s
         return validate(objective, objective.networks, samples(n), batch_size=4, rank=rank, world_size=world_size,
                         device=CPU, reduce_sum=reduce_sum, autocast=autocast)
 
-    tables: list[Tensor] = []
+    tables: list[list[Tensor]] = [[] for _ in range(world_size)]
     for rank in range(world_size):
-        run(MeanSquare(), rank, lambda table: tables.append(table.clone()) or table.clamp(min=1))
-    assert len(tables) == world_size, "one reduction a rank"
+        run(MeanSquare(), rank, lambda table, rank=rank: tables[rank].append(table.clone()) or table.clamp(min=1))
+    sums = [sum(parts) for parts in zip(*tables, strict=True)]
+    assert [table.dtype for table in sums] == [torch.float64, torch.float32], "two reductions a rank: of sums, and of values"
     objectives = [MeanSquare() for _ in range(world_size)]
-    return [run(objective, rank, lambda table: sum(tables)) for rank, objective in enumerate(objectives)], objectives
+    answers = []
+    for rank, objective in enumerate(objectives):
+        turns = iter(sums)
+        answers.append(run(objective, rank, lambda table, turns=turns: next(turns)))
+    return answers, objectives
 
 
 @pytest.mark.parametrize("n", [1, 11, 24])
@@ -75,6 +82,24 @@ def test_result_is_the_same_for_any_number_of_ranks(n: int) -> None:
     for world_size in (2, 3, 5, 8):
         answers, _ = by_ranks(world_size, n)
         assert all(answer == single for answer in answers)  # to the last digit
+
+
+@pytest.mark.parametrize("n", [1, 11, 24])
+def test_values_by_sample_are_joined_in_the_order_of_the_samples(n: int) -> None:
+    """To the last digit for any number of ranks; each sample is told its number in the set."""
+    rows = samples(n)
+    x, y = (torch.from_numpy(np.stack([row[key] for row in rows])) for key in "xy")
+    expected = MeanSquare().networks["net"][0](x).detach() - y
+    for world_size in (1, 2, 3, 8):
+        _, objectives = by_ranks(world_size, n)
+        for objective in objectives:
+            found = objective.totals["errors"]
+            assert found.dtype == torch.float32 and found.shape == (n, 2)
+            torch.testing.assert_close(found[:, :1], expected, rtol=1e-5, atol=1e-5)
+            assert found[:, 1].tolist() == list(range(n))
+            if world_size == 1:
+                alone = found
+            assert torch.equal(found, alone)
 
 
 @pytest.mark.parametrize(("world_size", "n", "forwards"), [(1, 11, 3), (2, 11, 2), (3, 11, 1), (4, 11, 1), (2, 24, 3)])

@@ -8,9 +8,14 @@ from itertools import product
 import pytest
 import torch
 
+from genscale.config import ParallelSettings
 from genscale.errors import UserError
+from genscale.models.dcgan import DCGANDiscriminator, DCGANGenerator
+from genscale.models.gan_settings import GANSettings
+from genscale.objectives.gan_settings import GANObjectiveSettings
+from genscale.objectives.image_gan import ImageGAN
 from genscale.parallel.precision import check_float8
-from genscale.parallel.strategies import ParallelPlan, check_combination
+from genscale.parallel.strategies import ParallelPlan, check_combination, check_objective
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 SHARDED = ("zero1", "zero2", "zero3", "fsdp2")
@@ -53,3 +58,43 @@ def test_fp8_takes_a_new_gpu_and_torchao(capability, torchao, words, monkeypatch
         return
     with pytest.raises(UserError, match=words):
         check_float8(on_cpu=False)
+
+
+def gan(norm: str = "group", **settings: float) -> ImageGAN:
+    """A GAN whose networks stand on the meta device."""
+    model, shape = GANSettings(width=4, latent=8, discriminator_norm=norm), (1, 16, 16)
+    with torch.device("meta"):
+        generator, discriminator = DCGANGenerator(model, shape), DCGANDiscriminator(model, shape)
+    return ImageGAN(generator, discriminator, GANObjectiveSettings(**settings), image_shape=shape, seed=0, latent=8)
+
+
+@pytest.mark.parametrize(("strategy", "precision"), list(product(STRATEGIES, ("fp32", "bf16"))))
+def test_gradient_penalties_are_refused_where_they_would_be_wrong(strategy: str, precision: str) -> None:
+    plan = ParallelPlan(strategy, "none", precision, world_size=2)
+    check_objective(plan, ParallelSettings(), gan("batch"))  # no penalty, no objection
+    for objective, phase in ((gan(gradient_penalty=10.0), "discriminator"), (gan(r1=1.0), "regularisation")):
+        words = None
+        if strategy == "zero3":
+            words = f"parallel.strategy: zero3 with a gradient penalty .phase {phase}.*use zero2 or fsdp2, or spectral norm"
+        elif precision == "bf16" and strategy not in ("single", "ddp"):
+            words = f"train.precision: bf16 under parallel.strategy {strategy}.*use train.precision fp32"
+        if words is None:
+            check_objective(plan, ParallelSettings(), objective)
+            continue
+        with pytest.raises(UserError, match=words):
+            check_objective(plan, ParallelSettings(), objective)
+
+
+@pytest.mark.parametrize(("settings", "norm", "processes", "words"), [
+    ({"activation_checkpointing": "selective"}, "group", 1, "activation_checkpointing: selective.*use full"),
+    ({"compile": True}, "group", 1, "parallel.compile: true.*use parallel.compile false"),
+    ({}, "batch", 2, "2 processes.*on discriminator, which normalises over the batch.*use group"),
+    ({"activation_checkpointing": "full"}, "group", 2, None), ({}, "batch", 1, None)])
+def test_what_else_takes_no_second_backward(settings, norm, processes, words) -> None:
+    plan = ParallelPlan("ddp", "none", "fp32", processes)
+    objective = gan(norm, r1=1.0)
+    if words is None:
+        check_objective(plan, ParallelSettings(**settings), objective)
+        return
+    with pytest.raises(UserError, match=words):
+        check_objective(plan, ParallelSettings(**settings), objective)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from genscale.tracking.metrics_file import MetricsFile
-from genscale.tracking.plots import COLOURS, plot_losses, robust_limits
+from genscale.tracking.plots import COLOURS, PHASES, plot_losses, robust_limits
 
 TRAINING = {"loss": 3.0, "learning_rate": 1e-3, "grad_norm": 1.0}
 
@@ -19,13 +19,13 @@ def _pixels(path, colour: str) -> int:
         return int((np.abs(np.asarray(image.convert("RGB"), dtype=int) - wanted).max(axis=2) < 12).sum())
 
 
-def _draw(folder, lines) -> dict[str, int]:
+def _draw(folder, lines, colours=COLOURS) -> dict[str, int]:
     metrics = MetricsFile(folder / "metrics.jsonl")
     for step, record in lines:
         metrics.append(step, record)
     metrics.close()
     plot_losses(folder / "metrics.jsonl", folder / "plots" / "loss.png", "a run")
-    return {name: _pixels(folder / "plots" / "loss.png", colour) for name, colour in COLOURS.items()}
+    return {name: _pixels(folder / "plots" / "loss.png", colour) for name, colour in colours.items()}
 
 
 @pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning", "error::DeprecationWarning")
@@ -55,6 +55,30 @@ def test_short_runs_are_drawn_too(tmp_path, lines):
     finite = {key for _, record in lines for key, value in record.items() if np.isfinite(value)}
     assert (drawn["training"] > 20) == ("loss" in finite)
     assert (drawn["validation"] > 20) == ("validation_loss" in finite)
+
+
+@pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning", "error::DeprecationWarning")
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_each_phase_has_a_curve_and_their_validation_loss_an_axis_of_its_own(tmp_path, evaluated):
+    def line(step):
+        phases = {"discriminate": 1.3, "generate": 0.8, "regularise": 0.1} if step % 16 == 0 else {"discriminate": 1.3}
+        values = {f"{phase}/{key}": level + step / 999 for phase, level in phases.items() for key in ("loss", "grad_norm")}
+        return step, {"learning_rate/a": 1e-3, "learning_rate/b": 2e-3} | values
+
+    lines = [line(step) for step in range(1, 101)]
+    # Of another unit, a thousand times as large: on the phases' axis it would press them flat.
+    lines += [(step, {"validation_loss": 1000.0 + step}) for step in (50, 100)] if evaluated else []
+    colours = {"discriminate": PHASES[0], "generate": PHASES[1], "regularise": PHASES[2],
+               **{name: COLOURS[name] for name in ("validation", "learning_rate")}}
+    drawn = _draw(tmp_path, lines, colours)
+    assert (drawn.pop("validation") > 50) == evaluated and min(drawn.values()) > 50
+    with Image.open(tmp_path / "plots" / "loss.png") as image:
+        assert image.height == (1125 if evaluated else 900)
+        picture = np.asarray(image.convert("RGB"), dtype=int)[: 450]
+    # The first phase's curve rises by a twelfth of the axis that holds all three: over 15 rows of pixels.
+    blue = np.array([int(PHASES[0][i : i + 2], 16) for i in (1, 3, 5)])
+    rows = np.flatnonzero((np.abs(picture - blue).max(axis=2) < 12).any(axis=1))
+    assert rows.max() - rows.min() > 15
 
 
 def test_a_missing_file_is_drawn_as_an_empty_plot(tmp_path):

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import termios
 
+from genscale.tracking.progress import describe
+
 METRICS = "{'loss': 3.21449, 'learning_rate': 2.9e-4, 'grad_norm': 0.834, 'tokens_per_second': 12345.2, 'step_seconds': 1.0}"
 
 
@@ -75,6 +77,25 @@ def test_a_terminal_gets_a_bar_that_fits_and_lines_above_it():
     shown = r"step 1000/1000 \|█+\| loss 3.2145  lr 2.9e-04  12,345 tokens/s  00:00 left *"
     assert re.fullmatch(shown, drawn[-1]), drawn[-1]
     assert re.search(r"\rsample at 500\r?\n", screen)
+
+
+def test_several_phases_are_named_with_three_digits_and_what_does_not_fit_is_left_out_from_the_end():
+    metrics = {"learning_rate": 2e-4, "discriminator/loss": 1.31449, "discriminator/real": 0.7, "discriminator/grad_norm": 2.0,
+               "generator/loss": 0.8215, "generator/grad_norm": 1.0, "validation_fd": 1234.5, "images_per_second": 12345.2}
+    full = "discriminator 1.31  generator 0.822  fd 1,234  12,345 images/s  lr 2.0e-04"
+    assert describe(metrics, "images") == full
+    assert describe(metrics, "images", width=65) == "discriminator 1.31  generator 0.822  fd 1,234  12,345 images/s"
+    assert describe(metrics, "images", width=46) == "discriminator 1.31  generator 0.822  fd 1,234"
+    two_rates = {"generator/loss": None, "discriminator/loss": -3e-5, "learning_rate/a": 1e-4, "learning_rate/b": 4e-4}
+    assert describe(two_rates, "images") == "discriminator -3e-05  lr 1.0e-04 4.0e-04"
+
+
+def test_several_phases_on_a_terminal_fit_its_width():
+    code = _loop(0, "[250, 500, 1000]").replace("'loss': 3.21449", "'discriminator/loss': 1.31, 'generator/loss': 0.82")
+    screen = _on_terminal(code, 80)
+    drawn = [piece for piece in re.split(r"[\r\n]+|\x1b\[A", screen) if piece.startswith("step")]
+    shown = r"step 1000/1000 \|█+\| discriminator 1.31  generator 0.82  00:00 left *"
+    assert max(map(len, drawn)) <= 80 and re.fullmatch(shown, drawn[-1]), drawn[-1]
 
 
 def test_a_terminal_without_a_width_gets_lines():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -13,7 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
@@ -64,6 +67,9 @@ def _read_wandb(path: Path) -> dict[str, Any]:
     return found
 
 
+PICTURE = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
+
+
 def _refuse(message: str) -> None:
     raise AssertionError(message)
 
@@ -77,6 +83,7 @@ def test_wandb_offline_holds_config_metrics_and_samples_and_a_resumed_run_keeps_
     trackers = Trackers(WANDB, tmp_path, CONFIG, _refuse)
     trackers.log(10, {"loss": 1 / 3, "grad_norm": 2.0})
     trackers.log_text(10, "sample", "two <lines>\nof text")
+    trackers.log_image(10, "grid", PICTURE)
     trackers.log(20, {"loss": 0.25})
     trackers.close()
     (first,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
@@ -88,6 +95,8 @@ def test_wandb_offline_holds_config_metrics_and_samples_and_a_resumed_run_keeps_
     assert rows[0]["grad_norm"] == 2.0
     (page,) = tmp_path.glob("wandb/offline-run-*/files/media/html/sample_10_*.html")
     assert "two &lt;lines&gt;\nof text</pre>" in page.read_text()
+    (picture,) = tmp_path.glob("wandb/offline-run-*/files/media/images/grid_10_*.png")
+    assert np.array_equal(np.asarray(Image.open(picture)), PICTURE)
 
     time.sleep(1)  # W&B names a folder by the second
     trackers = Trackers(WANDB, tmp_path, CONFIG | {"tracking": {"project": "tests"}}, _refuse, first_step=20)
@@ -104,6 +113,7 @@ def test_tensorboard_holds_scalars_and_text_and_hides_what_a_resumed_run_repeats
     for step, loss in ((10, 4.0), (20, 3.0), (30, 99.0)):
         trackers.log(step, {"loss": loss})
     trackers.log_text(20, "sample", "two lines\nof text")
+    trackers.log_image(20, "grid", PICTURE)
     trackers.close()
     trackers = Trackers(TENSORBOARD, tmp_path, CONFIG, _refuse, first_step=20)
     trackers.log(30, {"loss": 2.0})
@@ -113,6 +123,9 @@ def test_tensorboard_holds_scalars_and_text_and_hides_what_a_resumed_run_repeats
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(10, 4.0), (20, 3.0), (30, 2.0)]
     (sample,) = events.Tensors("sample/text_summary")
     assert (sample.step, sample.tensor_proto.string_val[0]) == (20, b"    two lines\n    of text")
+    (picture,) = events.Images("grid")
+    assert picture.step == 20
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(picture.encoded_image_string))), PICTURE)
 
 
 def test_trackers_that_cannot_start_warn_once_each_and_the_rest_goes_on(tmp_path):

@@ -213,3 +213,7 @@ def test_checkpoints_that_cannot_fit(tmp_path: Path) -> None:
     check_free_space(tmp_path, parameters=1000, keep=3)
     with pytest.raises(UserError, match=r"disk full: .* MiB free, checkpoints need 45,776,368 MiB; .*checkpoint_keep \(3\)"):
         check_free_space(tmp_path, parameters=10**12, keep=3)
+    with pytest.raises(UserError, match="disk full"):
+        check_free_space(tmp_path, parameters=1000, keep=3, averages=10**13)
+    with pytest.raises(UserError, match="GiB"):
+        check_host_memory(1000, averages=10**13)

@@ -7,7 +7,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from genscale.config import ScheduleSettings
-from genscale.training.schedules import learning_rate_share
+from genscale.training.schedules import average_decay, learning_rate_share
 
 STEPS, WARMUP = 50, 10
 
@@ -66,3 +66,22 @@ def test_short_runs_stay_in_range(name: str, steps: int, warmup: int) -> None:
     assert all(0 < share <= 1 for share in found)
     rising = min(steps, warmup - 1)
     assert found[:max(rising, 0)] == [step / warmup for step in range(1, rising + 1)]
+
+
+def test_an_average_forgets_half_in_its_half_life():
+    samples, half_life = 32, 320
+    left = 1.0
+    for step in range(1001, 1011):  # 320 samples, long after the ramp
+        left *= average_decay(step, samples, half_life, ramp_up=0.05)
+    assert left == pytest.approx(0.5)
+
+
+def test_the_first_update_of_an_average_makes_it_the_weights():
+    assert average_decay(1, 32, 10_000, ramp_up=0.05) == 0.0
+    # No limit: the initial weights are part of it.
+    assert average_decay(1, 32, 320, ramp_up=0.0) == pytest.approx(2**-0.1)
+
+
+def test_a_young_average_has_a_half_life_of_a_share_of_what_was_seen():
+    """After 100 steps of 32 samples a twentieth of them is 160 samples, five steps."""
+    assert average_decay(101, 32, 10_000, ramp_up=0.05) == pytest.approx(0.5 ** (1 / 5))

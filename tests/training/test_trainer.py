@@ -186,7 +186,7 @@ def test_a_phase_trains_its_own_network_alone() -> None:
     objective = Adversaries()
     trainer = trainer_of(objective, settings(), 3)
     batches = trainer.loader.next_batch()
-    trainer._set_learning_rate(1)
+    trainer._set_learning_rates(1)
     for phase, frozen in (("discriminate", "generator"), ("generate", "discriminator")):
         before = {name: copy.deepcopy(network.state_dict()) for name, network in objective.networks.items()}
         trainer.run_phase(next(each for each in objective.phases if each.name == phase), 1, batches)

@@ -1,0 +1,44 @@
+"""One training step of ours as a call, of any family."""
+
+from __future__ import annotations
+
+from genscale.config import Config
+from genscale.data.loader import StepLoader
+from genscale.objectives import FAMILIES
+from genscale.objectives.base import Objective
+from genscale.parallel.processes import Processes
+from genscale.parallel.strategies import build_engine, plan_parallel
+from genscale.training.guards import StopSignal
+from genscale.training.optimizers import make_optimizer
+from genscale.training.trainer import StepReport, Trainer
+
+
+class OurSteps:
+    """What `genscale train` does in a step: StepLoader, objective, engine and Trainer.train_step; without hooks."""
+
+    def __init__(self, config: Config) -> None:
+        plan = plan_parallel(config.parallel, config.train.precision)
+        self.precision = config.train.precision = plan.precision
+        batch = config.train.global_batch_size
+        micro = config.train.micro_batch_size or batch
+        family = FAMILIES[config.model.family]
+        self.data = family.build_data(config.data, config.run.seed)
+        self.objective: Objective = family.build_objective(config, self.data)
+        self.parameters = sum(p.numel() for network in self.objective.networks.values() for p in network.parameters())
+        self.processes = Processes(need_group=plan.needs_group)
+        engine = build_engine(plan, self.processes, config.parallel, plan.precision, config.train.clip, micro, batch // micro)
+        engine.prepare(self.objective.networks, lambda module: make_optimizer(module, config.optimizer),
+                       {name: self.objective.initial_weights(name) for name in self.objective.networks})
+        self.loader = StepLoader(self.data, global_batch_size=batch, micro_batch_size=micro, rank=0, world_size=1,
+                                 workers=config.data.workers, prefetch_steps=config.data.prefetch_steps,
+                                 pin_memory=self.processes.device.type == "cuda")
+        self._trainer = Trainer(config, self.objective, engine, self.loader, hooks=[], last_good=lambda: "none")
+        self._stop, self._step = StopSignal(), 0
+
+    def __call__(self) -> StepReport:
+        self._step += 1
+        return self._trainer.train_step(self._step, self._stop)
+
+    def close(self) -> None:
+        self.loader.close()
+        self.processes.close()

@@ -1,0 +1,230 @@
+"""Parquet files, hub datasets and WebDataset tars of images, local or by URL, as shards of records."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from genscale.data.columns import Spec
+from genscale.data.image_labels import Label
+from genscale.data.opening import is_url, open_url, url_path
+from genscale.data.readers import Shard, TableShard, damaged
+from genscale.errors import UserError, nearest
+
+IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+TAR_FILES = (".tar", ".tar.gz", ".tgz")
+
+
+class Record(NamedTuple):
+    """An image file (empty where there is none), what to call it, and its label as the source has it."""
+
+    name: str
+    content: bytes
+    label: Label
+
+
+@dataclass(frozen=True)
+class ImageSpec(Spec):
+    """A source of images to read.
+
+    Attributes:
+        image, label: columns of the images and of their labels; None: labels are not read.
+        classes: names of the classes, where the settings give them.
+    """
+
+    image: str = "image"
+    label: str | None = None
+    classes: tuple[str, ...] | None = None
+    local_advice: ClassVar[str] = "give the path of a local file or folder (.npz, .parquet, .tar, images), or digits"
+
+    @property
+    def where(self) -> str:
+        """The source for messages."""
+        return f"{self.key}={self.name}"
+
+    @property
+    def content(self) -> dict[str, str]:
+        return {"image_column": self.image, **({"label_column": self.label} if self.label else {})}
+
+    def unknown_columns(self, where: str, columns: list[str]) -> UserError | None:
+        for setting, column in self.content.items():
+            if column not in columns:
+                purpose = "images" if setting == "image_column" else "labels (or data.labels to false)"
+                return UserError(f"data.{setting}={column}: {where} of {self.where} has the columns {', '.join(columns)}"
+                                 f"{nearest(column, columns)}; set data.{setting} to the one that holds the {purpose}")
+        return None
+
+
+class ImageTableShard(TableShard):
+    """A parquet file or a hub dataset, or one of its parts, with a column of images."""
+
+    spec: ImageSpec
+
+    def open(self) -> Any:
+        import datasets
+
+        try:
+            stream = super().open()
+        except UserError:
+            raise
+        except Exception as error:
+            raise damaged(self, error) from None
+        features = stream.features or {}
+        if features and (error := self.spec.unknown_columns(self.name, list(features))):
+            raise error
+        if isinstance(features.get(self.spec.image), datasets.Image):  # else other formats than parquet are decoded and encoded
+            stream = stream.cast_column(self.spec.image, datasets.Image(decode=False))
+        return stream.select_columns(self.spec.columns) if features else stream
+
+    def class_names(self) -> list[str] | None:
+        """Names that the label column brings along."""
+        feature = (self.open().features or {}).get(self.spec.label)
+        return list(feature.names) if hasattr(feature, "names") else None
+
+    def documents(self, table: Any, first: int, start: int, step: int) -> list[Record]:
+        import pyarrow as pa
+
+        spec = self.spec
+        if error := spec.unknown_columns(self.name, table.column_names):
+            raise error
+        rows = table.take(pa.array(range(start, len(table), step), pa.int64()))
+        kind = rows[spec.image].type
+        within = [kind.field(i).type for i in range(kind.num_fields) if kind.field(i).name == "bytes"] or [kind]
+        if not pa.types.is_null(kind) and not any(test(within[0]) for test in (pa.types.is_binary, pa.types.is_large_binary)):
+            raise UserError(f"data.image_column={spec.image}: in {self.name} of {spec.where} it holds {kind}, not the bytes of "
+                            f"image files; the columns are {', '.join(table.column_names)}")
+        labels = rows[spec.label].to_pylist() if spec.label else [None] * len(rows)
+        records = zip(rows[spec.image].to_pylist(), labels, strict=True)
+        return [Record(f"row {first + start + i * step} of {self.name}", _content(image), label)
+                for i, (image, label) in enumerate(records)]
+
+
+def _content(image: Mapping[str, Any] | bytes | None) -> bytes:
+    """What is in a cell: a file's bytes, or a struct of bytes and a path, of which one may be missing."""
+    if not isinstance(image, Mapping):
+        return image or b""
+    if image.get("bytes") is None and image.get("path"):
+        from datasets.utils.file_utils import xopen
+
+        try:
+            with xopen(image["path"], "rb") as file:
+                return file.read()
+        except FileNotFoundError:
+            return b""
+    return image.get("bytes") or b""
+
+
+@dataclass(frozen=True)
+class TarShard(Shard):
+    """A WebDataset: members `key.jpg` (or another image format) and `key.cls` or `key.json` stand beside each other."""
+
+    name: str
+    size: int
+    spec: ImageSpec
+    path: str = ""
+
+    def rows(self, start: int = 0, residue: int = 0, modulus: int = 1) -> Iterator[tuple[int, Record]]:
+        theirs = (tarfile.TarError, OSError, EOFError, zlib.error)
+        try:
+            streamed = is_url(self.path) or not self.path.lower().endswith(".tar")
+            with self._open(streamed) as archive:
+                for row, members in enumerate(_samples(archive, streamed)):
+                    if row >= start and row % modulus == residue:
+                        yield row, self._record(archive, members)
+        except theirs as error:
+            reason = f"({type(error).__name__}: {error})"
+            broke = is_url(self.path) and isinstance(error, OSError) and not isinstance(error, tarfile.TarError)
+            raise UserError(f"{self.spec.where}: reading {self.name} broke off {reason}; if it is whole, start again when the "
+                            "server answers: a run goes on from its last checkpoint" if broke else
+                            f"{self.spec.where}: {self.name} is damaged or not what its name says {reason}; mend or remove it"
+                            ) from None
+
+    @contextmanager
+    def _open(self, streamed: bool) -> Iterator[tarfile.TarFile]:
+        with open_url(self.path, "rb", ranges=False) if is_url(self.path) else open(self.path, "rb") as file, \
+                closing(tarfile.open(fileobj=file, mode="r|*" if streamed else "r:")) as archive:
+            yield archive
+
+    def _record(self, archive: tarfile.TarFile, members: dict[str, bytes | tarfile.TarInfo]) -> Record:
+        extension = next(name for name in members if f".{name}" in IMAGE_FILES)
+        member = members[extension]
+        content = {name: value if isinstance(value, bytes) else archive.extractfile(value).read()
+                   for name, value in members.items() if value is member or (self.spec.label and name in ("cls", "json"))}
+        return Record(f"{members['']} of {self.name}", content[extension], self._label(content, members[""]))
+
+    def _label(self, content: dict[str, bytes], key: str) -> Label:
+        if "cls" in content:
+            text = content["cls"].decode(errors="replace").strip()
+            return int(text) if text.isdecimal() else text
+        if "json" not in content:
+            return None
+        try:
+            fields = json.loads(content["json"])
+        except ValueError as error:
+            raise UserError(f"{self.spec.where}: {key}.json of {self.name} is no JSON ({error}); mend it") from None
+        label = fields.get(self.spec.label) if isinstance(fields, dict) else None
+        return label if isinstance(label, (int, str)) else None
+
+
+def _samples(archive: tarfile.TarFile, streamed: bool) -> Iterator[dict[str, Any]]:
+    """Members by extension (lower case), with the key they share under ""; only keys with an image.
+
+    Where the archive is streamed, what was stepped over is gone: members are read at once.
+    """
+    found: dict[str, Any] = {}
+    for member in archive:
+        archive.members = []  # tarfile keeps a list of all it has seen
+        folder, _, base = member.name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        if not member.isfile() or not stem:
+            continue
+        key = f"{folder}/{stem}" if folder else stem
+        if found and found[""] != key:
+            if _has_image(found):
+                yield found
+            found = {}
+        found[""] = key
+        found[extension.lower()] = archive.extractfile(member).read() if streamed else member
+    if found and _has_image(found):
+        yield found
+
+
+def _has_image(members: dict[str, Any]) -> bool:
+    return any(f".{extension}" in IMAGE_FILES for extension in members)
+
+
+def shard_of(path: str, size: int, name: str, spec: ImageSpec, ranges: bool = True) -> Shard | None:
+    """The shard that a file or URL is by its name, or None for one of another kind."""
+    lower = (url_path(path) if is_url(path) else path).lower()
+    if lower.endswith(".parquet"):
+        return ImageTableShard(name, size, spec, path, ranges=ranges)
+    return TarShard(name, size, spec, path) if lower.endswith(TAR_FILES) else None
+
+
+def local_shards(root: Path, spec: ImageSpec) -> list[Shard]:
+    """The parquet and tar files below a folder, in the order of their names."""
+    return [shard_of(str(root / name), size, name, spec) for name, size in files_below(root, (".parquet", *TAR_FILES), spec)]
+
+
+def files_below(root: Path, endings: tuple[str, ...], spec: ImageSpec) -> list[tuple[str, int]]:
+    """(path below the root, bytes) of the files with these endings, sorted.
+
+    Raises:
+        UserError: one cannot be looked at.
+    """
+    found = []
+    try:
+        for folder, _, names in os.walk(root, followlinks=True):
+            paths = [os.path.join(folder, name) for name in names
+                     if name.lower().endswith(endings) and not name.startswith(".")]  # macOS leaves ._name.png beside images
+            found += [(Path(path).relative_to(root).as_posix(), os.stat(path).st_size) for path in paths]
+    except OSError as error:
+        raise UserError(f"{spec.where}: cannot be read ({error}); mend or remove it") from None
+    return sorted(found)

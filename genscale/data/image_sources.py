@@ -1,0 +1,220 @@
+"""What `data.source` names: images by number where they fit into memory or are files, else a stream of records."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from genscale.data.image_files import arrays, digits, image_files
+from genscale.data.image_labels import Classes, classes_of, numbered
+from genscale.data.image_sets import ImageSet, PackedSet
+from genscale.data.image_settings import DIGITS
+from genscale.data.image_shards import ImageSpec, ImageTableShard, Record, TarShard, local_shards, shard_of
+from genscale.data.image_stream import ImageStream
+from genscale.data.opening import ask_urls, hub_revision, is_url, quiet_datasets, url_path
+from genscale.data.readers import Shard, known_size, split
+from genscale.errors import UserError, nearest
+
+TRAINING = ("train", "training")
+VALIDATION = ("validation", "valid", "val", "test")
+"""What the parts of a source are called, the one to be preferred first."""
+MEMORY_LIMIT = 256 * 2**20
+"""Bytes of parquet or tar files up to which they are held in memory."""
+READ = "; .npz, .parquet, .tar and folders of images are read"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source's images to train on, those to validate on where it brings them, and the names of its classes."""
+
+    training: ImageSet | ImageStream
+    validation: ImageSet | None
+    classes: list[str] | None
+
+
+@dataclass(frozen=True)
+class Order:
+    """What streams are ordered by: see `StreamSource`."""
+
+    fraction: float
+    window: int
+    seed: int
+    lanes: int
+
+
+def open_images(spec: ImageSpec, order: Order, validation: int, for_training: bool = True) -> Opened:
+    """The images of a source.
+
+    Args:
+        validation: images that are wanted of a validation set too large for memory.
+        for_training: False where the training images are wanted only if the source has no validation set of its own.
+
+    Raises:
+        UserError: nothing there, nothing that is read, or labels that are no classes.
+    """
+    classes = list(spec.classes) if spec.classes else None
+    if spec.name == DIGITS:
+        return _opened(digits(), None)
+    if not spec.locations and not is_url(spec.name):
+        path = Path(spec.name).expanduser()
+        if path.is_file() and path.suffix == ".npz":
+            return _opened(arrays(spec, path, classes), None)
+        if path.is_dir():
+            npz = {entry.stem: entry for entry in path.glob("*.npz")}
+            if training := _first(npz, TRAINING):
+                return _parts(lambda file, names: arrays(spec, file, names), training, _first(npz, VALIDATION), classes)
+            if not local_shards(path, spec):
+                parts = {entry.name.lower(): entry for entry in path.iterdir() if entry.is_dir()}
+                training = _first(parts, TRAINING) if parts.keys() <= {*TRAINING, *VALIDATION} else None
+                return _parts(lambda root, names: image_files(spec, root, names), training or path,
+                              _first(parts, VALIDATION) if training else None, classes)
+    return _shards(spec, order, validation, classes, for_training)
+
+
+def _first(found: dict[str, Path], names: Sequence[str]) -> Path | None:
+    return next((found[name] for name in names if name in found), None)
+
+
+def _opened(training: ImageSet, validation: ImageSet | None) -> Opened:
+    return Opened(training, validation, training.classes)
+
+
+def _parts(read: Callable[[Path, list[str] | None], ImageSet], training: Path, validation: Path | None,
+           classes: list[str] | None) -> Opened:
+    images = read(training, classes)
+    return _opened(images, read(validation, images.classes) if validation else None)
+
+
+def _shards(spec: ImageSpec, order: Order, validation: int, classes: list[str] | None, for_training: bool) -> Opened:
+    """A source of parquet or tar files, or of the hub."""
+    training, held = find_shards(spec)
+    if spec.label and classes is None and isinstance(training[0], ImageTableShard):
+        classes = training[0].class_names()
+    known = Classes(classes, spec.where) if classes else None
+    small = _packed(training, spec, known) if for_training or not held or (spec.label and not known) else None
+    if small is not None and small.classes:
+        known = Classes(small.classes, spec.where)
+    elif small is None and spec.label and known is None:
+        raise UserError(f"data.class_names=None: {spec.where} does not tell the names of its classes, and is too large to be "
+                        "read for them; set them, or data.labels to false")
+    aside = None
+    if held:
+        aside = _packed(held, spec, known)
+        if aside is None:
+            aside = first_images(_stream(held, spec, replace(order, fraction=1.0)), validation, spec, known)
+    if small is None and (for_training or aside is None):
+        images = _stream(training, spec, replace(order, fraction=0.0) if held else order)
+    else:
+        images = aside if small is None else small
+    return Opened(images, aside, known.names if known else None)
+
+
+def _stream(shards: list[Shard], spec: ImageSpec, order: Order) -> ImageStream:
+    if len(shards) < order.lanes:
+        shards = [part for shard in shards for part in split(shard, order.lanes)]
+    return ImageStream(shards, order.fraction, order.window, spec, order.seed, order.lanes)
+
+
+def first_images(stream: ImageStream, count: int, spec: ImageSpec, classes: Classes | None) -> PackedSet:
+    """At most so many of a stream's held-out images.
+
+    Raises:
+        UserError: there is none.
+    """
+    records = stream.sample_held_out(count)
+    if not records:
+        raise UserError(f"data.validation_fraction={stream.fraction}: no image of {spec.where} falls into the validation set; "
+                        "set a larger share, or data.validation_source")
+    return pack(records, spec, classes)
+
+
+def _packed(shards: Sequence[Shard], spec: ImageSpec, classes: Classes | None) -> PackedSet | None:
+    """All images of the shards, or None where they exceed `MEMORY_LIMIT` (compressed files and streams tell only when read)."""
+    size = known_size(shards)
+    if size is None or size > MEMORY_LIMIT or any(isinstance(shard, TarShard) and not shard.size for shard in shards):
+        return None
+    records, size = [], 0
+    for shard in shards:
+        for _, record in shard.rows():
+            records.append(record)
+            size += len(record.content)
+            if size > MEMORY_LIMIT:
+                return None
+    if not records:
+        raise UserError(f"{spec.where}: holds no image; give one that does")
+    return pack(records, spec, classes)
+
+
+def pack(records: Iterable[Record], spec: ImageSpec, classes: Classes | None) -> PackedSet:
+    """Records as a set. Without `classes` they are those that the labels stand for."""
+    records = list(records)
+    labels, names = [record.label for record in records], [record.name for record in records]
+    if spec.label and classes is None:
+        classes = classes_of(labels, spec.where)
+    numbers = numbered(labels, names, classes) if spec.label and classes else None
+    return PackedSet([(record.name, record.content) for record in records], numbers, classes.names if classes else None)
+
+
+def find_shards(spec: ImageSpec) -> tuple[list[Shard], list[Shard]]:
+    """The shards to train on, and those to validate on where the source has such, in a fixed order.
+
+    Raises:
+        UserError: nothing there, nothing readable, or the server or the hub does not answer.
+    """
+    if not spec.locations and not is_url(spec.name):
+        path = Path(spec.name).expanduser()
+        if path.is_dir():
+            return _by_name(local_shards(path, spec))
+        if not path.exists():
+            return _hub(spec, path)
+    locations = spec.locations or (spec.name,)
+    sizes = dict(zip(urls, ask_urls(spec, urls), strict=True)) if (urls := [name for name in locations if is_url(name)]) else {}
+    shards = []
+    for number, location in enumerate(locations):
+        path = Path(location).expanduser()
+        if location not in sizes and not path.is_file():
+            raise _nothing(spec, location, path)
+        size, ranges = sizes.get(location) or (path.stat().st_size, True)
+        name, file = (location, location) if location in sizes else (path.name, str(path))
+        shard = shard_of(file, size, f"{number}:{name}" if spec.locations else name, spec, ranges)
+        if shard is None:
+            raise UserError(f"{spec.key}={location}: files of this kind are not read{READ}")
+        shards.append(shard)
+    return shards, []
+
+
+def _nothing(spec: ImageSpec, location: str, path: Path) -> UserError:
+    near = nearest(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
+    return UserError(f"{spec.key}={location}: there is no such file or folder{near}; give an existing one, a URL "
+                     f"(https://...), a hub name, or {DIGITS}")
+
+
+def _by_name(shards: list[Shard]) -> tuple[list[Shard], list[Shard]]:
+    """Shards divided as the Hugging Face hub names them: train-00000.parquet, validation/0.tar, ..."""
+    parts: dict[str, list[Shard]] = {}
+    for shard in shards:
+        for word in re.findall(r"(?:^|/)([a-z]+)(?![a-z])", shard.name.lower()):
+            if word in (*TRAINING, *VALIDATION):
+                parts.setdefault(word, []).append(shard)
+                break
+    training = next((parts[word] for word in TRAINING if word in parts), None)
+    if training is None:
+        return shards, []
+    return training, next((parts[word] for word in VALIDATION if word in parts), [])
+
+
+def _hub(spec: ImageSpec, path: Path) -> tuple[list[Shard], list[Shard]]:
+    if Path(url_path(spec.name)).suffix in (".npz", ".parquet", ".tar") or not re.fullmatch(
+            r"[\w-][\w.-]*(/[\w-][\w.-]*)?", spec.name):
+        raise _nothing(spec, spec.name, path)
+    spec = replace(spec, revision=hub_revision(spec))
+    name = f"{spec.name}@{spec.revision}"
+    training = [ImageTableShard(name, 0, spec)]
+    for shard in training:
+        shard.open()  # what is wrong with the name of a split or a column shows here
+    datasets = quiet_datasets()
+    there = datasets.get_dataset_split_names(spec.name, spec.subset, revision=spec.revision)
+    held = next((word for word in VALIDATION if word in there and word != spec.split), None)
+    return training, [ImageTableShard(f"{name}:{held}", 0, replace(spec, split=held))] if held else []

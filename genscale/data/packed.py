@@ -1,0 +1,96 @@
+"""Samples of several images each, which the discriminator of a packed GAN sees together (Lin et al. 2018, "PacGAN")."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jsonargparse.typing import PositiveInt
+
+from genscale.data.image_settings import ImageDataSettings
+from genscale.data.lanes import Cursor, Data, Sample
+from genscale.rng import permutation
+
+
+class PackedData(Data):
+    """Each sample is `count` samples of a lane after each other, stacked: so a pack does not depend on processes or
+    micro-batches. The validation set is not packed.
+
+    Args:
+        data: what to pack; its other attributes (classes, channels, ...) are this one's too.
+    """
+
+    def __init__(self, data: Data, count: int) -> None:
+        self._data, self._count, self.lane_count = data, count, data.lane_count
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # asked for before __init__, by pickle
+            raise AttributeError(name)
+        return getattr(self._data, name)
+
+    def open_lane(self, lane: int, cursor: Cursor | None = None) -> Iterator[tuple[Sample, Cursor]]:
+        pack: list[Sample] = []
+        for sample, place in self._data.open_lane(lane, cursor):
+            pack.append(sample)
+            if len(pack) == self._count:
+                yield {key: np.stack([each[key] for each in pack]) for key in sample}, place
+                pack = []
+
+    def validation(self) -> list[Sample]:
+        return self._data.validation()
+
+    def check(self, global_batch_size: int) -> None:
+        self._data.check(global_batch_size * self._count)
+
+    def plan(self) -> dict[str, Any]:
+        return {**self._data.plan(), "pack": self._count}
+
+    def close(self) -> None:
+        self._data.close()
+
+
+class StackedData(PackedData):
+    """Each sample's image is those of `count` samples of a lane after each other, channel upon channel; so is the validation
+    set's. Labels are left out."""
+
+    def __init__(self, data: Data, count: int) -> None:
+        super().__init__(data, count)
+        self.classes = None
+
+    def open_lane(self, lane: int, cursor: Cursor | None = None) -> Iterator[tuple[Sample, Cursor]]:
+        for sample, place in super().open_lane(lane, cursor):
+            yield {"image": np.concatenate(sample["image"])}, place
+
+    def validation(self) -> list[Sample]:
+        images = [sample["image"] for sample in self._data.validation()]
+        # Each image once in every channel, beside others each time.
+        orders = [permutation(len(images), 0, "stack", channel) for channel in range(self._count)]
+        return [{"image": np.concatenate([images[i] for i in chosen])} for chosen in zip(*orders, strict=True)]
+
+    def plan(self) -> dict[str, Any]:
+        return {**self._data.plan(), "stack": self._count}
+
+
+def gan_images(data: Data, settings: PackedImageDataSettings) -> Data:
+    """The images as `data.stack` and `data.pack` ask for them."""
+    stacked = StackedData(data, settings.stack) if settings.stack > 1 else data
+    return packed(stacked, settings.pack)
+
+
+def packed(data: Data, count: int) -> Data:
+    """The data in packs of `count`; as it is for 1."""
+    return PackedData(data, count) if count > 1 else data
+
+
+@dataclass
+class PackedImageDataSettings(ImageDataSettings):
+    """Images for a GAN."""
+
+    pack: PositiveInt = 1
+    """Images that the discriminator sees together (Lin et al. 2018, PacGAN); a sample, and so the batch size, then counts
+    packs."""
+    stack: Literal[1, 3] = 1
+    """Greyscale images laid over each other as the channels of one (3: the thousand modes of Stacked MNIST, Metz et al.
+    2017)."""

@@ -1,0 +1,97 @@
+"""What a decoder's output says of pixels: likelihoods of an image given its latent, in nats."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from genscale.models.image_layers import to_signed, to_unit
+
+GAUSSIAN_FLOOR = -5.54  # log(1/255), half a grey level: a density of constant pixels would have no maximum
+LOGISTIC_FLOOR = -7.0  # as in PixelCNN++
+HALF_BIN = 1 / 255  # of pixels in [-1, 1]
+
+
+class Likelihood(ABC):
+    """Of pixels that are independent given the latent.
+
+    Attributes:
+        floor: of the logarithm of the scale.
+        nats_to_integers: nats to add, for each pixel and channel, that make a density one on the scale 0 to 255 (bins of 1).
+    """
+
+    floor: float = 0.0
+    nats_to_integers: float = 0.0
+
+    @abstractmethod
+    def observed(self, images: Tensor) -> Tensor:
+        """uint8 images as the fp32 pixels that the likelihood is one of, which the encoder sees too."""
+
+    @abstractmethod
+    def nats(self, pixels: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
+        """Minus log p(pixels | location, scale) of each pixel; the three broadcast against each other."""
+
+    @abstractmethod
+    def mean(self, location: Tensor) -> Tensor:
+        """The expected image, in [0, 1]."""
+
+
+class Bernoulli(Likelihood):
+    """The location is a logit. Intensities between black and white count as probabilities (a cross-entropy, then no
+    likelihood)."""
+
+    def observed(self, images: Tensor) -> Tensor:
+        return to_unit(images)
+
+    def nats(self, pixels: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
+        # max(l, 0) - l x + log(1 + exp(-|l|))
+        return F.softplus(location) - location * pixels
+
+    def mean(self, location: Tensor) -> Tensor:
+        return location.sigmoid()
+
+
+class Gaussian(Likelihood):
+    """A density of pixels in [-1, 1]; the scale is the standard deviation, half a grey level at least."""
+
+    floor = GAUSSIAN_FLOOR
+    nats_to_integers = 4.848116402675055  # log(127.5)
+
+    def observed(self, images: Tensor) -> Tensor:
+        return to_signed(images)
+
+    def nats(self, pixels: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
+        return 0.5 * ((pixels - location) * (-log_scale).exp()).square() + (log_scale + 0.9189385332046727)  # log(2 pi) / 2
+
+    def mean(self, location: Tensor) -> Tensor:
+        return ((location + 1) / 2).clamp(0, 1)
+
+
+class DiscretisedLogistic(Likelihood):
+    """The probability of each of 256 values under a logistic distribution, cut at half bins, the first and last bin open to
+    the outside (Salimans et al. 2017, PixelCNN++)."""
+
+    floor = LOGISTIC_FLOOR
+
+    def observed(self, images: Tensor) -> Tensor:
+        return to_signed(images)
+
+    def nats(self, pixels: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
+        inverse, centred = (-log_scale).exp(), pixels - location
+        above, below = (centred + HALF_BIN) * inverse, (centred - HALF_BIN) * inverse
+        # sigmoid(above) - sigmoid(below) = sigmoid(above) sigmoid(-below) (1 - exp(below - above)): no difference of
+        # nearly equal numbers. An edge bin keeps one of the factors.
+        first, last = pixels < HALF_BIN - 1, pixels > 1 - HALF_BIN
+        width = (-torch.expm1(-2 * HALF_BIN * inverse)).log()
+        zero = torch.zeros((), dtype=location.dtype, device=location.device)
+        return (torch.where(last, zero, F.softplus(-above)) + torch.where(first, zero, F.softplus(below))
+                - torch.where(first | last, zero, width))
+
+    def mean(self, location: Tensor) -> Tensor:
+        return ((location + 1) / 2).clamp(0, 1)
+
+
+LIKELIHOODS: dict[str, Likelihood] = {"bernoulli": Bernoulli(), "gaussian": Gaussian(), "logistic": DiscretisedLogistic()}

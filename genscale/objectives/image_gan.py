@@ -1,0 +1,146 @@
+"""The family `dcgan`: GANs on images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from genscale.config import Config
+from genscale.data.images import ImageData
+from genscale.data.lanes import Data
+from genscale.data.packed import PackedImageDataSettings, gan_images
+from genscale.errors import UserError
+from genscale.models.dcgan import DCGANDiscriminator, DCGANGenerator
+from genscale.models.feature_network import RandomFeatures
+from genscale.models.gan_settings import GANSettings, check_gan
+from genscale.models.image_grid import grid
+from genscale.models.image_layers import to_signed, to_unit
+from genscale.models.mlp_gan import MLPDiscriminator, MLPGenerator
+from genscale.models.residual_gan import ResidualDiscriminator, ResidualGenerator
+from genscale.objectives.base import Batch, Family, Networks
+from genscale.objectives.gan import GAN, INITIAL_STD, finite
+from genscale.objectives.gan_settings import GANObjectiveSettings, check_losses
+from genscale.objectives.sample_quality import diversity, frechet_distance
+
+NETWORKS = {"dcgan": (DCGANGenerator, DCGANDiscriminator), "residual": (ResidualGenerator, ResidualDiscriminator),
+            "mlp": (MLPGenerator, MLPDiscriminator)}
+CLASSES_FILE = "classes.json"
+PREVIEW_IMAGES = 64
+
+
+class ImageGAN(GAN):
+    """A GAN on images.
+
+    A batch holds `image`, uint8 `(batch, channels, size, size)` or `(batch, pack, channels, size, size)`, and where conditional
+    `label`. Validation is by the Frechet distance of as many samples as there are validation images, in the features of a
+    random network (`loss` and `fd`), and by the diversity of the samples there.
+
+    Args:
+        image_shape: `(channels, size, size)`.
+        class_names: of a conditional GAN.
+    """
+
+    unit = "images"
+    loss_unit = "Frechet distance, random features"
+
+    def __init__(self, generator: nn.Module, discriminator: nn.Module, settings: GANObjectiveSettings, *,
+                 image_shape: tuple[int, int, int], class_names: list[str] | None = None, **options: Any) -> None:
+        super().__init__(generator, discriminator, settings, conditional=class_names is not None, **options)
+        self.image_shape, self.class_names = image_shape, class_names
+        self._features = RandomFeatures()
+
+    def reals(self, batch: Batch) -> Tensor:
+        """In [-1, 1]."""
+        return to_signed(batch["image"])
+
+    def generate(self, networks: Networks, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Images fp32 `(batch, channels, size, size)` in [0, 1] from latents `(batch, latent)` and, where conditional,
+        classes."""
+        return (networks["generator"](latents, labels).float() + 1) / 2
+
+    def evaluate(self, networks: Networks, batch: Batch) -> dict[str, Tensor]:
+        """Features `(batch, width)` of the batch's images and of as many samples, of the same classes."""
+        latents = self.latents("evaluation", batch["sample"])
+        features = self._features.to(latents.device)
+        fakes = self.generate(networks, latents, self.labels(batch))
+        return {"real_features": features(to_unit(batch["image"])), "fake_features": features(fakes)}
+
+    def summarise(self, totals: Mapping[str, Any]) -> dict[str, float]:
+        """`loss` and `fd`: the Frechet distance; `diversity`: 0 where all samples are alike, about 1 for images as varied as
+        real ones."""
+        real, fake = totals["real_features"], totals["fake_features"]
+        if not fake.isfinite().all():
+            return {"loss": finite(float("nan")), "fd": finite(float("nan")), "diversity": 0.0}
+        distance = frechet_distance(real, fake)
+        return {"loss": distance, "fd": distance, "diversity": diversity(real, fake)}
+
+    def preview(self, networks: Networks, seed: int, device: torch.device) -> np.ndarray:
+        """A grid of samples, the same latents each time; a column for each class where conditional."""
+        numbers = torch.arange(PREVIEW_IMAGES, device=device)
+        labels, columns = None, None
+        if self.class_names is not None:
+            labels, columns = numbers % len(self.class_names), min(len(self.class_names), 10)
+        names = None if labels is None else [self.class_names[label] for label in labels.tolist()]
+        return grid(self.generate(networks, self.latents("preview", numbers), labels), columns, names)
+
+    def save_assets(self, folder: Path) -> None:
+        """The names of the classes."""
+        if self.class_names is not None:
+            (folder / CLASSES_FILE).write_text(json.dumps(self.class_names, ensure_ascii=False))
+
+
+def build(config: Config, data: Data) -> ImageGAN:
+    """The objective of a run. Raises UserError as `_build` does, and where labels or validation images are too few."""
+    names = data.classes if config.model.classes else None
+    if config.model.classes and (names is None or len(names) != config.model.classes):
+        found = "no labels (data.labels true reads them)" if names is None else f"{len(names)} classes"
+        raise UserError(f"model.classes: {config.model.classes}, but data.source {config.data.source} has {found}"
+                        + (f"; set model.classes {len(names)}" if names else ""))
+    images, width = len(data.validation()), RandomFeatures.width
+    if images <= width:
+        raise UserError(f"data.validation_images: a Frechet distance of {width} features needs more than {width} validation "
+                        f"images, and there are {images}; set data.validation_images and data.validation_fraction higher")
+    return _build(config, names)
+
+
+def restore(config: Config, folder: Path) -> ImageGAN:
+    """The objective of a trained run."""
+    file = folder / CLASSES_FILE
+    names = json.loads(file.read_text()) if file.exists() else [str(i) for i in range(config.model.classes or 0)]
+    return _build(config, names if config.model.classes else None)
+
+
+def _build(config: Config, class_names: list[str] | None) -> ImageGAN:
+    """Networks and objective.
+
+    Raises:
+        UserError: networks that cannot make such images, or losses that they do not suit.
+    """
+    model, data = config.model, config.data
+    if data.stack > 1 and data.channels > 1:
+        raise UserError(f"data.stack: {data.stack} lays greyscale images over each other, and data.channels is "
+                        f"{data.channels}; set data.channels 1")
+    shape = (data.channels * data.stack, data.size, data.size)
+    check_gan(model, shape)
+    check_losses(config.objective, model.discriminator_norm, model.spectral_norm)
+    if data.pack > 1 and model.classes:
+        raise UserError(f"data.pack: {data.pack} images of different classes in a pack cannot be joined with model.classes "
+                        f"{model.classes}; set data.pack 1, or leave model.classes out")
+    generator, discriminator = NETWORKS[model.architecture]
+    with torch.device("meta"):  # the engine fills the parameters, or its share of them, from `initial_weights`
+        networks = generator(model, shape), discriminator(model, (shape[0] * data.pack, *shape[1:]))
+    return ImageGAN(*networks, config.objective, image_shape=shape, class_names=class_names, seed=config.run.seed,
+                    latent=model.latent, pack=data.pack, initial_std=INITIAL_STD if model.architecture == "dcgan" else None)
+
+
+FAMILY = Family(model_settings=GANSettings, data_settings=PackedImageDataSettings,
+                build_data=lambda settings, seed: gan_images(ImageData(settings, seed), settings),
+                validation=lambda settings, seed: gan_images(ImageData(settings, seed, for_training=False),
+                                                             settings).validation(),
+                build_objective=build, restore=restore, objective_settings=GANObjectiveSettings)

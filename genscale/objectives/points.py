@@ -1,0 +1,111 @@
+"""The family `points`: a GAN on a mixture of Gaussians in the plane, judged by the modes it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genscale.config import Config
+from genscale.data.packed import packed
+from genscale.data.points import MIXTURES, Mixture, PointsData, PointsDataSettings
+from genscale.errors import UserError
+from genscale.models.mlp_gan import MLPDiscriminator, MLPGenerator
+from genscale.models.points_settings import PointsGANSettings
+from genscale.objectives.base import Batch, Family, Networks
+from genscale.objectives.gan import GAN
+from genscale.objectives.gan_settings import GANObjectiveSettings, check_losses
+
+NEAR = 3.0
+"""A point is of high quality within so many standard deviations of a mode."""
+PREVIEW_POINTS = 1000
+PREVIEW_INCHES = 4
+
+
+class PointsGAN(GAN):
+    """A GAN on points. A batch holds `point`, float32 `(batch, 2)` or `(batch, pack, 2)`."""
+
+    unit = "points"
+    loss_unit = "share of modes missed + share of points off"
+
+    def __init__(self, *networks: torch.nn.Module, mixture: Mixture, **options: Any) -> None:
+        super().__init__(*networks, **options)
+        self.mixture = mixture
+
+    def reals(self, batch: Batch) -> Tensor:
+        """The points."""
+        return batch["point"]
+
+    def generate(self, networks: Networks, latents: Tensor) -> Tensor:
+        """Points fp32 `(batch, 2)` from latents `(batch, latent)`."""
+        return networks["generator"](latents).float()
+
+    def evaluate(self, networks: Networks, batch: Batch) -> dict[str, Tensor]:
+        """As many generated points as the batch has."""
+        return {"points": self.generate(networks, self.latents("evaluation", batch["sample"]))}
+
+    def summarise(self, totals: Mapping[str, Any]) -> dict[str, float]:
+        """PacGAN's protocol (Lin et al. 2018, section 4.1): a point is of high quality within three standard deviations of its
+        nearest mode; a mode is found where at least one point of high quality is nearest to it."""
+        found, quality = modes_and_quality(totals["points"], self.mixture)
+        missed = 1 - found / len(self.mixture.centers)
+        return {"loss": missed + 1 - quality, "modes": float(found), "high_quality": quality}
+
+    def preview(self, networks: Networks, seed: int, device: torch.device) -> np.ndarray:
+        """Generated points over the modes."""
+        points = self.generate(networks, self.latents("preview", torch.arange(PREVIEW_POINTS, device=device)))
+        return draw_points(points.cpu().numpy(), self.mixture)
+
+
+def modes_and_quality(points: Tensor, mixture: Mixture) -> tuple[int, float]:
+    """(modes found, share of points `(n, 2)` of high quality)."""
+    distances = torch.cdist(points.double().cpu(), torch.from_numpy(mixture.centers))
+    nearest, mode = distances.min(1)
+    good = nearest <= NEAR * mixture.std
+    return len(mode[good].unique()), good.double().mean().item()
+
+
+def draw_points(points: np.ndarray, mixture: Mixture) -> np.ndarray:
+    """A picture of points `(n, 2)` over circles of the distance within which they are of high quality, uint8 `(height, width,
+    3)`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Circle
+
+    figure = Figure(figsize=(PREVIEW_INCHES, PREVIEW_INCHES), dpi=100, layout="constrained")
+    canvas, axes = FigureCanvasAgg(figure), figure.subplots()
+    for center in mixture.centers:
+        axes.add_patch(Circle(center, NEAR * mixture.std, fill=False, color="#d1602b"))
+    axes.scatter(*points.T, s=3, alpha=0.5, color="#3b76af", linewidths=0)
+    limit = 1.3 * np.abs(mixture.centers).max()
+    axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def restore(config: Config, folder: Path | None = None) -> PointsGAN:
+    """The objective of a run, trained or not.
+
+    Raises:
+        UserError: losses that the networks do not suit.
+    """
+    model, pack = config.model, config.data.pack
+    check_losses(config.objective, model.discriminator_norm, model.spectral_norm)
+    if config.objective.augmentation:
+        raise UserError(f"objective.augmentation: {', '.join(config.objective.augmentation)} is for images, and model.family "
+                        "points has none; leave it empty")
+    with torch.device("meta"):  # the engine fills the parameters, or its share of them, from `initial_weights`
+        networks = MLPGenerator(model, (2,), bounded=False), MLPDiscriminator(model, (2 * pack,))
+    return PointsGAN(*networks, mixture=MIXTURES[config.data.source], settings=config.objective, seed=config.run.seed,
+                     latent=model.latent, pack=pack, initial_std=None)
+
+
+FAMILY = Family(model_settings=PointsGANSettings, data_settings=PointsDataSettings,
+                build_data=lambda settings, seed: packed(PointsData(settings, seed), settings.pack),
+                validation=lambda settings, seed: PointsData(settings, seed).validation(),
+                build_objective=lambda config, data: restore(config), restore=restore,
+                objective_settings=GANObjectiveSettings)

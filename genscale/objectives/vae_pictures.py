@@ -1,0 +1,47 @@
+"""What the objectives with an encoder show of themselves, and where they take images from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genscale.data.images import ImageData, ImageDataSettings
+from genscale.data.lanes import Sample
+from genscale.models.image_grid import grid
+from genscale.rng import torch_generator
+
+EXAMPLES = 8
+SAMPLE_ROWS = 3
+
+
+def examples_of(data: ImageData) -> Callable[[], Tensor]:
+    """The first images of the validation set, uint8 `(n, channels, size, size)`, read when they are asked for."""
+    return lambda: torch.from_numpy(np.stack([sample["image"] for sample in data.validation()[:EXAMPLES]]))
+
+
+def validation_images(settings: ImageDataSettings, seed: int) -> list[Sample]:
+    """The validation samples of a run's data."""
+    return ImageData(settings, seed, for_training=False).validation()
+
+
+def preview_latents(seed: int, shape: tuple[int, ...]) -> Tensor:
+    """Latents `(n, *shape)` from the prior, the same each time."""
+    return torch.randn(SAMPLE_ROWS * EXAMPLES, *shape, generator=torch_generator(seed, "preview"))
+
+
+def picture(samples: Tensor, inputs: Tensor | None = None, outputs: Tensor | None = None) -> np.ndarray:
+    """uint8 `(height, width, 3)`: inputs above their reconstructions, where there are some, and samples below; all `(n,
+    channels, size, size)` in [0, 1]."""
+    parts = {"input": inputs, "output": outputs, "sample": samples}
+    rows, labels = [], []
+    for word, images in parts.items():
+        if images is None:
+            continue
+        images = images.float().cpu()
+        missing = -len(images) % EXAMPLES  # a row that is not full ends in white
+        rows.append(torch.cat([images, images.new_ones(missing, *images.shape[1:])]))
+        labels += [word] + [""] * (len(rows[-1]) - 1)
+    return grid(torch.cat(rows), EXAMPLES, labels)

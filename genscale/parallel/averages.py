@@ -1,0 +1,106 @@
+"""Exponential moving averages of a network's weights (Polyak and Juditsky 1992; with a half-life in samples as in Karras et al.
+2020), held as the network itself is: by shard where it is sharded, in fp32 in every precision."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from genscale.parallel.materialise import Read, fill_tensor, named_state
+
+
+class Average(ABC):
+    """The average of one network's parameters and persistent buffers."""
+
+    @abstractmethod
+    def update(self, decay: float) -> None:
+        """average = decay * average + (1 - decay) * weights; 0 makes it the weights themselves."""
+
+    @abstractmethod
+    def show(self) -> None:
+        """Put the average in the network's place. Collective where the network is sharded."""
+
+    @abstractmethod
+    def hide(self) -> None:
+        """Put the network's own weights back, bit for bit."""
+
+    @abstractmethod
+    def keep(self) -> None:
+        """Make the average the network's own weights; it is of no use itself afterwards. Collective."""
+
+    @abstractmethod
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the average in full, fp32, on the CPU, by the network's names. Collective."""
+
+    @abstractmethod
+    def load(self, keys: Iterable[str], read: Read) -> None:
+        """The inverse of `state`: `read(key)` gives the full tensor."""
+
+    @abstractmethod
+    def held(self) -> list[Tensor]:
+        """The tensors this process holds for it."""
+
+
+class NamedAverage(Average):
+    """Of tensors that keep their names: whole ones, or shards (DTensor).
+
+    Args:
+        tensors: by name; the very ones that the optimizer steps.
+        copied: names of those that are taken over as they are.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], copied: set[str]) -> None:
+        self.tensors = tensors
+        self.averages = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        self.averaged = [name for name in tensors if name not in copied]
+        self.copied = [name for name in tensors if name in copied]
+
+    @torch.no_grad()
+    def update(self, decay: float) -> None:
+        pairs = [(local(self.averages[name]), local(self.tensors[name])) for name in self.averaged]
+        if pairs:
+            torch._foreach_lerp_([a for a, _ in pairs], [w for _, w in pairs], 1 - decay)
+        for name in self.copied:
+            self.averages[name].copy_(self.tensors[name])
+
+    @torch.no_grad()
+    def show(self) -> None:
+        # Contents, one tensor at a time, and not pointers: FSDP2 and DDP know the storages.
+        for name, tensor in self.tensors.items():
+            weights, average = local(tensor.detach()), local(self.averages[name])
+            kept = weights.clone()
+            weights.copy_(average)
+            average.copy_(kept)
+
+    hide = show
+
+    def keep(self) -> None:
+        self.show()
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        for name, average in self.averages.items():
+            yield name, (average.full_tensor() if isinstance(average, DTensor) else average).cpu()
+
+    def load(self, keys: Iterable[str], read: Read) -> None:
+        for key in keys:
+            fill_tensor(self.averages[key], read(key))
+
+    def held(self) -> list[Tensor]:
+        return list(self.averages.values())
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor; it shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def copied_names(module: nn.Module) -> set[str]:
+    """Names of the tensors that have no mean: whole numbers, and vectors that belong to the weights as they are now (the
+    singular vectors of a spectral norm: the mean of two unit vectors is none)."""
+    follows = {id(buffer) for part in module.modules() if hasattr(part, "begin_update") for buffer in part.buffers()}
+    return {name for name, tensor in named_state(module)
+            if not tensor.is_floating_point() or (id(tensor) in follows and not isinstance(tensor, nn.Parameter))}

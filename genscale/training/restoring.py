@@ -1,0 +1,26 @@
+"""What a checkpoint holds, back into an engine."""
+
+from __future__ import annotations
+
+from genscale.parallel.engine import Engine
+from genscale.training.checkpoints import Checkpoint
+
+
+def load_beside_weights(engine: Engine, checkpoint: Checkpoint) -> None:
+    """Optimizers, loss scalers and averages as in the checkpoint, whose weights the networks have. Collective."""
+    scalers = checkpoint.state()["scalers"]
+    for name in engine.modules:
+        stored = checkpoint.tensors("optimizers", name)
+        engine.load_optimizer_state(name, stored.keys(), stored)
+        engine.load_scaler_state(name, scalers.get(name, {}))
+    for name in engine.averages:
+        stored = checkpoint.tensors("averages", name)
+        engine.load_average_state(name, stored.keys(), stored)
+
+
+def restore(engine: Engine, checkpoint: Checkpoint) -> None:
+    """Take an engine that has trained on back to the checkpoint: networks with their averaged weights, where it has an average,
+    or their own. Collective."""
+    for name in engine.modules:
+        engine.load_network_state(name, checkpoint.weights(name, averaged=True))
+    load_beside_weights(engine, checkpoint)

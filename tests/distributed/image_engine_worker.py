@@ -1,0 +1,235 @@
+"""One process of an engine test with image networks, started by torchrun as engine_worker.py is.
+
+Trains a small GAN of the real layers through Trainer.run_phase, and writes what came of it by torch.save. The networks stand on
+the meta device and are filled tensor by tensor, as in a run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from genscale.config import Config, OptimizerSettings, ParallelSettings, TrainSettings
+from genscale.models.dcgan import DCGANDiscriminator, DCGANGenerator
+from genscale.models.gan_settings import GANSettings
+from genscale.models.image_layers import InitialWeights
+from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
+from genscale.parallel.engine import Engine
+from genscale.parallel.launcher import clear_launch_environment
+from genscale.parallel.processes import Processes
+from genscale.parallel.strategies import build_engine, check_objective, plan_parallel
+from genscale.rng import Draws, torch_generator
+from genscale.training.optimizers import make_optimizer
+from genscale.training.trainer import Trainer
+
+GLOBAL_BATCH, LATENT, SHAPE = 8, 8, (1, 16, 16)
+OPTIMIZER = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.0}
+HALF_LIFE = 20.0
+DEFAULTS = {"strategy": "ddp", "precision": "fp32", "steps": 4, "accumulation": 1, "activation_checkpointing": "none",
+            "resume_at": 0, "optimizer": OPTIMIZER}
+KINDS = {
+    "batchnorm": ({"width": 4}, ["discriminator", "generator"]),
+    "spectral": ({"width": 64, "spectral_norm": True, "discriminator_norm": "none", "generator_norm": "group"},
+                 ["discriminator", "generator"]),
+    "wasserstein": ({"width": 4, "discriminator_norm": "none", "generator_norm": "group"}, ["critic", "generator"]),
+    "lazy": ({"width": 4, "spectral_norm": True, "discriminator_norm": "none", "generator_norm": "group"},
+             ["discriminator", "r1", "generator"]),
+}  # fmt: skip
+
+
+def images(step: int) -> Tensor:
+    """The global batch of a step, `(GLOBAL_BATCH, *SHAPE)`: noise smooth enough to be learned from."""
+    coarse = torch.randn(GLOBAL_BATCH, SHAPE[0], 4, 4, generator=torch_generator(0, "images", step))
+    return nn.functional.interpolate(coarse, size=SHAPE[1:], mode="bilinear").tanh()
+
+
+def networks_of(kind: str, device: str = "cpu") -> tuple[dict[str, nn.Module], dict[str, Callable[[str], Tensor]]]:
+    """The networks, without values, and what gives their initial values."""
+    settings = GANSettings(latent=LATENT, **KINDS[kind][0])
+    with torch.device(device):
+        networks = {"generator": DCGANGenerator(settings, SHAPE), "discriminator": DCGANDiscriminator(settings, SHAPE)}
+    # A deviation above DCGAN's 0.02, for small networks do not learn in four steps from that.
+    return networks, {name: InitialWeights(network, 0, 0.1) for name, network in networks.items()}
+
+
+class SmallGAN(Objective):
+    """Phases of every kind that a GAN has."""
+
+    averaged = ("generator",)
+
+    def __init__(self, kind: str) -> None:
+        self.networks, self.reads = networks_of(kind, "meta")
+        phases = {"discriminator": Phase("discriminator", "discriminator", self.discriminate, len_of),
+                  "critic": Phase("critic", "discriminator", self.criticise, len_of, second_order=True,
+                                  statistics=frozenset(["slope"])),
+                  "r1": Phase("r1", "discriminator", self.r1, len_of, every=2, second_order=True),
+                  "generator": Phase("generator", "generator", self.generate, len_of)}
+        self.phases = [phases[name] for name in KINDS[kind][1]]
+
+    def discriminate(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
+        # Two forwards before the backward, and the generator not detached: both must be harmless.
+        fake = networks["discriminator"](networks["generator"](draws.normal("noise", LATENT)))
+        real = networks["discriminator"](batch["image"])
+        return {"real": nn.functional.softplus(-real.float()).sum(), "fake": nn.functional.softplus(fake.float()).sum()}
+
+    def criticise(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
+        critic, real = networks["discriminator"], batch["image"]
+        fake = networks["generator"](draws.normal("noise", LATENT)).detach()
+        share = draws.uniform("share", 1, 1, 1)
+        between = (share * real + (1 - share) * fake).requires_grad_()
+        (gradient,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
+        slope = gradient.flatten(1).norm(dim=1)
+        return {"critic": (critic(fake) - critic(real)).sum(), "penalty": 10 * (slope - 1).square().sum(),
+                "slope": slope.detach().sum()}
+
+    def r1(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
+        real = batch["image"].clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(networks["discriminator"](real).sum(), real, create_graph=True)
+        return {"penalty": 5 * gradient.square().sum()}
+
+    def generate(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
+        logits = networks["discriminator"](networks["generator"](draws.normal("noise", LATENT)))
+        return {"loss": nn.functional.softplus(-logits.float()).sum()}
+
+    def initial_weights(self, name: str) -> Callable[[str], Tensor]:
+        return self.reads[name]
+
+    def evaluate(self, networks: Networks, batch: Batch) -> Terms:
+        raise NotImplementedError
+
+    def summarise(self, totals: Any) -> dict[str, float]:
+        raise NotImplementedError
+
+    def preview(self, networks: Networks, seed: int, device: torch.device) -> str:
+        raise NotImplementedError
+
+
+def len_of(batch: Batch) -> int:
+    return len(batch["image"])
+
+
+def latents() -> Tensor:
+    """What the averaged generator is asked for."""
+    return torch.randn(4, LATENT, generator=torch_generator(0, "latents"))
+
+
+def full(state: Any) -> dict[str, Tensor]:
+    return {key: tensor.clone() for key, tensor in state}
+
+
+class Training:
+    """A trainer over an engine of its own, from initial weights or from what another one `saved`."""
+
+    def __init__(self, variant: dict[str, Any], processes: Processes, plan: Any, saved: dict[str, Any] | None = None) -> None:
+        self.variant, self.processes = variant, processes
+        self.objective = SmallGAN(variant["kind"])
+        train = TrainSettings(global_batch_size=GLOBAL_BATCH, ema_half_life=HALF_LIFE, steps=variant["steps"])
+        config = Config(optimizer=OptimizerSettings(**variant["optimizer"]), train=train)
+        settings = ParallelSettings(strategy=plan.strategy, activation_checkpointing=variant["activation_checkpointing"])
+        check_objective(plan, settings, self.objective)
+        micro = GLOBAL_BATCH // processes.world_size // variant["accumulation"]
+        engine = build_engine(plan, processes, settings, variant["precision"], 0.0, micro, variant["accumulation"])
+        weights = {name: saved["networks"][name].__getitem__ if saved else self.objective.initial_weights(name)
+                   for name in self.objective.networks}
+        engine.prepare(self.objective.networks, lambda module: make_optimizer(module, config.optimizer, variant["precision"]),
+                       weights, averaged=self.objective.averaged)
+        self.engine: Engine = engine
+        if saved:
+            for name, state in saved["optimizers"].items():
+                engine.load_optimizer_state(name, state, state.__getitem__)
+            for name, state in saved["averages"].items():
+                engine.load_average_state(name, state, state.__getitem__)
+        self.trainer = Trainer(config, self.objective, engine, loader=None, hooks=[], last_good=lambda: "none")
+
+    def steps(self, first: int, last: int) -> list[dict[str, float]]:
+        lines = []
+        for step in range(first, last + 1):
+            metrics: dict[str, float] = {}
+            for phase in self.objective.phases:
+                if step % phase.every == 0:
+                    outcome = self.trainer.run_phase(phase, step, self.micro_batches(step))
+                    metrics.update(self.trainer.metrics_of(outcome))
+            self.trainer.update_averages(step)
+            lines.append(metrics)
+        return lines
+
+    def micro_batches(self, step: int) -> list[dict[str, Tensor]]:
+        rank, world = self.processes.rank, self.processes.world_size
+        samples, batch = torch.arange(GLOBAL_BATCH)[rank::world], images(step)[rank::world]
+        parts = self.variant["accumulation"]
+        return [{"sample": s, "image": i} for s, i in zip(samples.chunk(parts), batch.chunk(parts), strict=True)]
+
+    def state(self) -> dict[str, Any]:
+        names = list(self.objective.networks)
+        return {"networks": {name: full(self.engine.network_state(name)) for name in names},
+                "optimizers": {name: full(self.engine.optimizer_state(name)) for name in names},
+                "averages": {name: full(self.engine.average_state(name)) for name in self.objective.averaged}}
+
+    def made_with_average(self) -> Tensor:
+        generator = self.engine.view(None)["generator"].eval()
+        with self.engine.averaged(), torch.no_grad():
+            made = generator(latents()).float()
+        generator.train()
+        return made
+
+    def takes_back(self, saved: dict[str, Any]) -> bool:
+        """Whether the networks have the saved weights again, in their states and in what the generator makes."""
+        for name, state in saved["networks"].items():
+            self.engine.load_network_state(name, state.__getitem__)
+        plain = networks_of(self.variant["kind"])[0]["generator"].eval()
+        plain.load_state_dict(saved["networks"]["generator"])
+        generator = self.engine.view(None)["generator"].eval()
+        with torch.no_grad():
+            alike = torch.allclose(generator(latents()).float(), plain(latents()), rtol=1e-2, atol=3e-2)
+        return alike and same({name: full(self.engine.network_state(name)) for name in saved["networks"]}, saved["networks"])
+
+
+def same(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor):
+        return torch.equal(first, second)
+    return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+
+
+def run_variant(variant: dict[str, Any], processes: Processes, plan: Any) -> dict[str, Any]:
+    training = Training(variant, processes, plan)
+    saved_at, steps = variant["resume_at"] or variant["steps"], variant["steps"]
+    lines = training.steps(1, saved_at)
+    middle = training.state()
+    made = training.made_with_average()
+    result = {"untouched": same(middle, training.state())}
+    if saved_at < steps:
+        resumed = Training(variant, processes, plan, middle)
+        loaded = same(middle, resumed.state())
+        lines += training.steps(saved_at + 1, steps)
+        resumed.steps(saved_at + 1, steps)
+        made = training.made_with_average()
+        result["resumed_alike"] = loaded and same(training.state(), resumed.state())
+    final = training.state()
+    buffers = {str(b.dtype) for module in training.engine.modules.values() for b in module.buffers()}
+    result["taken_back"] = training.takes_back(middle)
+    return {**result, **final, "steps": lines, "made": made, "buffer_dtypes": sorted(buffers),
+            "bytes_at_rest": processes.gather(training.engine.bytes_at_rest()),
+            "average_bytes": processes.gather(sum(t.to_local().nbytes if hasattr(t, "to_local") else t.nbytes
+                                                  for average in training.engine.averages.values() for t in average.held()))}
+
+
+def main(variants: dict[str, dict[str, Any]], out: Path) -> None:
+    variants = {name: {**DEFAULTS, **variant} for name, variant in variants.items()}
+    plans = {name: plan_parallel(ParallelSettings(strategy=it["strategy"]), it["precision"], it["optimizer"]["name"])
+             for name, it in variants.items()}
+    clear_launch_environment()
+    processes = Processes(need_group=True)
+    results = {name: run_variant(variant, processes, plans[name]) for name, variant in variants.items()}
+    if processes.is_main:
+        torch.save(results, out)
+    processes.close()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]), Path(sys.argv[2]))

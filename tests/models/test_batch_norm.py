@@ -1,0 +1,98 @@
+"""Our BatchNorm against torch's: values, gradients and running statistics; split over processes, frozen and recomputed."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from genscale.models.batch_norm import BatchNorm
+from genscale.models.recomputation import recomputing
+
+
+def pair(channels: int = 4) -> tuple[BatchNorm, nn.BatchNorm2d]:
+    ours, torchs = BatchNorm(channels), nn.BatchNorm2d(channels)
+    with torch.no_grad():
+        torchs.weight.copy_(torch.randn(channels))
+        torchs.bias.copy_(torch.randn(channels))
+        for name, tensor in ours.state_dict(keep_vars=True).items():
+            tensor.copy_(torchs.state_dict()[name])
+    return ours, torchs
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+class Halves:
+    """A sum over two processes, played by two threads that each hold half of the batch."""
+
+    def __init__(self) -> None:
+        self.barrier, self.values = threading.Barrier(2), {}
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.values[threading.get_ident()] = tensor.clone()
+        self.barrier.wait(20)
+        total = sum(self.values.values())
+        self.barrier.wait(20)
+        return total
+
+
+def test_two_halves_are_normalised_as_one_batch():
+    _, torchs = pair()
+    images, gradient = 3 + 2 * torch.randn(6, 4, 5, 5), torch.randn(6, 4, 5, 5)
+    whole = images.clone().requires_grad_()
+    truth = torchs(whole)
+    (truth * gradient).sum().backward()
+    halves, results, initial = Halves(), {}, pair()[0]
+    with torch.no_grad():
+        initial.weight.copy_(torchs.weight)
+        initial.bias.copy_(torchs.bias)
+
+    def work(part: int) -> None:
+        layer = BatchNorm(4)
+        layer.load_state_dict(initial.state_dict())
+        layer.sum_over_processes = halves
+        x = images[part::2].clone().requires_grad_()
+        y = layer(x)
+        # Autograd's backward runs in the thread that asks for it, on the CPU.
+        (y * gradient[part::2]).sum().backward()
+        results[part] = (layer, x, y)
+
+    threads = [threading.Thread(target=work, args=(part,)) for part in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    for part, (layer, x, y) in results.items():
+        torch.testing.assert_close(y, truth[part::2], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(x.grad, whole.grad[part::2], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer.running_mean, torchs.running_mean)
+        torch.testing.assert_close(layer.running_var, torchs.running_var)
+    for name in ("weight", "bias"):  # the engine adds them up
+        total = sum(getattr(layer, name).grad for layer, _, _ in results.values())
+        torch.testing.assert_close(total, getattr(torchs, name).grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_running_statistics_stand_still_when_frozen_or_recomputed(spread):
+    ours, torchs = pair()
+    if spread:
+        ours.sum_over_processes = torch.clone
+    x = torch.randn(3, 4, 2, 2)
+    before = ours.running_mean.clone()
+    ours.update_statistics = False
+    frozen = ours(x)
+    ours.update_statistics = True
+    with recomputing():
+        again = ours(x)
+    assert torch.equal(ours.running_mean, before)
+    trained = ours(x)
+    torch.testing.assert_close(trained, torchs(x))
+    assert torch.equal(trained, frozen) and torch.equal(trained, again)
+    torch.testing.assert_close(ours.running_mean, torchs.running_mean)
+    torch.testing.assert_close(ours.running_var, torchs.running_var)
+    torch.testing.assert_close(ours.eval()(x), torchs.eval()(x))

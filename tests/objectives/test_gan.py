@@ -1,0 +1,213 @@
+"""The GAN objective on points and images: its terms against the losses written out, packs, micro-batches, refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from genscale.config import Config
+from genscale.data.loader import StepLoader
+from genscale.data.packed import PackedImageDataSettings, packed
+from genscale.data.points import MIXTURES, PointsData, PointsDataSettings
+from genscale.errors import UserError
+from genscale.models.gan_settings import GANSettings
+from genscale.models.points_settings import PointsGANSettings
+from genscale.objectives import FAMILIES
+from genscale.objectives.gan_losses import discriminator_loss, generator_loss
+from genscale.objectives.gan_settings import GANObjectiveSettings
+from genscale.objectives.points import draw_points, modes_and_quality
+from genscale.rng import Draws
+
+SAMPLES = torch.arange(6)
+
+
+def filled(objective):
+    for name, network in objective.networks.items():
+        network.to_empty(device="cpu")
+        read = objective.initial_weights(name)
+        with torch.no_grad():
+            for key, tensor in network.state_dict(keep_vars=True).items():
+                tensor.copy_(read(key))
+    return objective
+
+
+def points(pack: int = 1, **settings):
+    config = Config(model=PointsGANSettings(width=8), data=PointsDataSettings(pack=pack),
+                    objective=GANObjectiveSettings(**settings))
+    return filled(FAMILIES["points"].build_objective(config, None))
+
+
+def images(model: dict | None = None, data: dict | None = None, objective: dict | None = None):
+    model = {"width": 4, "latent": 3, "discriminator_norm": "none", "generator_norm": "group", **(model or {})}
+    config = Config(model=GANSettings(**model),
+                    data=PackedImageDataSettings(**{"size": 16, "channels": 1, "validation_images": 100, **(data or {})}),
+                    objective=GANObjectiveSettings(**(objective or {})))
+    built = FAMILIES["dcgan"].build_data(config.data, 1337)
+    return filled(FAMILIES["dcgan"].build_objective(config, built))
+
+
+def draws(phase: str, samples: torch.Tensor = SAMPLES, step: int = 5) -> Draws:
+    return Draws(1337, phase, step, samples)
+
+
+@pytest.mark.parametrize("name", ["non_saturating", "hinge", "relativistic"])
+def test_both_phases_by_hand(name):
+    objective = points(loss=name)
+    networks = objective.networks
+    batch = {"point": torch.randn(6, 2), "sample": SAMPLES}
+    fakes = {phase: networks["generator"](draws(phase).normal("noise", 1, 2).flatten(0, 1)) for phase in networks}
+    real = networks["discriminator"](batch["point"])
+    fake = networks["discriminator"](fakes["discriminator"])
+    terms = objective.discriminator_terms(networks, batch, draws("discriminator"))
+    torch.testing.assert_close(terms["adversarial"], discriminator_loss(name, real, fake))
+    torch.testing.assert_close(terms["real_logit"], real.sum())
+    fake = networks["discriminator"](fakes["generator"])
+    terms = objective.generator_terms(networks, batch, draws("generator"))
+    torch.testing.assert_close(terms["adversarial"], generator_loss(name, fake, real))
+    terms["adversarial"].backward()
+    assert all(p.grad is not None for p in networks["generator"].parameters())
+
+
+def test_the_discriminators_phase_gives_the_generator_no_gradient():
+    objective = points()
+    batch = {"point": torch.randn(6, 2), "sample": SAMPLES}
+    objective.discriminator_terms(objective.networks, batch, draws("discriminator"))["adversarial"].backward()
+    assert all(p.grad is None for p in objective.networks["generator"].parameters())
+
+
+@pytest.mark.parametrize("settings", [
+    {"objective": {"gradient_penalty": 10.0, "loss": "wasserstein"}},
+    {"objective": {"r1": 1.0, "r2": 1.0, "augmentation": ["color", "cutout"]}},
+    {"model": {"classes": 10}, "data": {"labels": True}},
+    {"data": {"pack": 2}},
+])
+def test_sums_do_not_depend_on_how_a_batch_is_cut(settings):
+    objective = images(**settings)
+    pack = settings.get("data", {}).get("pack", 1)
+    shape = (6, pack, 1, 16, 16) if pack > 1 else (6, 1, 16, 16)
+    batch = {"image": torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, np.uint8)),
+             "label": torch.arange(6) % 10, "sample": SAMPLES}
+    for phase in objective.phases:
+        whole = phase.loss(objective.networks, batch, draws(phase.name))
+        cuts = [(SAMPLES[cut], {key: value[cut] for key, value in batch.items()}) for cut in (slice(0, 1), slice(1, 6))]
+        parts = [phase.loss(objective.networks, part, draws(phase.name, samples)) for samples, part in cuts]
+        assert phase.count(batch) == 6
+        for name, value in whole.items():
+            torch.testing.assert_close(sum(part[name] for part in parts), value, rtol=1e-4, atol=1e-4)
+
+
+def test_lazy_regularisation_counts_for_the_steps_between():
+    every = points(r1=0.5, regularise_every=1)
+    lazy = points(r1=0.5, regularise_every=8)
+    batch = {"point": torch.randn(6, 2), "sample": SAMPLES}
+    once = every.regularisation_terms(every.networks, batch, draws("regularisation"))["r1"]
+    torch.testing.assert_close(lazy.regularisation_terms(lazy.networks, batch, draws("regularisation"))["r1"], 8 * once)
+    assert [phase.every for phase in lazy.phases] == [1, 1, 8] and lazy.phases[2].second_order
+    assert len(points().phases) == 2 and points(discriminator_steps=5).phases[0].repeats == 5
+
+
+def test_a_pack_is_seen_side_by_side():
+    objective = points(pack=3)
+    reals = torch.randn(2, 3, 2)
+    seen = []
+    networks = {"generator": objective.networks["generator"],
+                "discriminator": lambda x, labels: seen.append(x) or objective.networks["discriminator"](x)}
+    objective.discriminator_terms(networks, {"point": reals, "sample": SAMPLES[:2]}, draws("discriminator", SAMPLES[:2]))
+    (both,) = seen
+    torch.testing.assert_close(both[:2], reals.reshape(2, 6))
+    latents = draws("discriminator", SAMPLES[:2]).normal("noise", 3, 2)
+    for place in range(3):
+        torch.testing.assert_close(both[2:, 2 * place : 2 * place + 2], objective.networks["generator"](latents[:, place]))
+
+
+@pytest.mark.parametrize("pack", [1, 3])
+def test_points_are_the_same_on_any_shape_and_after_a_resume(pack):
+    def read(world_size: int, batches: int, state: dict | None = None) -> tuple[list, dict]:
+        found, states = [], []
+        for rank in range(world_size):
+            loader = StepLoader(packed(PointsData(PointsDataSettings(), 7), pack), global_batch_size=12, micro_batch_size=3,
+                                rank=rank, world_size=world_size, workers=0, prefetch_steps=2, state=state)
+            for _ in range(batches):
+                for batch in loader.next_batch():
+                    found += list(zip(batch["sample"].tolist(), batch["point"].tolist(), strict=True))
+            states.append(loader.state())
+            loader.close()
+        from genscale.data.loader import merge_states
+
+        return sorted(found), merge_states(states, 48)
+
+    whole, _ = read(1, 6)
+    first, state = read(2, 3)
+    rest, _ = read(4, 3, state)
+    assert first + rest == whole
+    assert np.shape(whole[0][1]) == ((2,) if pack == 1 else (3, 2))
+
+
+def test_the_mixtures_are_the_published_ones():
+    drawn = torch.tensor(np.stack([s["point"] for s in PointsData(PointsDataSettings(source="grid"), 0).validation()]))
+    modes, quality = modes_and_quality(drawn, MIXTURES["grid"])
+    # Within three deviations in the plane: 1 - exp(-9/2).
+    assert modes == 25 and quality == pytest.approx(0.9889, abs=0.01)
+    assert sorted({round(float(x)) for x in MIXTURES["grid"].centers.flatten()}) == [-4, -2, 0, 2, 4]
+    np.testing.assert_allclose(np.linalg.norm(MIXTURES["ring"].centers, axis=1), 1)
+    collapsed = torch.zeros(100, 2) + torch.tensor([0.0, 1.0])
+    assert modes_and_quality(collapsed, MIXTURES["ring"]) == (1, 1.0)
+    assert modes_and_quality(torch.zeros(10, 2), MIXTURES["ring"]) == (0, 0.0)
+
+
+def test_previews_are_pictures():
+    picture = draw_points(MIXTURES["ring"].centers, MIXTURES["ring"])
+    assert picture.dtype == np.uint8 and picture.shape == (400, 400, 3) and picture.std() > 5
+    objective = images(model={"classes": 10}, data={"labels": True})
+    sheet = objective.preview(objective.networks, 0, torch.device("cpu"))
+    assert sheet.dtype == np.uint8 and sheet.ndim == 3 and sheet.std() > 5
+    assert np.array_equal(sheet, objective.preview(objective.networks, 0, torch.device("cpu")))
+
+
+def test_a_perfect_generator_scores_near_zero_and_a_dead_one_far():
+    objective = images()
+    real = torch.from_numpy(np.stack([s["image"] for s in FAMILIES["dcgan"].build_data(
+        PackedImageDataSettings(size=16, channels=1, validation_images=170), 0).validation()]))
+    features = objective._features(real.float() / 255)
+    half = len(real) // 2
+    near = objective.summarise({"real_features": features[:half], "fake_features": features[half:]})
+    dead = objective.summarise({"real_features": features[:half], "fake_features": features[:1].repeat(half, 1)})
+    assert near["loss"] < 0.3 * dead["loss"]
+    assert near["diversity"] == pytest.approx(1, abs=0.2) and dead["diversity"] == 0
+    gone = objective.summarise({"real_features": features[:half], "fake_features": torch.full_like(features, float("nan"))})
+    assert gone["loss"] == float("inf")
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"model": {"classes": 10}}, "model.classes: 10, but data.source digits has no labels .data.labels true"),
+    ({"model": {"classes": 7}, "data": {"labels": True}}, "has 10 classes; set model.classes 10"),
+    ({"data": {"validation_images": 64}}, "data.validation_images: .* more than 64 .*there are 64"),
+    ({"model": {"classes": 10}, "data": {"labels": True, "pack": 2}}, "data.pack: 2 .*set data.pack 1"),
+    ({"data": {"size": 24}}, "data.size: 24 is no power of two"),
+    ({"model": {"discriminator_norm": "batch"}, "objective": {"r1": 1.0}}, "objective.r1: 1 .*use group or none"),
+])
+def test_what_cannot_be_is_one_line(settings, message):
+    with pytest.raises(UserError, match=message):
+        images(**settings)
+
+
+def test_batch_normalisation_couples_samples():
+    assert images(model={"generator_norm": "batch"}).couples_samples and not images().couples_samples
+
+
+def test_three_digits_make_one_picture_of_three_channels():
+    settings = PackedImageDataSettings(size=8, channels=1, stack=3, pack=2, validation_images=100)
+    data = FAMILIES["dcgan"].build_data(settings, 1)
+    single = FAMILIES["dcgan"].build_data(PackedImageDataSettings(size=8, channels=1, validation_images=100), 1)
+    lane = single.open_lane(5)
+    digits = [next(lane)[0]["image"] for _ in range(12)]
+    packs = data.open_lane(5)
+    (first, _), (second, place) = next(packs), next(packs)
+    assert first["image"].shape == (2, 3, 8, 8) and "label" not in first
+    assert np.array_equal(np.concatenate([first["image"], second["image"]]).reshape(12, 1, 8, 8), np.stack(digits))
+    assert np.array_equal(next(data.open_lane(5, place))[0]["image"][0, 0], next(lane)[0]["image"][0])
+    held = np.stack([sample["image"] for sample in data.validation()])
+    alone = {sample["image"].tobytes() for sample in single.validation()}
+    assert held.shape == (100, 3, 8, 8)
+    assert all({picture[channel].tobytes() for picture in held} == alone for channel in range(3))

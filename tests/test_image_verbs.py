@@ -1,0 +1,230 @@
+"""`genscale sample` and `genscale evaluate` of runs on images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from genscale.config_parser import load_config
+from genscale.data.images import ImageData, ImageDataSettings
+from genscale.evaluation.classifier import RECIPE
+from genscale.evaluation.image_generation import as_uint8, latents
+from genscale.models.feature_network import RandomFeatures
+from genscale.models.image_grid import grid
+from genscale.objectives import FAMILIES
+from genscale.objectives.sample_quality import frechet_distance, kernel_distance
+from genscale.rng import permutation
+from genscale.training.checkpoints import Checkpoint
+from genscale.verbs.trained import load_weights
+
+COMMON = {
+    "data": {"size": 8, "channels": 1, "validation_images": 100},
+    "train": {"steps": 4, "global_batch_size": 8, "precision": "fp32", "ema_half_life": 8, "clip": 0},
+    "optimizer": {"lr": 5e-3, "betas": [0.5, 0.99]},
+    "schedule": {"name": "constant"},
+    "tracking": {"wandb": "disabled"},
+}
+GAN = {"model": {"family": "dcgan", "latent": 6, "width": 8, "classes": 10}, "data": {"labels": True}}
+VAE = {"model": {"family": "vae", "architecture": "mlp", "latents": 5}}
+
+
+def train(genscale, folder: Path, sections: dict) -> Path:
+    settings = {**COMMON, **sections, "data": {**COMMON["data"], **sections.get("data", {})},
+                "run": {"name": sections["model"]["family"], "dir": str(folder)}}
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    done = genscale("train", "--config", folder / "run.yaml")
+    assert done.code == 0, done.err
+    return folder / sections["model"]["family"]
+
+
+@pytest.fixture(scope="module")
+def gan(genscale, tmp_path_factory) -> Path:
+    return train(genscale, tmp_path_factory.mktemp("gan"), GAN)
+
+
+@pytest.fixture(scope="module")
+def vae(genscale, tmp_path_factory) -> Path:
+    return train(genscale, tmp_path_factory.mktemp("vae"), VAE)
+
+
+def opened(run: Path, averaged: bool = True):
+    (checkpoint,) = (Checkpoint(path) for path in (run / "checkpoints").iterdir())
+    config = load_config(FAMILIES, checkpoint.path / "config.yaml")
+    objective = FAMILIES[config.model.family].restore(config, run)
+    load_weights(objective, checkpoint, averaged)
+    return objective
+
+
+@torch.no_grad()
+def images_of(objective, seed: int, count: int, labels: torch.Tensor | None = None) -> torch.Tensor:
+    drawn = latents(objective, seed, torch.arange(count))
+    return as_uint8(objective.generate(objective.networks, drawn, labels))
+
+
+@pytest.fixture
+def drawn(genscale, tmp_path):
+    """The picture that `genscale sample RUN ...` writes."""
+
+    def draw(run: Path, *arguments: object) -> np.ndarray:
+        file = tmp_path / "new" / "folder" / "picture.png"
+        outcome = genscale("sample", run, "--out", file, *arguments)
+        assert outcome.code == 0, outcome.err
+        assert str(file) in outcome.out
+        return np.asarray(Image.open(file))
+
+    return draw
+
+
+def validation() -> torch.Tensor:
+    settings = ImageDataSettings(size=8, channels=1, validation_images=100)
+    return torch.from_numpy(np.stack([sample["image"] for sample in ImageData(settings, 0).validation()]))
+
+
+def report(outcome) -> dict:
+    assert outcome.code == 0, outcome.err
+    return json.loads(outcome.out)
+
+
+def test_samples_have_a_column_for_each_class(gan, drawn):
+    labels = torch.arange(24) % 10
+    images = images_of(opened(gan), 1, 24, labels)
+    expected = grid(images, 10, [str(i) for i in range(10)] + [""] * 14)
+    assert np.array_equal(drawn(gan, "--count", 24, "--seed", 1), expected)
+    assert not np.array_equal(drawn(gan, "--count", 24, "--seed", 2), expected)
+    assert np.abs(drawn(gan, "--count", 24, "--seed", 1, "--batch_size", 5).astype(int) - expected).max() <= 1
+    only = drawn(gan, "--count", 9, "--seed", 1, "--label", "3", "--columns", 3)
+    assert np.array_equal(only, grid(images_of(opened(gan), 1, 9, torch.full((9,), 3)), 3, ["3"] + [""] * 8))
+
+
+def test_averaged_weights_unless_live_ones_are_asked_for(gan, drawn):
+    labels = torch.arange(4) % 10
+    for averaged, flags in ((True, ()), (False, ("--live",))):
+        expected = grid(images_of(opened(gan, averaged), 0, 4, labels), 2, list("0123"))
+        assert np.array_equal(drawn(gan, "--count", 4, "--columns", 2, *flags), expected)
+    assert not torch.equal(images_of(opened(gan), 0, 4, labels), images_of(opened(gan, False), 0, 4, labels))
+
+
+def test_the_picture_lies_in_the_run_folder_by_default(gan, genscale):
+    outcome = genscale("sample", gan, "--count", 4, "--seed", 5)
+    file = gan / "samples" / "sample-seed5.png"
+    width, height = Image.open(file).size
+    assert outcome.out.strip() == f"{file} ({width} x {height} pixels)" and width == 4 * 34 + 2
+
+
+def test_a_row_of_a_walk_goes_from_one_latent_to_another(gan, vae, drawn):
+    objective = opened(vae)
+    sheet = drawn(vae, "--interpolate", "--count", 20, "--columns", 5, "--seed", 3)
+    ends = images_of(objective, 3, 8)
+    size, step = 32, 34
+    assert sheet.shape[:2] == (4 * step + 2, 5 * step + 2)
+    for row in range(4):
+        for column, image in ((0, ends[2 * row]), (4, ends[2 * row + 1])):
+            tile = sheet[2 + row * step : 2 + row * step + size, 2 + column * step : 2 + column * step + size]
+            assert np.abs(tile[::4, ::4, 0].astype(int) - image[0].numpy()).max() <= 1
+    assert drawn(gan, "--interpolate", "--count", 6, "--columns", 3).shape[1] == 3 * step + 2
+
+
+def test_reconstructions_stand_below_their_inputs(vae, drawn):
+    objective, inputs = opened(vae), validation()
+    sheet = drawn(vae, "--reconstruct", "--count", 8, "--columns", 4, "--seed", 2)
+    caption = sheet.shape[0] - (2 * 34 + 2)
+    above = sheet[2 + caption : 34 + caption : 4, 2 : 2 + 4 * 34, 0]
+    below = sheet[36 + caption : 68 + caption : 4, 2 : 2 + 4 * 34, 0]
+    for column in range(4):
+        shown = torch.from_numpy(above[:, column * 34 : column * 34 + 32 : 4].copy())
+        (number,) = (inputs[:, 0] == shown).all((1, 2)).nonzero().flatten().tolist()[:1]
+        mean, _ = objective.encode(objective.networks, inputs[number : number + 1])
+        expected = as_uint8(objective.generate(objective.networks, mean))[0, 0].numpy().astype(int)
+        assert np.abs(expected - below[:, column * 34 : column * 34 + 32 : 4]).max() <= 1
+
+
+def test_a_row_of_a_traversal_moves_one_dimension_the_most_active_first(vae, drawn):
+    objective, inputs = opened(vae), validation()
+    means = objective.encode(objective.networks, inputs)[0]
+    order = means.var(0).argsort(descending=True).tolist()
+    points = means[permutation(100, 4, "reconstruct")[:1]].repeat(3 * 7, 1)
+    for row in range(3):
+        points[7 * row : 7 * row + 7, order[row]] = torch.linspace(-3, 3, 7)
+    texts = [f"z{order[i // 7]}" if i % 7 == 0 else f"{i - 3:+.1f}" if i < 7 else "" for i in range(21)]
+    expected = grid(as_uint8(objective.generate(objective.networks, points)), 7, texts)
+    sheet = drawn(vae, "--traverse", "--count", 21, "--columns", 7, "--seed", 4)
+    assert sheet.shape == expected.shape and np.abs(sheet.astype(int) - expected).max() <= 1
+    few = drawn(vae, "--traverse", "--count", 700, "--columns", 7)
+    assert few.shape[1] == sheet.shape[1] and few.shape[0] < 2 * sheet.shape[0]  # as many rows as there are dimensions
+
+
+@pytest.mark.parametrize(("which", "arguments", "words"), [
+    ("gan", ["--reconstruct"], ["--reconstruct", "dcgan", "no encoder"]),
+    ("gan", ["--label", "seven"], ["--label", "'seven' is no class", "0, 1, 2"]),
+    ("vae", ["--label", "7"], ["--label", "not conditional"]),
+    ("vae", ["--reconstruct", "--traverse"], ["--reconstruct", "--traverse", "leave one out"]),
+    ("vae", ["--count", 0], ["count", "at least 1"]),
+    ("vae", ["--prompt", "x"], ["--prompt", "unknown setting"]),
+    ("vae", ["--out", "picture.xyz"], ["picture.xyz", "picture.png"]),
+    ("vae", ["--reconstruct", "--data.source", "nowhere.npz"], ["data.source", "nowhere.npz"]),
+])  # fmt: skip
+def test_sample_refuses(which, arguments, words, request, genscale, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = genscale("sample", request.getfixturevalue(which), *arguments)
+    text = message.message_of_run() if "checkpoints" in message.err else message.message()
+    assert all(word in text for word in words), text
+
+
+def test_scores_in_the_features_of_the_random_network(vae, genscale):
+    result = report(genscale("evaluate", vae, "--features", "random", "--count", 90, "--seed", 3, "--batch-size", 7))
+    objective, network = opened(vae), RandomFeatures()
+    real, fake = network(validation() / 255), network(images_of(objective, 3, 90) / 255)
+    assert result["fd"] == pytest.approx(frechet_distance(real, fake), rel=1e-4)
+    assert result["kid"] == pytest.approx(kernel_distance(real, fake)[0], rel=1e-4)
+    protocol = result["protocol"]
+    assert protocol["features_sha256"] == network.identity() and protocol["weights"] == "averaged"
+    assert (protocol["real_images"], protocol["generated_images"], protocol["seed"], protocol["size"]) == (100, 90, 3, 8)
+    assert result["anchors"]["real_halves"]["precision"] > 0.8 > 0.2 > result["anchors"]["noise"]["recall"]
+    assert result["anchors"]["real_halves"]["fd"] is None  # 50 images are too few for 64 features
+    assert result["anchors"]["noise"]["fd"] > 0
+    assert result["validation"]["samples"] == 100 and result["validation"]["loss"] > 0
+    live = report(genscale("evaluate", vae, "--features", "random", "--count", 90, "--seed", 3, "--live"))
+    assert live["fd"] != result["fd"] and live["protocol"]["weights"] == "live"
+
+
+def test_scores_in_the_features_of_a_classifier(gan, genscale, monkeypatch):
+    monkeypatch.setitem(RECIPE, "steps", 12)
+    result = report(genscale("evaluate", gan))
+    assert result["protocol"]["features"] == "classifier" and result["protocol"]["classifier_accuracy"] > 0.2
+    assert sum(result["class_histogram"].values()) == sum(result["real_class_histogram"].values()) == 100
+    empty = {name for name, count in result["class_histogram"].items() if count == 0}
+    assert set(result["missing_classes"]) == empty
+    assert len(list((gan.parent / "classifiers").iterdir())) == 1
+    for name in ("fd", "kid", "kid_standard_error", "precision", "recall", "density", "coverage", "memorisation_rate"):
+        assert isinstance(result[name], float), name
+    assert result["anchors"]["noise"]["kid"] > result["anchors"]["real_halves"]["kid"]
+
+
+def test_likelihood_by_importance_samples(vae, genscale):
+    few, many = (report(genscale("evaluate", vae, "--features", "random", "--importance-samples", k)) for k in (1, 40))
+    assert many["importance_samples"] == 40
+    # The bound grows with the samples (Burda et al. 2016); one sample is the validation loss with other draws.
+    assert many["log_likelihood"] > few["log_likelihood"]
+    assert few["log_likelihood"] == pytest.approx(-few["validation"]["loss"], abs=8 * few["log_likelihood_standard_error"])
+
+
+@pytest.mark.parametrize(("which", "arguments", "words"), [
+    ("gan", ["--count", 64], ["--count", "64 images are too few", "64 features of", "65"]),
+    ("vae", ["--data.validation_images", 20], ["data.validation_images", "20 images are too few"]),
+    ("gan", ["--features", "inception"], ["--features", "inception", "--inception FILE"]),
+    ("gan", ["--features", "random", "--inception", "x.pth"], ["--features", "random", "x.pth"]),
+    ("gan", ["--inception", "x.pth"], ["data.validation_images", "2048 features of inception", "2049"]),
+    ("gan", ["--importance_samples", 5], ["--importance_samples", "dcgan", "no likelihood"]),
+    ("gan", ["--tasks", "hellaswag"], ["--tasks", "dcgan", "no text"]),
+    ("gan", ["--features", "other"], ["features", "one of", "other"]),
+])  # fmt: skip
+def test_evaluate_refuses(which, arguments, words, request, genscale, monkeypatch):
+    monkeypatch.setitem(RECIPE, "steps", 12)
+    message = genscale("evaluate", request.getfixturevalue(which), *arguments).message()
+    assert all(word in message for word in words), message
