@@ -7,12 +7,10 @@ file names. Mistakes come out as one line (`UserError`), with the nearest key wh
 from __future__ import annotations
 
 import dataclasses
-import keyword
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 from jsonargparse import (
@@ -34,6 +32,8 @@ from genscale.config import (
     TrackingSettings,
     TrainSettings,
 )
+from genscale.config_keys import as_field, as_key, in_users_words, renamed
+from genscale.config_mistakes import check_flags, check_keys, check_values, one_line
 from genscale.errors import UserError, nearest
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -42,31 +42,8 @@ COMMON_SECTIONS = {"run": RunSettings, "train": TrainSettings, "optimizer": Opti
                    "parallel": ParallelSettings, "tracking": TrackingSettings}
 Families = Mapping[str, Any]
 
-# A setting may have a name that Python keeps for itself (`model.from`). Its field then ends in an underscore (`from_`), which
-# is put in where the user's words are read and taken out of all that the user reads.
-_FIELD = re.compile(r"(?<![\w.])((?:--)?\w+\.)(" + "|".join(keyword.kwlist) + r")_(?!\w)")
-
-
-def as_field(key: str) -> str:
-    """`from` as `from_`; other names as they are."""
-    return f"{key}_" if keyword.iskeyword(key) else key
-
-
-def as_key(field: str) -> str:
-    """`from_` as `from`; other names as they are."""
-    return field[:-1] if field.endswith("_") and keyword.iskeyword(field[:-1]) else field
-
-
-def _renamed(content: Any, rename: Callable[[str], str]) -> Any:
-    """The same sections with other keys for their settings; what lies deeper (the columns of filters) is the user's own."""
-    if not isinstance(content, dict):
-        return content
-    return {section: {rename(key) if isinstance(key, str) else key: value for key, value in settings.items()}
-            if isinstance(settings, dict) else settings for section, settings in content.items()}
-
-
-set_loader("run", lambda text: _renamed(get_loader("yaml")(text), as_field), (yaml.YAMLError,))
-set_dumper("run", lambda content: yaml.safe_dump(_renamed(content, as_key), sort_keys=False, allow_unicode=True))
+set_loader("run", lambda text: renamed(get_loader("yaml")(text), as_field), (yaml.YAMLError,))
+set_dumper("run", lambda content: yaml.safe_dump(renamed(content, as_key), sort_keys=False, allow_unicode=True))
 
 
 class RunParser(ArgumentParser):
@@ -91,7 +68,7 @@ class RunParser(ArgumentParser):
                                   **options)
 
     def format_help(self) -> str:
-        return re.sub(r"(?<= [A-Z])([A-Z]+)_(?!\w)", r"\1", _FIELD.sub(r"\1\2", super().format_help()))
+        return re.sub(r"(?<= [A-Z])([A-Z]+)_(?!\w)", r"\1", in_users_words(super().format_help()))
 
 
 def config_parser(families: Families, family: str, prog: str = "genscale train", description: str = "") -> RunParser:
@@ -114,13 +91,13 @@ def parse_config(families: Families, arguments: Sequence[str], prog: str = "gens
     parser = config_parser(families, family, prog, description)
     known = parser.keys()
     for file in _config_files(arguments):
-        _check_keys(_read_yaml(file), known, where=f" in {file}")
-    _check_flags(arguments, known)
+        check_keys(_read_yaml(file), known, where=f" in {file}")
+    check_flags(arguments, known)
     built = parser.instantiate(parse(parser, arguments))
     # A family without settings of its objective has no such section.
     config = Config(**{name: getattr(built, name, None) for name in Config.__dataclass_fields__})
     for name in ("model", "data", *(["objective"] if config.objective else []), *COMMON_SECTIONS):
-        _check_values(getattr(config, name), f"{name}.")
+        check_values(getattr(config, name), f"{name}.")
     return config
 
 
@@ -139,7 +116,7 @@ def parse_settings(settings: type, arguments: Sequence[str], prog: str, descript
     following = [*arguments[1:], "--"]
     arguments = [f"{word}=true" if word in switches and after.startswith("--") else word
                  for word, after in zip(arguments, following, strict=False)]
-    _check_flags(arguments, parser.keys())
+    check_flags(arguments, parser.keys())
     return settings(**vars(parser.instantiate(parse(parser, arguments))))
 
 
@@ -159,7 +136,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
     try:
         return parser.parse_args(list(arguments))
     except (ArgumentError, ValueError, TypeError) as error:
-        raise UserError(_one_line(str(error))) from None
+        raise UserError(one_line(str(error))) from None
 
 
 def take_number(arguments: Sequence[str], flag: str, least: int) -> tuple[int | None, list[str]]:
@@ -234,78 +211,3 @@ def _family(families: Families, arguments: Sequence[str]) -> str:
     if not isinstance(family, str) or family not in families:
         raise UserError(f"model.family: '{family}' is not one of {', '.join(families)}{nearest(str(family), families)}")
     return family
-
-
-def _check_keys(content: dict[str, Any], known: set[str], where: str, prefix: str = "") -> None:
-    for key, value in content.items():
-        path = f"{prefix}{key}"
-        is_section = any(other.startswith(f"{path}.") for other in known)
-        if is_section and isinstance(value, dict):
-            _check_keys(value, known, where, f"{path}.")
-        elif is_section:
-            raise UserError(f"{path}: must be a section of settings{where}, not {value!r}")
-        elif path not in known:
-            raise UserError(f"{path}: unknown key{where}{_nearest_key(path, known)}")
-
-
-def _check_values(section: Any, prefix: str) -> None:
-    """What jsonargparse lets through: nothing where there must be something, and numbers that are none."""
-    kinds = get_type_hints(type(section))
-    for name in (field.name for field in dataclasses.fields(section)):
-        value, kind = getattr(section, name), kinds[name]
-        if value is None and type(None) not in get_args(kind):
-            wanted = TYPE_WORDS.get(getattr(kind, "__name__", ""), "set")
-            raise UserError(f"{prefix}{as_key(name)}: must be {wanted}, not None; leave the key out for its default")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{prefix}{as_key(name)}: must be a finite number, not {value}")
-
-
-def _check_flags(arguments: Sequence[str], known: set[str]) -> None:
-    for argument in arguments:
-        flag = argument.split("=", 1)[0]
-        if flag.startswith("--") and flag != "--" and flag[2:].removesuffix("+") not in known | {"help", "print_config"}:
-            raise UserError(f"{flag}: unknown setting{_nearest_key(flag[2:], known)}")
-
-
-def _nearest_key(path: str, known: set[str]) -> str:
-    """The closest full key; a bare or misplaced name (`steps`) finds the section that has it (`train.steps`), and a section
-    is compared with sections."""
-    sections = {key.split(".")[0] for key in known if "." in key}
-    leaves = sorted(known - sections)
-    same_leaf = [key for key in leaves if key.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
-    if same_leaf:
-        return f" (did you mean '{sorted(same_leaf)[0]}'?)"
-    return (nearest(path, sections) if "." not in path else "") or nearest(path, leaves)
-
-
-TYPE_WORDS = {
-    "PositiveInt": "a whole number of at least 1", "NonNegativeInt": "a whole number of at least 0",
-    "PositiveFloat": "a number above 0", "NonNegativeFloat": "a number of at least 0",
-    "ClosedUnitInterval": "a number from 0 to 1", "OpenUnitInterval": "a number between 0 and 1",
-    "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "tuple": "a list like [0.9, 0.95]",
-}
-
-
-def _one_line(message: str) -> str:
-    """jsonargparse's message in one line of plain words: the key, what it must be, what it was."""
-    text = _FIELD.sub(r"\1\2", " ".join(message.split()))
-    text = re.sub(r'^(?:Parser key|argument) "?(?:--)?([\w.]+)"?:', r"\1:", text)
-    if match := re.match(r"^([\w.]+): Not of type (\w+): (.*)$", text):
-        key, kind, why = match.groups()
-        value = why.split(" does not conform")[0].rsplit(": ", 1)[-1]
-        return f"{key}: must be {TYPE_WORDS.get(kind, kind)}, not {value}"
-    if match := re.match(r"^([\w.]+): Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)$", text):
-        key, choices, value = match.groups()
-        allowed = [choice.strip(" '\"") for choice in choices.split(",")]
-        return f"{key}: must be one of {', '.join(allowed)}, not {value}{nearest(value, allowed)}"
-    if match := re.match(r"^([\w.]+): Does not validate .* Subtypes: \[(.*?), <class 'NoneType'>\] .*Given value: (.*)$", text):
-        key, kind, value = match.groups()
-        words = re.findall(r"(\w+)'", kind)
-        wanted = f"one of {', '.join(words)}" if "Literal" in kind else TYPE_WORDS.get(words[-1] if words else kind, kind)
-        return f"{key}: must be {wanted}, or null, not {value}"
-    if match := re.match(r"^([\w.]+): Expected a <class '(\w+)'>\. Got value: (.*)$", text):
-        key, kind, value = match.groups()
-        return f"{key}: must be {TYPE_WORDS.get(kind, kind)}, not {value}"
-    if match := re.match(r"^([\w.]+): Does not validate .* Subtypes: \[list\[str\].*Given value: (.*)$", text):
-        return f"{match.group(1)}: must be text or a list of texts, not {match.group(2)}"
-    return text[:600]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import MISSING, fields
 
 
 class UserError(Exception):
@@ -17,3 +18,18 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the choice closest to `word`, or an empty string when none is close."""
     found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f" (did you mean '{found[0]}'?)" if found else ""
+
+
+def refuse_unheeded(section: str, settings: object, names: Iterable[str], beside: str) -> None:
+    """Raises UserError for the first of these settings that is not its default: it would have no effect.
+
+    Args:
+        section: of the config.
+        names: the settings that have none.
+        beside: the setting that leaves them without.
+    """
+    plain = {field.name: field.default if field.default_factory is MISSING else field.default_factory()
+             for field in fields(settings)}
+    for name in names:
+        if (value := getattr(settings, name)) != plain[name]:
+            raise UserError(f"{section}.{name}: {value} has no effect with {beside}; leave it out")

@@ -13,7 +13,8 @@ import pytest
 
 from genscale import __version__
 from genscale.cli import VERBS
-from genscale.config_parser import COMMON_SECTIONS, as_key
+from genscale.config_keys import as_key
+from genscale.config_parser import COMMON_SECTIONS
 from genscale.evaluation.image_sampling import ImageSampling
 from genscale.evaluation.image_scores import ImageScoring
 from genscale.evaluation.samplers import TextSampling

@@ -56,7 +56,11 @@ def open_images(spec: ImageSpec, order: Order, validation: int, for_training: bo
     """
     classes = list(spec.classes) if spec.classes else None
     if spec.name == DIGITS:
-        return _opened(digits(), None)
+        found = digits()
+        if classes and classes != found.classes:
+            raise UserError(f"{spec.where}: has the classes {', '.join(found.classes)}, not {', '.join(classes)}; leave "
+                            "data.class_names out, or give a source of those classes")
+        return _opened(found, None)
     if not spec.locations and not is_url(spec.name):
         path = Path(spec.name).expanduser()
         if path.is_file() and path.suffix == ".npz":

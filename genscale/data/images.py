@@ -56,7 +56,8 @@ class ImageData(Data):
         self.classes = opened.classes if settings.labels else None
         aside = self._other_validation_set() if own else opened.validation
         if settings.labels:
-            self._check_labels(opened.training, aside)
+            _check_labels(opened.training, self._spec.where)
+            _check_labels(aside, f"data.validation_source={settings.validation_source}" if own else self._spec.where)
         self.order: ShuffledImages | StreamedImages | None = None
         held = None if aside is None else (aside, np.arange(len(aside)))
         if for_training or held is None:
@@ -85,12 +86,6 @@ class ImageData(Data):
         if isinstance(held, ImageStream):
             return first_images(held, settings.validation_images, spec, self._classes)
         return held
-
-    def _check_labels(self, *sets: ImageSet | ImageStream | None) -> None:
-        for images in sets:
-            if isinstance(images, ImageSet) and images.labels is None:
-                raise UserError(f"data.labels=true: not all images of {self._spec.where} have a label; label them, or set "
-                                "data.labels to false")
 
     def _ordered(self, images: ImageSet | ImageStream,
                  hold_out: bool) -> tuple[ShuffledImages | StreamedImages, tuple[ImageSet, np.ndarray] | None]:
@@ -161,6 +156,11 @@ def _spec(key: str, source: Sequence[str] | str, settings: ImageDataSettings, sp
     return ImageSpec(key, f"{locations[0]} and {len(several) - 1} more" if several else locations[0], settings.subset,
                      split or settings.split, locations=several, image=settings.image_column,
                      label=settings.label_column if settings.labels else None, classes=tuple(names) if names else None)
+
+
+def _check_labels(images: ImageSet | ImageStream | None, where: str) -> None:
+    if isinstance(images, ImageSet) and images.labels is None:
+        raise UserError(f"data.labels=true: not all images of {where} have a label; label them, or set data.labels to false")
 
 
 def _held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:

@@ -11,6 +11,7 @@ from jsonargparse.typing import PositiveInt
 
 from genscale.data.image_settings import ImageDataSettings
 from genscale.data.lanes import Cursor, Data, Sample
+from genscale.errors import UserError
 from genscale.rng import permutation
 
 
@@ -19,8 +20,10 @@ class PackedData(Data):
     micro-batches. The validation set is not packed.
 
     Args:
-        data: what to pack; its other attributes (classes, channels, ...) are this one's too.
+        data: what to pack; its other attributes (classes, size, ...) are this one's too.
     """
+
+    key = "data.pack"
 
     def __init__(self, data: Data, count: int) -> None:
         self._data, self._count, self.lane_count = data, count, data.lane_count
@@ -38,11 +41,18 @@ class PackedData(Data):
                 yield {key: np.stack([each[key] for each in pack]) for key in sample}, place
                 pack = []
 
+    def cursor_at(self, position: int) -> Cursor | None:
+        return self._data.cursor_at(position * self._count)
+
     def validation(self) -> list[Sample]:
         return self._data.validation()
 
     def check(self, global_batch_size: int) -> None:
-        self._data.check(global_batch_size * self._count)
+        try:
+            self._data.check(global_batch_size * self._count)
+        except UserError as error:
+            raise UserError(f"{error} (divided by {self._count}: {self.key} takes {self._count} for each of the "
+                            f"{global_batch_size} samples)") from None
 
     def plan(self) -> dict[str, Any]:
         return {**self._data.plan(), "pack": self._count}
@@ -53,7 +63,9 @@ class PackedData(Data):
 
 class StackedData(PackedData):
     """Each sample's image is those of `count` samples of a lane after each other, channel upon channel; so is the validation
-    set's. Labels are left out."""
+    set's. Such an image has no label."""
+
+    key = "data.stack"
 
     def __init__(self, data: Data, count: int) -> None:
         super().__init__(data, count)
@@ -74,7 +86,13 @@ class StackedData(PackedData):
 
 
 def gan_images(data: Data, settings: PackedImageDataSettings) -> Data:
-    """The images as `data.stack` and `data.pack` ask for them."""
+    """The images as `data.stack` and `data.pack` ask for them. Raises UserError for labels or colours of what is stacked."""
+    if settings.stack > 1 and settings.labels:
+        raise UserError(f"data.labels=true: an image of data.stack {settings.stack} shows as many classes; set data.labels to "
+                        "false, or data.stack 1")
+    if settings.stack > 1 and settings.channels > 1:
+        raise UserError(f"data.stack: {settings.stack} lays greyscale images over each other, and data.channels is "
+                        f"{settings.channels}; set data.channels 1")
     stacked = StackedData(data, settings.stack) if settings.stack > 1 else data
     return packed(stacked, settings.pack)
 

@@ -15,9 +15,10 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
-from genscale.data.images import ImageData
-from genscale.data.lanes import Sample
+from genscale.data.images import ImageData, ImageDataSettings
+from genscale.data.lanes import Data, Sample
 from genscale.data.order import LaneReader
+from genscale.data.packed import gan_images
 from genscale.errors import UserError
 from genscale.evaluation.classifier import Classifier, trained_classifier
 from genscale.evaluation.image_generation import as_uint8, decoded, latents
@@ -78,7 +79,8 @@ def score_images(run: TrainedRun, settings: ImageScoring) -> dict[str, Any]:
     count = settings.count or min(len(reals), MOST_FAKES)
     _check_counts(kind, count, len(reals))
     network = _network(kind, data, run, settings)
-    with tqdm(desc="images", unit="image", delay=SHOWN_AFTER_SECONDS, disable=None, file=sys.stderr) as bar:
+    total = len(reals) + 2 * count + _training_count(data)
+    with tqdm(total=total, desc="images", unit="image", delay=SHOWN_AFTER_SECONDS, disable=None, file=sys.stderr) as bar:
         features = _Features(network, run.device, bar)
         real = features(_batches(reals, settings.batch_size))
         fake = features(_fakes(run, settings, reals, count))
@@ -97,26 +99,44 @@ def score_images(run: TrainedRun, settings: ImageScoring) -> dict[str, Any]:
     return report
 
 
-def _data_and_kind(run: TrainedRun, settings: ImageScoring) -> tuple[ImageData, str]:
+def _data_and_kind(run: TrainedRun, settings: ImageScoring) -> tuple[Data, str]:
     """The run's images as they are, with labels where the classifier is to know them, and the name of the features."""
-    kind = settings.features or ("inception" if settings.inception else None)
-    if kind == "inception" and settings.inception is None:
-        raise UserError("--features: inception needs the file of its weights; name it with --inception FILE")
-    if kind != "inception" and settings.inception is not None:
-        raise UserError(f"--features: {kind} does not need --inception {settings.inception}; leave one of them out")
+    kind, names = _chosen_features(run, settings), run.objective.class_names
     crop = "none" if run.config.data.crop == "none" else "center"
     plain = dataclasses.replace(run.config.data, flip=False, crop=crop)
     # The seed is no run's: images and classifier are the same for all seeds, so that their scores compare.
     if kind in (None, "classifier"):
         try:
-            return ImageData(dataclasses.replace(plain, labels=True), 0), "classifier"
+            return _opened(dataclasses.replace(plain, labels=True), names), "classifier"
         except UserError:
             if kind is not None or plain.labels:
                 raise
-    return ImageData(plain, 0), kind or "random"
+    return _opened(dataclasses.replace(plain, labels=names is not None), names), kind or "random"
 
 
-def _network(kind: str, data: ImageData, run: TrainedRun, settings: ImageScoring) -> FeatureNetwork:
+def _opened(settings: ImageDataSettings, class_names: list[str] | None) -> Data:
+    """The images one by one; of a conditional run its classes, or what it generates of each would be another's."""
+    data: Data = ImageData(settings, 0)
+    if class_names is not None and data.classes != class_names:
+        raise UserError(f"data.source: {settings.source} has the classes {', '.join(data.classes)}, and the run was trained on "
+                        f"{', '.join(class_names)}; give images of the same classes")
+    return gan_images(data, dataclasses.replace(settings, pack=1)) if getattr(settings, "stack", 1) > 1 else data
+
+
+def _chosen_features(run: TrainedRun, settings: ImageScoring) -> str | None:
+    """None where the images decide."""
+    kind = settings.features or ("inception" if settings.inception else None)
+    if kind == "inception" and settings.inception is None:
+        raise UserError("--features: inception needs the file of its weights; name it with --inception FILE")
+    if kind != "inception" and settings.inception is not None:
+        raise UserError(f"--features: {kind} does not need --inception {settings.inception}; leave one of them out")
+    stack = getattr(run.config.data, "stack", 1)
+    if kind == "classifier" and stack > 1:
+        raise UserError(f"--features: a classifier finds one class in an image, and data.stack is {stack}; use random")
+    return "random" if kind is None and stack > 1 else kind
+
+
+def _network(kind: str, data: Data, run: TrainedRun, settings: ImageScoring) -> FeatureNetwork:
     if kind == "classifier":
         return trained_classifier(data, len(data.classes), run.folder.resolve().parent / "classifiers", run.device)
     return (RandomFeatures() if kind == "random" else InceptionFeatures(settings.inception)).to(run.device)
@@ -151,11 +171,16 @@ def _batches(samples: Iterable[Sample], size: int) -> Iterator[Tensor]:
         yield torch.from_numpy(np.stack([sample["image"] for sample in part]))
 
 
-def _training_samples(data: ImageData) -> Iterator[Sample]:
-    """The first training images of the order; each once, where their number is known."""
+def _training_samples(data: Data) -> Iterator[Sample]:
+    """The first training images of the order."""
     reader = LaneReader(data, {})
-    for number in range(min(TRAINING_IMAGES, data.order.count or TRAINING_IMAGES)):
+    for number in range(_training_count(data)):
         yield reader.read(number)[0]
+
+
+def _training_count(data: Data) -> int:
+    """Each once, where their number is known."""
+    return min(TRAINING_IMAGES, data.order.count or TRAINING_IMAGES)
 
 
 def _fakes(run: TrainedRun, settings: ImageScoring, reals: list[Sample], count: int) -> Iterator[Tensor]:

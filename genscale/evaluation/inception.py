@@ -166,7 +166,6 @@ class InceptionFeatures(nn.Module):
 
     name = "inception"
     width = WIDTH
-    classes = None
 
     def __init__(self, file: str) -> None:
         super().__init__()

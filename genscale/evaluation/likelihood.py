@@ -18,17 +18,16 @@ BATCH_SIZE = 8
 """Images at once; each is decoded with a hundred latents."""
 
 
-def likelihood(run: TrainedRun, samples: list[Sample], importance_samples: int) -> dict[str, Any]:
-    """Mean log-likelihood in nats an image, with the standard error over images (Burda et al. 2016).
-
-    Raises:
-        UserError: a family without a likelihood.
-    """
-    objective = run.objective
-    if not hasattr(objective, "log_likelihood"):
+def check_likelihood(run: TrainedRun, importance_samples: int) -> None:
+    """Raises UserError for a family without a likelihood."""
+    if not hasattr(run.objective, "log_likelihood"):
         raise UserError(f"--importance_samples: {importance_samples}, but a run of model.family {run.config.model.family} has "
                         "no likelihood; leave it out")
-    nats = []
+
+
+def likelihood(run: TrainedRun, samples: list[Sample], importance_samples: int) -> dict[str, Any]:
+    """Mean log-likelihood in nats an image, with the standard error over images (Burda et al. 2016)."""
+    objective, nats = run.objective, []
     with tqdm(total=len(samples), desc="log-likelihood", unit="image", disable=None, file=sys.stderr) as bar:
         for start in range(0, len(samples), BATCH_SIZE):
             part = samples[start : start + BATCH_SIZE]
@@ -39,4 +38,5 @@ def likelihood(run: TrainedRun, samples: list[Sample], importance_samples: int) 
     values = torch.cat(nats)
     return {"log_likelihood": values.mean().item(),
             "log_likelihood_standard_error": values.std().item() / math.sqrt(len(values)),
+            "likelihood": run.config.model.likelihood, "binarise": run.config.objective.binarise,
             "importance_samples": importance_samples}

@@ -7,7 +7,7 @@ from typing import Literal
 
 from jsonargparse.typing import PositiveInt
 
-from genscale.errors import UserError
+from genscale.errors import UserError, refuse_unheeded
 from genscale.models.image_layers import Norm
 
 SIZES = (8, 16, 32, 64, 128, 256, 512)
@@ -56,7 +56,8 @@ def multipliers(size: int, most: int) -> list[int]:
 
 
 def check_gan(settings: GANSettings, shape: tuple[int, ...]) -> None:
-    """Raises UserError where networks of these settings cannot make images of `shape`, `(channels, size, size)`."""
+    """Raises UserError where networks of these settings cannot make images of `shape`, `(channels, size, size)`, or would not
+    heed one of them."""
     if settings.architecture != "mlp" and shape[-1] not in SIZES:
         nearest = min(SIZES, key=lambda size: abs(size - shape[-1]))
         raise UserError(f"data.size: {shape[-1]} is no power of two from {SIZES[0]} to {SIZES[-1]}, as model.architecture "
@@ -64,3 +65,8 @@ def check_gan(settings: GANSettings, shape: tuple[int, ...]) -> None:
     if settings.architecture == "mlp" and settings.classes and settings.conditioning == "embedding":
         raise UserError("model.conditioning: embedding adds a channel to an image, which model.architecture mlp does not see; "
                         "use projection")
+    unheeded = {"dcgan": ["hidden_layers"], "residual": ["hidden_layers", "upsampling"],
+                "mlp": ["max_multiplier", "upsampling"]}[settings.architecture]
+    refuse_unheeded("model", settings, unheeded, f"model.architecture {settings.architecture}")
+    if not settings.classes:
+        refuse_unheeded("model", settings, ["conditioning"], "no model.classes")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from genscale.errors import UserError
+from genscale.errors import UserError, refuse_unheeded
 
 SMALLEST = 4
 """Pixels to which the encoder goes down where nothing else is asked for."""
@@ -62,6 +62,13 @@ def resolved(settings: VAESettings, size: int) -> VAESettings:
     Raises:
         UserError: settings that no VAE of such images can have.
     """
+    unheeded = {"mlp": ["width", "multipliers", "blocks", "attention", "norm"],
+                "convolutional": ["hidden_layers", "hidden_width"]}[settings.architecture]
+    refuse_unheeded("model", settings, unheeded, f"model.architecture {settings.architecture}")
+    if settings.likelihood == "bernoulli":
+        refuse_unheeded("model", settings, ["scale", "scale_value"], "model.likelihood bernoulli")
+    if settings.scale != "fixed":
+        refuse_unheeded("model", settings, ["scale_value"], f"model.scale {settings.scale}")
     if settings.architecture == "mlp":
         if settings.latent == "spatial":
             raise UserError("model.latent: spatial needs feature maps, and model.architecture mlp has none; set model.latent "

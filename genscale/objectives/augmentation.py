@@ -19,9 +19,11 @@ CUT = 0.5
 
 
 def augment(images: Tensor, kinds: Sequence[Augmentation], draws: Draws, stream: str) -> Tensor:
-    """Images `(batch, channels, height, width)` in [-1, 1], each changed in its own way; gradients pass through."""
+    """Images `(batch x n, channels, height, width)` in [-1, 1], n of a sample after each other, each changed in its own way;
+    gradients pass through."""
+    of_a_sample = len(images) // len(draws.samples)
     for kind in kinds:
-        u = draws.uniform(f"{stream} {kind}", 3).to(images)
+        u = draws.uniform(f"{stream} {kind}", of_a_sample, 3).flatten(0, 1).to(images)
         images = {"color": _color, "translation": _translation, "cutout": _cutout}[kind](images, u)
     return images
 

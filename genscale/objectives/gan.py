@@ -139,11 +139,14 @@ class GAN(Objective):
         return images.flatten(1, 2) if self.pack > 1 else images
 
     def _seen(self, images: Tensor, draws: Draws, stream: str) -> Tensor:
-        return augment(images, self.settings.augmentation, draws, stream) if self.settings.augmentation else images
+        if not self.settings.augmentation:
+            return images
+        apart = images.unflatten(1, (self.pack, -1)).flatten(0, 1)
+        return augment(apart, self.settings.augmentation, draws, stream).unflatten(0, (-1, self.pack)).flatten(1, 2)
 
-    def latents(self, scope: str, samples: Tensor) -> Tensor:
+    def latents(self, scope: str, samples: Tensor, device: torch.device | str = "cpu") -> Tensor:
         """Standard normal latents `(samples, *latent_shape)` by number: the same in every run of this seed."""
-        return Draws(self.seed, scope, 0, samples, samples.device).normal("noise", *self.latent_shape)
+        return Draws(self.seed, scope, 0, samples, device).normal("noise", *self.latent_shape)
 
 
 def finite(value: float) -> float:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
 
-from genscale.errors import UserError
+from genscale.config import TrainSettings
+from genscale.errors import UserError, refuse_unheeded
+from genscale.models.image_layers import Norm
 from genscale.objectives.augmentation import Augmentation
 from genscale.objectives.gan_losses import LossName
 
@@ -32,8 +35,18 @@ class GANObjectiveSettings:
     """Change what the discriminator sees: any of color, translation, cutout (Zhao et al. 2020). For few images."""
 
 
+def check_batch(train: TrainSettings, norms: Iterable[Norm]) -> None:
+    """Raises UserError where the batch normalisation of a perceptron would see one value alone, and make 0 of it."""
+    for key, size in (("micro_batch_size", train.micro_batch_size), ("global_batch_size", train.global_batch_size)):
+        if size == 1 and "batch" in norms:
+            raise UserError(f"train.{key}: 1 sample has no deviation for a norm over the batch to divide by; set 2 or more, "
+                            "or model.generator_norm and model.discriminator_norm to group or none")
+
+
 def check_losses(settings: GANObjectiveSettings, discriminator_norm: str, spectral_norm: bool) -> None:
-    """Raises UserError for losses that the discriminator does not suit."""
+    """Raises UserError for losses that the discriminator does not suit, and for a setting of none."""
+    if not settings.r1 and not settings.r2:
+        refuse_unheeded("objective", settings, ["regularise_every"], "neither objective.r1 nor objective.r2")
     for key in ("gradient_penalty", "r1", "r2"):
         if getattr(settings, key) and discriminator_norm == "batch":
             raise UserError(f"objective.{key}: {getattr(settings, key):g} is a penalty for each image alone, and with "

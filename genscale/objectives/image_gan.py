@@ -25,7 +25,7 @@ from genscale.models.mlp_gan import MLPDiscriminator, MLPGenerator
 from genscale.models.residual_gan import ResidualDiscriminator, ResidualGenerator
 from genscale.objectives.base import Batch, Family, Networks
 from genscale.objectives.gan import GAN, INITIAL_STD, finite
-from genscale.objectives.gan_settings import GANObjectiveSettings, check_losses
+from genscale.objectives.gan_settings import GANObjectiveSettings, check_batch, check_losses
 from genscale.objectives.sample_quality import diversity, frechet_distance
 
 NETWORKS = {"dcgan": (DCGANGenerator, DCGANDiscriminator), "residual": (ResidualGenerator, ResidualDiscriminator),
@@ -66,7 +66,7 @@ class ImageGAN(GAN):
 
     def evaluate(self, networks: Networks, batch: Batch) -> dict[str, Tensor]:
         """Features `(batch, width)` of the batch's images and of as many samples, of the same classes."""
-        latents = self.latents("evaluation", batch["sample"])
+        latents = self.latents("evaluation", batch["sample"], batch["image"].device)
         features = self._features.to(latents.device)
         fakes = self.generate(networks, latents, self.labels(batch))
         return {"real_features": features(to_unit(batch["image"])), "fake_features": features(fakes)}
@@ -82,12 +82,12 @@ class ImageGAN(GAN):
 
     def preview(self, networks: Networks, seed: int, device: torch.device) -> np.ndarray:
         """A grid of samples, the same latents each time; a column for each class where conditional."""
-        numbers = torch.arange(PREVIEW_IMAGES, device=device)
+        numbers = torch.arange(PREVIEW_IMAGES)
         labels, columns = None, None
         if self.class_names is not None:
-            labels, columns = numbers % len(self.class_names), min(len(self.class_names), 10)
+            labels, columns = numbers.to(device) % len(self.class_names), min(len(self.class_names), 10)
         names = None if labels is None else [self.class_names[label] for label in labels.tolist()]
-        return grid(self.generate(networks, self.latents("preview", numbers), labels), columns, names)
+        return grid(self.generate(networks, self.latents("preview", numbers, device), labels), columns, names)
 
     def save_assets(self, folder: Path) -> None:
         """The names of the classes."""
@@ -106,6 +106,8 @@ def build(config: Config, data: Data) -> ImageGAN:
     if images <= width:
         raise UserError(f"data.validation_images: a Frechet distance of {width} features needs more than {width} validation "
                         f"images, and there are {images}; set data.validation_images and data.validation_fraction higher")
+    if config.model.architecture == "mlp":
+        check_batch(config.train, (config.model.generator_norm, config.model.discriminator_norm))
     return _build(config, names)
 
 
@@ -123,9 +125,6 @@ def _build(config: Config, class_names: list[str] | None) -> ImageGAN:
         UserError: networks that cannot make such images, or losses that they do not suit.
     """
     model, data = config.model, config.data
-    if data.stack > 1 and data.channels > 1:
-        raise UserError(f"data.stack: {data.stack} lays greyscale images over each other, and data.channels is "
-                        f"{data.channels}; set data.channels 1")
     shape = (data.channels * data.stack, data.size, data.size)
     check_gan(model, shape)
     check_losses(config.objective, model.discriminator_norm, model.spectral_norm)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from genscale.config import Config
+from genscale.data.lanes import Data
 from genscale.data.packed import packed
 from genscale.data.points import MIXTURES, Mixture, PointsData, PointsDataSettings
 from genscale.errors import UserError
@@ -18,7 +19,7 @@ from genscale.models.mlp_gan import MLPDiscriminator, MLPGenerator
 from genscale.models.points_settings import PointsGANSettings
 from genscale.objectives.base import Batch, Family, Networks
 from genscale.objectives.gan import GAN
-from genscale.objectives.gan_settings import GANObjectiveSettings, check_losses
+from genscale.objectives.gan_settings import GANObjectiveSettings, check_batch, check_losses
 
 NEAR = 3.0
 """A point is of high quality within so many standard deviations of a mode."""
@@ -46,7 +47,7 @@ class PointsGAN(GAN):
 
     def evaluate(self, networks: Networks, batch: Batch) -> dict[str, Tensor]:
         """As many generated points as the batch has."""
-        return {"points": self.generate(networks, self.latents("evaluation", batch["sample"]))}
+        return {"points": self.generate(networks, self.latents("evaluation", batch["sample"], batch["point"].device))}
 
     def summarise(self, totals: Mapping[str, Any]) -> dict[str, float]:
         """PacGAN's protocol (Lin et al. 2018, section 4.1): a point is of high quality within three standard deviations of its
@@ -57,7 +58,7 @@ class PointsGAN(GAN):
 
     def preview(self, networks: Networks, seed: int, device: torch.device) -> np.ndarray:
         """Generated points over the modes."""
-        points = self.generate(networks, self.latents("preview", torch.arange(PREVIEW_POINTS, device=device)))
+        points = self.generate(networks, self.latents("preview", torch.arange(PREVIEW_POINTS), device))
         return draw_points(points.cpu().numpy(), self.mixture)
 
 
@@ -87,6 +88,12 @@ def draw_points(points: np.ndarray, mixture: Mixture) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
+def build(config: Config, data: Data) -> PointsGAN:
+    """The objective of a run. Raises UserError as `restore` does, and for a batch of too few points."""
+    check_batch(config.train, (config.model.generator_norm, config.model.discriminator_norm))
+    return restore(config)
+
+
 def restore(config: Config, folder: Path | None = None) -> PointsGAN:
     """The objective of a run, trained or not.
 
@@ -107,5 +114,5 @@ def restore(config: Config, folder: Path | None = None) -> PointsGAN:
 FAMILY = Family(model_settings=PointsGANSettings, data_settings=PointsDataSettings,
                 build_data=lambda settings, seed: packed(PointsData(settings, seed), settings.pack),
                 validation=lambda settings, seed: PointsData(settings, seed).validation(),
-                build_objective=lambda config, data: restore(config), restore=restore,
+                build_objective=build, restore=restore,
                 objective_settings=GANObjectiveSettings)

@@ -10,7 +10,7 @@ import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from genscale.errors import UserError
+from genscale.errors import UserError, refuse_unheeded
 
 
 @dataclass
@@ -38,6 +38,8 @@ class VAEObjectiveSettings:
 
 def check_objective(settings: VAEObjectiveSettings, likelihood: str) -> None:
     """Raises UserError for settings that do not go together."""
+    if settings.capacity is None:
+        refuse_unheeded("objective", settings, ["capacity_steps", "capacity_weight"], "no objective.capacity")
     weighted = [f"{key} {value}" for key, value, plain in (
         ("beta", settings.beta, 1.0), ("kl_warmup_steps", settings.kl_warmup_steps, 0), ("free_bits", settings.free_bits, 0.0))
         if value != plain]

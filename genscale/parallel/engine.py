@@ -25,7 +25,9 @@ from genscale.parallel.processes import Processes
 __all__ = ["Engine", "MakeOptimizer", "NamedTensors", "Read", "StepResult", "blocks_of", "named_state"]
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
-NORM_PIECE = 2**22  # elements
+NORM_ROW = 1024  # elements
+SHORT = 32 * NORM_ROW
+"""Gradients of as many elements are taken together: a call costs more than their copies in fp64."""
 NamedTensors = Iterator[tuple[str, Tensor]]
 
 
@@ -67,6 +69,10 @@ class Engine(ABC):
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.averages: dict[str, Average] = {}
         self._second_order = False
+        # By network, found once: a walk through a small network's modules takes as long as a layer's forward.
+        self._parameters: dict[str, list[nn.Parameter]] = {}
+        self._following: dict[str, list[Any]] = {}
+        self._updating: dict[str, list[Any]] = {}
 
     def prepare(self, networks: Mapping[str, nn.Module], make_optimizer: MakeOptimizer,
                 weights: Mapping[str, Read] | None = None, averaged: Iterable[str] = ()) -> None:
@@ -95,6 +101,9 @@ class Engine(ABC):
             self._wrap(name, module, make_optimizer, read)
             if read is not None:
                 self._restore_rounded(name, read)
+            self._parameters[name] = list(self.modules[name].parameters())
+            self._following[name] = layers_with(self.modules[name], "update_statistics")
+            self._updating[name] = layers_with(self.modules[name], "begin_update")
         for name in averaged:
             self.averages[name] = self._make_average(name)
 
@@ -123,14 +132,15 @@ class Engine(ABC):
         """
         self._second_order = second_order
         if len(self.modules) > 1:
-            for other, module in self.modules.items():
-                module.requires_grad_(name in (None, other))
-                for layer in layers_with(module, "update_statistics"):
+            for other in self.modules:
+                for parameter in self._parameters[other]:
+                    parameter.requires_grad_(name in (None, other))
+                for layer in self._following[other]:
                     layer.update_statistics = name in (None, other)
 
     def begin_update(self, name: str) -> None:
         """An update of the network is about to be made: what goes with an update, not with a forward, is now due."""
-        for layer in layers_with(self.modules[name], "begin_update"):
+        for layer in self._updating[name]:
             layer.begin_update()
 
     def forward_context(self) -> contextlib.AbstractContextManager:
@@ -231,26 +241,35 @@ def layers_with(module: nn.Module, attribute: str) -> list[Any]:
     return [layer for layer in module.modules() if hasattr(layer, attribute)]
 
 
-def fill_gradients(module: nn.Module) -> None:
+def fill_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Give parameters without a gradient one of zeros. A penalty has none for the last bias, and a parameter without one would
     be stepped (decayed, moved by its momentum) under one strategy and not under another."""
-    for parameter in module.parameters():
+    for parameter in parameters:
         if parameter.grad is None and parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
 
 
 def squared_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Sum of the squares of all elements, in fp64.
+    """Sum of the squares of all elements, in fp64; of long gradients in rows of `NORM_ROW` in fp32 first, which is off by some
+    1e-9.
 
-    In fp32 the norm of a few million elements is off by some 1e-6, by another amount in every sharding, and clipping would pass
-    that on to the weights.
+    In fp32 throughout the norm of a few million elements is off by some 1e-6, by another amount in every sharding, and clipping
+    would pass that on to the weights; in fp64 throughout torch makes a copy in fp64 first, which takes several times as long.
     """
     if gradients and gradients[0].is_cuda:  # whose kernels add up in a tree, to 1e-7, and are slow in fp64
         return torch.stack(torch._foreach_norm(list(gradients))).double().square().sum()
-    # Piece by piece, for torch makes a copy in fp64 first: of an embedding's gradient that would be the step's peak of memory.
-    pieces = [piece for gradient in gradients for piece in gradient.reshape(-1).split(NORM_PIECE)]
-    norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
-    return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
+    short = [gradient for gradient in gradients if gradient.numel() <= SHORT]
+    total = torch.zeros((), dtype=torch.float64)
+    if short:
+        total += torch.stack(torch._foreach_norm(short, 2.0, torch.float64)).square().sum()
+    for gradient in (gradient for gradient in gradients if gradient.numel() > SHORT):
+        # A channels-last gradient in the order in which it lies: no copy.
+        channels_last = gradient.ndim == 4 and gradient.is_contiguous(memory_format=torch.channels_last)
+        flat = (gradient.permute(0, 2, 3, 1) if channels_last else gradient).reshape(-1)
+        whole = flat.numel() // NORM_ROW * NORM_ROW
+        rows = torch.linalg.vector_norm(flat[:whole].view(-1, NORM_ROW), dim=1, dtype=torch.float32)
+        total += rows.double().square().sum() + torch.linalg.vector_norm(flat[whole:], dtype=torch.float64).square()
+    return total
 
 
 def clip_gradients(gradients: Sequence[Tensor], norm: Tensor, clip: float) -> None:

@@ -93,7 +93,7 @@ class ShardedEngine(Engine):
     def _reduce_gathered(self, module: nn.Module) -> None:
         """Average the whole gradients over the processes, keep this process's shards, and give the whole weights back (without
         that the next forward would compute with these instead of the stepped ones, without a word)."""
-        fill_gradients(module)
+        fill_gradients(module.parameters())
         gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
         for parameter in module.parameters():
             parameter.grad = None
@@ -113,7 +113,7 @@ class ShardedEngine(Engine):
     def step(self, name: str) -> StepResult:
         if self._second_order:
             self._reduce_gathered(self.modules[name])
-        fill_gradients(self.modules[name])
+        fill_gradients(self.modules[name].parameters())
         gradients = [p.grad.to_local() for p in self.modules[name].parameters() if p.grad is not None]
         grad_norm = self.processes.sum(squared_norm(gradients)).sqrt()
         clip_gradients(gradients, grad_norm, self.clip)

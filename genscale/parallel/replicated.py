@@ -37,6 +37,8 @@ class ReplicatedEngine(Engine):
         materialise(module, self.processes.device)
         if read is not None:
             fill(module, read)
+        if getattr(module, "channels_last", False):
+            _lay_channels_last(module)
         self.modules[name] = module
         self.optimizers[name] = make_optimizer(module)
         self.networks[name] = module
@@ -64,11 +66,11 @@ class ReplicatedEngine(Engine):
 
     def step(self, name: str) -> StepResult:
         optimizer, scaler = self.optimizers[name], self.scalers[name]
-        fill_gradients(self.modules[name])
+        fill_gradients(self._parameters[name])
         if self._second_order:
-            self._average_gradients(self.modules[name])
+            self._average_gradients(self._parameters[name])
         scaler.unscale_(optimizer)
-        gradients = [p.grad for p in self.modules[name].parameters() if p.grad is not None]
+        gradients = [p.grad for p in self._parameters[name] if p.grad is not None]
         grad_norm = squared_norm(gradients).sqrt()
         clip_gradients(gradients, grad_norm, self.clip)
         scaler.step(optimizer)
@@ -76,10 +78,10 @@ class ReplicatedEngine(Engine):
         optimizer.zero_grad(set_to_none=True)
         return StepResult(grad_norm, scaled=scaler.is_enabled())
 
-    def _average_gradients(self, module: nn.Module) -> None:
+    def _average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """What DDP does, whose forward a phase of the second order goes past."""
         if self.processes.world_size > 1:
-            for parameter in module.parameters():
+            for parameter in parameters:
                 parameter.grad = self.processes.sum(parameter.grad).div_(self.processes.world_size)
 
     def network_state(self, name: str) -> NamedTensors:
@@ -118,6 +120,14 @@ class ReplicatedEngine(Engine):
         return tensor_bytes(held) + sum(
             tensor_bytes([*module.parameters(), *module.buffers(), *state_tensors(self.optimizers[name])])
             for name, module in self.modules.items())
+
+
+def _lay_channels_last(module: nn.Module) -> None:
+    """Lay the network's convolutions in memory as it lays its activations: no kernel need reorder them. Before there is an
+    optimizer, whose state follows them."""
+    for parameter in module.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 def _settle_buckets(network: nn.Module, module: nn.Module) -> None:

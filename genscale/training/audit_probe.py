@@ -29,15 +29,16 @@ def term_gradients(engine: Engine, phase: Phase, seed: int, step: int, batches: 
     """
     device = engine.processes.device
     gradients: dict[str, dict[str, Tensor]] = {}
-    with _buffers_kept(engine):
-        for batch in batches:
-            draws = Draws(seed, phase.name, step, batch["sample"], device)
-            batch = {key: value if key == "sample" else value.to(device) for key, value in batch.items()}
-            terms = _terms(engine, phase, batch, draws)
-            for index, name in enumerate([name for name in terms if name not in phase.statistics]):
-                if index:  # a forward for each term: the graph is gone after one backward
-                    terms = _terms(engine, phase, batch, draws)
-                _add(gradients.setdefault(name, {}), _gradient(engine, terms[name]))
+    for batch in batches:
+        draws = Draws(seed, phase.name, step, batch["sample"], device)
+        batch = {key: value if key == "sample" else value.to(device) for key, value in batch.items()}
+        names, done = [""], 0
+        while done < len(names):  # a forward for each term: the graph is gone after one backward
+            with _buffers_kept(engine):  # each begins with the singular vectors that the phase's own will begin with
+                terms = _terms(engine, phase, batch, draws)
+                names = [name for name in terms if name not in phase.statistics]
+                _add(gradients.setdefault(names[done], {}), _gradient(engine, terms[names[done]]))
+            done += 1
     return gradients
 
 

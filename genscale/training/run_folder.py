@@ -14,7 +14,7 @@ import psutil
 import yaml
 
 from genscale.config import MAY_CHANGE_AT_RESUME, MUST_NOT_CHANGE_AT_RESUME, Config, TrainSettings
-from genscale.config_parser import as_key
+from genscale.config_keys import as_key
 from genscale.errors import UserError
 from genscale.training.checkpoints import Checkpoint, latest_valid, list_checkpoints
 

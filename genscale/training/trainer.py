@@ -171,12 +171,12 @@ class Trainer:
         """Of every network; returns them by the names they are logged by."""
         optimizer = self.config.optimizer
         share = learning_rate_share(step, self.config.train.steps, self.config.schedule)
-        rates = {name: optimizer.lr_of.get(name, optimizer.lr) * share for name in self.engine.optimizers}
-        for name, lr in rates.items():
-            self.engine.set_learning_rate(name, lr)
-        if len(set(rates.values())) == 1:
-            return {"learning_rate": next(iter(rates.values()))}
-        return {f"learning_rate/{name}": lr for name, lr in rates.items()}
+        peaks = {name: optimizer.lr_of.get(name, optimizer.lr) for name in self.engine.optimizers}
+        for name, peak in peaks.items():
+            self.engine.set_learning_rate(name, peak * share)
+        if len(set(peaks.values())) == 1:  # not of the rates, which meet where the schedule ends in zero
+            return {"learning_rate": next(iter(peaks.values())) * share}
+        return {f"learning_rate/{name}": peak * share for name, peak in peaks.items()}
 
     def update_averages(self, step: int) -> None:
         """Once a step, after all phases, of the networks that one of them has trained."""

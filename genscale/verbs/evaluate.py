@@ -17,7 +17,7 @@ from genscale.config import Config
 from genscale.config_parser import parse_config, parse_settings, split_flags, take_number, take_text
 from genscale.data.lanes import Sample
 from genscale.errors import UserError
-from genscale.evaluation.likelihood import likelihood
+from genscale.evaluation.likelihood import check_likelihood, likelihood
 from genscale.evaluation.scorers import SCORERS, Scorer
 from genscale.evaluation.trained_run import TrainedRun
 from genscale.evaluation.validation import validate
@@ -59,6 +59,9 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"--include_path: {include_path} is no folder; give one that holds task YAML files")
     trained, checkpoint = find_trained(path, step)
     if source is not None:  # all of it, unless the settings after it say how much
+        if not hasattr(trained.data, "validation_source"):
+            raise UserError(f"--on: {source}, but a run of model.family {trained.model.family} is judged by what it generates; "
+                            "leave it out")
         amount = "validation_images" if hasattr(trained.data, "validation_images") else "validation_blocks"
         rest = ["--data.validation_source", source, f"--data.{amount}", str(sys.maxsize), *rest]
     scorer = SCORERS.get(trained.model.family)
@@ -109,12 +112,15 @@ def _scores(config: Config, checkpoint: Checkpoint | Published, scorer: Scorer, 
     objective = FAMILIES[config.model.family].restore(config, run_of(checkpoint))
     device = load_weights(objective, checkpoint, averaged=not settings.live)
     run = TrainedRun(objective, config, run_of(checkpoint), device)
-    samples, more = _samples(config) if hasattr(objective, "encode") else [], {}
     if settings.importance_samples is not None:
-        more = likelihood(run, samples, settings.importance_samples)
-    if samples:
-        more = {"validation": _validation(run, samples), **more}
-    return scorer.run(run, settings) | more
+        check_likelihood(run, settings.importance_samples)
+    report = scorer.run(run, settings)
+    if hasattr(objective, "encode"):
+        samples = _samples(config)
+        report["validation"] = _validation(run, samples)
+        if settings.importance_samples is not None:  # the longest last: what is wrong has shown before
+            report |= likelihood(run, samples, settings.importance_samples)
+    return report
 
 
 def _task_results(config: Config, checkpoint: Checkpoint | Published, tasks: list[str], include_path: str | None,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from genscale.config import Config
 from genscale.config_parser import load_config
@@ -104,11 +105,18 @@ def load_weights(objective: Objective, checkpoint: Checkpoint | Published, avera
 
     Args:
         averaged: networks whose average the checkpoint holds get that.
+
+    Raises:
+        UserError: the networks are of other shapes than those of the checkpoint.
     """
     device = torch.device("cpu" if on_cpu() else "cuda")
     for name, network in objective.networks.items():
         materialise(network, device)
-        fill(network, checkpoint.weights(name, averaged))
+        try:
+            fill(network, checkpoint.weights(name, averaged))
+        except (SafetensorError, ValueError) as error:  # the checkpoint's every byte is as written
+            raise UserError(f"{checkpoint.path}: with settings that are not the run's its network {name} would be another one "
+                            f"({error}); leave out those that shape it, such as data.size and data.channels") from None
         network.eval()
     return device
 

@@ -13,6 +13,8 @@ import torch
 from genscale.config import Config
 from genscale.data.images import ImageData, ImageDataSettings
 from genscale.data.order import LaneReader
+from genscale.data.packed import PackedImageDataSettings, gan_images
+from genscale.errors import UserError
 from genscale.evaluation.image_generation import latents
 from genscale.evaluation.image_sampling import spherical
 from genscale.evaluation.image_scores import ImageScoring, score_images
@@ -22,12 +24,14 @@ from genscale.rng import torch_generator
 SETTINGS = ImageDataSettings(size=8, channels=1, validation_images=150)
 
 
-def scores_of(images: Iterator[torch.Tensor], tmp_path: Path) -> dict:
+def scores_of(images: Iterator[torch.Tensor], tmp_path: Path, data: ImageDataSettings = SETTINGS,
+              features: str | None = "random", shape: tuple[int, int, int] = (1, 8, 8),
+              class_names: list[str] | None = None) -> dict:
     """Scores of a generator that gives these images, whatever the latents."""
-    objective = SimpleNamespace(networks={}, latent_shape=(3,), class_names=None, image_shape=(1, 8, 8))
+    objective = SimpleNamespace(networks={}, latent_shape=(3,), class_names=class_names, image_shape=shape)
     objective.generate = lambda networks, drawn, labels: torch.stack([next(images) for _ in drawn])
-    run = TrainedRun(objective, Config(data=SETTINGS, model=SimpleNamespace(family="dcgan")), tmp_path, torch.device("cpu"))
-    return score_images(run, ImageScoring(features="random"))
+    run = TrainedRun(objective, Config(data=data, model=SimpleNamespace(family="dcgan")), tmp_path, torch.device("cpu"))
+    return score_images(run, ImageScoring(features=features))
 
 
 def as_unit(samples) -> Iterator[torch.Tensor]:
@@ -50,6 +54,36 @@ def test_a_generator_that_copies_and_one_that_has_collapsed(tmp_path):
     collapsed = scores_of(iter(one + 1e-3 * torch.rand(150, 1, 8, 8, generator=torch_generator(0, "jitter"))), tmp_path)
     assert collapsed["precision"] == 1 and collapsed["recall"] < 0.05 and collapsed["diversity"] < 0.05
     assert collapsed["fd"] > 3 * copies["fd"]
+
+
+def test_images_without_labels_have_random_features_by_default(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (300, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "plain.npz", images=images)
+    settings = ImageDataSettings(str(tmp_path / "plain.npz"), size=8, channels=1, validation_fraction=0.4)
+    fakes = torch.rand(300, 1, 8, 8, generator=torch_generator(0, "fakes"))
+    scores = scores_of(iter(fakes), tmp_path, settings, features=None)
+    assert scores["protocol"]["features"] == "random" and "class_histogram" not in scores
+    with pytest.raises(UserError, match="label"):
+        scores_of(iter(fakes), tmp_path, settings, features="classifier")
+
+
+def test_stacked_images_are_compared_with_stacked_ones(tmp_path):
+    settings = PackedImageDataSettings(size=8, channels=1, stack=3, pack=2, validation_images=150)
+    copies = gan_images(ImageData(settings, 0), settings).validation()
+    scores = scores_of(as_unit(copies), tmp_path, settings, features=None, shape=(3, 8, 8))
+    assert scores["protocol"]["features"] == "random" and scores["protocol"]["channels"] == 3
+    assert scores["fd"] < 1e-6 and scores["coverage"] == 1
+    with pytest.raises(UserError, match="--features: a classifier finds one class"):
+        scores_of(as_unit(copies), tmp_path, settings, features="classifier", shape=(3, 8, 8))
+
+
+@pytest.mark.parametrize("changed", [{"labels": False}, {"labels": True}])
+def test_a_conditional_run_is_judged_by_images_of_its_own_classes(tmp_path, changed):
+    images = np.random.default_rng(0).integers(0, 256, (300, 8, 8), np.uint8)
+    np.savez(tmp_path / "two.npz", images=images, labels=np.arange(300) % 2)
+    settings = ImageDataSettings(str(tmp_path / "two.npz"), size=8, channels=1, **changed)
+    with pytest.raises(UserError, match="two.npz has the classes 0, 1, and the run was trained on one, two"):
+        scores_of(iter(()), tmp_path, settings, class_names=["one", "two"])
 
 
 def test_latents_belong_to_the_seed_and_the_number():

@@ -57,8 +57,8 @@ def test_the_dcgan_is_that_of_the_paper():
 
 
 @pytest.mark.parametrize("size", [16, 64, 512])
-@pytest.mark.parametrize("architecture", ["dcgan", "residual"])
-@pytest.mark.parametrize("upsampling", ["transposed", "resize"])
+@pytest.mark.parametrize(("architecture", "upsampling"), [("dcgan", "transposed"), ("dcgan", "resize"),
+                                                          ("residual", "transposed")])
 def test_any_power_of_two(size, architecture, upsampling):
     settings = GANSettings(architecture=architecture, width=2, latent=3, upsampling=upsampling, max_multiplier=2)
     shape = (1, size, size)

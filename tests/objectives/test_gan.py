@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from genscale.config import Config
+from genscale.config import Config, TrainSettings
 from genscale.data.loader import StepLoader
 from genscale.data.packed import PackedImageDataSettings, packed
 from genscale.data.points import MIXTURES, PointsData, PointsDataSettings
@@ -186,10 +186,52 @@ def test_a_perfect_generator_scores_near_zero_and_a_dead_one_far():
     ({"model": {"classes": 10}, "data": {"labels": True, "pack": 2}}, "data.pack: 2 .*set data.pack 1"),
     ({"data": {"size": 24}}, "data.size: 24 is no power of two"),
     ({"model": {"discriminator_norm": "batch"}, "objective": {"r1": 1.0}}, "objective.r1: 1 .*use group or none"),
+    ({"data": {"stack": 3, "labels": True}}, "data.labels=true: an image of data.stack 3 .*set data.labels to false"),
+    ({"data": {"stack": 3, "channels": 3}}, "data.stack: 3 lays greyscale .*set data.channels 1"),
+    ({"model": {"conditioning": "embedding"}}, "model.conditioning: embedding has no effect with no model.classes"),
+    ({"model": {"hidden_layers": 3}}, "model.hidden_layers: 3 has no effect with model.architecture dcgan"),
+    ({"objective": {"regularise_every": 4}}, "objective.regularise_every: 4 has no effect with neither objective.r1"),
 ])
 def test_what_cannot_be_is_one_line(settings, message):
     with pytest.raises(UserError, match=message):
         images(**settings)
+
+
+@pytest.mark.parametrize("train", [{"micro_batch_size": 1}, {"global_batch_size": 1}])
+def test_one_sample_cannot_be_normalised(train):
+    config = Config(model=PointsGANSettings(generator_norm="batch"), data=PointsDataSettings(),
+                    objective=GANObjectiveSettings(), train=TrainSettings(**train))
+    with pytest.raises(UserError, match=f"train.{next(iter(train))}: 1 sample has no deviation"):
+        FAMILIES["points"].build_objective(config, None)
+
+
+def test_a_batch_of_packs_that_is_too_large_says_what_it_takes():
+    data = FAMILIES["dcgan"].build_data(PackedImageDataSettings(size=8, channels=1, pack=2), 1)
+    data.check(811)
+    with pytest.raises(UserError, match="1623 at most .divided by 2: data.pack takes 2 for each of the 812 samples"):
+        data.check(812)
+
+
+@pytest.mark.parametrize("objective", [points, images])
+def test_evaluation_is_where_the_networks_are(objective):
+    """A batch's sample numbers stay on the CPU when it goes to a device."""
+    objective = objective()
+    objective._features = torch.nn.Flatten()  # there is no autocast on the meta device
+    for network in objective.networks.values():
+        network.to("meta")
+    key, shape = ("point", (70, 2)) if objective.unit == "points" else ("image", (70, 1, 16, 16))
+    batch = {key: torch.empty(shape, dtype=torch.uint8 if key == "image" else None, device="meta"), "sample": torch.arange(70)}
+    assert all(values.is_meta for values in objective.evaluate(objective.networks, batch).values())
+
+
+def test_augmentation_changes_each_image_of_a_pack_by_itself():
+    objective = images(data={"pack": 2}, objective={"augmentation": ["color", "translation"]})
+    pair = torch.rand(2, 2, 3, 16, 16)
+    other = torch.stack([pair[:, 0], torch.rand(2, 3, 16, 16)], 1)
+    first, second = (objective._seen(each.flatten(1, 2), draws("discriminator", SAMPLES[:2]), "real") for each in (pair, other))
+    assert torch.equal(first[:, :3], second[:, :3]) and not torch.equal(first[:, 3:], second[:, 3:])
+    twins = objective._seen(pair[:, :1].repeat(1, 2, 1, 1, 1).flatten(1, 2), draws("discriminator", SAMPLES[:2]), "real")
+    assert not torch.equal(twins[:, :3], twins[:, 3:])
 
 
 def test_batch_normalisation_couples_samples():
@@ -206,7 +248,9 @@ def test_three_digits_make_one_picture_of_three_channels():
     (first, _), (second, place) = next(packs), next(packs)
     assert first["image"].shape == (2, 3, 8, 8) and "label" not in first
     assert np.array_equal(np.concatenate([first["image"], second["image"]]).reshape(12, 1, 8, 8), np.stack(digits))
-    assert np.array_equal(next(data.open_lane(5, place))[0]["image"][0, 0], next(lane)[0]["image"][0])
+    third = next(data.open_lane(5, place))[0]["image"]
+    assert np.array_equal(third[0, 0], next(lane)[0]["image"][0])
+    assert np.array_equal(next(data.open_lane(5, data.cursor_at(2)))[0]["image"], third)
     held = np.stack([sample["image"] for sample in data.validation()])
     alone = {sample["image"].tobytes() for sample in single.validation()}
     assert held.shape == (100, 3, 8, 8)

@@ -1,0 +1,89 @@
+"""What a user has got wrong in a config, in one line (`UserError`): the key, what it must be, what it was, the nearest key."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, get_args, get_type_hints
+
+from genscale.config_keys import as_key, in_users_words
+from genscale.errors import UserError, nearest
+
+TYPE_WORDS = {
+    "PositiveInt": "a whole number of at least 1", "NonNegativeInt": "a whole number of at least 0",
+    "PositiveFloat": "a number above 0", "NonNegativeFloat": "a number of at least 0",
+    "ClosedUnitInterval": "a number from 0 to 1", "OpenUnitInterval": "a number between 0 and 1",
+    "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "tuple": "a list like [0.9, 0.95]",
+    "list": "a list like [a, b]", "dict": "a mapping like {a: 1.0, b: 2.0}",
+}
+
+
+def check_keys(content: dict[str, Any], known: set[str], where: str, prefix: str = "") -> None:
+    """Raises UserError for a key of a file that no setting has."""
+    for key, value in content.items():
+        path = f"{prefix}{key}"
+        is_section = any(other.startswith(f"{path}.") for other in known)
+        if is_section and isinstance(value, dict):
+            check_keys(value, known, where, f"{path}.")
+        elif is_section:
+            raise UserError(f"{path}: must be a section of settings{where}, not {value!r}")
+        elif path not in known:
+            raise UserError(f"{path}: unknown key{where}{_nearest_key(path, known)}")
+
+
+def check_values(section: Any, prefix: str) -> None:
+    """What jsonargparse lets through: nothing where there must be something, and numbers that are none."""
+    kinds = get_type_hints(type(section))
+    for name in (field.name for field in dataclasses.fields(section)):
+        value, kind = getattr(section, name), kinds[name]
+        if value is None and type(None) not in get_args(kind):
+            wanted = TYPE_WORDS.get(getattr(kind, "__name__", ""), "set")
+            raise UserError(f"{prefix}{as_key(name)}: must be {wanted}, not None; leave the key out for its default")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{prefix}{as_key(name)}: must be a finite number, not {value}")
+
+
+def check_flags(arguments: Sequence[str], known: set[str]) -> None:
+    """Raises UserError for a flag that no setting has."""
+    for argument in arguments:
+        flag = argument.split("=", 1)[0]
+        if flag.startswith("--") and flag != "--" and flag[2:].removesuffix("+") not in known | {"help", "print_config"}:
+            raise UserError(f"{flag}: unknown setting{_nearest_key(flag[2:], known)}")
+
+
+def _nearest_key(path: str, known: set[str]) -> str:
+    """The closest full key; a bare or misplaced name (`steps`) finds the section that has it (`train.steps`), and a section
+    is compared with sections."""
+    sections = {key.split(".")[0] for key in known if "." in key}
+    leaves = sorted(known - sections)
+    same_leaf = [key for key in leaves if key.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
+    if same_leaf:
+        return f" (did you mean '{sorted(same_leaf)[0]}'?)"
+    return (nearest(path, sections) if "." not in path else "") or nearest(path, leaves)
+
+
+def one_line(message: str) -> str:
+    """jsonargparse's message in one line of plain words: the key, what it must be, what it was."""
+    text = in_users_words(" ".join(message.split()))
+    text = re.sub(r'^(?:Parser key|argument) "?(?:--)?([\w.]+)"?:', r"\1:", text)
+    if match := re.match(r"^([\w.]+): Not of type (\w+): (.*)$", text):
+        key, kind, why = match.groups()
+        value = why.split(" does not conform")[0].rsplit(": ", 1)[-1]
+        return f"{key}: must be {TYPE_WORDS.get(kind, kind)}, not {value}"
+    if match := re.match(r"^([\w.]+): Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)$", text):
+        key, choices, value = match.groups()
+        allowed = [choice.strip(" '\"") for choice in choices.split(",")]
+        return f"{key}: must be one of {', '.join(allowed)}, not {value}{nearest(value, allowed)}"
+    if match := re.match(r"^([\w.]+): Does not validate .* Subtypes: \[(.*?), <class 'NoneType'>\] .*Given value: (.*)$", text):
+        key, kind, value = match.groups()
+        words = re.findall(r"(\w+)'", kind)
+        wanted = f"one of {', '.join(words)}" if "Literal" in kind else TYPE_WORDS.get(words[-1] if words else kind, kind)
+        return f"{key}: must be {wanted}, or null, not {value}"
+    if match := re.match(r"^([\w.]+): Expected a <class '(\w+)'>\. Got value: (.*)$", text):
+        key, kind, value = match.groups()
+        return f"{key}: must be {TYPE_WORDS.get(kind, kind)}, not {value}"
+    if match := re.match(r"^([\w.]+): Does not validate .* Subtypes: \[list\[str\].*Given value: (.*)$", text):
+        return f"{match.group(1)}: must be text or a list of texts, not {match.group(2)}"
+    return text[:600]
