@@ -1,11 +1,10 @@
-"""Stacked digits, the small form of Stacked MNIST (Metz et al. 2017; protocol of Lin et al. 2018, PacGAN): how many of the thousand
-modes a DCGAN finds, without and with packing.
+"""Stacked digits, a small form of Stacked MNIST (Metz et al. 2017): the modes that a DCGAN finds, with and without packing.
 
     python benchmarks/stacked_digits.py --out benchmarks/results/stacked-digits-cpu.json
 
-An image is three of scikit-learn's 8x8 digits, enlarged to 16 pixels, as its colour channels: 1,000 modes. 26,000 samples are
-classified channel by channel by a classifier of the digits; counted are the modes that occur, and the Kullback-Leibler divergence
-of their frequencies from those of real images that were classified in the same way.
+An image is three of scikit-learn's 8x8 digits, enlarged to 16 pixels, as its colour channels: 1,000 modes. As in PacGAN (Lin et
+al. 2018), 26,000 samples are classified channel by channel by a classifier of the digits; counted are the modes that occur, and
+the Kullback-Leibler divergence of their frequencies from those of real images that were classified in the same way.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ from genscale.training.run import train
 from genscale.verbs.trained import find_trained, load_weights
 
 CHANNELS, SAMPLES, BATCH = 3, 26_000, 500
-SETTINGS = ["--model.family", "dcgan", "--model.latent", "64", "--model.width", "32", "--data.source", "digits", "--data.size", "16",
-            "--data.channels", "1", "--data.stack", "3", "--train.clip", "0", "--train.ema_half_life", "5000", "--optimizer.lr", "2e-4",
-            "--optimizer.betas", "[0.5, 0.99]", "--optimizer.weight_decay", "0", "--schedule.name", "constant",
-            "--tracking.wandb", "disabled"]
+SETTINGS = ["--model.family", "dcgan", "--model.latent", "64", "--model.width", "32", "--data.source", "digits",
+            "--data.size", "16", "--data.channels", "1", "--data.stack", "3", "--train.clip", "0",
+            "--train.ema_half_life", "5000", "--optimizer.lr", "2e-4", "--optimizer.betas", "[0.5, 0.99]",
+            "--optimizer.weight_decay", "0", "--schedule.name", "constant", "--tracking.wandb", "disabled"]
 
 
 def modes_of(images: Tensor, classifier: Classifier) -> np.ndarray:

@@ -19,6 +19,7 @@ from genscale.models.feature_network import RandomFeatures
 from genscale.models.image_grid import grid
 from genscale.objectives import FAMILIES
 from genscale.objectives.sample_quality import frechet_distance, kernel_distance
+from genscale.parallel.processes import Processes
 from genscale.rng import permutation
 from genscale.training.checkpoints import Checkpoint
 from genscale.verbs.trained import load_weights
@@ -110,6 +111,13 @@ def test_averaged_weights_unless_live_ones_are_asked_for(gan, drawn):
     assert not torch.equal(images_of(opened(gan), 0, 4, labels), images_of(opened(gan, False), 0, 4, labels))
 
 
+@pytest.mark.parametrize("begin", [lambda run: opened(run), lambda run: Processes()], ids=["a trained run", "training"])
+def test_fp32_convolutions_are_not_rounded_on_a_gpu(gan, begin):
+    torch.backends.cudnn.allow_tf32 = True  # PyTorch's default
+    begin(gan)
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_the_picture_lies_in_the_run_folder_by_default(gan, genscale):
     outcome = genscale("sample", gan, "--count", 4, "--seed", 5)
     file = gan / "samples" / "sample-seed5.png"
@@ -168,6 +176,8 @@ def test_a_row_of_a_traversal_moves_one_dimension_the_most_active_first(vae, dra
     ("vae", ["--prompt", "x"], ["--prompt", "unknown setting"]),
     ("vae", ["--out", "picture.xyz"], ["picture.xyz", "picture.png"]),
     ("vae", ["--reconstruct", "--data.source", "nowhere.npz"], ["data.source", "nowhere.npz"]),
+    ("gan", ["--data.size", "16"], ["step-00000004", "network", "leave out", "data.size"]),
+    ("gan", ["--data.channels", "3"], ["step-00000004", "network", "leave out", "data.channels"]),
 ])  # fmt: skip
 def test_sample_refuses(which, arguments, words, request, genscale, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -221,6 +231,7 @@ def test_likelihood_by_importance_samples(vae, genscale):
     ("gan", ["--features", "random", "--inception", "x.pth"], ["--features", "random", "x.pth"]),
     ("gan", ["--inception", "x.pth"], ["data.validation_images", "2048 features of inception", "2049"]),
     ("gan", ["--importance_samples", 5], ["--importance_samples", "dcgan", "no likelihood"]),
+    ("vae", ["--data.size", "16"], ["step-00000004", "network", "leave out", "data.size"]),
     ("gan", ["--tasks", "hellaswag"], ["--tasks", "dcgan", "no text"]),
     ("gan", ["--features", "other"], ["features", "one of", "other"]),
 ])  # fmt: skip

@@ -72,7 +72,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         dims = [d for d in range(x.ndim) if d != 1]
         own_variance, own_mean = torch.var_mean(x.float(), dims, correction=0)
         own_mean, own_variance = own_mean.double(), own_variance.double()
-        own_count = torch.tensor([x.numel() // x.shape[1]], dtype=torch.float64, device=x.device)
+        own_count = torch.full((1,), x.numel() // x.shape[1], dtype=torch.float64, device=x.device)
         sums = all_sum(torch.cat([own_count, own_count * own_mean, own_count * (own_variance + own_mean.square())]))
         count, (total, squares) = sums[0], sums[1:].chunk(2)
         mean = total / count

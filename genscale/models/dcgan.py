@@ -22,7 +22,8 @@ class LatentInput(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(settings.classes, settings.latent) if settings.classes else None
         inputs = settings.latent * (2 if settings.classes else 1)
-        self.linear = nn.Linear(inputs, channels * SMALLEST_MAP**2, bias=False)
+        # A bias only where no norm follows to take it away again.
+        self.linear = nn.Linear(inputs, channels * SMALLEST_MAP**2, bias=settings.generator_norm == "none")
         self.channels = channels
 
     def forward(self, latents: Tensor, labels: Tensor | None) -> Tensor:
@@ -68,10 +69,11 @@ class UpStage(nn.Module):
 
     def __init__(self, settings: GANSettings, inputs: int, outputs: int) -> None:
         super().__init__()
+        bias = settings.generator_norm == "none"
         if settings.upsampling == "transposed":
-            self.conv = nn.ConvTranspose2d(inputs, outputs, 4, 2, 1, bias=False)
+            self.conv = nn.ConvTranspose2d(inputs, outputs, 4, 2, 1, bias=bias)
         else:
-            self.conv = nn.Conv2d(inputs, outputs, 3, 1, 1, bias=False)
+            self.conv = nn.Conv2d(inputs, outputs, 3, 1, 1, bias=bias)
         self.enlarge = settings.upsampling == "resize"
         self.norm = norm_layer(settings.generator_norm, outputs)
 
@@ -101,8 +103,6 @@ class DownStage(nn.Module):
 class DCGANGenerator(nn.Module):
     """Latents `(batch, latent)` to images `(batch, channels, size, size)` in [-1, 1]."""
 
-    channels_last = True
-
     def __init__(self, settings: GANSettings, shape: tuple[int, int, int]) -> None:
         super().__init__()
         channels, size = shape[0], shape[-1]
@@ -126,10 +126,14 @@ class DCGANGenerator(nn.Module):
         return torch.tanh(self.output(x))
 
 
-class DCGANDiscriminator(nn.Module):
-    """Images `(batch, channels, size, size)` to logits `(batch,)`: above 0 where it takes them for real."""
+class StagedDiscriminator(nn.Module):
+    """Images `(batch, channels, size, size)` to logits `(batch,)`: above 0 where it takes them for real.
 
-    channels_last = True
+    Attributes:
+        stage: makes what halves the resolution, of (settings, channels in, channels out, first).
+    """
+
+    stage: type[nn.Module]
 
     def __init__(self, settings: GANSettings, shape: tuple[int, int, int]) -> None:
         super().__init__()
@@ -139,7 +143,7 @@ class DCGANDiscriminator(nn.Module):
         embeds = settings.classes and settings.conditioning == "embedding"
         self.label_channel = LabelChannel(settings.classes, size) if embeds else None
         inputs = [channels + bool(embeds), *widths]
-        self.stages = nn.ModuleList(DownStage(settings, a, b, first=index == 0)
+        self.stages = nn.ModuleList(self.stage(settings, a, b, first=index == 0)
                                     for index, (a, b) in enumerate(zip(inputs, widths, strict=False)))
         self.head = ImageHead(settings, widths[-1])
 
@@ -152,4 +156,14 @@ class DCGANDiscriminator(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         for stage in self.stages:
             x = stage(x)
-        return self.head(x, labels)
+        return self.head(self.activate(x), labels)
+
+    def activate(self, x: Tensor) -> Tensor:
+        """What the last map goes through before the head."""
+        return x
+
+
+class DCGANDiscriminator(StagedDiscriminator):
+    """The paper's: strided convolutions."""
+
+    stage = DownStage

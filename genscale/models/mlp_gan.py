@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from genscale.models.dcgan import SLOPE
 from genscale.models.image_layers import norm_layer, spectral_norm
 
+RECTIFIED_GAIN = math.sqrt(2)
+"""Of all layers: ReLU halves the variance of what it is given (He et al. 2015)."""
+
 
 class MLPGenerator(nn.Module):
     """Latents `(batch, latent)` to `(batch, *shape)`: images in [-1, 1], or points, which have no bounds.
@@ -30,6 +33,8 @@ class MLPGenerator(nn.Module):
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.norms = nn.ModuleList(norm_layer(settings.generator_norm, width) for width in widths[1:])
         self.output = nn.Linear(widths[-1], math.prod(shape))
+        for linear in (*self.hidden, self.output):
+            linear.initial_gain = RECTIFIED_GAIN
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         x = latents if self.embedding is None else torch.cat([latents, self.embedding(labels)], 1)
@@ -51,6 +56,8 @@ class MLPDiscriminator(nn.Module):
         self.norms = nn.ModuleList(nn.Identity() if index == 0 else norm_layer(settings.discriminator_norm, width)
                                    for index in range(len(self.hidden)))
         self.output = wrap(nn.Linear(width, 1))
+        for linear in (*self.hidden, self.output):
+            linear.initial_gain = RECTIFIED_GAIN
         self.embedding = wrap(nn.Embedding(settings.classes, width)) if settings.classes else None
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genscale.models.dcgan import ImageHead, LabelChannel, LatentInput
+from genscale.models.dcgan import LatentInput, StagedDiscriminator
 from genscale.models.gan_settings import GANSettings, multipliers
 from genscale.models.image_layers import norm_layer, spectral_norm
 
@@ -50,8 +50,6 @@ class DownBlock(nn.Module):
 class ResidualGenerator(nn.Module):
     """Latents `(batch, latent)` to images `(batch, channels, size, size)` in [-1, 1]."""
 
-    channels_last = True
-
     def __init__(self, settings: GANSettings, shape: tuple[int, int, int]) -> None:
         super().__init__()
         channels, size = shape[0], shape[-1]
@@ -72,30 +70,10 @@ class ResidualGenerator(nn.Module):
         return torch.tanh(self.output(torch.relu(self.output_norm(x))))
 
 
-class ResidualDiscriminator(nn.Module):
-    """Images `(batch, channels, size, size)` to logits `(batch,)`: above 0 where it takes them for real."""
+class ResidualDiscriminator(StagedDiscriminator):
+    """Residual blocks, and a ReLU before the head."""
 
-    channels_last = True
+    stage = DownBlock
 
-    def __init__(self, settings: GANSettings, shape: tuple[int, int, int]) -> None:
-        super().__init__()
-        channels, size = shape[0], shape[-1]
-        width = settings.discriminator_width or settings.width
-        widths = [width * m for m in multipliers(size, settings.max_multiplier)]
-        embeds = settings.classes and settings.conditioning == "embedding"
-        self.label_channel = LabelChannel(settings.classes, size) if embeds else None
-        inputs = [channels + bool(embeds), *widths]
-        self.stages = nn.ModuleList(DownBlock(settings, a, b, first=index == 0)
-                                    for index, (a, b) in enumerate(zip(inputs, widths, strict=False)))
-        self.head = ImageHead(settings, widths[-1])
-
-    def blocks(self) -> list[nn.Module]:
-        """The residual blocks, which are sharded, compiled and recomputed one at a time."""
-        return list(self.stages)
-
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        x = images if self.label_channel is None else self.label_channel(images, labels)
-        x = x.contiguous(memory_format=torch.channels_last)
-        for stage in self.stages:
-            x = stage(x)
-        return self.head(torch.relu(x), labels)
+    def activate(self, x: Tensor) -> Tensor:
+        return torch.relu(x)

@@ -85,8 +85,6 @@ def _start(x: Tensor, layer: nn.Module) -> Tensor:
 class Encoder(nn.Module):
     """Pixels to a Gaussian over latents."""
 
-    channels_last = True
-
     def __init__(self, settings: VAESettings, size: int, channels: int) -> None:
         super().__init__()
         self.settings = settings = resolved(settings, size)
@@ -145,8 +143,6 @@ def _decoder_blocks(settings: VAESettings, widths: list[int], sizes: list[int]) 
 
 class Decoder(nn.Module):
     """Latents to what a likelihood needs to know of each pixel."""
-
-    channels_last = True
 
     def __init__(self, settings: VAESettings, size: int, channels: int) -> None:
         super().__init__()
@@ -225,8 +221,6 @@ class VAE(nn.Module):
     Raises:
         UserError: settings that no VAE of such images can have.
     """
-
-    channels_last = True
 
     def __init__(self, settings: VAESettings, size: int, channels: int) -> None:
         super().__init__()

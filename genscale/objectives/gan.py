@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable
 
@@ -147,8 +146,3 @@ class GAN(Objective):
     def latents(self, scope: str, samples: Tensor, device: torch.device | str = "cpu") -> Tensor:
         """Standard normal latents `(samples, *latent_shape)` by number: the same in every run of this seed."""
         return Draws(self.seed, scope, 0, samples, device).normal("noise", *self.latent_shape)
-
-
-def finite(value: float) -> float:
-    """A score that is no number (a generator gone astray) counts as the worst."""
-    return value if math.isfinite(value) else math.inf

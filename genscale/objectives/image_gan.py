@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from genscale.models.image_layers import to_signed, to_unit
 from genscale.models.mlp_gan import MLPDiscriminator, MLPGenerator
 from genscale.models.residual_gan import ResidualDiscriminator, ResidualGenerator
 from genscale.objectives.base import Batch, Family, Networks
-from genscale.objectives.gan import GAN, INITIAL_STD, finite
+from genscale.objectives.gan import GAN, INITIAL_STD
 from genscale.objectives.gan_settings import GANObjectiveSettings, check_batch, check_losses
 from genscale.objectives.sample_quality import diversity, frechet_distance
 
@@ -72,11 +73,11 @@ class ImageGAN(GAN):
         return {"real_features": features(to_unit(batch["image"])), "fake_features": features(fakes)}
 
     def summarise(self, totals: Mapping[str, Any]) -> dict[str, float]:
-        """`loss` and `fd`: the Frechet distance; `diversity`: 0 where all samples are alike, about 1 for images as varied as
-        real ones."""
+        """`loss` and `fd`: the Frechet distance, infinite where images are no numbers; `diversity`: 0 where all samples are
+        alike, about 1 for images as varied as real ones."""
         real, fake = totals["real_features"], totals["fake_features"]
         if not fake.isfinite().all():
-            return {"loss": finite(float("nan")), "fd": finite(float("nan")), "diversity": 0.0}
+            return {"loss": math.inf, "fd": math.inf, "diversity": 0.0}
         distance = frechet_distance(real, fake)
         return {"loss": distance, "fd": distance, "diversity": diversity(real, fake)}
 

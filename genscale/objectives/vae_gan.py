@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,6 @@ from genscale.models.image_layers import InitialWeights, to_signed, to_unit
 from genscale.models.vae import Encoder
 from genscale.models.vae_gan import FeatureDiscriminator, ImageDecoder, VAEGANSettings, networks_settings
 from genscale.objectives.base import Batch, Family, Networks, Objective, Phase, Terms
-from genscale.objectives.gan import finite
 from genscale.objectives.sample_quality import frechet_distance
 from genscale.objectives.vae_losses import divergence
 from genscale.objectives.vae_pictures import examples_of, picture, preview_latents, validation_images
@@ -133,7 +133,7 @@ class VAEGANObjective(Objective):
         """`loss` and `fd`: the Frechet distance of samples in random features; `pixel_rmse` of reconstructions in [0, 1];
         `kl` in nats."""
         fakes = totals["fake_features"]
-        distance = frechet_distance(totals["real_features"], fakes) if fakes.isfinite().all() else finite(float("nan"))
+        distance = frechet_distance(totals["real_features"], fakes) if fakes.isfinite().all() else math.inf
         rmse = totals["squared_error"].double().mean().sqrt().item()
         return {"loss": distance, "fd": distance, "pixel_rmse": rmse, "kl": totals["kl"].double().mean().item()}
 

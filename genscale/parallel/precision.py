@@ -23,6 +23,11 @@ def native_precision(on_cpu: bool) -> str:
     return "bf16" if native else "fp32"
 
 
+def keep_fp32() -> None:
+    """Have convolutions in fp32 computed in fp32, as matrix products are: cuDNN otherwise rounds their input (TF32)."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
     """Autocast for strategies whose weights stay in fp32 (single, ddp)."""
     if precision == "fp32":

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from genscale.errors import UserError
+from genscale.parallel.precision import keep_fp32
 
 T = TypeVar("T")
 
@@ -46,6 +47,7 @@ class Processes:
         # mixed_precision="no": genscale.parallel.precision owns precision, alike under every strategy.
         self.accelerator = Accelerator(cpu=use_cpu, mixed_precision="no", kwargs_handlers=handlers)
         self.device: torch.device = self.accelerator.device
+        keep_fp32()
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         # What the host knows is agreed upon between hosts, without waiting for what the devices still compute.

@@ -37,8 +37,6 @@ class ReplicatedEngine(Engine):
         materialise(module, self.processes.device)
         if read is not None:
             fill(module, read)
-        if getattr(module, "channels_last", False):
-            _lay_channels_last(module)
         self.modules[name] = module
         self.optimizers[name] = make_optimizer(module)
         self.networks[name] = module
@@ -120,14 +118,6 @@ class ReplicatedEngine(Engine):
         return tensor_bytes(held) + sum(
             tensor_bytes([*module.parameters(), *module.buffers(), *state_tensors(self.optimizers[name])])
             for name, module in self.modules.items())
-
-
-def _lay_channels_last(module: nn.Module) -> None:
-    """Lay the network's convolutions in memory as it lays its activations: no kernel need reorder them. Before there is an
-    optimizer, whose state follows them."""
-    for parameter in module.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 def _settle_buckets(network: nn.Module, module: nn.Module) -> None:

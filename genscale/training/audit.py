@@ -90,7 +90,7 @@ class AuditedTrainer(Trainer):
                    f"accumulation {engine.accumulation}, {strategy}, {config.train.precision}")
         self.report = AuditReport(heading, list(objective.networks), engine.whole_weights,
                                   {phase.name: PhaseFindings(phase) for phase in objective.phases})
-        self._moved: dict[str, set[str]] = {name: set() for name in objective.networks}
+        self._reached: dict[str, set[str]] = {name: set() for name in objective.networks}
 
     def watch(self) -> AuditReport:
         """Train, and tell."""
@@ -105,7 +105,7 @@ class AuditedTrainer(Trainer):
         if self.engine.whole_weights:
             for name in dict.fromkeys(phase.network for phase in self.objective.phases):
                 keys = [key for key, _ in self.engine.modules[name].named_parameters()]
-                self.report.untrained[name] = [key for key in keys if key not in self._moved[name]]
+                self.report.untrained[name] = [key for key in keys if key not in self._reached[name]]
         return self.report
 
     def run_phase(self, phase: Phase, step: int, batches: MicroBatches) -> PhaseOutcome:
@@ -139,8 +139,9 @@ class AuditedTrainer(Trainer):
                 local = by_key.get(f"{phase.network}/{key}")
                 total = processes.sum(parameter.detach().float() * 0 if local is None else local)
                 own.append(total)
-                if bool((total != 0).any()):
-                    self._moved[phase.network].add(key)
+                # Not whether it is above zero: what samples do to the last bias of a hinge loss cancels exactly at the start.
+                if sum(processes.sum_of_numbers(int(local is not None))):
+                    self._reached[phase.network].add(key)
             norms[phase.network] += squared_norm(own).sqrt().item() / max(count, 1)
             for name in norms.keys() - {phase.network}:
                 leaked = [gradient for key, gradient in by_key.items() if key.startswith(f"{name}/")]

@@ -59,6 +59,7 @@ class RunHooks:
         self.best: dict[str, Any] | None = state.get("best")
         self.evaluation: dict[str, float] = state.get("evaluation", {})
         self.evaluated_step: int | None = None
+        self._left_out: bool = state.get("evaluation_left_out", False)
         self.preview: str | Path = ""
         self.watch = CollapseWatch(config.train, state.get("collapse"))
         self.collapse: str | None = None
@@ -95,6 +96,8 @@ class RunHooks:
 
     def evaluate(self, report: StepReport) -> None:
         if report.stopped:  # a stop has seconds, not minutes, before the scheduler's SIGKILL
+            every = self.config.train.evaluate_every
+            self._left_out = every > 0 and report.step % every == 0
             return
         started = time.perf_counter()
         self.evaluation = self._validate()
@@ -108,6 +111,17 @@ class RunHooks:
         self._write(report.step, line)
         if collapsed:
             self._end_or_restore(report, loss)
+
+    def make_up(self, step: int) -> None:
+        """The evaluation of the step the run goes on from, where a stop left it out: the collapse watch and the best checkpoint
+        depend on it."""
+        train = self.config.train
+        if not self._left_out or step >= train.steps:
+            return
+        self._left_out = False
+        self.evaluate(StepReport(step))
+        if train.checkpoint_every and step % train.checkpoint_every == 0:
+            self.best = self._best_with(step)
 
     def _validate(self) -> dict[str, float]:
         processes = self.processes
@@ -165,9 +179,7 @@ class RunHooks:
 
         The best checkpoint is the one with the lowest validation loss among those evaluated at their own step.
         """
-        best, loss = self.best, self.evaluation.get("loss", math.nan)
-        if self.evaluated_step == report.step and math.isfinite(loss) and (best is None or loss < best["loss"]):
-            best = {"step": report.step, "loss": loss}
+        best = self._best_with(report.step)
         tensors = {}
         for name in self.objective.networks:
             tensors[f"networks/{name}"] = self._collect(self.engine.network_state(name))
@@ -176,6 +188,7 @@ class RunHooks:
             tensors[f"averages/{name}"] = self._collect(self.engine.average_state(name))
         data_states = self.processes.gather(self.loader.state())
         state = {"step": report.step, "units": self.units, "best": best, "evaluation": self.evaluation,
+                 "evaluation_left_out": self._left_out,
                  "collapse": self.watch.state(), "accumulation": self.engine.accumulation,
                  "scalers": {name: self.engine.scaler_state(name) for name in self.objective.networks},
                  "data": merge_states(data_states, self.data.lane_count), "plan": self.data.plan(),
@@ -196,6 +209,12 @@ class RunHooks:
 
         if self.processes.main_does(write):
             self.best = best
+
+    def _best_with(self, step: int) -> dict[str, Any] | None:
+        """The best checkpoint so far, if there is now one of this step."""
+        loss = self.evaluation.get("loss", math.nan)
+        better = self.best is None or loss < self.best["loss"]
+        return {"step": step, "loss": loss} if self.evaluated_step == step and math.isfinite(loss) and better else self.best
 
     def _collect(self, state: Any) -> dict[str, Any]:
         """Exhaust a collective iterator; only rank 0 keeps the tensors."""

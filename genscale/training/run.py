@@ -180,8 +180,9 @@ def _loop(config: Config, processes: Processes, folder: Path, engine: Engine, ob
     outcome = "failed"
     try:
         trainer = Trainer(config, objective, engine, loader, hooks.list(), hooks.last_good)
-        report = trainer.run(done + 1)
-        if report is None:
+        hooks.make_up(done)
+        report = trainer.run(done + 1) if hooks.collapse is None else None
+        if report is None and hooks.collapse is None:
             hooks.already_complete(done)
         if hooks.collapse is not None:
             raise Collapsed(hooks.collapse)

@@ -19,6 +19,7 @@ from genscale.interop.huggingface import open_huggingface
 from genscale.objectives import FAMILIES
 from genscale.objectives.base import Objective
 from genscale.parallel.materialise import Read, fill, materialise
+from genscale.parallel.precision import keep_fp32
 from genscale.parallel.processes import on_cpu
 from genscale.training.checkpoints import Checkpoint, find_checkpoints
 from genscale.training.run_folder import config_yaml
@@ -110,6 +111,7 @@ def load_weights(objective: Objective, checkpoint: Checkpoint | Published, avera
         UserError: the networks are of other shapes than those of the checkpoint.
     """
     device = torch.device("cpu" if on_cpu() else "cuda")
+    keep_fp32()
     for name, network in objective.networks.items():
         materialise(network, device)
         try:

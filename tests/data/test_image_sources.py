@@ -226,6 +226,8 @@ def wrong(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("source", "changes", "words"), [
     ("god.npz", {}, ["data.source={}/god.npz: there is no such file", "did you mean 'good.npz'"]),
     ("good.npz", {"validation_source": "nowhere/x.npz"}, ["data.validation_source=nowhere/x.npz: there is no such file"]),
+    ("good.npz", {"validation_source": "{}/none.npz"}, ["not all images of data.validation_source={}/none.npz have a label"]),
+    ("good.npz", {"validation_source": "digits"}, ["data.validation_source=digits: has the classes", "not 0, 1, 2, 3, 4, 5"]),
     ("names.npz", {}, ["holds the arrays image", "images"]),
     ("float.npz", {}, ["float64", "must be uint8"]),
     ("labels.npz", {}, ["the array labels", "one for each of the 6"]),
@@ -243,6 +245,7 @@ def wrong(tmp_path: Path) -> Path:
     ("https://127.0.0.1:9/a.npz", {}, ["cannot be read"]),
 ])
 def test_mistakes_are_one_line(wrong: Path, source: str, changes: dict[str, Any], words: list[str]) -> None:
+    changes = {key: value.format(wrong) if isinstance(value, str) else value for key, value in changes.items()}
     with pytest.raises(UserError) as caught:
         opened(source if "://" in source else wrong / source, **changes)
     for word in words:

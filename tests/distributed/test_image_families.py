@@ -19,7 +19,9 @@ FAMILIES = {
     "vae_gan": {"model.family": "vae_gan", "model.width": 8, "model.multipliers": "[1,2]", "model.latents": 4,
                 "model.discriminator_width": 4, "optimizer.lr": 1e-3, "optimizer.lr_of": '{"discriminator": 5e-4}'},
 }  # fmt: skip
-QUICK = [("vae_gan", "zero3")]
+IN_CI = [("dcgan", "ddp"), ("dcgan", "zero1"), ("wgan-gp", "zero2"), ("wgan-gp", "fsdp2"), ("conditional", "zero3"),
+         ("conditional", "fsdp2"), ("vae", "zero2"), ("vae_gan", "zero3")]
+"""Each family and each strategy; the whole table takes as long again as all other slow tests."""
 CELLS = [(family, strategy) for family in FAMILIES for strategy in STRATEGIES if (family, strategy) != ("wgan-gp", "zero3")]
 
 
@@ -51,7 +53,8 @@ def weights(run, kind):
     return {f"{name}.{key}": file(key) for name, file in tensors.items() for key in file.shapes()}
 
 
-@pytest.mark.parametrize(("family", "strategy"), [pytest.param(*cell, marks=() if cell in QUICK else pytest.mark.slow)
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "strategy"), [pytest.param(*cell, marks=() if cell in IN_CI else pytest.mark.matrix)
                                                   for cell in CELLS])
 def test_equals_one_process_and_resumes_bit_for_bit(family, strategy, single, train_images, tmp_path):
     """Losses of every phase, all weights and buffers, and the averages; then the same run killed after step 15."""

@@ -56,6 +56,13 @@ def test_the_dcgan_is_that_of_the_paper():
     torch.testing.assert_close(discriminator(images), theirs(images).flatten(), rtol=1e-4, atol=1e-5)
 
 
+def test_biases_stand_where_no_norm_follows():
+    for norm, expected in (("batch", []), ("none", ["input.linear.bias", "stages.0.conv.bias", "output.bias"])):
+        generator = DCGANGenerator(GANSettings(width=2, generator_norm=norm), (1, 16, 16))
+        names = [name for name, _ in generator.named_parameters()]
+        assert [name for name in names if name.endswith("bias") and "norm" not in name] == expected
+
+
 @pytest.mark.parametrize("size", [16, 64, 512])
 @pytest.mark.parametrize(("architecture", "upsampling"), [("dcgan", "transposed"), ("dcgan", "resize"),
                                                           ("residual", "transposed")])

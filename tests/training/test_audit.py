@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from genscale.config import Config, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
 from genscale.data.lanes import Cursor, Data, Sample
 from genscale.data.loader import StepLoader
+from genscale.models.image_layers import spectral_norm
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.parallel.processes import Processes
 from genscale.parallel.replicated import ReplicatedEngine
@@ -159,6 +160,30 @@ def test_the_norm_of_a_term_is_that_of_its_own_gradient(micro: int) -> None:
     assert "phase discriminate trains discriminator" in text and "no part of the loss: logit" in text and "frozen" in text
 
 
+def test_every_term_is_measured_with_the_singular_vectors_of_the_update() -> None:
+    """However many forwards that takes."""
+    seen: list[Tensor] = []
+    objective = Adversaries()
+    layer = spectral_norm(nn.Linear(2, 8))
+    objective.networks["discriminator"] = nn.Sequential(layer, nn.Tanh(), nn.Linear(8, 1))
+    vectors = layer.parametrizations.weight[0]
+    with torch.no_grad():
+        vectors.u.copy_(F.normalize(torch.ones(8), dim=0))
+    plain = objective.phases[0].loss
+
+    def watched(*arguments: Any) -> Terms:
+        terms = plain(*arguments)
+        seen.append(vectors.u.clone())
+        return terms
+
+    objective.phases = [replace(objective.phases[0], loss=watched), objective.phases[2]]
+    trainer = trained(objective, lambda *args: AuditedTrainer(*args, 1, "single"), micro=3)
+    trainer.run_phase(objective.phases[0], 1, trainer.loader.next_batch())
+    trainer.loader.close()
+    assert len(seen) == 2 * 2 + 2  # terms and micro-batches, and the phase's own
+    assert all(torch.equal(each, seen[0]) for each in seen)
+
+
 def thaw(networks: Networks, terms: Terms) -> None:
     networks["discriminator"].requires_grad_(True)
     terms["leak"] = 1e-3 * networks["discriminator"](torch.ones(2, 2)).sum() + 0 * terms["fool"]
@@ -207,6 +232,24 @@ def test_a_parameter_that_no_phase_reaches_is_named() -> None:
         nn.Sequential(*parts)(z)
     (fault,) = audited(objective).faults()
     assert fault == "generator: no phase gave a gradient in 3 steps to spare.weight, spare.bias"
+
+
+def test_a_gradient_that_cancels_out_is_one() -> None:
+    """Of the discriminator's last bias, where reals and fakes pull alike: the start of every hinge loss."""
+    objective = Adversaries()
+
+    def cancelling(networks: Networks, batch: Batch, draws: Draws) -> Terms:
+        networks["generator"].eval()
+        real, fake = (networks["discriminator"](x) for x in (batch["x"], networks["generator"](draws.normal("z", NOISE))))
+        return {"real": (1 - real).relu().sum() + (1 + fake).relu().sum()}
+
+    objective.phases = [replace(objective.phases[0], loss=cancelling, statistics=frozenset()), objective.phases[2]]
+    trainer = trained(objective, lambda *args: AuditedTrainer(*args, 1, "single"))
+    batch = trainer.loader.next_batch()[0]
+    cancelling(objective.networks, batch, Draws(0, "", 1, batch["sample"]))["real"].backward()
+    assert objective.networks["discriminator"][3].bias.grad == 0
+    trainer.loader.close()
+    assert audited(objective).faults() == []
 
 
 def test_data_that_repeats_itself_is_named() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ import yaml
 from genscale.config import TrainSettings
 from genscale.training.checkpoints import Checkpoint
 from genscale.training.collapse import CollapseWatch
+from genscale.training.hooks import RunHooks
+from genscale.training.trainer import StepReport
 
 STEPS = 16
 # By this factor every evaluation but the first is bad: the third is the second in a row.
@@ -111,6 +115,28 @@ def test_a_run_resumed_around_a_restore_is_the_run_that_was_never_stopped(step, 
     done = genscale("train", "--config", run / "config.yaml", "--run.dir", tmp_path)
     assert done.code == 0, done.err
     assert f"continuing from {checkpoint(run, step).path}" in done.err
+    assert checkpoint(run, STEPS).digest() == checkpoint(restored, STEPS).digest()
+    assert lines(run) == lines(restored)
+
+
+@pytest.mark.parametrize("step", [8, 12])
+def test_a_run_stopped_where_an_evaluation_is_due_makes_it_at_a_resume(step, restored, genscale, config, monkeypatch) -> None:
+    """Of the best checkpoint, and of the evaluation that takes the run back to it."""
+    file = config(collapse="restore")
+    count = RunHooks.count
+
+    def count_and_stop(hooks: RunHooks, report: StepReport) -> None:
+        count(hooks, report)
+        if report.step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunHooks, "count", count_and_stop)
+        assert genscale("train", "--config", file).code == 143
+    run = file.parent / "tiny"
+    assert checkpoint(run, step).state()["collapse"]["bad"] == (0 if step == 8 else 1)
+    done = genscale("train", "--config", file)
+    assert done.code == 0 and f"going back to the weights of {checkpoint(run, 8).path}" in done.err, done.err
     assert checkpoint(run, STEPS).digest() == checkpoint(restored, STEPS).digest()
     assert lines(run) == lines(restored)
 

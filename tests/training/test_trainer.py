@@ -182,6 +182,18 @@ def test_two_networks_follow_the_loop_written_by_hand(micro: int) -> None:
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_rates_of_several_networks_keep_their_names_to_the_last_step() -> None:
+    """Where a schedule ends in zero, they are all the same there."""
+    config = settings(steps=3, lr_of={"generator": 0.1})
+    config.schedule = ScheduleSettings(name="linear", final_share=0.0)
+    rates: list[list[float | None]] = []
+    trainer = trainer_of(Adversaries(), config, 6, [Hook(1, lambda report: rates.append(
+        [report.metrics.get(f"learning_rate/{name}") for name in ("generator", "discriminator")]))])
+    trainer.run(1)
+    trainer.loader.close()
+    assert rates == [pytest.approx([0.1 * share, 0.3 * share]) for share in (2 / 3, 1 / 3, 0)]
+
+
 def test_a_phase_trains_its_own_network_alone() -> None:
     objective = Adversaries()
     trainer = trainer_of(objective, settings(), 3)
