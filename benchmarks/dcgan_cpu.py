@@ -10,17 +10,12 @@ The two alternate step by step. Compared: fp32 on both sides, and our default (b
 
 from __future__ import annotations
 
-import argparse
-import os
-import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from our_step import OurSteps
-from report import circumstances, write
+from our_step import OurSteps, compare_precisions, compared
 from torch import Tensor, nn
 
 from genscale.config import Config, OptimizerSettings, ScheduleSettings, TrainSettings
@@ -92,45 +87,22 @@ def compare(precision: str, batch: int, steps: int) -> dict[str, Any]:
         raise SystemExit(f"the networks are not the same: {ours.parameters:,} and {parameters:,} parameters")
     theirs = tutorial_step(generator, discriminator)
     seconds: dict[str, list[float]] = {"genscale": [], "tutorial": []}
+    images = _images(ours, batch)
     for _ in range(WARMUP_STEPS + steps):
-        images = next(_batches(ours))
         started = time.perf_counter()
         theirs(images)
         seconds["tutorial"].append(time.perf_counter() - started)
         seconds["genscale"].append(ours().seconds)
     ours.close()
-    kept = {name: values[WARMUP_STEPS:] for name, values in seconds.items()}
-    medians = {name: statistics.median(values) for name, values in kept.items()}
-    ratios = [a / b for a, b in zip(kept["genscale"], kept["tutorial"], strict=True)]
     return {"parameters": parameters, "batch": batch, "steps": steps,
-            "precision": {"genscale": ours.precision, "tutorial": "fp32"},
-            "median_step_seconds": medians, "ratio_of_medians": medians["genscale"] / medians["tutorial"],
-            "quartiles_of_ratios": statistics.quantiles(ratios, n=4)}
+            "precision": {"genscale": ours.precision, "tutorial": "fp32"}, **compared(seconds, WARMUP_STEPS)}
 
 
-def _batches(ours: OurSteps) -> Any:
-    """Images as the tutorial's loader gives them; the digits, of which our data has them too."""
-    samples = ours.data.validation()
-    batch = ours.loader._share.global_batch_size
-    stack = torch.stack([torch.from_numpy(samples[i % len(samples)]["image"]) for i in range(batch)])
-    while True:
-        yield stack.float() / 127.5 - 1
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--only", default="fp32,default")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    result = circumstances(["torch", "accelerate"]) | {"threads": arguments.threads, "comparisons": {}}
-    for name in arguments.only.split(","):
-        result["comparisons"][name] = compare("fp32" if name == "fp32" else "auto", arguments.batch, arguments.steps)
-    write(result, arguments.out)
+def _images(ours: OurSteps, count: int) -> Tensor:
+    """fp32 images in [-1, 1], as the tutorial's loader gives them: the digits, of which our loader reads others."""
+    samples = [torch.from_numpy(sample["image"]) for sample in ours.data.validation()]
+    return torch.stack([samples[i % len(samples)] for i in range(count)]).float() / 127.5 - 1
 
 
 if __name__ == "__main__":
-    main()
+    compare_precisions(__doc__.splitlines()[0], compare, batch=128)

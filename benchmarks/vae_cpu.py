@@ -10,18 +10,14 @@ their losses must fall alike. Compared: fp32 on both sides, and our default (bf1
 
 from __future__ import annotations
 
-import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from our_step import OurSteps
-from report import circumstances, write
+from our_step import OurSteps, compare_precisions, compared
 from torch import Tensor, nn
 
 from genscale.config import Config, OptimizerSettings, ScheduleSettings, TrainSettings
@@ -136,13 +132,9 @@ def compare(precision: str, batch: int, steps: int) -> dict[str, Any]:
     difference = abs(means["genscale"] - means["plain"]) / means["plain"]
     if difference > LIKENESS:
         raise SystemExit(f"the two do not train alike: their mean losses differ by {difference:.1%}")
-    kept = {name: values[WARMUP_STEPS:] for name, values in seconds.items()}
-    medians = {name: statistics.median(values) for name, values in kept.items()}
-    ratios = [a / b for a, b in zip(kept["genscale"], kept["plain"], strict=True)]
     return {"parameters": parameters, "batch": batch, "steps": steps,
-            "precision": {"genscale": ours.precision, "plain": "fp32"}, "median_step_seconds": medians,
-            "ratio_of_medians": medians["genscale"] / medians["plain"],
-            "quartiles_of_ratios": statistics.quantiles(ratios, n=4), "relative_difference_of_mean_losses": difference}
+            "precision": {"genscale": ours.precision, "plain": "fp32"},
+            "relative_difference_of_mean_losses": difference, **compared(seconds, WARMUP_STEPS)}
 
 
 def _images(ours: OurSteps, count: int) -> Tensor:
@@ -151,20 +143,5 @@ def _images(ours: OurSteps, count: int) -> Tensor:
     return torch.stack([samples[i % len(samples)] for i in range(count)]).float() / 255
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--only", default="fp32,default")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    result = circumstances(["torch", "accelerate"]) | {"threads": arguments.threads, "comparisons": {}}
-    for name in arguments.only.split(","):
-        result["comparisons"][name] = compare("fp32" if name == "fp32" else "auto", arguments.batch, arguments.steps)
-    write(result, arguments.out)
-
-
 if __name__ == "__main__":
-    main()
+    compare_precisions(__doc__.splitlines()[0], compare, batch=64)
