@@ -19,6 +19,7 @@ from genscale.verbs.trained import load_weights
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["vae", "vae_gan"])
 def test_a_run_is_read_back_as_it_was_validated(family, genscale, tmp_path):
     small = ["--model.width", 4, "--train.steps", 2, "--train.global_batch_size", 8, "--data.validation_images", 80,
