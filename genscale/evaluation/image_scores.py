@@ -202,13 +202,12 @@ def _noise(run: TrainedRun, settings: ImageScoring, count: int) -> Iterator[Tens
 
 def _protocol(run: TrainedRun, settings: ImageScoring, network: FeatureNetwork, real: Tensor, fake: Tensor,
               training: Tensor) -> dict[str, Any]:
-    averaged = run.config.train.ema_half_life > 0 and not settings.live
     channels, size, _ = run.objective.image_shape
     return {"features": network.name, "features_sha256": network.identity(), "features_width": network.width,
             "real_images": len(real), "real_split": "validation", "generated_images": len(fake),
             "training_images": len(training), "size": size, "channels": channels,
             "dtype": "images uint8, networks float32, scores float64", "seed": settings.seed,
-            "weights": "averaged" if averaged else "live", "batch_size": settings.batch_size,
+            "weights": "averaged" if run.averaged else "live", "batch_size": settings.batch_size,
             "neighbours": NEIGHBOURS, "memorisation_quantile": MEMORISATION_QUANTILE}
 
 

@@ -55,7 +55,7 @@ def sample_gpt(run: TrainedRun, settings: TextSampling) -> None:
         drawn += piece.tokens
     print(flush=True)
     seconds = time.perf_counter() - started
-    print(f"{drawn:,} tokens in {seconds:.2f} s, {drawn / seconds:,.0f} tokens/s", file=sys.stderr)
+    print(f"{drawn:,} tokens in {seconds:.3f} s, {drawn / seconds:,.0f} tokens/s", file=sys.stderr)
 
 
 def _prompts(settings: TextSampling) -> list[str]:

@@ -20,9 +20,11 @@ class TrainedRun:
         config: the run's, with the settings of the command line.
         folder: the run folder.
         device: where the networks are.
+        averaged: some of them hold the average of their weights.
     """
 
     objective: Objective
     config: Config
     folder: Path
     device: torch.device
+    averaged: bool = False

@@ -27,7 +27,7 @@ from genscale.models.residual_gan import ResidualDiscriminator, ResidualGenerato
 from genscale.objectives.base import Batch, Family, Networks
 from genscale.objectives.gan import GAN, INITIAL_STD
 from genscale.objectives.gan_settings import GANObjectiveSettings, check_batch, check_losses
-from genscale.objectives.sample_quality import diversity, frechet_distance
+from genscale.objectives.sample_quality import check_enough_images, distance_or_infinity, diversity
 
 NETWORKS = {"dcgan": (DCGANGenerator, DCGANDiscriminator), "residual": (ResidualGenerator, ResidualDiscriminator),
             "mlp": (MLPGenerator, MLPDiscriminator)}
@@ -76,10 +76,8 @@ class ImageGAN(GAN):
         """`loss` and `fd`: the Frechet distance, infinite where images are no numbers; `diversity`: 0 where all samples are
         alike, about 1 for images as varied as real ones."""
         real, fake = totals["real_features"], totals["fake_features"]
-        if not fake.isfinite().all():
-            return {"loss": math.inf, "fd": math.inf, "diversity": 0.0}
-        distance = frechet_distance(real, fake)
-        return {"loss": distance, "fd": distance, "diversity": diversity(real, fake)}
+        distance = distance_or_infinity(real, fake)
+        return {"loss": distance, "fd": distance, "diversity": diversity(real, fake) if math.isfinite(distance) else 0.0}
 
     def preview(self, networks: Networks, seed: int, device: torch.device) -> np.ndarray:
         """A grid of samples, the same latents each time; a column for each class where conditional."""
@@ -103,10 +101,7 @@ def build(config: Config, data: Data) -> ImageGAN:
         found = "no labels (data.labels true reads them)" if names is None else f"{len(names)} classes"
         raise UserError(f"model.classes: {config.model.classes}, but data.source {config.data.source} has {found}"
                         + (f"; set model.classes {len(names)}" if names else ""))
-    images, width = len(data.validation()), RandomFeatures.width
-    if images <= width:
-        raise UserError(f"data.validation_images: a Frechet distance of {width} features needs more than {width} validation "
-                        f"images, and there are {images}; set data.validation_images and data.validation_fraction higher")
+    check_enough_images(len(data.validation()), RandomFeatures.width)
     if config.model.architecture == "mlp":
         check_batch(config.train, (config.model.generator_norm, config.model.discriminator_norm))
     return _build(config, names)

@@ -79,6 +79,18 @@ def frechet_distance(real: Tensor | FeatureStatistics, fake: Tensor | FeatureSta
     return max(0.0, distance.item())
 
 
+def distance_or_infinity(real: Tensor, fake: Tensor) -> float:
+    """The Frechet distance; infinite, and so never the best, where generated samples are no numbers."""
+    return frechet_distance(real, fake) if fake.isfinite().all() else math.inf
+
+
+def check_enough_images(images: int, width: int) -> None:
+    """Raises UserError where a validation set of so many images is too small for a Frechet distance of `width` features."""
+    if images <= width:
+        raise UserError(f"data.validation_images: a Frechet distance of {width} features needs more than {width} validation "
+                        f"images, and there are {images}; set data.validation_images and data.validation_fraction higher")
+
+
 def _factor(covariance: Tensor) -> Tensor:
     """F with F F^T = covariance."""
     values, vectors = torch.linalg.eigh(covariance)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from genscale.config import Config
 from genscale.data.images import ImageData, ImageDataSettings
-from genscale.models.image_layers import InitialWeights, to_unit
+from genscale.models.image_layers import InitialWeights
 from genscale.models.vae import VAE, latent_shape
 from genscale.models.vae_likelihoods import LIKELIHOODS
 from genscale.models.vae_settings import VAESettings
@@ -26,7 +26,7 @@ from genscale.objectives.vae_losses import (
     log_weights,
     weighted_divergence,
 )
-from genscale.objectives.vae_pictures import examples_of, picture, preview_latents, validation_images
+from genscale.objectives.vae_pictures import examples_of, preview_picture, validation_images
 from genscale.rng import Draws
 
 ACTIVE = 0.01
@@ -195,11 +195,7 @@ class VAEObjective(Objective):
     @torch.no_grad()
     def preview(self, networks: Networks, seed: int, device: torch.device) -> np.ndarray:
         """Validation images as the network sees them above their reconstructions, and samples from the prior below."""
-        samples = self.generate(networks, preview_latents(seed, self.latent_shape).to(device))
-        if self._examples is None:
-            return picture(samples)
-        images = self._examples().to(device)
-        return picture(samples, to_unit(self._seen(images)), self.generate(networks, self.encode(networks, images)[0]))
+        return preview_picture(self, networks, seed, device, self._examples, self._seen)
 
 
 def _active(means: Tensor) -> int:

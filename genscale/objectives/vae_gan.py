@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,14 @@ from torch import Tensor, nn
 
 from genscale.config import Config
 from genscale.data.images import ImageData, ImageDataSettings
-from genscale.errors import UserError
 from genscale.models.feature_network import RandomFeatures
 from genscale.models.image_layers import InitialWeights, to_signed, to_unit
 from genscale.models.vae import Encoder
 from genscale.models.vae_gan import FeatureDiscriminator, ImageDecoder, VAEGANSettings, networks_settings
 from genscale.objectives.base import Batch, Family, Networks, Objective, Phase, Terms
-from genscale.objectives.sample_quality import frechet_distance
+from genscale.objectives.sample_quality import check_enough_images, distance_or_infinity
 from genscale.objectives.vae_losses import divergence
-from genscale.objectives.vae_pictures import examples_of, picture, preview_latents, validation_images
+from genscale.objectives.vae_pictures import examples_of, preview_picture, validation_images
 from genscale.rng import Draws
 
 
@@ -132,8 +130,7 @@ class VAEGANObjective(Objective):
     def summarise(self, totals: Mapping[str, Any]) -> dict[str, float]:
         """`loss` and `fd`: the Frechet distance of samples in random features; `pixel_rmse` of reconstructions in [0, 1];
         `kl` in nats."""
-        fakes = totals["fake_features"]
-        distance = frechet_distance(totals["real_features"], fakes) if fakes.isfinite().all() else math.inf
+        distance = distance_or_infinity(totals["real_features"], totals["fake_features"])
         rmse = totals["squared_error"].double().mean().sqrt().item()
         return {"loss": distance, "fd": distance, "pixel_rmse": rmse, "kl": totals["kl"].double().mean().item()}
 
@@ -150,11 +147,7 @@ class VAEGANObjective(Objective):
     @torch.no_grad()
     def preview(self, networks: Networks, seed: int, device: torch.device) -> np.ndarray:
         """Validation images above their reconstructions, and samples from the prior below."""
-        samples = self.generate(networks, preview_latents(seed, self.latent_shape).to(device))
-        if self._examples is None:
-            return picture(samples)
-        images = self._examples().to(device)
-        return picture(samples, to_unit(images), self.generate(networks, self.encode(networks, images)[0]))
+        return preview_picture(self, networks, seed, device, self._examples)
 
 
 def _drawn(mean: Tensor, log_variance: Tensor, draws: Draws) -> Tensor:
@@ -168,10 +161,7 @@ def _feature_nats(real: Tensor, seen: Tensor) -> Tensor:
 
 def build(config: Config, data: ImageData) -> VAEGANObjective:
     """The objective of a run. Raises UserError for an impossible model, or too few validation images for a Frechet distance."""
-    images, width = len(data.validation()), RandomFeatures.width
-    if images <= width:
-        raise UserError(f"data.validation_images: a Frechet distance of {width} features needs more than {width} validation "
-                        f"images, and there are {images}; set data.validation_images and data.validation_fraction higher")
+    check_enough_images(len(data.validation()), RandomFeatures.width)
     return _build(config, examples_of(data))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from genscale.data.images import ImageData, ImageDataSettings
 from genscale.data.lanes import Sample
 from genscale.models.image_grid import grid
+from genscale.models.image_layers import to_unit
+from genscale.objectives.base import Networks
 from genscale.rng import torch_generator
 
 EXAMPLES = 8
@@ -30,6 +33,22 @@ def validation_images(settings: ImageDataSettings, seed: int) -> list[Sample]:
 def preview_latents(seed: int, shape: tuple[int, ...]) -> Tensor:
     """Latents `(n, *shape)` from the prior, the same each time."""
     return torch.randn(SAMPLE_ROWS * EXAMPLES, *shape, generator=torch_generator(seed, "preview"))
+
+
+def preview_picture(objective: Any, networks: Networks, seed: int, device: torch.device, examples: Callable[[], Tensor] | None,
+                    seen: Callable[[Tensor], Tensor] = to_unit) -> np.ndarray:
+    """Examples as the network sees them above their reconstructions, where there are some, and samples from the prior below.
+
+    Args:
+        objective: with `generate`, `encode` and `latent_shape`.
+        examples: gives uint8 images.
+        seen: makes of them what is shown.
+    """
+    samples = objective.generate(networks, preview_latents(seed, objective.latent_shape).to(device))
+    if examples is None:
+        return picture(samples)
+    images = examples().to(device)
+    return picture(samples, to_unit(seen(images)), objective.generate(networks, objective.encode(networks, images)[0]))
 
 
 def picture(samples: Tensor, inputs: Tensor | None = None, outputs: Tensor | None = None) -> np.ndarray:

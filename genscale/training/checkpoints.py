@@ -56,7 +56,11 @@ class Checkpoint:
 
     def weights(self, name: str, averaged: bool) -> TensorFile:
         """The weights and buffers of one network: the average where it is asked for and there is one, or those of the step."""
-        return self.tensors("averages" if averaged and self._file("averages", name).is_file() else "networks", name)
+        return self.tensors("averages" if averaged and self.has_average(name) else "networks", name)
+
+    def has_average(self, name: str) -> bool:
+        """Whether it holds an average of the network."""
+        return self._file("averages", name).is_file()
 
     def _file(self, kind: str, name: str) -> Path:
         return self.path / kind / f"{name}.safetensors"

@@ -25,7 +25,7 @@ from genscale.objectives import FAMILIES
 from genscale.parallel.precision import autocast, native_precision
 from genscale.parallel.processes import on_cpu
 from genscale.training.checkpoints import Checkpoint
-from genscale.verbs.trained import Published, config_of, find_trained, load_weights, run_of, take_run
+from genscale.verbs.trained import Published, config_of, find_trained, open_run, take_run
 
 USAGE = "genscale evaluate RUN [--step N] [--on SOURCE | --tasks A,B [--include_path DIR] [--limit N]]"
 IMAGE_USAGE = "genscale evaluate RUN [--step N]  (model.family {families})"
@@ -86,10 +86,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _metrics(config: Config, checkpoint: Checkpoint | Published) -> dict[str, Any]:
-    objective = FAMILIES[config.model.family].restore(config, run_of(checkpoint))
-    objective.use_assets(config, run_of(checkpoint))
-    device = load_weights(objective, checkpoint)
-    return _validation(TrainedRun(objective, config, run_of(checkpoint), device), _samples(config))
+    run = open_run(config, checkpoint)
+    run.objective.use_assets(config, run.folder)
+    return _validation(run, _samples(config))
 
 
 def _samples(config: Config) -> list[Sample]:
@@ -109,13 +108,11 @@ def _validation(run: TrainedRun, samples: list[Sample]) -> dict[str, Any]:
 
 def _scores(config: Config, checkpoint: Checkpoint | Published, scorer: Scorer, settings: Any) -> dict[str, Any]:
     """Of generated images; of an autoencoder also the validation metrics, and the likelihood where it was asked for."""
-    objective = FAMILIES[config.model.family].restore(config, run_of(checkpoint))
-    device = load_weights(objective, checkpoint, averaged=not settings.live)
-    run = TrainedRun(objective, config, run_of(checkpoint), device)
+    run = open_run(config, checkpoint, settings.live)
     if settings.importance_samples is not None:
         check_likelihood(run, settings.importance_samples)
     report = scorer.run(run, settings)
-    if hasattr(objective, "encode"):
+    if hasattr(run.objective, "encode"):
         samples = _samples(config)
         report["validation"] = _validation(run, samples)
         if settings.importance_samples is not None:  # the longest last: what is wrong has shown before
@@ -127,9 +124,9 @@ def _task_results(config: Config, checkpoint: Checkpoint | Published, tasks: lis
                   limit: int | None) -> dict[str, Any]:
     from genscale.evaluation.harness import GenscaleLM, evaluate_tasks, results_table
 
-    objective = FAMILIES[config.model.family].restore(config, run_of(checkpoint))
-    device, precision = load_weights(objective, checkpoint), _precision(config)
-    model = GenscaleLM(objective.networks["gpt"], objective.tokenizer, autocast=partial(autocast, precision, device),
+    run, precision = open_run(config, checkpoint), _precision(config)
+    model = GenscaleLM(run.objective.networks["gpt"], run.objective.tokenizer,
+                       autocast=partial(autocast, precision, run.device),
                        batch_size=config.train.micro_batch_size or BATCH_SIZE, seed=config.run.seed)
     results = evaluate_tasks(model, tasks, include_path, limit)
     print(results_table(results), file=sys.stderr)

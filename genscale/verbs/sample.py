@@ -8,9 +8,7 @@ import sys
 from genscale.config_parser import parse_settings, split_flags, take_number
 from genscale.errors import UserError
 from genscale.evaluation.samplers import SAMPLERS
-from genscale.evaluation.trained_run import TrainedRun
-from genscale.objectives import FAMILIES
-from genscale.verbs.trained import config_of, find_trained, load_weights, run_of, take_run
+from genscale.verbs.trained import config_of, find_trained, open_run, take_run
 
 USAGE = "genscale sample RUN [--step N]"
 DESCRIPTION = ("Generate from a trained run. RUN is a run folder (its latest checkpoint, or --step N's), a checkpoint folder "
@@ -32,10 +30,9 @@ def main(arguments: list[str]) -> int:
     settings = parse_settings(sampler.settings, rest, USAGE, DESCRIPTION)
     if overrides:
         config = config_of(checkpoint, overrides)
-    objective = FAMILIES[config.model.family].restore(config, run_of(checkpoint))
-    device = load_weights(objective, checkpoint, averaged=not getattr(settings, "live", False))
+    run = open_run(config, checkpoint, live=getattr(settings, "live", False))
     print(f"{checkpoint.path}", file=sys.stderr)
-    sampler.run(TrainedRun(objective, config, run_of(checkpoint), device), settings)
+    sampler.run(run, settings)
     return 0
 
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from genscale.config import Config
 from genscale.config_parser import load_config
 from genscale.errors import UserError
+from genscale.evaluation.trained_run import TrainedRun
 from genscale.interop.huggingface import open_huggingface
 from genscale.objectives import FAMILIES
 from genscale.objectives.base import Objective
@@ -121,6 +122,16 @@ def load_weights(objective: Objective, checkpoint: Checkpoint | Published, avera
                             f"({error}); leave out those that shape it, such as data.size and data.channels") from None
         network.eval()
     return device
+
+
+def open_run(config: Config, checkpoint: Checkpoint | Published, live: bool = False) -> TrainedRun:
+    """The run's objective with its weights: averages where there are some, unless `live`.
+
+    Raises UserError as `load_weights` does."""
+    objective = FAMILIES[config.model.family].restore(config, run_of(checkpoint))
+    device = load_weights(objective, checkpoint, averaged=not live)
+    averaged = not live and isinstance(checkpoint, Checkpoint) and any(map(checkpoint.has_average, objective.networks))
+    return TrainedRun(objective, config, run_of(checkpoint), device, averaged)
 
 
 def run_of(checkpoint: Checkpoint | Published) -> Path:
