@@ -27,6 +27,11 @@ class RunSettings:
     resume: str = "auto"
     """auto: continue from the run folder's latest valid checkpoint; never: start anew (an earlier run in the folder is
     moved aside); or the path of a checkpoint."""
+    trace: bool = False
+    """Keep digests of batch, draws, gradients and weights of every step, for `genscale compare` to name the first difference."""
+    deterministic: bool = False
+    """Bit for bit the same numbers each time on a GPU too, with kernels that are slower; an operation that has none is an
+    error."""
 
 
 @dataclass
@@ -66,11 +71,38 @@ class TrainSettings:
     """Steps between generated samples (0 = only after the last step)."""
     checkpoint_every: NonNegativeInt = 0
     """Steps between checkpoints (0 = only after the last step)."""
+    checkpoint_minutes: NonNegativeFloat = 0
+    """Most minutes between checkpoints, whatever the steps take (0 = no matter)."""
     checkpoint_keep: PositiveInt = 3
-    """Latest checkpoints to keep; the best by validation loss is kept besides."""
+    """Latest checkpoints to keep; the best one is kept besides."""
+    checkpoint_keep_every: NonNegativeInt = 0
+    """Checkpoints of every so many steps are kept for ever (0 = none)."""
+    checkpoint_best: str = "loss"
+    """Metric of the evaluations whose lowest value makes a checkpoint the best, as the last line of a run names it."""
     profile: NonNegativeInt = 0
     """Steps to trace with torch.profiler on rank 0, after ten steps of warm-up; writes <run folder>/profile/trace.json.gz and
     table.txt (0 = none)."""
+
+
+@dataclass
+class GuardSettings:
+    """What becomes of a run when something goes wrong."""
+
+    non_finite: Literal["skip", "rollback", "stop"] = "skip"
+    """When a loss or a gradient is NaN or infinite: leave the update out, and roll back after `skips` in a row; go back to the
+    latest checkpoint at once, and on from there without the offending batches; or stop."""
+    spikes: Literal["ignore", "skip", "rollback", "stop"] = "ignore"
+    """The same for a loss that stands out from those of the last steps."""
+    spike_deviations: PositiveFloat = 6.0
+    """A loss so many standard deviations above the mean of the last 128 steps is a spike."""
+    skips: NonNegativeInt = 5
+    """Updates left out in a row, before the run is rolled back."""
+    rollbacks: NonNegativeInt = 2
+    """Times a run is rolled back before it is stopped."""
+    hang_minutes: NonNegativeFloat = 10.0
+    """A run that has made no progress for so long writes what every process is doing to logs/ and ends (0 = it waits)."""
+    dry_batch: bool = True
+    """Run every phase once before the first step, without a trace: what does not fit in memory is found at once."""
 
 
 @dataclass
@@ -149,6 +181,7 @@ class Config:
     data: Any = None
     objective: Any = None
     train: TrainSettings = field(default_factory=TrainSettings)
+    guards: GuardSettings = field(default_factory=GuardSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
@@ -157,7 +190,7 @@ class Config:
 
 MAY_CHANGE_AT_RESUME = ("run.", "parallel.", "tracking.", "train.log_every", "train.evaluate_every", "train.sample_every",
                         "train.checkpoint_", "train.micro_batch_size", "train.steps", "train.profile", "train.collapse",
-                        "data.workers", "data.prefetch_steps", "data.cache", "model.loss_chunk")
+                        "guards.", "data.workers", "data.prefetch_steps", "data.cache", "model.loss_chunk")
 """Key prefixes that do not change what is computed (`train.steps` may grow or shrink; the schedule then follows the
 new value; `train.collapse` decides about the evaluations to come)."""
 # run.seed changes what is computed although it stands under "run.".

@@ -25,6 +25,7 @@ from jsonargparse import (
 
 from genscale.config import (
     Config,
+    GuardSettings,
     OptimizerSettings,
     ParallelSettings,
     RunSettings,
@@ -38,8 +39,8 @@ from genscale.errors import UserError, nearest
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-COMMON_SECTIONS = {"run": RunSettings, "train": TrainSettings, "optimizer": OptimizerSettings, "schedule": ScheduleSettings,
-                   "parallel": ParallelSettings, "tracking": TrackingSettings}
+COMMON_SECTIONS = {"run": RunSettings, "train": TrainSettings, "guards": GuardSettings, "optimizer": OptimizerSettings,
+                   "schedule": ScheduleSettings, "parallel": ParallelSettings, "tracking": TrackingSettings}
 Families = Mapping[str, Any]
 
 set_loader("run", lambda text: renamed(get_loader("yaml")(text), as_field), (yaml.YAMLError,))
