@@ -28,7 +28,7 @@ class RunSettings:
     """auto: continue from the run folder's latest valid checkpoint; never: start anew (an earlier run in the folder is
     moved aside); or the path of a checkpoint."""
     trace: bool = False
-    """Keep digests of batch, draws, gradients and weights of every step, for `genscale compare` to name the first difference."""
+    """Keep digests of batch, draws, gradients and weights of every step, for `genscale compare` to name where two runs part."""
     deterministic: bool = False
     """Bit for bit the same numbers each time on a GPU too, with kernels that are slower; an operation that has none is an
     error."""
