@@ -29,6 +29,8 @@ NORM_ROW = 1024  # elements
 SHORT = 32 * NORM_ROW
 """Gradients of as many elements are taken together: a call costs more than their copies in fp64."""
 NamedTensors = Iterator[tuple[str, Tensor]]
+Pieces = Iterable[tuple[str, int, Tensor]]
+"""(name of a tensor, number of its first element here, consecutive elements of it); over all processes every element once."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Engine(ABC):
 
     Attributes:
         whole_weights: every process holds every weight, so that a module can be called and differentiated by itself.
+        on_gradients: is shown the network's name and its gradients in every step, averaged over processes and not yet clipped;
+            it must exhaust them.
     """
 
     whole_weights = True
@@ -68,6 +72,7 @@ class Engine(ABC):
         self.modules: dict[str, nn.Module] = {}  # the plain modules inside
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.averages: dict[str, Average] = {}
+        self.on_gradients: Callable[[str, Pieces], None] | None = None
         self._second_order = False
         # By network, found once: a walk through a small network's modules takes as long as a layer's forward.
         self._parameters: dict[str, list[nn.Parameter]] = {}
@@ -165,6 +170,15 @@ class Engine(ABC):
     @abstractmethod
     def step(self, name: str) -> StepResult:
         """Clip, update the weights, drop the gradients."""
+
+    def _show_gradients(self, name: str) -> None:
+        """In the middle of `step`."""
+        if self.on_gradients is not None:
+            self.on_gradients(name, self._gradient_pieces(name))
+
+    @abstractmethod
+    def _gradient_pieces(self, name: str) -> Pieces:
+        """The gradients of the coming step, by parameter name. Collective."""
 
     def set_learning_rate(self, name: str, lr: float) -> None:
         for group in self.optimizers[name].param_groups:

@@ -5,6 +5,7 @@ Accelerate's own FSDP plugin is ignored on the CPU without a word, so `fully_sha
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
 
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from genscale.parallel.averages import Average, NamedAverage, copied_names
 from genscale.parallel.engine import (
     Engine,
     MakeOptimizer,
     NamedTensors,
+    Pieces,
     StepResult,
     blocks_of,
     clip_gradients,
@@ -114,12 +117,19 @@ class ShardedEngine(Engine):
         if self._second_order:
             self._reduce_gathered(self.modules[name])
         fill_gradients(self.modules[name].parameters())
+        self._show_gradients(name)
         gradients = [p.grad.to_local() for p in self.modules[name].parameters() if p.grad is not None]
         grad_norm = self.processes.sum(squared_norm(gradients)).sqrt()
         clip_gradients(gradients, grad_norm, self.clip)
         self.optimizers[name].step()
         self.optimizers[name].zero_grad(set_to_none=True)
         return StepResult(grad_norm)
+
+    def _gradient_pieces(self, name: str) -> Pieces:
+        for key, parameter in self.modules[name].named_parameters():
+            _, first = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+            # Shards are of whole rows.
+            yield key, first[0] * math.prod(parameter.shape[1:]), parameter.grad.to_local().reshape(-1)
 
     def network_state(self, name: str) -> NamedTensors:
         for key, tensor in named_state(self.modules[name]):

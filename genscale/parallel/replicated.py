@@ -15,6 +15,7 @@ from genscale.parallel.engine import (
     Engine,
     MakeOptimizer,
     NamedTensors,
+    Pieces,
     StepResult,
     clip_gradients,
     fill_gradients,
@@ -68,6 +69,7 @@ class ReplicatedEngine(Engine):
         if self._second_order:
             self._average_gradients(self._parameters[name])
         scaler.unscale_(optimizer)
+        self._show_gradients(name)
         gradients = [p.grad for p in self._parameters[name] if p.grad is not None]
         grad_norm = squared_norm(gradients).sqrt()
         clip_gradients(gradients, grad_norm, self.clip)
@@ -75,6 +77,11 @@ class ReplicatedEngine(Engine):
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return StepResult(grad_norm, scaled=scaler.is_enabled())
+
+    def _gradient_pieces(self, name: str) -> Pieces:
+        if self.processes.is_main:  # the others have the same
+            for key, parameter in self.modules[name].named_parameters():
+                yield key, 0, parameter.grad
 
     def _average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """What DDP does, whose forward a phase of the second order goes past."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from genscale.parallel.averages import Average
-from genscale.parallel.engine import Engine, MakeOptimizer, NamedTensors, StepResult, state_tensors, tensor_bytes
+from genscale.parallel.engine import Engine, MakeOptimizer, NamedTensors, Pieces, StepResult, state_tensors, tensor_bytes
 from genscale.parallel.materialise import Read, check_fillable, fill, fill_tensor, materialise, named_state, on_meta, put
 from genscale.parallel.precision import DTYPES
 from genscale.parallel.zero_average import FlatAverage
@@ -161,9 +161,18 @@ class ZeroEngine(Engine):
 
     def step(self, name: str) -> StepResult:
         engine = self.networks[name]
+        self._show_gradients(name)
         engine.step()
         norm = engine.get_global_grad_norm()
         return StepResult(torch.as_tensor(norm if norm is not None else math.nan, dtype=torch.float64))
+
+    def _gradient_pieces(self, name: str) -> Pieces:
+        from deepspeed.utils import safe_get_full_grad
+
+        for key, parameter in self.modules[name].named_parameters():
+            full = safe_get_full_grad(parameter)
+            if self.processes.is_main:
+                yield key, 0, full
 
     # --- state by parameter name -------------------------------------------------------------------------------------
 

@@ -16,6 +16,10 @@ def _plain(value: Any) -> Any:
     """A JSON value that reads back equal; NaN and infinities become null, for JSON has no such numbers."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
     number = float(value)  # also of NumPy and one-element tensors; fp32 to double is exact, and json writes repr
     return number if math.isfinite(number) else None
 

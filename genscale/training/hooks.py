@@ -29,6 +29,8 @@ from genscale.training.collapse import CollapseWatch
 from genscale.training.profile import Profile
 from genscale.training.restoring import restore
 from genscale.training.run_folder import config_dict, config_yaml
+from genscale.training.trace import NAME as TRACE
+from genscale.training.trace import Trace
 from genscale.training.trainer import Hook, StepReport
 
 log = logging.getLogger("genscale")
@@ -73,13 +75,15 @@ class RunHooks:
             self.progress = Progress(config.train.steps, done, objective.unit)
             if config.train.profile and done < config.train.steps:
                 self.profile = Profile(folder / "profile", config.train.profile, config.train.steps - done)
+        self.trace = Trace(folder, engine, done) if config.run.trace else None
 
     def list(self) -> list[Hook]:
         """In the order they run: the profiler sees steps, not what follows the last of them; a checkpoint comes after the
         evaluation that may make it the best."""
         train = self.config.train
         profile = [Hook(1, self.profile.step, settled=False)] if self.profile else []
-        return [*profile, Hook(1, self.count, settled=False), Hook(train.log_every, self.log_metrics),
+        trace = [Hook(1, self.record)] if self.trace else []
+        return [*profile, Hook(1, self.count, settled=False), *trace, Hook(train.log_every, self.log_metrics),
                 Hook(train.evaluate_every, self.evaluate), Hook(train.sample_every, self.sample),
                 Hook(train.checkpoint_every, self.checkpoint)]
 
@@ -88,6 +92,9 @@ class RunHooks:
         if self.processes.is_main:
             self.progress.update(report.step)
         self.throughput.step(report.seconds, report.data_wait_seconds, self.units_per_step)
+
+    def record(self, report: StepReport) -> None:
+        _try_to_write(f"{TRACE}: step {report.step}", lambda: self.trace.record(report))
 
     def log_metrics(self, report: StepReport) -> None:
         line = {**report.metrics, self.objective.unit: self.units, **self.throughput.read(),
@@ -252,6 +259,8 @@ class RunHooks:
         return {f"validation_{second}" if second else "validation": loss}
 
     def close(self, failed: bool) -> None:
+        if self.trace is not None:
+            _try_to_write(TRACE, self.trace.close)
         if not self.processes.is_main:
             return
         if self.profile is not None:

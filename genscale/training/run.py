@@ -180,6 +180,8 @@ def _loop(config: Config, processes: Processes, folder: Path, engine: Engine, ob
     outcome = "failed"
     try:
         trainer = Trainer(config, objective, engine, loader, hooks.list(), hooks.last_good)
+        if hooks.trace is not None:
+            trainer.make_draws = hooks.trace.draws
         hooks.make_up(done)
         report = trainer.run(done + 1) if hooks.collapse is None else None
         if report is None and hooks.collapse is None:

@@ -75,6 +75,7 @@ class Trainer:
         self.last_good = last_good
         self.skipped_steps = 0
         self.stopped_by: signal.Signals | None = None
+        self.make_draws: Callable[..., Draws] = Draws
         self._runs_ahead = self.processes.device.type != "cpu"
         self._unsettled: list[tuple[StepReport, PhaseOutcome]] = []
 
@@ -124,7 +125,7 @@ class Trainer:
         (count,) = processes.sum_of_numbers(sum(phase.count(batch) for batch in batches))
         totals: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
-            draws = Draws(self.config.run.seed, phase.name, step, batch["sample"], processes.device)
+            draws = self.make_draws(self.config.run.seed, phase.name, step, batch["sample"], processes.device)
             batch = {key: value if key == "sample" else value.to(processes.device, non_blocking=True)
                      for key, value in batch.items()}
             with engine.micro_batch(phase.network, last=index == len(batches) - 1):

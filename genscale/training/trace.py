@@ -1,0 +1,142 @@
+"""trace.jsonl: digests of what went into every step and of what it made, by which `genscale compare` finds where runs part.
+
+One JSON object a step, the same at any sharding wherever the numbers are equal bit for bit:
+
+    step        0 is the state before the first step, with `weights` alone
+    batch       digest of the step's global samples (the ledger)
+    draws       digest of all random numbers drawn for it
+    metrics     losses, gradient norms and learning rates, as in metrics.jsonl
+    gradients   by network (and update, where a step has several): after the reduction, before clipping
+    weights     by network, after the step
+
+of a network: {tensor: [digest, norm, projection]} (`genscale.training.fingerprints`).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genscale.parallel.engine import Engine, Pieces, named_state
+from genscale.rng import Draws
+from genscale.tracking.metrics_file import MetricsFile, read_metrics
+from genscale.training.fingerprints import Fingerprint, Fingerprints, digest_of
+from genscale.training.trainer import StepReport
+
+NAME = "trace.jsonl"
+
+
+class Trace:
+    """Writes the trace of a run; on rank 0, with a share of the work on every rank.
+
+    Args:
+        folder: of the run.
+        done: the step that the run goes on from; what an earlier life of the run wrote of later ones is dropped.
+    """
+
+    def __init__(self, folder: Path, engine: Engine, done: int) -> None:
+        self.engine, self.processes = engine, engine.processes
+        self._draws, self._drawn = 0, set[tuple[str, int]]()
+        self._gradients: dict[str, Fingerprints] = {}
+        if self.processes.is_main:
+            self.file = MetricsFile(folder / NAME)
+        self.rolled_back(done)
+        engine.on_gradients = self._note_gradients
+        known = self.processes.is_main and any(record["step"] == done for record in read_metrics(folder / NAME))
+        if not self.processes.main_does(lambda: known):
+            weights = self._weights()
+            if self.processes.is_main:
+                self.file.append(done, {"weights": weights})
+
+    def draws(self, seed: int, scope: str, step: int, samples: Tensor, device: torch.device) -> Draws:
+        """Like `Draws`, noting what is drawn."""
+        return _NotedDraws(self, seed, scope, step, samples, device)
+
+    def record(self, report: StepReport) -> None:
+        """Write the line of a step. Collective.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        (draws,) = self.processes.sum_of_numbers(self._draws)
+        gradients = {label: _as_json(prints.total(self.processes)) for label, prints in self._gradients.items()}
+        weights = self._weights()
+        self._forget()
+        if self.processes.is_main:
+            self.file.append(report.step, {"batch": _hex(report.data_digest), "draws": _hex(draws), "metrics": report.metrics,
+                                           "gradients": gradients, "weights": weights})
+
+    def rolled_back(self, step: int) -> None:
+        """The run goes on from that step: what follows it will be written again."""
+        self._forget()
+        if self.processes.is_main:
+            self.file.truncate_after(step)
+
+    def close(self) -> None:
+        if self.processes.is_main:
+            self.file.close()
+
+    def note_draws(self, stream: str, sample: int, numbers: Tensor) -> None:
+        """A sum over samples, so that neither their order nor the micro-batch they came in matters; a sample's numbers count
+        once, also where a recomputed forward draws them again."""
+        if (stream, sample) not in self._drawn:
+            self._drawn.add((stream, sample))
+            total = self._draws + int(digest_of(f"{stream}/{sample}/{numbers.numel()}", 0, numbers))
+            self._draws = (total + 2**63) % 2**64 - 2**63  # as int64 wraps
+
+    def _note_gradients(self, network: str, pieces: Pieces) -> None:
+        """By the engine, in the middle of a step."""
+        label, update = network, 1
+        while label in self._gradients:
+            update += 1
+            label = f"{network}, update {update}"
+        names = [name for name, _ in self.engine.modules[network].named_parameters()]
+        self._gradients[label] = Fingerprints(names, pieces)
+
+    def _weights(self) -> dict[str, dict[str, list[Any]]]:
+        return {name: _as_json(Fingerprints([key for key, _ in named_state(module)], self._held(name)).total(self.processes))
+                for name, module in self.engine.modules.items()}
+
+    def _held(self, name: str) -> Pieces:
+        for key, tensor in self.engine.network_state(name):
+            if self.processes.is_main:
+                yield key, 0, tensor
+
+    def _forget(self) -> None:
+        self._draws = 0
+        self._drawn.clear()
+        self._gradients.clear()
+
+
+class _NotedDraws(Draws):
+    def __init__(self, trace: Trace, *address: Any) -> None:
+        super().__init__(*address)
+        self._trace = trace
+
+    def normal(self, stream: str, *shape: int) -> Tensor:
+        return self._noted(stream, super().normal(stream, *shape))
+
+    def uniform(self, stream: str, *shape: int) -> Tensor:
+        return self._noted(stream, super().uniform(stream, *shape))
+
+    def keys(self, stream: str) -> Tensor:
+        return self._noted(stream, super().keys(stream))
+
+    def _noted(self, stream: str, numbers: Tensor) -> Tensor:
+        for sample, row in zip(self.samples.tolist(), numbers.detach().cpu(), strict=True):
+            self._trace.note_draws(f"{self.scope}/{stream}", sample, row)
+        return numbers
+
+
+def _as_json(prints: dict[str, Fingerprint]) -> dict[str, list[Any]]:
+    """Norms of what is no longer a number become null."""
+    return {name: [_hex(each.digest), *(value if math.isfinite(value) else None for value in (each.norm, each.projection))]
+            for name, each in prints.items()}
+
+
+def _hex(number: int) -> str:
+    return f"{number % 2**64:016x}"
