@@ -19,6 +19,7 @@ VERBS = {
     "export": "write a trained run as a Hugging Face folder",
     "tokenizer": "train a byte-level BPE tokenizer",
     "data": "fill the token cache ahead of a run, or see what a run would train on",
+    "compare": "the first step at which two runs differ, and in what",
     "checkpoint": "list, verify or digest checkpoints",
 }
 
@@ -71,6 +72,8 @@ def _verb(verb: str) -> Callable[[list[str]], int]:
         from genscale.verbs.tokenizer import main as run
     elif verb == "data":
         from genscale.verbs.data import main as run
+    elif verb == "compare":
+        from genscale.verbs.compare import main as run
     elif verb == "checkpoint":
         from genscale.verbs.checkpoint import main as run
     else:
