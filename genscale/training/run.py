@@ -20,6 +20,7 @@ from genscale.errors import UserError
 from genscale.interop.starting import complete_from, keep_for_export, weights_from
 from genscale.objectives import FAMILIES
 from genscale.objectives.base import Objective
+from genscale.parallel.determinism import deterministic
 from genscale.parallel.engine import Engine, named_state
 from genscale.parallel.launcher import clear_launch_environment
 from genscale.parallel.processes import Processes, lost_peer
@@ -76,6 +77,11 @@ def train(config: Config) -> RunResult:
     Raises:
         UserError: anything the user can mend, on every rank, before the first step; and a run that has gone wrong.
     """
+    with deterministic(config.run.deterministic):
+        return _start(config)
+
+
+def _start(config: Config) -> RunResult:
     check_collapse(config.train)
     plan = plan_parallel(config.parallel, config.train.precision, config.optimizer.name)
     config.parallel.offload, config.train.precision = plan.offload, plan.precision
