@@ -1,0 +1,33 @@
+"""Killed at any moment, as often as you like, a run ends as the run that was never killed. Full size:
+python benchmarks/fault_table.py --only kills --kills 100."""
+
+from __future__ import annotations
+
+import pytest
+
+IN_CI = {("gpt", "ddp"): 10, ("dcgan", "fsdp2"): 6, ("vae", "zero2"): 4}
+"""Kills of each family in CI, each under another strategy; the whole table takes five times as long."""
+CELLS = [pytest.param(family, strategy, IN_CI.get((family, strategy), 10),
+                      marks=() if (family, strategy) in IN_CI else pytest.mark.matrix)
+         for family in ("gpt", "dcgan", "vae") for strategy in ("ddp", "zero2", "fsdp2")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize(("family", "strategy", "kills"), CELLS)
+def test_kills_change_nothing(family, strategy, kills, campaign, tmp_path):
+    """Of one rank, all ranks, the launcher, everything; at starts, in steps, in saves. Final digest and every logged number
+    equal those of the undisturbed run, all checkpoints are whole at each start, no process and no file stays behind."""
+    deaths = campaign.survive(family, strategy, kills, seed=1, folder=tmp_path / "campaign")
+    assert len(deaths) == kills
+    assert any(death.in_save for death in deaths)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize(("family", "strategy"), [("vae", "ddp"), pytest.param("gpt", "zero2", marks=pytest.mark.matrix),
+                                                  pytest.param("dcgan", "fsdp2", marks=pytest.mark.matrix)])
+def test_another_number_of_processes_after_each_kill(family, strategy, campaign, tmp_path):
+    """1, 2, 3 and 4 at random: each sample exactly once an epoch, losses those of one process."""
+    deaths = campaign.survive_resizes(family, strategy, kills=2, seed=2, folder=tmp_path / "campaign")
+    assert len({death.shape.processes for death in deaths}) == 2
