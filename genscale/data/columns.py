@@ -38,6 +38,7 @@ class Spec:
         filters: conditions that a row must fulfil, all of them.
         prompt, answer, messages: columns of prompt/answer pairs, in the place of `column`.
         shortest, longest: characters of the documents that are read.
+        retry_minutes: how long a server that fails is tried again.
     """
 
     key: str
@@ -54,6 +55,7 @@ class Spec:
     messages: str | None = None
     shortest: int = 0
     longest: int | None = None
+    retry_minutes: float = 5.0
     local_advice: ClassVar[str] = "give the path of a local file or folder (.txt, .jsonl, .parquet), or python-docs"
 
     def setting(self, name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, OpenUnitInterval, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt
 
 DIGITS = "digits"
 
@@ -58,3 +58,5 @@ class ImageDataSettings:
     """Processes that load data for each training process (0: a background thread)."""
     prefetch_steps: PositiveInt = 2
     """Global batches to load ahead."""
+    retry_minutes: NonNegativeFloat = 5.0
+    """How long a web server that fails is tried again before the run ends."""

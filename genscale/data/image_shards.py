@@ -7,15 +7,16 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from genscale.data.columns import Spec
+from genscale.data.file_tables import At, open_parquet
 from genscale.data.image_labels import Label
-from genscale.data.opening import is_url, open_url, url_path
-from genscale.data.readers import Shard, TableShard, damaged
+from genscale.data.readers import Row, Shard, TableShard, damaged
+from genscale.data.source_file import SourceFile
 from genscale.errors import UserError, nearest
 
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -85,8 +86,22 @@ class ImageTableShard(TableShard):
 
     def class_names(self) -> list[str] | None:
         """Names that the label column brings along."""
-        feature = (self.open().features or {}).get(self.spec.label)
+        feature = self._features().get(self.spec.label)
         return list(feature.names) if hasattr(feature, "names") else None
+
+    def _features(self) -> Mapping[str, Any]:
+        import datasets
+
+        if self.file is None:
+            return self.open().features or {}
+        try:
+            self.check_columns()
+            with open_parquet(self.file) as opened:
+                return datasets.Features.from_arrow_schema(opened.schema_arrow)
+        except UserError:
+            raise
+        except Exception as error:
+            raise damaged(self, error) from None
 
     def documents(self, table: Any, first: int, start: int, step: int) -> list[Record]:
         import pyarrow as pa
@@ -121,6 +136,19 @@ def _content(image: Mapping[str, Any] | bytes | None) -> bytes:
     return image.get("bytes") or b""
 
 
+class Group(NamedTuple):
+    """Members of an archive that share a key: the byte of the first one, and what they are by extension (lower case)."""
+
+    key: str
+    offset: int
+    members: dict[str, bytes | tarfile.TarInfo]
+
+    @property
+    def image(self) -> str | None:
+        """The extension of the image."""
+        return next((extension for extension in self.members if f".{extension}" in IMAGE_FILES), None)
+
+
 @dataclass(frozen=True)
 class TarShard(Shard):
     """A WebDataset: members `key.jpg` (or another image format) and `key.cls` or `key.json` stand beside each other."""
@@ -128,36 +156,28 @@ class TarShard(Shard):
     name: str
     size: int
     spec: ImageSpec
-    path: str = ""
+    file: SourceFile
 
-    def rows(self, start: int = 0, residue: int = 0, modulus: int = 1) -> Iterator[tuple[int, Record]]:
+    def rows(self, start: int = 0, residue: int = 0, modulus: int = 1, at: At | None = None) -> Iterator[Row]:
+        offset, first = at or (0, 0)
         theirs = (tarfile.TarError, OSError, EOFError, zlib.error)
+        streamed = not self.file.seekable
+        mode = "r|" if streamed else "r:"
         try:
-            streamed = is_url(self.path) or not self.path.lower().endswith(".tar")
-            with self._open(streamed) as archive:
-                for row, members in enumerate(_samples(archive, streamed)):
+            with self.file.open(offset) as file, closing(tarfile.open(fileobj=file, mode=mode)) as archive:
+                for row, group in enumerate(_groups(archive, streamed), first):
                     if row >= start and row % modulus == residue:
-                        yield row, self._record(archive, members)
+                        begin = group.offset + (offset if streamed else 0)
+                        yield Row(row, self._record(archive, group), [begin, row])
         except theirs as error:
-            reason = f"({type(error).__name__}: {error})"
-            broke = is_url(self.path) and isinstance(error, OSError) and not isinstance(error, tarfile.TarError)
-            raise UserError(f"{self.spec.where}: reading {self.name} broke off {reason}; if it is whole, start again when the "
-                            "server answers: a run goes on from its last checkpoint" if broke else
-                            f"{self.spec.where}: {self.name} is damaged or not what its name says {reason}; mend or remove it"
-                            ) from None
+            raise UserError(f"{self.spec.where}: {self.name} is damaged or not what its name says ({type(error).__name__}: "
+                            f"{error}); mend or remove it") from None
 
-    @contextmanager
-    def _open(self, streamed: bool) -> Iterator[tarfile.TarFile]:
-        with open_url(self.path, "rb", ranges=False) if is_url(self.path) else open(self.path, "rb") as file, \
-                closing(tarfile.open(fileobj=file, mode="r|*" if streamed else "r:")) as archive:
-            yield archive
-
-    def _record(self, archive: tarfile.TarFile, members: dict[str, bytes | tarfile.TarInfo]) -> Record:
-        extension = next(name for name in members if f".{name}" in IMAGE_FILES)
-        member = members[extension]
+    def _record(self, archive: tarfile.TarFile, group: Group) -> Record:
         content = {name: value if isinstance(value, bytes) else archive.extractfile(value).read()
-                   for name, value in members.items() if value is member or (self.spec.label and name in ("cls", "json"))}
-        return Record(f"{members['']} of {self.name}", content[extension], self._label(content, members[""]))
+                   for name, value in group.members.items()
+                   if name == group.image or (self.spec.label and name in ("cls", "json"))}
+        return Record(f"{group.key} of {self.name}", content[group.image], self._label(content, group.key))
 
     def _label(self, content: dict[str, bytes], key: str) -> Label:
         if "cls" in content:
@@ -173,12 +193,12 @@ class TarShard(Shard):
         return label if isinstance(label, (int, str)) else None
 
 
-def _samples(archive: tarfile.TarFile, streamed: bool) -> Iterator[dict[str, Any]]:
-    """Members by extension (lower case), with the key they share under ""; only keys with an image.
+def _groups(archive: tarfile.TarFile, streamed: bool) -> Iterator[Group]:
+    """The samples of an archive: only those with an image. Links and devices are no files, and nothing is ever unpacked.
 
     Where the archive is streamed, what was stepped over is gone: members are read at once.
     """
-    found: dict[str, Any] = {}
+    group: Group | None = None
     for member in archive:
         archive.members = []  # tarfile keeps a list of all it has seen
         folder, _, base = member.name.rpartition("/")
@@ -186,31 +206,26 @@ def _samples(archive: tarfile.TarFile, streamed: bool) -> Iterator[dict[str, Any
         if not member.isfile() or not stem:
             continue
         key = f"{folder}/{stem}" if folder else stem
-        if found and found[""] != key:
-            if _has_image(found):
-                yield found
-            found = {}
-        found[""] = key
-        found[extension.lower()] = archive.extractfile(member).read() if streamed else member
-    if found and _has_image(found):
-        yield found
+        if group is None or group.key != key:
+            if group and group.image:
+                yield group
+            group = Group(key, member.offset, {})
+        group.members[extension.lower()] = archive.extractfile(member).read() if streamed else member
+    if group and group.image:
+        yield group
 
 
-def _has_image(members: dict[str, Any]) -> bool:
-    return any(f".{extension}" in IMAGE_FILES for extension in members)
-
-
-def shard_of(path: str, size: int, name: str, spec: ImageSpec, ranges: bool = True) -> Shard | None:
-    """The shard that a file or URL is by its name, or None for one of another kind."""
-    lower = (url_path(path) if is_url(path) else path).lower()
-    if lower.endswith(".parquet"):
-        return ImageTableShard(name, size, spec, path, ranges=ranges)
-    return TarShard(name, size, spec, path) if lower.endswith(TAR_FILES) else None
+def shard_of(file: SourceFile, name: str, spec: ImageSpec) -> Shard | None:
+    """The shard that a file is by its name, or None for one of another kind."""
+    if file.name.endswith(".parquet"):
+        return ImageTableShard(name, file.size, spec, file)
+    return TarShard(name, file.size, spec, file) if file.name.endswith(TAR_FILES) else None
 
 
 def local_shards(root: Path, spec: ImageSpec) -> list[Shard]:
     """The parquet and tar files below a folder, in the order of their names."""
-    return [shard_of(str(root / name), size, name, spec) for name, size in files_below(root, (".parquet", *TAR_FILES), spec)]
+    return [shard_of(SourceFile.local(root / name, spec.where), name, spec)
+            for name, _ in files_below(root, (".parquet", *TAR_FILES), spec)]
 
 
 def files_below(root: Path, endings: tuple[str, ...], spec: ImageSpec) -> list[tuple[str, int]]:

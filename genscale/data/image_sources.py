@@ -13,8 +13,9 @@ from genscale.data.image_sets import ImageSet, PackedSet
 from genscale.data.image_settings import DIGITS
 from genscale.data.image_shards import ImageSpec, ImageTableShard, Record, TarShard, local_shards, shard_of
 from genscale.data.image_stream import ImageStream
-from genscale.data.opening import ask_urls, hub_revision, is_url, quiet_datasets, url_path
+from genscale.data.opening import find_urls, hub_revision, quiet_datasets
 from genscale.data.readers import Shard, known_size, split
+from genscale.data.source_file import SourceFile, is_url, url_path
 from genscale.errors import UserError, nearest
 
 TRAINING = ("train", "training")
@@ -141,7 +142,7 @@ def _packed(shards: Sequence[Shard], spec: ImageSpec, classes: Classes | None) -
         return None
     records, size = [], 0
     for shard in shards:
-        for _, record in shard.rows():
+        for _, record, _ in shard.rows():
             records.append(record)
             size += len(record.content)
             if size > MEMORY_LIMIT:
@@ -174,15 +175,16 @@ def find_shards(spec: ImageSpec) -> tuple[list[Shard], list[Shard]]:
         if not path.exists():
             return _hub(spec, path)
     locations = spec.locations or (spec.name,)
-    sizes = dict(zip(urls, ask_urls(spec, urls), strict=True)) if (urls := [name for name in locations if is_url(name)]) else {}
+    urls = [name for name in locations if is_url(name)]
+    found = {file.path: file for file in (find_urls(spec, urls) if urls else [])}
     shards = []
     for number, location in enumerate(locations):
         path = Path(location).expanduser()
-        if location not in sizes and not path.is_file():
+        if location not in found and not path.is_file():
             raise _nothing(spec, location, path)
-        size, ranges = sizes.get(location) or (path.stat().st_size, True)
-        name, file = (location, location) if location in sizes else (path.name, str(path))
-        shard = shard_of(file, size, f"{number}:{name}" if spec.locations else name, spec, ranges)
+        name = location if location in found else path.name
+        file = found.get(location) or SourceFile.local(path, spec.where)
+        shard = shard_of(file, f"{number}:{name}" if spec.locations else name, spec)
         if shard is None:
             raise UserError(f"{spec.key}={location}: files of this kind are not read{READ}")
         shards.append(shard)

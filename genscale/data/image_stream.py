@@ -38,7 +38,7 @@ class ImageStream(StreamSource):
         """Held-out records of the beginnings of some shards, at most `count`."""
         shards = self._shards[:: -(-len(self._shards) // PROBED)]
         share = -(-count // len(shards))
-        found = [list(islice((record for _, record in shard.rows() if not self._trains(record)), share)) for shard in shards]
+        found = [list(islice((record for _, record, _ in shard.rows() if not self._trains(record)), share)) for shard in shards]
         return [record for records in found for record in records][:count]
 
 

@@ -155,7 +155,8 @@ def _spec(key: str, source: Sequence[str] | str, settings: ImageDataSettings, sp
     names = classes or settings.class_names
     return ImageSpec(key, f"{locations[0]} and {len(several) - 1} more" if several else locations[0], settings.subset,
                      split or settings.split, locations=several, image=settings.image_column,
-                     label=settings.label_column if settings.labels else None, classes=tuple(names) if names else None)
+                     label=settings.label_column if settings.labels else None, classes=tuple(names) if names else None,
+                     retry_minutes=settings.retry_minutes)
 
 
 def _check_labels(images: ImageSet | ImageStream | None, where: str) -> None:

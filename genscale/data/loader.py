@@ -48,9 +48,11 @@ class StepLoader:
 
     Attributes:
         wait_seconds: how long the last `next_batch` was held up.
+        retries: requests to web servers that were repeated for the batches so far.
     """
 
     wait_seconds: float = 0.0
+    retries: int = 0
 
     def __init__(self, data: Data, *, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int, workers: int,
                  prefetch_steps: int, state: dict[str, Any] | None = None, pin_memory: bool = False) -> None:
@@ -87,6 +89,7 @@ class StepLoader:
         for part in parts:
             furthest(self._cursors, part.cursors)
         self._digest = sum(part.digest for part in parts) % DIGEST_MODULUS
+        self.retries += sum(part.retries for part in parts)
         self._batches += 1
         return [{name: array[i : i + self._micro] for name, array in arrays.items()} for i in range(0, own, self._micro)]
 

@@ -1,23 +1,22 @@
-"""Opening one location as a stream of Arrow tables through `datasets`: a local file, a URL or a Hugging Face hub dataset.
+"""What stands at a location: files by their names, URLs by asking their server, and Hugging Face hub datasets.
 
-Whether a URL or the hub answers is asked first and once: `datasets` would retry for minutes before it gives up.
+Whether a URL or the hub answers is asked first and once, for what is wrong with it must show before the first step.
 """
 
 from __future__ import annotations
 
-import glob
 import socket
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
-from http.client import HTTPException
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from genscale.data.columns import Spec
+from genscale.data.retrying import Passing, persist
+from genscale.data.source_file import SourceFile, is_url, url_path
+from genscale.data.web import answer_of, cause_of, innermost, version_of
 from genscale.errors import UserError
 
 BUILDERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
@@ -29,22 +28,12 @@ URL_SECONDS = 10.0
 """Longest wait for a web server's first answer."""
 PROBES = 16
 """URLs that are asked at a time."""
-CHUNK = 2**20
-"""Bytes read at a time: every lane keeps as many in memory."""
-WEB = {"block_size": 2 * CHUNK, "cache_type": "blockcache", "cache_options": {"maxblocks": 3}}
-"""How a file is fetched: in blocks, of which the last few are kept. The JSON reader steps back after each line that it looks
-for; fsspec's own cache forgets what lies behind, and would fetch every byte eleven times."""
-STREAM = {"block_size": 0}
-"""The same from a server that gives no parts of a file: from front to back."""
-
-
-def is_url(name: str) -> bool:
-    """Whether a source is read over HTTP."""
-    return name.startswith(("http://", "https://"))
+START_MINUTES = 1.0
+"""Longest time to try a URL again before the first step, when a wrong address is likelier than a server in trouble."""
 
 
 def builder_of(path: str | Path) -> str | None:
-    """The `datasets` builder for a file name or URL, or None for one that is not read."""
+    """text, json or parquet for a file name or URL, or None for one that is not read."""
     name = Path(url_path(str(path)) if is_url(str(path)) else path).name.lower()
     for compression in COMPRESSIONS:
         name = name.removesuffix(compression)
@@ -56,11 +45,6 @@ def is_plain_parquet(path: str) -> bool:
     return (url_path(path) if is_url(path) else path).lower().endswith(".parquet")
 
 
-def url_path(url: str) -> str:
-    """The path in a URL, without what asks for it (`?token=...`)."""
-    return unquote(urlsplit(url).path)
-
-
 def quiet_datasets() -> Any:
     """`datasets`, without the progress bars and log lines that would stand beside our own one-line errors."""
     import datasets
@@ -70,67 +54,6 @@ def quiet_datasets() -> Any:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     return datasets
-
-
-def open_file(path: str, spec: Spec, name: str, ranges: bool = True) -> Any:
-    """The stream of a local file, or of a URL whose server gives parts of a file (`ranges`) or does not.
-
-    Raises:
-        UserError: a column is not there (parquet; other files tell when they are read).
-    """
-    builder = builder_of(path)
-    options: dict[str, Any] = {}
-    if builder == "text":
-        if is_url(path) and url_path(path).lower().endswith(".txt"):
-            rows = {"url": path, "document": spec.document, "ranges": ranges}
-            return quiet_datasets().IterableDataset.from_generator(_plain_text, gen_kwargs=rows)
-        options["sample_by"] = "document" if spec.document == "file" else spec.document
-    if builder == "parquet" and is_plain_parquet(path):
-        # Columns nobody asked for are not decoded.
-        if error := spec.unknown_columns(name, _parquet_columns(path)):
-            raise error
-        options["columns"] = spec.columns
-    if builder != "parquet":
-        options["chunksize"] = CHUNK
-    # Escaped: `datasets` takes a path for a pattern.
-    files = {"train": [path if is_url(path) else glob.escape(path)]}
-    if is_url(path):
-        options["storage_options"] = {protocol: dict(WEB if ranges else STREAM) for protocol in ("http", "https")}
-    return quiet_datasets().load_dataset(builder, data_files=files, split="train", streaming=True, **options)
-
-
-def _parquet_columns(path: str) -> list[str]:
-    import pyarrow.parquet
-
-    if not is_url(path):
-        return pyarrow.parquet.read_schema(path).names
-    with open_url(path, "rb") as file:
-        return pyarrow.parquet.read_schema(file).names
-
-
-def open_url(url: str, mode: str, ranges: bool = True, **options: Any) -> Any:
-    """The file at a URL, to be entered with `with`; without `ranges` it is read from front to back."""
-    import fsspec
-
-    # Proxies are those that the environment names.
-    return fsspec.open(url, mode, client_kwargs={"trust_env": True}, **(WEB if ranges else STREAM), **options)
-
-
-def _plain_text(url: str, document: str, ranges: bool) -> Iterator[dict[str, str]]:
-    """The rows that `datasets` makes of a text file. Its own way to open one passes the encoding on to the web client, which
-    knows no such option."""
-    with open_url(url, "rt", ranges, encoding="utf-8") as file:
-        if document == "file":
-            yield {"text": file.read()}
-        elif document == "line":
-            yield from ({"text": line.rstrip("\n")} for line in file)
-        else:
-            rest = ""
-            while chunk := file.read(CHUNK):
-                *paragraphs, rest = (rest + chunk).split("\n\n")
-                yield from ({"text": paragraph} for paragraph in paragraphs if paragraph)
-            if rest:
-                yield {"text": rest}
 
 
 @lru_cache(maxsize=4)
@@ -174,15 +97,15 @@ def hub_revision(spec: Spec) -> str:
                         f"or the network down?); {spec.local_advice}") from None
 
 
-def ask_urls(spec: Spec, urls: Sequence[str]) -> list[tuple[int, bool]]:
-    """Bytes of what stands at each URL, 0 where the server does not say, and whether it gives parts of a file.
+def find_urls(spec: Spec, urls: Sequence[str]) -> list[SourceFile]:
+    """What stands at each URL.
 
     Raises:
         UserError: the first URL that does not answer, and why.
     """
-    def answer(url: str) -> tuple[int, bool] | UserError:
+    def answer(url: str) -> SourceFile | UserError:
         try:
-            return _ask_url(spec, url)
+            return _find_url(spec, url)
         except UserError as error:
             return error
 
@@ -194,33 +117,55 @@ def ask_urls(spec: Spec, urls: Sequence[str]) -> list[tuple[int, bool]]:
     return answers
 
 
-def _ask_url(spec: Spec, url: str) -> tuple[int, bool]:
-    refusal = partial(_url_error, spec, url)
-    # Addresses signed for reading answer to GET alone: one byte is asked for, and the size stands beside it.
-    request = urllib.request.Request(url, headers={"Range": "bytes=0-0", "Accept-Encoding": "identity"})
+def _find_url(spec: Spec, url: str) -> SourceFile:
+    import requests
+
+    where = f"{spec.key}={spec.name}"
+
+    def attempt() -> SourceFile:
+        try:
+            # Addresses signed for reading answer to GET alone: one byte is asked for, and the size stands beside it.
+            with answer_of(url, "0-0", URL_SECONDS) as response:
+                return _found(spec, url, where, response)
+        except Passing as failure:
+            # Most likely a mistake in the address: no reason to wait.
+            if isinstance(failure.__cause__, OSError) and (refusal := _at_once(spec, url, innermost(failure))):
+                raise refusal from None
+            raise
+
     try:
-        with urllib.request.urlopen(request, timeout=URL_SECONDS) as response:
-            total = response.headers.get("Content-Range", "").rpartition("/")[2] or response.headers.get("Content-Length", "")
-            ranges = response.status == 206
-            if not ranges and (is_plain_parquet(url) or url_path(url).endswith(".jsonl")):
-                raise refusal("the server does not give parts of a file", "give a compressed one (.jsonl.zst), or a local copy")
-            return int(total) if total.isdigit() else 0, ranges
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # an empty file has no first byte
-            return 0, True
-        raise refusal(f"the server answers {error.code} {error.reason}", {
+        return persist(attempt, f"{where}: {url}", min(spec.retry_minutes, START_MINUTES))
+    except Passing as failure:
+        raise _url_error(spec, url, str(failure), "try again later, or give a local copy") from None
+    except requests.RequestException as error:
+        raise _url_error(spec, url, cause_of(error), "mend the address, or give a local copy") from None
+
+
+def _found(spec: Spec, url: str, where: str, response: Any) -> SourceFile:
+    status, headers = response.status_code, response.headers
+    if status == 416:  # an empty file has no first byte
+        return SourceFile(url, where, 0, version_of(headers), True, spec.retry_minutes)
+    if status not in (200, 206):
+        raise _url_error(spec, url, f"the server answers {status} {response.reason}", {
             401: "give an address that needs no password", 403: "give an address that needs no password",
             404: "there is nothing at this address; mend it", 410: "there is nothing at this address; mend it",
-        }.get(error.code, "try again later, or give a local copy")) from None
-    except urllib.error.URLError as error:
-        reason = error.reason
-        if isinstance(reason, socket.gaierror):
-            raise refusal(f"the name {urlsplit(url).hostname} does not resolve",
-                          "mend the address, check the network, or give a local copy") from None
-        raise refusal(str(getattr(reason, "strerror", None) or reason),
-                      "mend the address, check that the server runs, or give a local copy") from None
-    except (OSError, HTTPException, ValueError) as error:
-        raise refusal(f"{type(error).__name__}: {error}", "mend the address, or give a local copy") from None
+        }.get(status, "mend the address, or give a local copy"))
+    size = headers.get("Content-Range", "").rpartition("/")[2] or headers.get("Content-Length", "")
+    ranges = status == 206 and size.isdigit()
+    if not ranges and (is_plain_parquet(url) or url_path(url).endswith(".jsonl")):
+        raise _url_error(spec, url, "the server does not give parts of a file",
+                         "give a compressed one (.jsonl.zst), or a local copy")
+    return SourceFile(url, where, int(size) if size.isdigit() else 0, version_of(headers), ranges, spec.retry_minutes)
+
+
+def _at_once(spec: Spec, url: str, error: BaseException) -> UserError | None:
+    if isinstance(error, socket.gaierror):
+        return _url_error(spec, url, f"the name {urlsplit(url).hostname} does not resolve",
+                          "mend the address, check the network, or give a local copy")
+    if isinstance(error, ConnectionRefusedError):
+        return _url_error(spec, url, error.strerror,
+                          "mend the address, check that the server runs, or give a local copy")
+    return None
 
 
 def _url_error(spec: Spec, url: str, reason: str, advice: str) -> UserError:

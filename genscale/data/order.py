@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 
 from genscale.data.lanes import Data, Sample
+from genscale.data.retrying import retries
 
 DIGEST_MODULUS = 2**61
 """Ledger sums are taken modulo this: it divides 2**64, so that an int64 all-reduce that wraps around still adds up right."""
@@ -51,11 +52,13 @@ class Part:
         arrays: each `(samples, ...)`; empty when the worker has no sample in this batch.
         digest: sum of the samples' fingerprints.
         cursors: the lanes that were read, as they stand after this batch.
+        retries: requests to web servers that were repeated for it, about: others of the process may have gone on meanwhile.
     """
 
     arrays: dict[str, np.ndarray]
     digest: int
     cursors: Cursors = field(default_factory=dict)
+    retries: int = 0
 
 
 def fingerprint(g: int, sample: Sample) -> int:
@@ -108,6 +111,7 @@ def read_parts(data: Data, share: Share, worker: int, batch: int, cursors: Curso
             samples.append(sample)
             part.digest = (part.digest + fingerprint(g, sample)) % DIGEST_MODULUS
             part.cursors[lane] = cursor
+        part.retries = retries.take()
         if samples:
             part.arrays = {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
         yield part

@@ -1,6 +1,6 @@
 """Shards of documents behind one face: CPython's language reference, local files, URLs and Hugging Face hub datasets.
 
-`datasets` resolves, decompresses and parses; which row goes where is decided in `genscale.data.sources`.
+Which row goes where is decided in `genscale.data.sources`. Hub datasets are read through `datasets`.
 """
 
 from __future__ import annotations
@@ -12,27 +12,32 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from genscale.data.columns import Spec, documents
+from genscale.data.file_tables import ROWS, At, Rows, json_rows, open_parquet, parquet_rows, text_rows
 from genscale.data.opening import (
     READABLE,
-    ask_urls,
     builder_of,
+    find_urls,
     hub_revision,
     is_plain_parquet,
-    is_url,
-    open_file,
     open_hub,
 )
+from genscale.data.source_file import SourceFile, is_url
 from genscale.errors import UserError, nearest
 
 __all__ = ["Shard", "Spec", "TableShard", "TopicsShard", "damaged", "find_shards", "known_size", "split"]
 
-
-ROWS = 64
-"""Rows in memory at a time, for each lane: few, for a document may be a book."""
 PYTHON_DOCS = Spec("data.source", "python-docs")
+
+
+class Row(NamedTuple):
+    """A document, its number in the shard, and where to begin in order to reach it again (small, JSON; None: at the start)."""
+
+    number: int
+    document: Any
+    at: At | None
 
 
 class Shard(ABC):
@@ -47,9 +52,12 @@ class Shard(ABC):
     size: int
 
     @abstractmethod
-    def rows(self, start: int = 0, residue: int = 0, modulus: int = 1) -> Iterator[tuple[int, str]]:
-        """(row, document) of the rows from `start` on that are `residue` modulo `modulus`; rows without text, and those that
-        a filter leaves out, do not appear.
+    def rows(self, start: int = 0, residue: int = 0, modulus: int = 1, at: At | None = None) -> Iterator[Row]:
+        """The rows from `start` on that are `residue` modulo `modulus`; rows without text, and those that a filter leaves out,
+        do not appear.
+
+        Args:
+            at: what came with row `start` another time: where to begin, so that nothing far before it is read.
 
         Raises:
             UserError: damaged file, no such column or one of another type, an empty answer.
@@ -64,7 +72,7 @@ class TopicsShard(Shard):
     size: int = 0
     spec: Spec = PYTHON_DOCS
 
-    def rows(self, start: int = 0, residue: int = 0, modulus: int = 1) -> Iterator[tuple[int, str]]:
+    def rows(self, start: int = 0, residue: int = 0, modulus: int = 1, at: At | None = None) -> Iterator[Row]:
         from pydoc_data.topics import topics
 
         import pyarrow as pa
@@ -74,71 +82,82 @@ class TopicsShard(Shard):
         for row, text in zip(range(wanted, len(texts), modulus), documents(texts, self.spec, self.name, 0, wanted, modulus),
                              strict=True):
             if text is not None:
-                yield row, text
+                yield Row(row, text, None)
 
 
 @dataclass(frozen=True)
 class TableShard(Shard):
-    """One of the `count` parts of a `datasets` stream. Holds no open dataset, so that it travels to worker processes."""
+    """One of the `count` parts of a file, or of a hub dataset where there is no file. Holds nothing open, so that it travels to
+    worker processes."""
 
     name: str
     size: int
     spec: Spec
-    path: str | None = None
+    file: SourceFile | None = None
     part: tuple[int, int] = (0, 1)
-    ranges: bool = True
 
-    def rows(self, start: int = 0, residue: int = 0, modulus: int = 1) -> Iterator[tuple[int, str]]:
-        first = 0
-        for table in self._tables():
+    def rows(self, start: int = 0, residue: int = 0, modulus: int = 1, at: At | None = None) -> Iterator[Row]:
+        for first, place, table in self._tables(start, at):
             wanted = max(start - first, 0)
             wanted += (residue - first - wanted) % modulus
             if wanted < len(table):
                 texts = self.documents(table, first, wanted, modulus)
                 for row, text in zip(range(wanted, len(table), modulus), texts, strict=True):
                     if text is not None:
-                        yield first + row, text
-            first += len(table)
+                        yield Row(first + row, text, place)
 
     def documents(self, table: Any, first: int, start: int, step: int) -> list[Any]:
         """What the rows `start::step` of a table hold; None for one to leave out. `first` is the number of its first row."""
         return documents(table, self.spec, self.name, first, start, step)
 
-    def _tables(self) -> Iterator[Any]:
-        """The rows, an Arrow table at a time."""
+    def _tables(self, start: int, at: At | None) -> Iterator[Rows]:
+        """The rows, an Arrow table at a time; tables that end before `start` may be left out."""
         try:
-            yield from self._dataset().with_format("arrow").iter(batch_size=ROWS)
+            yield from self._file_tables(start, at) if self.file else self._hub_tables()
         except UserError:
             raise
-        except StopIteration:
-            return  # leaks from `datasets` where a .jsonl has no line
         except Exception as error:
             raise damaged(self, error) from None
 
-    def open(self) -> Any:
-        """The `datasets` stream that this is a part of."""
-        return open_hub(self.spec) if self.path is None else open_file(self.path, self.spec, self.name, self.ranges)
+    def _file_tables(self, start: int, at: At | None) -> Iterator[Rows]:
+        builder = builder_of(self.file.path)
+        if builder == "parquet":
+            self.check_columns()
+            return parquet_rows(self.file, self.spec.columns, self.part[0] if self.part[1] > 1 else None, start)
+        if builder == "json":
+            return json_rows(self.file, self.spec.columns, at)
+        return text_rows(self.file, self.spec.document, at)
 
-    def _dataset(self) -> Any:
+    def check_columns(self) -> None:
+        """Refuse a parquet file without the columns that are asked for. Raises UserError."""
+        with open_parquet(self.file) as opened:
+            names = opened.schema_arrow.names
+        if error := self.spec.unknown_columns(self.name, names):
+            raise error
+
+    def open(self) -> Any:
+        """The `datasets` stream of the hub dataset that this is a part of."""
+        return open_hub(self.spec)
+
+    def _hub_tables(self) -> Iterator[Rows]:
         stream = self.open()
         index, count = self.part
         if count > stream.num_shards:
             stream = stream.reshard()
-        return stream.shard(num_shards=count, index=index)
+        first = 0
+        for table in stream.shard(num_shards=count, index=index).with_format("arrow").iter(batch_size=ROWS):
+            yield Rows(first, None, table)
+            first += len(table)
 
 
 def damaged(shard: TableShard, error: Exception) -> Exception:
     """What reading the shard failed of, as the user's mistake where it can be one, or the error itself."""
-    import aiohttp
     import datasets
     import pyarrow as pa
     import zstandard
 
     reason = f"({type(error).__name__}: {error}"[:300] + ")"
     where = f"{shard.spec.key}={shard.spec.name}: "
-    if is_url(shard.path or "") and isinstance(error, (aiohttp.ClientError, OSError)):
-        return UserError(f"{where}reading {shard.name} broke off {reason}; if it is whole, start again when the server "
-                         "answers: a run goes on from its last checkpoint")
     theirs = (pa.ArrowException, ValueError, OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError,
               datasets.exceptions.DatasetsError)
     if not isinstance(error, theirs):
@@ -172,8 +191,7 @@ def _url_shards(spec: Spec, urls: Sequence[str]) -> list[Shard]:
     for url in urls:
         if builder_of(url) is None:
             raise UserError(f"{spec.key}={url}: files of this kind are not read{READABLE}")
-    return [TableShard(url, size, spec, url, ranges=ranges)
-            for url, (size, ranges) in zip(urls, ask_urls(spec, urls), strict=True)]
+    return [TableShard(file.path, file.size, spec, file) for file in find_urls(spec, urls)]
 
 
 def _shards(spec: Spec) -> list[Shard]:
@@ -196,27 +214,31 @@ def _local_shards(spec: Spec, path: Path) -> list[Shard]:
     root = path if path.is_dir() else path.parent
     try:
         files = [path] if path.is_file() else [file for file in path.rglob("*") if builder_of(file) and file.is_file()]
-        # An empty file holds no document, and `datasets` trips over an empty .jsonl.
-        sizes = {file: file.stat().st_size for file in files}
+        found = {file.relative_to(root).as_posix(): SourceFile.local(file, f"{spec.key}={spec.name}") for file in files}
         for file in files:
             file.open("rb").close()
     except OSError as error:
         raise UserError(f"{spec.key}={spec.name}: cannot be read ({error}); mend its permissions") from None
     if not files:
         raise UserError(f"{spec.key}={spec.name}: the folder holds no file that is read{READABLE}")
-    names = {file.relative_to(root).as_posix(): file for file in files if sizes[file]}
-    return [TableShard(name, sizes[names[name]], spec, str(names[name])) for name in sorted(names)]
+    # An empty file holds no document.
+    return [TableShard(name, file.size, spec, file) for name, file in sorted(found.items()) if file.size]
 
 
 def split(shard: Shard, at_least: int) -> list[Shard]:
-    """A shard in the parts that `datasets` can open by themselves: a hub dataset's files, a parquet file's row groups."""
-    if not isinstance(shard, TableShard) or (shard.path is not None and not is_plain_parquet(shard.path)):
+    """A shard in the parts that can be opened by themselves: a hub dataset's files, a parquet file's row groups."""
+    if not isinstance(shard, TableShard) or (shard.file is not None and not is_plain_parquet(shard.file.path)):
         return [shard]
     try:
-        stream = shard.open()
-        count = stream.num_shards
-        if count < at_least:
-            count = stream.reshard().num_shards
+        if shard.file is not None:
+            shard.check_columns()
+            with open_parquet(shard.file) as opened:
+                count = max(1, opened.num_row_groups)
+        else:
+            stream = shard.open()
+            count = stream.num_shards
+            if count < at_least:
+                count = stream.reshard().num_shards
     except UserError:
         raise
     except Exception as error:
@@ -230,7 +252,7 @@ def known_size(shards: Sequence[Shard]) -> int | None:
     total = 0
     for shard in shards:
         size = shard.size
-        if isinstance(shard, TableShard) and shard.path is None:
+        if isinstance(shard, TableShard) and shard.file is None:
             splits = shard.open().info.splits or {}
             size = splits[shard.spec.split].num_bytes if shard.spec.split in splits else 0
         if not size and isinstance(shard, TableShard):

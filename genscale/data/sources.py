@@ -56,7 +56,7 @@ def _load(shards: Sequence[Shard]) -> list[str] | None:
     """All documents in canonical order, or None where they exceed `MEMORY_LIMIT` (compressed files tell only when read)."""
     texts, size = [], 0
     for shard in shards:
-        for _, text in shard.rows():
+        for _, text, _ in shard.rows():
             texts.append(text)
             size += len(text)
             if size > MEMORY_LIMIT:

@@ -25,8 +25,9 @@ PROBE = 4096
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".parquet")
 COMPRESSION = 3
 """Bytes of text in a byte of such a file, about."""
-Row = tuple[int, int, int, str | None]
-"""(number of the part in the lane's share, shard, row, text unless the catalogue knew the row)."""
+Document = tuple[int, int, int, str | None, list[int] | None]
+"""(number of the part in the lane's share, shard, row, text unless the catalogue knew the row, where the shard's reading begins
+to reach it)."""
 
 
 class StreamSource(Source):
@@ -67,23 +68,23 @@ class StreamSource(Source):
         residues = [Part(shard, residue, cuts) for residue in range(cuts) for shard in rest]
         return [Part(shard, 0, 1) for shard in order[lane:whole:lanes]] + residues[lane::lanes]
 
-    def _rows(self, share: Sequence[Part], first: int, row: int, catalogue: Catalogue | None,
-              finished: list[tuple[Part, int]]) -> Iterator[Row]:
-        """The training documents of a share from a row of its part `first` on. Parts that were read (not looked up) from
-        front to back come into `finished`."""
+    def _rows(self, share: Sequence[Part], catalogue: Catalogue | None, finished: list[tuple[Part, int]], first: int = 0,
+              row: int = 0, begin: list[int] | None = None) -> Iterator[Document]:
+        """The training documents of a share from a row of its part `first` on (`begin`: see `Shard.rows`). Parts that were read
+        (not looked up) from front to back come into `finished`."""
         for number, part in enumerate(share[first:], first):
             known = catalogue(part) if catalogue else None
             if known is not None:
-                yield from ((number, part.shard, at, None) for at in known[known >= row].tolist())
+                yield from ((number, part.shard, at, None, None) for at in known[known >= row].tolist())
             else:
                 count = 0
-                for at, text in self._shards[part.shard].rows(row, part.residue, part.modulus):
+                for found, text, at in self._shards[part.shard].rows(row, part.residue, part.modulus, begin):
                     if self._trains(text):
-                        yield number, part.shard, at, text
+                        yield number, part.shard, found, text, at
                         count += 1
                 if row == 0:
                     finished.append((part, count))
-            row = 0
+            row, begin = 0, None
 
     def windows(self, lane: int, place: Place | None = None, catalogue: Catalogue | None = None) -> Iterator[Window]:
         place = place or {"epoch": 0, "part": 0, "row": 0, "window": 0, "document": 0, "piece": 0}
@@ -91,11 +92,11 @@ class StreamSource(Source):
         while True:
             epoch, number, start = place["epoch"], place["window"], (place["document"], place["piece"])
             finished: list[tuple[Part, int]] = []
-            rows = self._rows(self.share(lane, epoch), place["part"], place["row"], catalogue, finished)
+            rows = self._rows(self.share(lane, epoch), catalogue, finished, place["part"], place["row"], place.get("at"))
             while documents := list(islice(rows, self._window)):
                 empty = 0
                 order = permutation(len(documents), self._seed, "window", epoch, lane, number)
-                at = {"epoch": epoch, "part": documents[0][0], "row": documents[0][2], "window": number}
+                at = {"epoch": epoch, "part": documents[0][0], "row": documents[0][2], "at": documents[0][4], "window": number}
                 yield self._documents([documents[i] for i in order], at, start, finished)
                 number, start = number + 1, (0, 0)
             if finished:
@@ -106,15 +107,16 @@ class StreamSource(Source):
                                 f"{self.unit}; set {self.advice}")
             place = {"epoch": epoch + 1, "part": 0, "row": 0, "window": 0, "document": 0, "piece": 0}
 
-    def _documents(self, documents: list[Row], at: Place, start: tuple[int, int], finished: list[tuple[Part, int]]) -> Window:
+    def _documents(self, documents: list[Document], at: Place, start: tuple[int, int],
+                   finished: list[tuple[Part, int]]) -> Window:
         lost: dict[int, dict[int, str]] = {}
 
         def text(n: int) -> str:
-            _, shard, row, held = documents[n]
+            _, shard, row, held, _ = documents[n]
             if held is not None:
                 return held
             if shard not in lost:  # rows that the catalogue knew are read only where tokens of them are gone from the cache
-                known = sorted(at for _, other, at, held in documents if other == shard and held is None)
+                known = sorted(at for _, other, at, held, _ in documents if other == shard and held is None)
                 lost[shard] = self._texts(shard, known)
             return lost[shard][row]
 
@@ -124,10 +126,11 @@ class StreamSource(Source):
         return Window(shards, rows, text, lambda n, piece: {**at, "document": n, "piece": piece}, start, finished=ended)
 
     def _texts(self, shard: int, rows: Sequence[int]) -> dict[int, str]:
-        """The texts of increasing rows of a shard, in one pass: a file of lines is read from its start to reach any of them."""
+        """The texts of increasing rows of a shard, in one pass: without its place a row of a file of lines is found only by
+        reading what comes before."""
         step = int(np.gcd.reduce(np.diff(rows))) if len(rows) > 1 else 1
         wanted, found = set(rows), {}
-        for row, text in self._shards[shard].rows(rows[0], rows[0] % step, step):
+        for row, text, _ in self._shards[shard].rows(rows[0], rows[0] % step, step):
             if row in wanted:
                 found[row] = text
             if row >= rows[-1]:
@@ -145,13 +148,13 @@ class StreamSource(Source):
 
     def sweep(self, part: Part, catalogue: Catalogue | None = None) -> Iterator[Window]:
         finished: list[tuple[Part, int]] = []
-        rows = self._rows([part], 0, 0, catalogue, finished)
+        rows = self._rows([part], catalogue, finished)
         while documents := list(islice(rows, self._window)):
             yield self._documents(documents, {}, (0, 0), finished)
         yield self._documents([], {}, (0, 0), finished)
 
     def _all(self) -> Iterator[str]:
-        return (text for shard in self._shards for _, text in shard.rows())
+        return (text for shard in self._shards for _, text, _ in shard.rows())
 
     def documents(self) -> Iterator[str]:
         return (text for text in self._all() if self._trains(text))
@@ -168,15 +171,15 @@ class StreamSource(Source):
         plan = {key: value for key, value in self.plan().items() if key != "window"}
         # Where the data lies is not what it is: a folder may move.
         spec = {key: value for key, value in dataclasses.asdict(self._spec).items()
-                if key not in ("key", "name", "revision", "locations")}
+                if key not in ("key", "name", "revision", "locations", "retry_minutes")}
         probes = hashlib.sha256(repr([_probe(shard) for shard in self._shards]).encode()).hexdigest()
         return {**plan, "files": probes, **json.loads(json.dumps(spec, default=str)), "validation_fraction": self._fraction}
 
 
 def _probe(shard: Shard) -> str:
     """A few bytes of a local file: `plan` knows names and sizes, and a file may have been replaced by one of the same size."""
-    path = getattr(shard, "path", None)
-    if path is None or not Path(path).is_file():
+    path = file.path if (file := getattr(shard, "file", None)) else ""
+    if not path or not Path(path).is_file():
         return ""
     digest = hashlib.sha256()
     with open(path, "rb") as file:

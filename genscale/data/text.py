@@ -97,7 +97,7 @@ class TextData(Data):
         settings = self.settings
         if settings.validation_source is not None:
             spec = validation_reading(settings)
-            documents = (text for shard in find_shards(spec, at_least=1) for _, text in shard.rows())
+            documents = (text for shard in find_shards(spec, at_least=1) for _, text, _ in shard.rows())
             samples = validation_samples(documents, pair_encoder(spec, settings, self.tokenizer), self.tokenizer,
                                          settings.sequence_length, self._masked or spec.pairs, settings.validation_blocks)
             if not samples:

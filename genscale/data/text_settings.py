@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt
 
 from genscale.data.columns import Spec, parse_filters
 from genscale.errors import UserError, nearest
@@ -101,6 +101,8 @@ class TextDataSettings:
     """Processes that load data for each training process (0: a background thread)."""
     prefetch_steps: PositiveInt = 2
     """Global batches to load ahead."""
+    retry_minutes: NonNegativeFloat = 5.0
+    """How long a web server that fails is tried again before the run ends."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ def readings(settings: TextDataSettings) -> list[Reading]:
         UserError: both or neither are named, a weight is negative or not finite, all are zero, or an entry contradicts itself.
     """
     if settings.sources is None:
-        spec = _spec("data.source", settings.source, {name: getattr(settings, name) for name in ENTRY}, settings)
+        values = {name: getattr(settings, name) for name in (*ENTRY, "retry_minutes")}
+        spec = _spec("data.source", settings.source, values, settings)
         return [Reading(_label(settings.source), 1.0, spec)]
     if settings.source != DEFAULT_SOURCE:
         raise UserError(f"data.source={settings.source}: data.sources is set too; make it an entry of data.sources, or leave "
@@ -143,6 +146,7 @@ def readings(settings: TextDataSettings) -> list[Reading]:
         # Text beside pairs keeps its column, and pairs beside conversations theirs.
         values = {name: getattr(entry, name) if getattr(entry, name) is not None or (name in PLACE_OF_PAIRS
                   and (own or entry.column)) else getattr(settings, name) for name in ENTRY}
+        values["retry_minutes"] = settings.retry_minutes
         spec = _spec(f"{prefix}.source", entry.source, values, settings)
         label, taken = entry.name or _label(entry.source), {reading.label for reading in found}
         if label in taken and entry.name:
@@ -172,7 +176,7 @@ def _entry(prefix: str, given: Any) -> SourceSettings:
 
 def validation_reading(settings: TextDataSettings) -> Spec:
     """What `data.validation_source` names."""
-    values = {name: getattr(settings, name) for name in ENTRY} | {"split": "validation", "filters": None}
+    values = {name: getattr(settings, name) for name in (*ENTRY, "retry_minutes")} | {"split": "validation", "filters": None}
     return _spec("data.validation_source", settings.validation_source, values, None)
 
 
@@ -196,7 +200,8 @@ def _spec(key: str, source: Sequence[str] | str, values: dict[str, Any], setting
     return Spec(key, f"{locations[0]} and {len(several) - 1} more" if several else locations[0], values["subset"],
                 values["split"], values["column"], values["document"], locations=several,
                 filters=parse_filters(spec.setting("filters"), values["filters"]), prompt=prompt, answer=answer,
-                messages=messages, shortest=settings.min_characters if settings else 0, longest=longest)
+                messages=messages, shortest=settings.min_characters if settings else 0, longest=longest,
+                retry_minutes=values["retry_minutes"])
 
 
 def _label(source: Sequence[str] | str) -> str:

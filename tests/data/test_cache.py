@@ -70,9 +70,14 @@ def blocks(data: TextData, epochs: int) -> Iterator[tuple[list[int], dict]]:
     lanes = [data.open_lane(lane) for lane in range(data.lane_count)]
     while True:
         row = [next(lane) for lane in lanes]
-        yield from ((sample["tokens"].tolist(), cursor) for sample, cursor in row)
+        yield from ((sample["tokens"].tolist(), position(cursor)) for sample, cursor in row)
         if min(cursor["place"]["epoch"] for _, cursor in row) >= epochs:
             return
+
+
+def position(cursor: dict) -> dict:
+    """A cursor without the byte at which reading goes on, of which only those who read know."""
+    return {**cursor, "place": {key: value for key, value in cursor["place"].items() if key != "at"}}
 
 
 def tokenised(data: TextData) -> int:
@@ -116,7 +121,7 @@ def test_resumed_anywhere_with_another_process_writing(make: Callable[..., TextD
         resumed = pickle.loads(pickle.dumps(make(tmp_path / "cache"))).open_lane(2, json.loads(json.dumps(lane[i][1])))
         for (sample, cursor), (wanted, after) in zip(islice(resumed, 10), lane[i + 1 :], strict=False):
             np.testing.assert_array_equal(sample["tokens"], wanted["tokens"])
-            assert cursor == after
+            assert position(cursor) == position(after)
 
 
 def digests(data: Callable[[], TextData], world_size: int, batches: int, workers: int = 0,

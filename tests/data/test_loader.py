@@ -152,7 +152,7 @@ def test_errors_surface_as_themselves_and_closing_is_prompt(tmp_path: Path, work
     with pytest.raises(UserError) as caught:
         for _ in range(100):
             loader.next_batch()
-    assert str(caught.value).startswith(f"data.source={tmp_path}: a.jsonl is damaged")
+    assert str(caught.value).startswith(f"data.source={tmp_path}: {tmp_path}/a.jsonl has changed since the run started (was ")
     assert torch.equal(torch.get_rng_state(), before), "loading must not draw from the run's own generator"
     started = time.perf_counter()
     loader.close()

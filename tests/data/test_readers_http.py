@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from genscale.data import opening, sources
+from genscale.data import file_tables, sources
 from genscale.data.columns import Spec
 from genscale.data.sources import open_source
 from genscale.data.text import TextData, TextDataSettings
@@ -59,11 +59,14 @@ def test_a_url_is_read_like_the_file(folder: Path, serve, name: str, ranges: boo
 
 @pytest.mark.parametrize("document", ["paragraph", "file"])
 def test_text_documents_of_a_url(tmp_path: Path, serve, document: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "CHUNK", 7)  # so that chunks end everywhere in and between paragraphs
-    (tmp_path / "a.txt").write_text("one\ntwo\n\nthree é\n\n\n\nfour\n\n\nfive")
+    monkeypatch.setattr(file_tables, "CHUNK", 7)  # so that chunks end everywhere in and between paragraphs
+    text = "one\ntwo\n\nthree é\n\n\n\nfour\n\n\nfive"
+    expected = [text] if document == "file" else [paragraph for paragraph in text.split("\n\n") if paragraph]
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "dos.txt").write_bytes(text.replace("\n", "\r\n").encode())
     url, _ = serve(tmp_path)
-    local = list(source_of(str(tmp_path / "a.txt"), lanes=1, document=document).documents())
-    assert list(source_of(f"{url}/a.txt", lanes=1, document=document).documents()) == local
+    for location in (str(tmp_path / "a.txt"), f"{url}/a.txt", str(tmp_path / "dos.txt")):
+        assert list(source_of(location, lanes=1, document=document).documents()) == expected
 
 
 def test_several_urls_and_files_are_one_source(folder: Path, serve) -> None:
