@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args, get_type_hints
+from urllib.parse import urlsplit
 
 from genscale.config_keys import as_key, in_users_words
 from genscale.errors import UserError, nearest
+from genscale.masking import has_mask, has_password
 
 TYPE_WORDS = {
     "PositiveInt": "a whole number of at least 1", "NonNegativeInt": "a whole number of at least 0",
@@ -43,6 +45,30 @@ def check_values(section: Any, prefix: str) -> None:
             raise UserError(f"{prefix}{as_key(name)}: must be {wanted}, not None; leave the key out for its default")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{prefix}{as_key(name)}: must be a finite number, not {value}")
+        for address in _texts(value):
+            if has_password(address):
+                raise UserError(f"{prefix}{as_key(name)}={address}: an address must not hold a user's name or password, which "
+                                f"would be written with it; put them into ~/.netrc (machine {urlsplit(address).hostname} login "
+                                "USER password PASSWORD) and leave them out here")
+
+
+def check_not_masked(section: Any, prefix: str) -> None:
+    """Raises UserError for a web address whose token was left out where the config was written, so that it leads nowhere."""
+    for field in dataclasses.fields(section):
+        for address in _texts(getattr(section, field.name)):
+            if has_mask(address):
+                key = f"{prefix}{as_key(field.name)}"
+                raise UserError(f"{key}={address}: its token was left out when this was written; give the whole address with "
+                                f"--{key}")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a setting."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
 
 
 def check_flags(arguments: Sequence[str], known: set[str]) -> None:

@@ -6,12 +6,15 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
 
+from genscale.masking import masked
+
 
 class UserError(Exception):
-    """A wrong setting, path or file. Its message is one line: the key, the value, the reason, the nearest allowed setting."""
+    """A wrong setting, path or file. Its message is one line: the key, the value, the reason, the nearest allowed setting;
+    no password or token."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(str(message).split()))
+        super().__init__(masked(" ".join(str(message).split())))
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

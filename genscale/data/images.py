@@ -19,6 +19,7 @@ from genscale.data.image_sources import Opened, Order, first_images, open_images
 from genscale.data.image_stream import ImageStream, StreamedImages
 from genscale.data.lanes import Cursor, Data, Sample
 from genscale.errors import UserError
+from genscale.masking import masked_throughout
 from genscale.rng import permutation
 
 __all__ = ["ImageData", "ImageDataSettings"]
@@ -140,7 +141,8 @@ class ImageData(Data):
     def plan(self) -> dict[str, Any]:
         names = ("source", "subset", "split", "size", "channels", "labels", "image_column", "label_column", "crop", "flip",
                  "validation_source", "validation_fraction", "validation_images", "lanes")
-        return {**{name: getattr(self.settings, name) for name in names}, "seed": self.seed, **self.order.plan()}
+        settings = masked_throughout({name: getattr(self.settings, name) for name in names})
+        return {**settings, "seed": self.seed, **self.order.plan()}
 
     def close(self) -> None:
         """Nothing stays open between two images."""

@@ -17,6 +17,7 @@ from genscale.data.text_stream import TextStream, open_training_source, pair_enc
 from genscale.data.tokenizers import load_tokenizer, train_bpe
 from genscale.data.vocabulary_text import Progress, reported
 from genscale.errors import UserError
+from genscale.masking import masked_throughout
 
 __all__ = ["SourceSettings", "TextData", "TextDataSettings", "train_tokenizer"]
 
@@ -132,6 +133,7 @@ class TextData(Data):
         later = ("filters", "min_characters", "max_characters", "prompt_column", "answer_column", "messages_column")
         plan = {**{name: getattr(self.settings, name) for name in names}, "seed": self.seed, "tokenizer": self.tokenizer.digest,
                 **{name: getattr(self.settings, name) for name in later if getattr(self.settings, name)}}
+        plan = masked_throughout(plan)
         if not self.settings.sources:
             return plan | self.streams[0].plan()
         for stream in self.streams:

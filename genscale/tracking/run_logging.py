@@ -10,6 +10,7 @@ import torch  # noqa: F401 - its import puts console handlers on a dozen loggers
 from tqdm import tqdm
 
 from genscale.errors import UserError
+from genscale.masking import masked
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # These put a console handler on their logger when they are first imported, which may be after the set-up.
@@ -29,6 +30,13 @@ class _RankFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):  # a full disk; a traceback for each line would say no more
             super().handleError(record)
+
+
+class _Masked(logging.Formatter):
+    """Without passwords and tokens, whichever library has logged them (HTTP clients log the addresses they ask)."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return masked(super().format(record))
 
 
 class _Console(logging.Handler):
@@ -61,7 +69,7 @@ def setup_logging(run_folder: str | Path, rank: int) -> logging.Logger:
     except OSError as error:
         raise UserError(f"run.dir: {run_folder} cannot be written ({error}); choose another folder with --run.dir") from None
     file.setLevel(logging.INFO)
-    file.setFormatter(logging.Formatter(FORMAT))
+    file.setFormatter(_Masked(FORMAT))
 
     ours = logging.getLogger("genscale")
     _detach_earlier()
@@ -70,7 +78,9 @@ def setup_logging(run_folder: str | Path, rank: int) -> logging.Logger:
     _keep_libraries_off_console(file)
     ours.setLevel(logging.INFO)
     if rank == 0:
-        ours.addHandler(_Console())
+        console = _Console()
+        console.setFormatter(_Masked())
+        ours.addHandler(console)
     return ours
 
 

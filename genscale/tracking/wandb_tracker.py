@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import logging
 import os
 import secrets
 import string
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+
+from genscale.masking import masked
 
 INIT_SECONDS = 30
 """Longest wait for the W&B server when a run starts online."""
@@ -31,6 +35,17 @@ def _run_id(folder: Path) -> str:
     return run_id
 
 
+@contextlib.contextmanager
+def _masked_arguments() -> Iterator[None]:
+    """W&B takes this process's command line into the run's record."""
+    arguments = sys.argv
+    sys.argv = [masked(argument) for argument in arguments]
+    try:
+        yield
+    finally:
+        sys.argv = arguments
+
+
 class WandbTracker:
     """Writes config, metrics and samples to a W&B run whose files lie in `<run folder>/wandb/`.
 
@@ -40,6 +55,7 @@ class WandbTracker:
         Exception: whatever stops W&B from starting: an unwritable folder, no credentials, no network (online).
     """
 
+    @_masked_arguments()
     def __init__(
         self,
         run_folder: str | Path,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from genscale.config import Config
+from genscale.config_mistakes import check_not_masked
 from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader
 from genscale.errors import UserError
@@ -83,6 +84,7 @@ def train(config: Config) -> RunResult:
 
 def _start(config: Config) -> RunResult:
     check_collapse(config.train)
+    check_not_masked(config.data, "data.")
     plan = plan_parallel(config.parallel, config.train.precision, config.optimizer.name)
     config.parallel.offload, config.train.precision = plan.offload, plan.precision
     shape = derive_accumulation(config, plan.world_size)

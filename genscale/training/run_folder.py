@@ -16,6 +16,7 @@ import yaml
 from genscale.config import MAY_CHANGE_AT_RESUME, MUST_NOT_CHANGE_AT_RESUME, Config, TrainSettings
 from genscale.config_keys import as_key
 from genscale.errors import UserError
+from genscale.masking import masked
 from genscale.training.checkpoints import Checkpoint, latest_valid, list_checkpoints
 
 PARTS = ("checkpoints", "samples", "plots", "logs")
@@ -65,7 +66,7 @@ def check_free_space(folder: Path, parameters: int, keep: int, averages: int = 0
 
 
 def config_dict(config: Config) -> dict[str, Any]:
-    """The config as nested dicts of plain values, keys as the user writes them."""
+    """The config as nested dicts of plain values, keys as the user writes them; tokens in addresses are masked."""
     sections = {section: {as_key(key): _plain(value) for key, value in settings.items()}
                 for section, settings in dataclasses.asdict(config).items() if settings is not None}
     return yaml.safe_load(yaml.safe_dump(sections))
@@ -77,7 +78,9 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    for kind in (bool, int, float, str):
+    if isinstance(value, str):
+        return masked(value)
+    for kind in (bool, int, float):
         if isinstance(value, kind):
             return kind(value)
     return value

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from genscale.config_parser import parse_config, take_number
+from genscale.masking import masked
 from genscale.objectives import FAMILIES
 from genscale.training.run import EXIT_INTERRUPTED, RunResult, derive_accumulation, train
 
@@ -57,7 +58,7 @@ def command(settings: Sequence[str], drop: Sequence[str] = ()) -> str:
         start = f"genscale train --processes {os.environ[PROCESSES]}"
     else:
         start = "accelerate launch train.py" if "RANK" in os.environ else "genscale train"
-    return " ".join([start, *kept])
+    return masked(" ".join([start, *kept]))
 
 
 def farewell(result: RunResult, settings: Sequence[str]) -> str:

@@ -1,0 +1,122 @@
+"""Planted tokens and passwords: none of them stands in anything that a run writes or says."""
+
+from __future__ import annotations
+
+import http.server
+import logging
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import yaml
+
+from genscale.config_parser import load_config
+from genscale.errors import UserError
+from genscale.masking import masked
+from genscale.objectives import FAMILIES
+from genscale.tracking.run_logging import setup_logging
+from genscale.training.checkpoints import find_checkpoints
+
+PLANTED = {"HF_TOKEN": "hf_PlantedHubToken0123456789", "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567"}
+TOKEN = "PlantedSourceToken123"
+
+
+@pytest.fixture(scope="module")
+def address(tiny_text: Path, tmp_path_factory) -> Iterator[str]:
+    """The tiny text on a web server."""
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "text.txt").write_bytes(tiny_text.read_bytes())
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/text.txt"
+        server.shutdown()
+
+
+def assert_nowhere(folder: Path, *texts: str) -> None:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for secret in (*PLANTED.values(), TOKEN):
+        held = [str(path) for path in files if secret.encode() in path.read_bytes()]
+        assert not held, f"{secret} in {held}"
+        assert not any(secret in text for text in texts), secret
+
+
+@pytest.mark.slow
+def test_a_run_that_was_given_secrets_writes_none(tiny_settings, genscale_process, genscale, address, tmp_path) -> None:
+    """W&B, TensorBoard, checkpoints, the token cache, logs and the trace; then a resume, which needs the address again."""
+    settings = {**tiny_settings, "run": {"name": "tiny", "dir": str(tmp_path / "runs"), "trace": True},
+                "data": {**tiny_settings["data"], "source": address, "cache": str(tmp_path / "runs" / "cache")},
+                "train": {**tiny_settings["train"], "steps": 2, "checkpoint_every": 1},
+                "tracking": {"wandb": "offline", "tensorboard": True}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    command = ["train", "--config", tmp_path / "tiny.yaml", "--data.source", f"{address}?v=1&token={TOKEN}"]
+    done = genscale_process(*command, **PLANTED)
+    assert done.code == 0, done.err
+    run = tmp_path / "runs" / "tiny"
+    assert_nowhere(tmp_path / "runs", done.out, done.err)
+    assert list(run.glob("wandb/offline-run-*/*.wandb"))
+    assert f"{address}?v=1&token=***" in (run / "config.yaml").read_text()
+    # With the address the run goes on; from what it wrote of it, it cannot; and what takes no data does without.
+    assert genscale(*command, "--train.steps", 3).code == 0
+    assert max(checkpoint.step for checkpoint in find_checkpoints(run)) == 3
+    said = genscale("train", "--config", run / "config.yaml", "--train.steps", 4).message()
+    assert said.startswith(f"data.source={address}?v=1&token=***: its token was left out when this was written; give the whole")
+    assert genscale("sample", run, "--tokens", 3).code == 0
+    assert_nowhere(tmp_path / "runs")
+
+
+@pytest.mark.parametrize("key", ["data.source", "data.validation_source"])
+def test_a_password_in_an_address_is_refused_and_not_repeated(refuse, key) -> None:
+    said = refuse(f"--{key}", "https://alice:PlantedPassword@example.org/a.txt")
+    assert said.startswith(f"{key}=https://***@example.org/a.txt: an address must not hold a user's name or password")
+    assert said.endswith("put them into ~/.netrc (machine example.org login USER password PASSWORD) and leave them out here")
+
+
+def test_a_password_in_a_mixture_is_refused_too(refuse, tiny_config) -> None:
+    settings = yaml.safe_load(tiny_config.read_text())
+    del settings["data"]["source"]
+    settings["data"]["sources"] = [{"source": "https://alice:PlantedPassword@example.org/a.txt", "weight": 1}]
+    tiny_config.write_text(yaml.safe_dump(settings))
+    said = refuse()
+    assert said.startswith("data.sources=https://***@example.org/a.txt: an address must not") and "Planted" not in said
+
+
+@pytest.mark.parametrize(("text", "safe"), [
+    ("get https://a.b/c?X-Amz-Credential=AK&X-Amz-Signature=ab%2Fcd&part=3 now",
+     "get https://a.b/c?X-Amz-Credential=***&X-Amz-Signature=***&part=3 now"),
+    ("'https://u:p@h.org:80/x?sig=Zz&se=2030'", "'https://***@h.org:80/x?sig=***&se=2030'"),
+    ("https://h/x?api_key=1, https://h/y?access-token=2", "https://h/x?api_key=***, https://h/y?access-token=***"),
+    ("https://h/tokens/x.txt?author=me&design=2&keyword=cat", "https://h/tokens/x.txt?author=me&design=2&keyword=cat"),
+    ("data.source=https://h/x?token=1:2: not found", "data.source=https://h/x?token=***: not found"),
+    ("mail me@home.org about a=b?token=c", "mail me@home.org about a=b?token=c"),
+])
+def test_what_is_masked_and_what_not(text, safe) -> None:
+    assert masked(text) == safe
+    assert masked(safe) == safe
+
+
+def test_errors_and_logs_are_masked_whoever_writes_them(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("HF_TOKEN", PLANTED["HF_TOKEN"])
+    assert TOKEN not in str(UserError(f"cannot read https://h/x?token={TOKEN}"))
+    setup_logging(tmp_path, 0)
+    logging.getLogger("urllib3").info("GET https://h/x?token=%s with %s", TOKEN, PLANTED["HF_TOKEN"])
+    logging.getLogger("genscale").warning("retrying https://h/x?token=%s with %s", TOKEN, PLANTED["HF_TOKEN"])
+    try:
+        raise ValueError(f"https://h/x?token={TOKEN}")
+    except ValueError:
+        logging.getLogger("genscale").exception("failed")
+    text = (tmp_path / "logs" / "rank-00000.log").read_text() + capsys.readouterr().err
+    assert text.count("https://h/x?token=***") >= 5
+    assert TOKEN not in text and PLANTED["HF_TOKEN"] not in text
+
+
+def test_what_a_run_folder_was_given_without_secrets_is_read_as_it_was_written(trained) -> None:
+    """Masking changes nothing where there is nothing to mask."""
+    config = load_config(FAMILIES, trained / "config.yaml")
+    assert config.data.source.endswith("/text.txt") and "***" not in (trained / "config.yaml").read_text()
