@@ -20,7 +20,7 @@ VERBS = {
     "tokenizer": "train a byte-level BPE tokenizer",
     "data": "fill the token cache ahead of a run, or see what a run would train on",
     "compare": "the first step at which two runs differ, and in what",
-    "checkpoint": "list, verify or digest checkpoints",
+    "checkpoint": "list, verify, digest or consolidate checkpoints",
 }
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from genscale.training.checkpoints import Checkpoint, write_checkpoint
+from genscale.training.checkpoint_writing import write_checkpoint
+from genscale.training.checkpoints import Checkpoint
 
 
 def holds(message: str, *words: object) -> None:
@@ -35,7 +36,7 @@ DAMAGES = {
     "a missing file": (lambda c: (c / "state.json").unlink(), "state.json is missing"),
     "no manifest": (lambda c: (c / "manifest.json").unlink(), "manifest.json is missing"),
     "half a manifest": (lambda c: (c / "manifest.json").write_text('{"format": 1,'), "manifest.json is damaged"),
-    "an empty manifest": (lambda c: (c / "manifest.json").write_text("{}"), "format None is not 1"),
+    "an empty manifest": (lambda c: (c / "manifest.json").write_text("{}"), "format None is not 1 or 2"),
     "another manifest": (lambda c: (c / "manifest.json").write_text("[]"), "manifest.json is damaged"),
     "a manifest of no files": (lambda c: (c / "manifest.json").write_text('{"format": 1}'), "manifest.json is damaged"),
 }

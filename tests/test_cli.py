@@ -224,7 +224,7 @@ def test_checkpoint_lists_verifies_and_digests(genscale, trained, tmp_path):
     run = tmp_path / "tiny"
     shutil.copytree(trained, run)
     for verb in ("list", "verify"):
-        lines = done(genscale("checkpoint", verb, run)).splitlines()
+        _, *lines = done(genscale("checkpoint", verb, run)).splitlines()
         assert [re.search(r"step-(\d{8})", line).group(1) for line in lines] == ["00000002", "00000004", "00000006"]
         assert all("valid" in line for line in lines)
     of_the_run = done(genscale("checkpoint", "digest", run))
@@ -233,7 +233,7 @@ def test_checkpoint_lists_verifies_and_digests(genscale, trained, tmp_path):
     assert of_the_run != done(genscale("checkpoint", "digest", run / LAST.with_name("step-00000004")))
 
     (run / LAST / "networks" / "gpt.safetensors").write_bytes(b"")
-    listed = done(genscale("checkpoint", "list", run)).splitlines()
+    _, *listed = done(genscale("checkpoint", "list", run)).splitlines()
     assert ["DAMAGED" in line for line in listed] == [False, False, True]
     verified = genscale("checkpoint", "verify", run)
     assert verified.code == 2 and "step-00000006" in verified.message_of_run()

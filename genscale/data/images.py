@@ -129,6 +129,9 @@ class ImageData(Data):
     def cursor_at(self, position: int) -> Cursor | None:
         return self.order.cursor_at(position)
 
+    def samples_of_epoch(self) -> int | None:
+        return self.order.count
+
     def validation(self) -> list[Sample]:
         return self._validation
 

@@ -30,6 +30,10 @@ class Data(ABC):
         """The cursor of a lane after its first `position` samples, where that can be told without reading them."""
         return None
 
+    def samples_of_epoch(self) -> int | None:
+        """How many samples an epoch has, where that is known without reading it."""
+        return None
+
     @abstractmethod
     def validation(self) -> list[Sample]:
         """The fixed validation set, in a fixed order."""

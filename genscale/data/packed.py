@@ -44,6 +44,10 @@ class PackedData(Data):
     def cursor_at(self, position: int) -> Cursor | None:
         return self._data.cursor_at(position * self._count)
 
+    def samples_of_epoch(self) -> int | None:
+        samples = self._data.samples_of_epoch()
+        return samples // self._count if samples else None
+
     def validation(self) -> list[Sample]:
         return self._data.validation()
 

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from genscale.parallel.materialise import Read, fill_tensor, named_state
+from genscale.parallel.pieces import Piece, pieces_of
 
 
 class Average(ABC):
@@ -33,12 +34,12 @@ class Average(ABC):
         """Make the average the network's own weights; it is of no use itself afterwards. Collective."""
 
     @abstractmethod
-    def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the average in full, fp32, on the CPU, by the network's names. Collective."""
+    def pieces(self, rank: int, world_size: int) -> list[Piece]:
+        """This process's pieces of every tensor of the average, by the network's names."""
 
     @abstractmethod
     def load(self, keys: Iterable[str], read: Read) -> None:
-        """The inverse of `state`: `read(key)` gives the full tensor."""
+        """The inverse of `pieces`: `read(key)` gives the full tensor."""
 
     @abstractmethod
     def held(self) -> list[Tensor]:
@@ -81,9 +82,8 @@ class NamedAverage(Average):
     def keep(self) -> None:
         self.show()
 
-    def state(self) -> Iterator[tuple[str, Tensor]]:
-        for name, average in self.averages.items():
-            yield name, (average.full_tensor() if isinstance(average, DTensor) else average).cpu()
+    def pieces(self, rank: int, world_size: int) -> list[Piece]:
+        return pieces_of(self.averages.items(), rank, world_size)
 
     def load(self, keys: Iterable[str], read: Read) -> None:
         for key in keys:

@@ -19,6 +19,7 @@ from genscale.config import ParallelSettings
 from genscale.parallel.activation_checkpointing import checkpoint_activations
 from genscale.parallel.averages import Average
 from genscale.parallel.materialise import Read, named_state
+from genscale.parallel.pieces import Piece
 from genscale.parallel.precision import use_float8
 from genscale.parallel.processes import Processes
 
@@ -196,13 +197,17 @@ class Engine(ABC):
         loaded.keep()
 
     @abstractmethod
-    def optimizer_state(self, name: str) -> NamedTensors:
-        """Every optimizer tensor in full as "<state key>/<parameter name>" (`exp_avg/...`), and counters as
-        "step/...". Collective."""
+    def network_pieces(self, name: str) -> list[Piece]:
+        """This process's pieces of what `network_state` gives. No process waits for another."""
+
+    @abstractmethod
+    def optimizer_pieces(self, name: str) -> list[Piece]:
+        """This process's pieces of every optimizer tensor, "<state key>/<parameter name>" (`exp_avg/...`), and of its counters,
+        "step/..."."""
 
     @abstractmethod
     def load_optimizer_state(self, name: str, keys: Iterable[str], read: Callable[[str], Tensor]) -> None:
-        """The inverse of `optimizer_state`, after `prepare` with the network's weights loaded: `read(key)` gives the
+        """The inverse of `optimizer_pieces`, after `prepare` with the network's weights loaded: `read(key)` gives the
         full tensor."""
 
     def update_average(self, name: str, decay: float) -> None:
@@ -223,12 +228,12 @@ class Engine(ABC):
             for average in shown:
                 average.hide()
 
-    def average_state(self, name: str) -> NamedTensors:
-        """The average in full and fp32, by the names of `network_state`, on the CPU. Collective."""
-        return self.averages[name].state()
+    def average_pieces(self, name: str) -> list[Piece]:
+        """This process's pieces of the average, in fp32, by the names of `network_state`."""
+        return self.averages[name].pieces(self.processes.rank, self.processes.world_size)
 
     def load_average_state(self, name: str, keys: Iterable[str], read: Read) -> None:
-        """The inverse of `average_state`."""
+        """The inverse of `average_pieces`: `read(key)` gives the full tensor."""
         self.averages[name].load(keys, read)
 
     def scaler_state(self, name: str) -> dict[str, Any]:

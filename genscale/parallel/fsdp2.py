@@ -31,6 +31,7 @@ from genscale.parallel.engine import (
     tensor_bytes,
 )
 from genscale.parallel.materialise import Read, check_fillable, fill, named_state, on_meta, places_of, put, shard_like
+from genscale.parallel.pieces import Piece, pieces_of
 from genscale.parallel.precision import DTYPES
 
 
@@ -135,12 +136,14 @@ class ShardedEngine(Engine):
         for key, tensor in named_state(self.modules[name]):
             yield key, _full(tensor)
 
-    def optimizer_state(self, name: str) -> NamedTensors:
+    def network_pieces(self, name: str) -> list[Piece]:
+        return pieces_of(named_state(self.modules[name]), self.processes.rank, self.processes.world_size)
+
+    def optimizer_pieces(self, name: str) -> list[Piece]:
         names = {parameter: key for key, parameter in self.modules[name].named_parameters()}
-        for parameter, state in self.optimizers[name].state.items():
-            for key, value in state.items():
-                if isinstance(value, Tensor):
-                    yield f"{key}/{names[parameter]}", _full(value)
+        tensors = [(f"{kind}/{names[parameter]}", value) for parameter, state in self.optimizers[name].state.items()
+                   for kind, value in state.items() if isinstance(value, Tensor)]
+        return pieces_of(tensors, self.processes.rank, self.processes.world_size)
 
     def load_optimizer_state(self, name: str, keys: Iterable[str], read: Callable[[str], Tensor]) -> None:
         parameters = dict(self.modules[name].named_parameters())

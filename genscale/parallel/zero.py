@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from genscale.parallel.averages import Average
 from genscale.parallel.engine import Engine, MakeOptimizer, NamedTensors, Pieces, StepResult, state_tensors, tensor_bytes
 from genscale.parallel.materialise import Read, check_fillable, fill, fill_tensor, materialise, named_state, on_meta, put
+from genscale.parallel.pieces import Piece, pieces_of
 from genscale.parallel.precision import DTYPES
 from genscale.parallel.zero_average import FlatAverage
 
@@ -183,21 +185,43 @@ class ZeroEngine(Engine):
             full = safe_get_full_fp32_param(tensor) if isinstance(tensor, nn.Parameter) else tensor
             yield key, full.detach().cpu()
 
-    def optimizer_state(self, name: str) -> NamedTensors:
-        from deepspeed.utils import safe_get_full_optimizer_state
+    def network_pieces(self, name: str) -> list[Piece]:
+        buffers = [(key, tensor) for key, tensor in named_state(self.modules[name]) if not isinstance(tensor, nn.Parameter)]
+        return [*self.cut(name, self.flat_partitions(name)),
+                *pieces_of(buffers, self.processes.rank, self.processes.world_size)]
 
-        self.link_optimizer_state(name)
-        flats = self.flat_partitions(name)
-        inner = self.inner(name)
-        state = inner.state.get(flats[0], {})
-        for parameter_name, parameter in self.modules[name].named_parameters():
-            for kind, value in state.items():
-                if not isinstance(value, Tensor):
-                    continue
-                if value.shape == flats[0].shape:
-                    yield f"{kind}/{parameter_name}", safe_get_full_optimizer_state(parameter, kind).detach().cpu()
-                else:  # the step counter: one a flat group, the same in all
-                    yield f"{kind}/{parameter_name}", value.detach().cpu().reshape(()).clone()
+    def optimizer_pieces(self, name: str) -> list[Piece]:
+        flats, inner = self.flat_partitions(name), self.inner(name)
+        found: list[Piece] = []
+        for kind, value in inner.state.get(flats[0], {}).items():
+            if not isinstance(value, Tensor):
+                continue
+            if value.shape == flats[0].shape:
+                found += [replace(piece, name=f"{kind}/{piece.name}")
+                          for piece in self.cut(name, [inner.state[flat][kind] for flat in flats])]
+            else:  # the step counter: one a flat group, the same in all
+                counters = [(f"{kind}/{key}", value.reshape(())) for key, _ in self.modules[name].named_parameters()]
+                found += pieces_of(counters, self.processes.rank, self.processes.world_size)
+        return found
+
+    def cut(self, name: str, flats: Sequence[Tensor]) -> list[Piece]:
+        """The parameters' pieces in flat tensors that are laid out as this rank's partitions."""
+        optimizer, parameters = self.optimizers[name], self.modules[name].named_parameters()
+        return [self._cut(optimizer, key, parameter, flats) for key, parameter in parameters]
+
+    def _cut(self, optimizer: Any, key: str, parameter: nn.Parameter, flats: Sequence[Tensor]) -> Piece:
+        if self.stage == 3:
+            group, start, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            size = parameter.ds_numel
+            first = min(length * self.processes.rank, size)
+            own = flats[group].detach()[start:start + min(length, size - first)]  # without the padding
+            return Piece(key, tuple(parameter.ds_shape), first, own)
+        if parameter._hp_mapping is None:  # wholly in the partitions of others
+            return Piece(key, tuple(parameter.shape), 0, flats[0].detach()[:0])
+        place = parameter._hp_mapping
+        start, length = place.hp_fragment_address.start, place.hp_fragment_address.numel
+        return Piece(key, tuple(parameter.shape), place.lp_fragment_address.start,
+                     flats[place.param_group_index].detach()[start:start + length])
 
     def load_optimizer_state(self, name: str, keys: Iterable[str], read: Callable[[str], Tensor]) -> None:
         parameters = dict(self.modules[name].named_parameters())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from genscale.parallel.averages import Average, NamedAverage, copied_names
 from genscale.parallel.materialise import Read, named_state
+from genscale.parallel.pieces import Piece
 
 
 class FlatEngine(Protocol):
@@ -22,6 +23,7 @@ class FlatEngine(Protocol):
 
     def flat_partitions(self, name: str) -> list[Tensor]: ...
     def flat_attribute(self, name: str) -> str: ...
+    def cut(self, name: str, flats: Sequence[Tensor]) -> list[Piece]: ...
     def inner(self, name: str) -> torch.optim.Optimizer: ...
     def link_optimizer_state(self, name: str) -> None: ...
     def set_full(self, parameter: nn.Parameter, full: Tensor, kind: str | None = None) -> None: ...
@@ -74,14 +76,8 @@ class FlatAverage(Average):
         finally:
             setattr(optimizer, attribute, masters)
 
-    def state(self) -> Iterator[tuple[str, Tensor]]:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        averages = dict(self.buffers.state())
-        with self._as_optimizer_state():
-            for key, tensor in named_state(self.engine.modules[self.name]):
-                is_parameter = isinstance(tensor, nn.Parameter)
-                yield key, safe_get_full_optimizer_state(tensor, "average").cpu() if is_parameter else averages[key]
+    def pieces(self, rank: int, world_size: int) -> list[Piece]:
+        return [*self.engine.cut(self.name, self.averages), *self.buffers.pieces(rank, world_size)]
 
     def load(self, keys: Iterable[str], read: Read) -> None:
         parameters = dict(self.engine.modules[self.name].named_parameters())

@@ -1,36 +1,34 @@
 """Checkpoints: a directory that exists whole or not at all, in one logical format that every strategy reads and writes.
 
     step-00000100/
-      manifest.json               step, format, every file with its size and SHA-256
+      manifest.json               step, format, what it was made by and when, every file with its size and SHA-256
       state.json                  counters, data position, loss scaler, best loss, collapse watch: plain JSON
       config.yaml                 the resolved config
       networks/<name>.safetensors     weights and buffers by parameter name, fp32
       optimizers/<name>.safetensors   optimizer tensors as <state key>/<parameter name>
       averages/<name>.safetensors     averaged weights and buffers, fp32, of the networks that have an average
 
-Nothing is ever unpickled. A checkpoint is written under a temporary name, every file is fsynced, then the directory renamed.
+Where several processes wrote it, each wrote a file of its own for each of the last three (`genscale.training.tensor_files`).
+Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from genscale.errors import UserError
+from genscale.training.tensor_files import TensorFiles, names_in
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)
 NAME = re.compile(r"^step-(\d{8})$")
 
 
@@ -50,27 +48,38 @@ class Checkpoint:
     def state(self) -> dict[str, Any]:
         return json.loads((self.path / "state.json").read_text())
 
-    def tensors(self, kind: str, name: str) -> TensorFile:
+    def tensors(self, kind: str, name: str) -> TensorFiles:
         """The tensors of one network (`kind` networks), its optimizer (`kind` optimizers) or its average (`kind` averages)."""
-        return TensorFile(self._file(kind, name))
+        return TensorFiles(self._files(kind).get(name) or [self.path / kind / f"{name}.safetensors"])
 
-    def weights(self, name: str, averaged: bool) -> TensorFile:
+    def weights(self, name: str, averaged: bool) -> TensorFiles:
         """The weights and buffers of one network: the average where it is asked for and there is one, or those of the step."""
         return self.tensors("averages" if averaged and self.has_average(name) else "networks", name)
 
     def has_average(self, name: str) -> bool:
         """Whether it holds an average of the network."""
-        return self._file("averages", name).is_file()
+        return name in self._files("averages")
 
-    def _file(self, kind: str, name: str) -> Path:
-        return self.path / kind / f"{name}.safetensors"
+    def networks(self) -> list[str]:
+        """Names of the networks it holds."""
+        return sorted(self._files("networks"))
+
+    def _files(self, kind: str) -> dict[str, list[Path]]:
+        return names_in(self.path / kind)
 
     def problem(self) -> str | None:
         """Why this checkpoint cannot be trusted, or None: every file must have the size and SHA-256 of the manifest."""
+        return self._first_problem(contents=True)
+
+    def has_its_files(self) -> bool:
+        """Whether every file is there in its size; what is in them is not looked at."""
+        return self._first_problem(contents=False) is None
+
+    def _first_problem(self, contents: bool) -> str | None:
         try:
             manifest = self.manifest()
-            if manifest.get("format") != FORMAT:
-                return f"format {manifest.get('format')} is not {FORMAT}"
+            if manifest.get("format") not in READABLE:
+                return f"format {manifest.get('format')} is not {' or '.join(map(str, READABLE))}"
             files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
         except FileNotFoundError:
             return "manifest.json is missing"
@@ -83,7 +92,7 @@ class Checkpoint:
                     return f"{name} is missing"
                 if file.stat().st_size != size:
                     return f"{name} has {file.stat().st_size} bytes, not {size}"
-                if sha256_of(file) != digest:
+                if contents and sha256_of(file) != digest:
                     return f"{name} is damaged (SHA-256 differs)"
             except OSError as error:
                 return f"{name} cannot be read ({error.strerror})"
@@ -96,11 +105,11 @@ class Checkpoint:
         """
         total = hashlib.sha256()
         for kind in ("networks", "optimizers", "averages"):
-            for file in sorted((self.path / kind).glob("*.safetensors")):
-                tensors = TensorFile(file)
-                for key in sorted(tensors.keys()):
+            for name, files in sorted(self._files(kind).items()):
+                tensors = TensorFiles(files)
+                for key in tensors.keys():  # noqa: SIM118 - no mapping
                     value = tensors(key)
-                    total.update(f"{kind}/{file.stem}/{key} {value.dtype} {tuple(value.shape)}".encode())
+                    total.update(f"{kind}/{name}/{key} {value.dtype} {tuple(value.shape)}".encode())
                     total.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
         state = self.state()
         deciding = {key: state[key] for key in ("step", "data", "scalers")}
@@ -110,78 +119,9 @@ class Checkpoint:
         return total.hexdigest()
 
 
-class TensorFile:
-    """Tensors of a safetensors file, read one at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._file = safe_open(str(path), framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"checkpoint file {path} cannot be read: {error}") from None
-
-    def keys(self) -> list[str]:
-        return list(self._file.keys())
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {key: tuple(self._file.get_slice(key).get_shape()) for key in self.keys()}
-
-    def __call__(self, key: str) -> Tensor:
-        return self._file.get_tensor(key)
-
-
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any],
-                     config: str) -> Checkpoint:
-    """Write `folder`/step-XXXXXXXX. `tensors` maps "networks/<name>", "optimizers/<name>" and "averages/<name>" to
-    tensors by name.
-
-    Raises OSError (a full disk, a read-only folder); the folder then holds no trace of the attempt, and earlier checkpoints
-    are whole.
-    """
-    final = folder / f"step-{step:08d}"
-    partial = folder / f".partial-{final.name}-{os.getpid()}"
-    try:
-        for name, values in tensors.items():
-            file = partial / f"{name}.safetensors"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            _save_tensors(values, file)
-        (partial / "state.json").write_text(json.dumps(state, indent=1))
-        (partial / "config.yaml").write_text(config)
-        files = {str(f.relative_to(partial)): {"bytes": f.stat().st_size, "sha256": sha256_of(f)}
-                 for f in sorted(partial.rglob("*")) if f.is_file()}
-        (partial / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
-        for path in [*partial.rglob("*"), partial]:
-            _fsync(path)
-        replaced = folder / f".partial-replaced-{final.name}-{os.getpid()}"
-        if final.exists():  # the same step again; renamed first, so that no kill leaves it with half its files
-            final.rename(replaced)
-        partial.rename(final)
-        _fsync(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return Checkpoint(final)
-
-
-def _save_tensors(values: dict[str, Tensor], file: Path) -> None:
-    try:
-        save_file({key: value.contiguous() for key, value in values.items()}, str(file))
-    except SafetensorError as error:  # wraps "No space left on device"
-        raise OSError(f"{file.name}: {error}") from None
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
@@ -199,19 +139,6 @@ def latest_valid(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None
             return checkpoint
         warn(f"checkpoint {checkpoint.path} is damaged ({problem}); using the one before it")
     return None
-
-
-def prune(folder: Path, keep: int, best_step: int | None) -> None:
-    """Delete all but the last `keep` checkpoints and the best, and what killed writers left behind. The newest is
-    never deleted."""
-    for path in folder.glob(".partial-*"):
-        shutil.rmtree(path, ignore_errors=True)
-    for checkpoint in list_checkpoints(folder)[:-keep]:
-        if checkpoint.step != best_step:
-            # Renamed first: a kill in the middle of deleting must not leave a checkpoint with half its files.
-            doomed = folder / f".partial-deleted-{checkpoint.path.name}"
-            checkpoint.path.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
 
 
 def find_checkpoints(path: Path) -> Iterator[Checkpoint]:

@@ -14,7 +14,7 @@ from PIL import Image
 from genscale.config import Config
 from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader, merge_states
-from genscale.errors import UserError
+from genscale.errors import UserError, nearest
 from genscale.evaluation.validation import evaluating, validate
 from genscale.objectives.base import Objective
 from genscale.parallel.engine import Engine
@@ -24,11 +24,13 @@ from genscale.tracking.plots import plot_losses
 from genscale.tracking.progress import Progress
 from genscale.tracking.throughput import Throughput
 from genscale.tracking.trackers import Trackers
-from genscale.training.checkpoints import Checkpoint, list_checkpoints, prune, write_checkpoint
+from genscale.training.checkpoints import Checkpoint, list_checkpoints
 from genscale.training.collapse import CollapseWatch
 from genscale.training.profile import Profile
+from genscale.training.provenance import position_in_words, provenance
 from genscale.training.restoring import restore
 from genscale.training.run_folder import config_dict, config_yaml
+from genscale.training.saving import Contents, Saver
 from genscale.training.trace import NAME as TRACE
 from genscale.training.trace import Trace
 from genscale.training.trainer import Hook, StepReport
@@ -58,7 +60,7 @@ class RunHooks:
         batches = max(phase.repeats for phase in objective.phases)
         self.units_per_step = batches * config.train.global_batch_size * objective.units_per_sample
         self.units = state.get("units", 0)
-        self.best: dict[str, Any] | None = state.get("best")
+        self.best = self._best_of(state)
         self.evaluation: dict[str, float] = state.get("evaluation", {})
         self.evaluated_step: int | None = None
         self._left_out: bool = state.get("evaluation_left_out", False)
@@ -76,6 +78,11 @@ class RunHooks:
             if config.train.profile and done < config.train.steps:
                 self.profile = Profile(folder / "profile", config.train.profile, config.train.steps - done)
         self.trace = Trace(folder, engine, done) if config.run.trace else None
+        self.saver = Saver(folder / "checkpoints", self.processes, config.train.checkpoint_keep,
+                           config.train.checkpoint_keep_every)
+        self._best_in_flight: dict[str, Any] | None = None
+        self._hold_up: float | None = None
+        self._check_best_metric()
 
     def list(self) -> list[Hook]:
         """In the order they run: the profiler sees steps, not what follows the last of them; a checkpoint comes after the
@@ -99,6 +106,8 @@ class RunHooks:
     def log_metrics(self, report: StepReport) -> None:
         line = {**report.metrics, self.objective.unit: self.units, **self.throughput.read(),
                 "data_digest": report.data_digest}
+        if self._hold_up is not None:
+            line["checkpoint_hold_up_seconds"], self._hold_up = self._hold_up, None
         self._write(report.step, line, show=True)
 
     def evaluate(self, report: StepReport) -> None:
@@ -138,6 +147,7 @@ class RunHooks:
                             device=processes.device, reduce_sum=processes.sum, autocast=self.engine.forward_context)
 
     def _end_or_restore(self, report: StepReport, loss: float) -> None:
+        self.settle_save()
         best = self.processes.main_does(self._best_checkpoint)
         if best is None or self.config.train.collapse == "stop":
             where = f"best checkpoint: {best.path if best else 'none'}"
@@ -181,59 +191,75 @@ class RunHooks:
             self.trackers.log_image(report.step, "sample", preview)
 
     def checkpoint(self, report: StepReport) -> None:
-        """Collect the full state on every rank together, write it on rank 0. A failed write is a warning, except
-        after the last step.
+        """Copy the full state, each rank its part, and write it in the background. A failed write is a warning, except after
+        the last step.
 
-        The best checkpoint is the one with the lowest validation loss among those evaluated at their own step.
+        The best checkpoint is the one with the lowest `train.checkpoint_best` among those evaluated at their own step.
         """
+        started = time.perf_counter()
+        self.settle_save()
         best = self._best_with(report.step)
-        tensors = {}
+        pieces = {}
         for name in self.objective.networks:
-            tensors[f"networks/{name}"] = self._collect(self.engine.network_state(name))
-            tensors[f"optimizers/{name}"] = self._collect(self.engine.optimizer_state(name))
+            pieces[f"networks/{name}"] = self.engine.network_pieces(name)
+            pieces[f"optimizers/{name}"] = self.engine.optimizer_pieces(name)
         for name in self.engine.averages:
-            tensors[f"averages/{name}"] = self._collect(self.engine.average_state(name))
-        data_states = self.processes.gather(self.loader.state())
+            pieces[f"averages/{name}"] = self.engine.average_pieces(name)
+        data = merge_states(self.processes.gather(self.loader.state()), self.data.lane_count)
         state = {"step": report.step, "units": self.units, "best": best, "evaluation": self.evaluation,
                  "evaluation_left_out": self._left_out,
                  "collapse": self.watch.state(), "accumulation": self.engine.accumulation,
                  "scalers": {name: self.engine.scaler_state(name) for name in self.objective.networks},
-                 "data": merge_states(data_states, self.data.lane_count), "plan": self.data.plan(),
-                 "world_size": self.processes.world_size}
-        folder = self.folder / "checkpoints"
+                 "data": data, "plan": self.data.plan(), "world_size": self.processes.world_size}
+        position = position_in_words(data["batches"] * self.config.train.global_batch_size, self.data.samples_of_epoch())
+        about = provenance(self.processes.world_size, self.config.parallel.strategy, position)
+        self.saver.start(pieces, Contents(report.step, state, config_yaml(self.config), about,
+                                          best_step=best["step"] if best else None, last=report.last))
+        self._best_in_flight = best
+        self._hold_up = time.perf_counter() - started
+        if report.last:
+            self.settle_save()
 
-        def write() -> bool:
-            try:
-                write_checkpoint(folder, report.step, tensors, state, config_yaml(self.config))
-                prune(folder, self.config.train.checkpoint_keep, best["step"] if best else None)
-                return True
-            except OSError as error:
-                message = f"checkpoint {folder / f'step-{report.step:08d}'} could not be written: {error.strerror or error}"
-                if report.last:
-                    raise UserError(f"{message}; last good checkpoint: {self.last_good()}") from None
-                log.warning("%s; training goes on, last good checkpoint: %s", message, self.last_good())
-                return False
+    def settle_save(self) -> bool:
+        """Wait for the save in flight; False where it has failed. Collective.
 
-        if self.processes.main_does(write):
-            self.best = best
+        Raises UserError where it was the last one.
+        """
+        came_to_be = self.saver.settle()
+        if came_to_be:
+            self.best = self._best_in_flight
+        return came_to_be is not False
+
+    def _best_of(self, state: dict[str, Any]) -> dict[str, Any] | None:
+        """The best checkpoint of the run so far, if it was chosen by the metric that chooses now."""
+        best = state.get("best")
+        if best and "loss" in best:  # as it was kept before there was a choice
+            best = {"step": best["step"], "metric": "loss", "value": best["loss"]}
+        return best if best and best["metric"] == self.config.train.checkpoint_best else None
 
     def _best_with(self, step: int) -> dict[str, Any] | None:
         """The best checkpoint so far, if there is now one of this step."""
-        loss = self.evaluation.get("loss", math.nan)
-        better = self.best is None or loss < self.best["loss"]
-        return {"step": step, "loss": loss} if self.evaluated_step == step and math.isfinite(loss) and better else self.best
+        metric = self.config.train.checkpoint_best
+        value = self.evaluation.get(metric, math.nan)
+        better = self.best is None or value < self.best["value"]
+        if self.evaluated_step == step and math.isfinite(value) and better:
+            return {"step": step, "metric": metric, "value": value}
+        return self.best
 
-    def _collect(self, state: Any) -> dict[str, Any]:
-        """Exhaust a collective iterator; only rank 0 keeps the tensors."""
-        kept = {}
-        for name, tensor in state:
-            if self.processes.is_main:
-                kept[name] = tensor
-        return kept
+    def _check_best_metric(self) -> None:
+        """Raises UserError where the evaluations have no such metric; at the cost of one, since only it knows its names."""
+        wanted = self.config.train.checkpoint_best
+        if wanted == "loss":
+            return
+        names = sorted(self.evaluation or self._validate())
+        if wanted not in names:
+            raise UserError(f"train.checkpoint_best: '{wanted}' is no metric of the evaluations, which are {', '.join(names)}"
+                            f"{nearest(wanted, names)}")
 
     def last_good(self) -> str:
-        """Where a run that went wrong can be taken up again."""
-        found = list_checkpoints(self.folder / "checkpoints")
+        """Where a run that went wrong can be taken up again. Collective."""
+        self.settle_save()
+        found = self.processes.main_does(lambda: list_checkpoints(self.folder / "checkpoints"))
         return str(found[-1].path) if found else "none"
 
     def already_complete(self, step: int) -> None:
@@ -259,6 +285,7 @@ class RunHooks:
         return {f"validation_{second}" if second else "validation": loss}
 
     def close(self, failed: bool) -> None:
+        self.saver.finish()
         if self.trace is not None:
             _try_to_write(TRACE, self.trace.close)
         if not self.processes.is_main:

@@ -44,7 +44,7 @@ class PhaseOutcome:
         norm, _, local = self.read()
         if math.isfinite(norm):
             return False
-        checkpoint = self.processes.main_does(last_good)
+        checkpoint = last_good()
         for rank, terms in enumerate(self.processes.gather(local)):
             for name, value in terms.items():
                 if not math.isfinite(value):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 import signal
 import time
 from collections.abc import Callable
@@ -140,7 +141,8 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
         sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in objective.networks.items()}
         parameters = sum(sizes.values())
         averages = sum(sizes[name] for name in averaged_networks(config, objective))
-        processes.main_does(lambda: check_host_memory(parameters, averages))
+        hosts = processes.gather(platform.node())
+        processes.main_does(lambda: check_host_memory(parameters, averages, hosts.count(hosts[0]) / len(hosts)))
         processes.main_does(lambda: check_free_space(folder, parameters, config.train.checkpoint_keep, averages))
         checkpoint = _resume_point(config, processes, folder, data, objective, accumulation)
         engine = build_engine(plan, processes, config.parallel, config.train.precision, config.train.clip,

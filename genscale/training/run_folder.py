@@ -17,6 +17,7 @@ from genscale.config import MAY_CHANGE_AT_RESUME, MUST_NOT_CHANGE_AT_RESUME, Con
 from genscale.config_keys import as_key
 from genscale.errors import UserError
 from genscale.masking import masked
+from genscale.training.checkpoint_writing import clear_leftovers
 from genscale.training.checkpoints import Checkpoint, latest_valid, list_checkpoints
 
 PARTS = ("checkpoints", "samples", "plots", "logs")
@@ -43,14 +44,18 @@ def create_run_folder(folder: Path) -> None:
                         f"write to") from None
 
 
-def check_host_memory(parameters: int, averages: int = 0) -> None:
-    """Refuse to start where no checkpoint could be written: rank 0 collects it whole, 12 bytes a parameter as on the disk, and
-    4 for each that an average is kept of."""
-    free, needed = psutil.virtual_memory().available, 12 * parameters + 4 * averages
+def check_host_memory(parameters: int, averages: int = 0, share: float = 1.0) -> None:
+    """Refuse to start where no checkpoint could be written: each process copies its part to host memory first, 12 bytes a
+    parameter as on the disk, and 4 for each that an average is kept of.
+
+    Args:
+        share: of all processes, that run on this machine.
+    """
+    free, needed = psutil.virtual_memory().available, (12 * parameters + 4 * averages) * share
     if free < needed:
-        need = f"{needed / 2**30:,.0f} GiB of rank 0's memory, of which {free / 2**30:,.0f} GiB are free"
-        raise UserError(f"model: a checkpoint of {parameters:,} parameters is collected in {need}; at most {free // 12:,} "
-                        "parameters fit")
+        need = f"{needed / 2**30:,.0f} GiB of this machine's memory, of which {free / 2**30:,.0f} GiB are free"
+        raise UserError(f"model: a checkpoint of {parameters:,} parameters is collected in {need}; at most "
+                        f"{int(free / 12 / share):,} parameters fit")
 
 
 def check_free_space(folder: Path, parameters: int, keep: int, averages: int = 0) -> None:
@@ -161,6 +166,7 @@ def recorded_in(folder: Path, resume: str) -> Path | None:
 
 def find_resume_point(folder: Path, resume: str, warn: Callable[[str], None]) -> Checkpoint | None:
     """What `run.resume` means here. `never` moves an earlier run aside, so that nothing is lost. Raises UserError."""
+    clear_leftovers(folder / "checkpoints")
     if resume == "never":
         _move_earlier_run_aside(folder, warn)
         return None

@@ -1,20 +1,27 @@
-"""genscale checkpoint list | verify | digest PATH."""
+"""genscale checkpoint list | verify | digest | consolidate PATH."""
 
 from __future__ import annotations
 
+import json
+import os
 import time
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser
 
 from genscale.config_parser import parse
-from genscale.errors import UserError
+from genscale.errors import UserError, nearest
 from genscale.training.checkpoints import Checkpoint, find_checkpoints
+from genscale.training.tensor_files import write_whole
 
 ACTIONS = {
-    "list": "step, age, size and validity of each",
+    "list": "step, size, age, validity and place in the data of each, and which are kept as the best or for ever",
     "verify": "check every byte against the manifest; exit code 2 if one is damaged",
     "digest": "one SHA-256 over all logical tensors and states, to compare two checkpoints (of a run folder: its latest)",
+    "consolidate": "one network's weights in one safetensors file (of a run folder: its latest)",
 }
 
 
@@ -24,31 +31,99 @@ def main(arguments: list[str]) -> int:
     for name, meaning in ACTIONS.items():
         action = ArgumentParser(exit_on_error=False)
         action.add_argument("path", type=str, help="A checkpoint folder, or a run folder for all of its checkpoints.")
+        if name == "list":
+            action.add_argument("--json", action="store_true", help="One JSON object a line instead of a table.")
+        if name == "consolidate":
+            action.add_argument("--out", type=str, required=True, help="The file to write; it must not be there yet.")
+            action.add_argument("--network", type=str, default=None, help="Which network, where there are several.")
+            action.add_argument("--live", action="store_true", help="The weights of the step, also where there is an average.")
         actions.add_subcommand(name, action, help=meaning)
     parsed = parse(parser, arguments)
-    path = Path(parsed[parsed.subcommand].path)
-    checkpoints = list(find_checkpoints(path))
+    chosen = parsed[parsed.subcommand]
+    checkpoints = list(find_checkpoints(Path(chosen.path)))
     if parsed.subcommand == "digest":
-        return _digest(checkpoints[-1])
-    problems = [(checkpoint, checkpoint.problem()) for checkpoint in checkpoints]
-    for checkpoint, problem in problems:
-        print(_line(checkpoint, problem))
-    if parsed.subcommand == "verify" and any(problem for _, problem in problems):
-        damaged = ", ".join(checkpoint.path.name for checkpoint, problem in problems if problem)
-        raise UserError(f"{path}: damaged: {damaged}")
+        print(_undamaged(checkpoints[-1]).digest())
+    elif parsed.subcommand == "consolidate":
+        consolidate(_undamaged(checkpoints[-1]), Path(chosen.out), chosen.network, chosen.live)
+    else:
+        rows = [describe(checkpoint, checkpoints[-1]) for checkpoint in checkpoints]
+        print("\n".join(map(json.dumps, rows)) if chosen.get("json") else table(rows))
+        damaged = ", ".join(checkpoint.path.name for checkpoint, row in zip(checkpoints, rows, strict=True) if row["problem"])
+        if parsed.subcommand == "verify" and damaged:
+            raise UserError(f"{chosen.path}: damaged: {damaged}")
     return 0
 
 
-def _digest(checkpoint: Checkpoint) -> int:
-    problem = checkpoint.problem()
-    if problem:
+def _undamaged(checkpoint: Checkpoint) -> Checkpoint:
+    if problem := checkpoint.problem():
         raise UserError(f"{checkpoint.path}: damaged: {problem}")
-    print(checkpoint.digest())
-    return 0
+    return checkpoint
 
 
-def _line(checkpoint: Checkpoint, problem: str | None) -> str:
-    size = sum(file.stat().st_size for file in checkpoint.path.rglob("*") if file.is_file())
-    age = (time.time() - checkpoint.path.stat().st_mtime) / 60
-    validity = "valid" if problem is None else f"DAMAGED: {problem}"
-    return f"{checkpoint.path}  {size / 2**20:8.1f} MiB  {age:8.1f} min old  {validity}"
+def consolidate(checkpoint: Checkpoint, out: Path, network: str | None, live: bool) -> None:
+    """Write the weights and buffers of one network as whole tensors by name: its average where it has one, unless `live`.
+
+    Raises UserError.
+    """
+    names = checkpoint.networks()
+    if network is None and len(names) > 1:
+        raise UserError(f"--network: {checkpoint.path} holds {', '.join(names)}; say which")
+    if network is not None and network not in names:
+        raise UserError(f"--network: {network} is not in {checkpoint.path}, which holds {', '.join(names)}"
+                        f"{nearest(network, names)}")
+    if out.exists():
+        raise UserError(f"--out: {out} is there already; give another name")
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        write_whole(partial, checkpoint.weights(network or names[0], averaged=not live))
+        partial.rename(out)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"--out: {out} cannot be written ({error.strerror or error})") from None
+    print(out)
+
+
+def describe(checkpoint: Checkpoint, latest: Checkpoint) -> dict[str, Any]:
+    """What is to know of a checkpoint, as JSON; of a damaged one, what can be told. The latest says which is the best."""
+    about = _or_nothing(lambda: checkpoint.manifest().get("about", {}))
+    config = _or_nothing(lambda: yaml.safe_load((checkpoint.path / "config.yaml").read_text()))
+    best = _or_nothing(lambda: latest.state().get("best"))
+    every = (config.get("train") or {}).get("checkpoint_keep_every") or 0
+    written = datetime.fromisoformat(about["time"]).timestamp() if "time" in about else checkpoint.path.stat().st_mtime
+    return {"path": str(checkpoint.path), "step": _or_nothing(lambda: checkpoint.step) or None,
+            "bytes": sum(file.stat().st_size for file in checkpoint.path.rglob("*") if file.is_file()),
+            "time": datetime.fromtimestamp(written, UTC).isoformat(timespec="seconds"),
+            "age_seconds": max(0.0, time.time() - written), "problem": checkpoint.problem(),
+            "best": best.get("step") == checkpoint.step if best else False,
+            "kept": bool(every and checkpoint.step % every == 0),
+            **{key: value for key, value in about.items() if key != "time"}}
+
+
+def _or_nothing(read: Any) -> Any:
+    """What `read` gives, or {} where the file it reads is damaged: `problem` says so."""
+    try:
+        return read() or {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return {}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Aligned columns; the state comes last, since it may be long."""
+    lines = [("CHECKPOINT", "SIZE", "AGE", "POSITION", "KEPT AS", "STATE")]
+    for row in rows:
+        marks = ", ".join(mark for mark, is_so in (("best", row["best"]), ("every", row["kept"])) if is_so)
+        state = f"DAMAGED: {row['problem']}" if row["problem"] else "valid"
+        lines.append((row["path"], f"{row['bytes'] / 2**20:,.1f} MiB", _age(row["age_seconds"]), row.get("position", "-"),
+                      marks or "-", state))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    right = (1, 2)
+    return "\n".join("  ".join(cell.rjust(width) if column in right else cell.ljust(width)
+                               for column, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
+                     for line in lines)
+
+
+def _age(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

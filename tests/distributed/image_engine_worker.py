@@ -22,6 +22,7 @@ from genscale.models.image_layers import InitialWeights
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.parallel.engine import Engine
 from genscale.parallel.launcher import clear_launch_environment
+from genscale.parallel.pieces import Piece, put_together
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import build_engine, check_objective, plan_parallel
 from genscale.rng import Draws, torch_generator
@@ -168,8 +169,11 @@ class Training:
     def state(self) -> dict[str, Any]:
         names = list(self.objective.networks)
         return {"networks": {name: full(self.engine.network_state(name)) for name in names},
-                "optimizers": {name: full(self.engine.optimizer_state(name)) for name in names},
-                "averages": {name: full(self.engine.average_state(name)) for name in self.objective.averaged}}
+                "optimizers": {name: self.whole(self.engine.optimizer_pieces(name)) for name in names},
+                "averages": {name: self.whole(self.engine.average_pieces(name)) for name in self.objective.averaged}}
+
+    def whole(self, pieces: list[Piece]) -> dict[str, Tensor]:
+        return put_together(piece for of_process in self.processes.gather(pieces) for piece in of_process)
 
     def made_with_average(self) -> Tensor:
         generator = self.engine.view(None)["generator"].eval()

@@ -16,15 +16,10 @@ import torch
 from safetensors.torch import save_file
 
 from genscale.errors import UserError
-from genscale.training.checkpoints import (
-    Checkpoint,
-    TensorFile,
-    find_checkpoints,
-    latest_valid,
-    list_checkpoints,
-    prune,
-    write_checkpoint,
-)
+from genscale.training.checkpoint_writing import write_checkpoint
+from genscale.training.checkpoints import Checkpoint, find_checkpoints, latest_valid, list_checkpoints
+from genscale.training.retention import prune
+from genscale.training.tensor_files import TensorFiles
 
 STATE = {"step": 20, "data": {"batches": 20, "cursors": {"0": {"position": 3, "cursor": None}}},
          "scalers": {"gpt": {"scale": 8.0}}, "best": None, "plan": {}}
@@ -98,7 +93,7 @@ DAMAGES = {
     "binary manifest": ("manifest.json", lambda path: path.write_bytes(b"\xff\xfe\x00"), "manifest.json is damaged"),
     "manifest of another kind": ("manifest.json", lambda path: path.write_text("[1]"), "manifest.json is damaged"),
     "manifest without files": ("manifest.json", without("files"), "manifest.json is damaged"),
-    "later format": ("manifest.json", lambda path: path.write_text('{"format": 99}'), "format 99 is not 1"),
+    "later format": ("manifest.json", lambda path: path.write_text('{"format": 99}'), "format 99 is not 1 or 2"),
 }
 
 
@@ -246,4 +241,4 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000020"]
     assert Checkpoint(tmp_path / "step-00000020").digest() == before
     with pytest.raises(UserError, match="cannot be read"):
-        TensorFile(tmp_path / "absent.safetensors")
+        TensorFiles([tmp_path / "absent.safetensors"])

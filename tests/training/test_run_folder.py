@@ -15,7 +15,8 @@ from genscale.config import Config, RunSettings
 from genscale.data.text import TextDataSettings
 from genscale.errors import UserError
 from genscale.models.gpt import GPTSettings
-from genscale.training.checkpoints import Checkpoint, list_checkpoints, write_checkpoint
+from genscale.training.checkpoint_writing import write_checkpoint
+from genscale.training.checkpoints import Checkpoint, list_checkpoints
 from genscale.training.run_folder import (
     check_free_space,
     check_host_memory,

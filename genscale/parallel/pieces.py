@@ -1,0 +1,72 @@
+"""What one process has of a network's tensors: the pieces that it writes of a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a logical tensor. Over all processes the pieces of a tensor make it whole, and none overlaps another.
+
+    Attributes:
+        name, shape: of the logical tensor.
+        first: its first element here, in the tensor's row-major order.
+        values: the elements from there on, in any shape and on any device, which may be none; they share the engine's memory.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    first: int
+    values: Tensor
+
+    @property
+    def whole(self) -> bool:
+        return self.values.numel() == math.prod(self.shape)
+
+
+def pieces_of(tensors: Iterable[tuple[str, Tensor]], rank: int, world_size: int) -> list[Piece]:
+    """This process's pieces of tensors by name, which must be the same on every process: its shard of a sharded one (DTensor);
+    those that every process has whole are dealt out, so that each is written once and all write about as much."""
+    found: list[Piece] = []
+    whole: list[tuple[str, Tensor]] = []
+    for name, tensor in tensors:
+        if isinstance(tensor, DTensor):
+            found.append(_shard(name, tensor.detach()))
+        else:
+            whole.append((name, tensor.detach()))
+    loads = [0] * world_size
+    for name, tensor in sorted(whole, key=lambda item: (-item[1].nbytes, item[0])):
+        owner = loads.index(min(loads))
+        loads[owner] += tensor.nbytes
+        if owner == rank:
+            found.append(Piece(name, tuple(tensor.shape), 0, tensor))
+    return found
+
+
+def _shard(name: str, tensor: DTensor) -> Piece:
+    (placement,) = tensor.placements
+    if placement != Shard(0):
+        raise NotImplementedError(f"{name}: a tensor placed as {placement}")
+    mesh, shape, values = tensor.device_mesh, tuple(tensor.shape), tensor.to_local()
+    rows = -(-shape[0] // mesh.size())  # of torch.chunk, which leaves the last processes less, or nothing
+    begin = min(mesh.get_local_rank() * rows, shape[0])
+    if values.shape[0] != min(rows, shape[0] - begin):
+        raise RuntimeError(f"{name}: {values.shape[0]} of {shape[0]} rows on process {mesh.get_local_rank()}")
+    return Piece(name, shape, begin * math.prod(shape[1:]), values)
+
+
+def put_together(pieces: Iterable[Piece]) -> dict[str, Tensor]:
+    """The logical tensors, on the CPU, of the pieces of all processes."""
+    made: dict[str, Tensor] = {}
+    for piece in pieces:
+        if piece.name not in made:
+            made[piece.name] = torch.empty(piece.shape, dtype=piece.values.dtype)
+        made[piece.name].view(-1)[piece.first:piece.first + piece.values.numel()] = piece.values.reshape(-1).cpu()
+    return made

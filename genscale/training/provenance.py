@@ -1,0 +1,65 @@
+"""What made a checkpoint, and how far through the data it is: for people who find it later."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import genscale
+
+ROOT = Path(genscale.__file__).resolve().parents[1]
+
+
+def provenance(world_size: int, strategy: str, position: str) -> dict[str, Any]:
+    """As JSON: versions, commit of the code, host, time, the shape of the run, and its position in the data."""
+    return {"versions": versions(), "commit": commit(), "host": platform.node(),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"), "world_size": world_size, "strategy": strategy,
+            "position": position}
+
+
+def versions() -> dict[str, str]:
+    """Of Python, of genscale and of what it computes with here."""
+    found = {"python": platform.python_version(), "genscale": genscale.__version__, "torch": torch.__version__}
+    for name in ("deepspeed", "accelerate"):
+        if name in sys.modules:
+            found[name] = str(getattr(sys.modules[name], "__version__", "unknown"))
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit of the code that runs, with "-dirty" where files differ from it; None outside a checkout of its own."""
+    if not (ROOT / ".git").exists():  # installed, perhaps within the checkout of something else
+        return None
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def position_in_words(samples: int, samples_of_epoch: int | None) -> str:
+    """"epoch 2, 13.4 M of 20 M samples", or without epochs "13.4 M samples"."""
+    if not samples_of_epoch:
+        return f"{_rounded(samples)} samples"
+    epoch, inside = divmod(samples, samples_of_epoch)
+    if samples and not inside:  # at the end of an epoch, not at the start of the next
+        epoch, inside = epoch - 1, samples_of_epoch
+    return f"epoch {epoch + 1}, {_rounded(inside)} of {_rounded(samples_of_epoch)} samples"
+
+
+def _rounded(number: int) -> str:
+    for size, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {letter}" if number < 1000 * size else f"{number / size:,.0f} {letter}"
+    return str(number)

@@ -1,0 +1,177 @@
+"""Tensors in safetensors files: written by several processes, each its pieces, and read as whole tensors by name.
+
+A file is `<name>.safetensors` where one process writes, or `<name>-00001-of-00002.safetensors` and so on. What a process does
+not have whole is stored flat as "<tensor>@<first element>", and the metadata "shapes" has the shapes of those tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from genscale.errors import UserError
+from genscale.parallel.pieces import Piece
+
+TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+         torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+         torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
+DTYPES = {name: dtype for dtype, name in TYPES.items()}
+PART = re.compile(r"^(.+)-\d{5}-of-\d{5}$")
+CHUNK = 2**24
+"""Bytes that are hashed and written at a time."""
+
+
+def part_name(name: str, rank: int, world_size: int) -> str:
+    """File of one process's pieces of the tensors of a network."""
+    return f"{name}.safetensors" if world_size == 1 else f"{name}-{rank + 1:05d}-of-{world_size:05d}.safetensors"
+
+
+def names_in(folder: Path) -> dict[str, list[Path]]:
+    """The files in a folder by the name that they are parts of, in order."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        part = PART.match(file.stem)
+        found.setdefault(part.group(1) if part else file.stem, []).append(file)
+    return found
+
+
+class TensorBuffer:
+    """Host memory in which the pieces of one file wait to be written, as they will lie in it. It is kept for the next save: new
+    memory would cost a fault for every page again.
+
+    Args:
+        pinned: in memory from which a GPU copies by itself.
+    """
+
+    def __init__(self, pinned: bool = False) -> None:
+        self._pinned = pinned
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._size, self._header = 0, b""
+
+    @torch.no_grad()
+    def take(self, pieces: Iterable[Piece]) -> None:
+        """Copy the pieces. A copy from a GPU is not waited for."""
+        present = [(_key(piece), piece) for piece in pieces if piece.whole or piece.values.numel()]
+        present.sort(key=lambda item: (-item[1].values.element_size(), item[0]))  # so that all are aligned
+        cut = {piece.name: piece.shape for _, piece in present if not piece.whole}
+        entries = [(key, piece.values.dtype, piece.shape if piece.whole else (piece.values.numel(),)) for key, piece in present]
+        self._header, self._size = _header(entries, {"shapes": json.dumps(cut)} if cut else {})
+        if self._size > self._memory.numel():
+            self._memory = torch.empty(self._size, dtype=torch.uint8, pin_memory=self._pinned)
+        start = 0
+        for _, piece in present:
+            values = piece.values
+            if values.numel():
+                place = self._memory[start:start + values.nbytes].view(values.dtype).view(values.shape)
+                place.copy_(values, non_blocking=True)
+            start += values.nbytes
+
+    def write(self, file: Path) -> dict[str, object]:
+        """Write the file, through to the disk; its size and SHA-256. Raises OSError."""
+        digest = hashlib.sha256()
+        content = memoryview(self._memory.numpy())[:self._size]
+        with file.open("wb") as out:
+            for chunk in (self._header, *(content[at:at + CHUNK] for at in range(0, self._size, CHUNK))):
+                digest.update(chunk)
+                out.write(chunk)
+            out.flush()
+            os.fsync(out.fileno())
+        return {"bytes": len(self._header) + self._size, "sha256": digest.hexdigest()}
+
+
+def write_whole(file: Path, tensors: TensorFiles) -> None:
+    """Write all the tensors to one file, one at a time. Raises OSError."""
+    types, shapes = tensors.types(), tensors.shapes()
+    names = sorted(shapes, key=lambda name: (-types[name].itemsize, name))
+    with file.open("wb") as out:
+        out.write(_header([(name, types[name], shapes[name]) for name in names], {})[0])
+        for name in names:
+            out.write(memoryview(tensors(name).reshape(-1).view(torch.uint8).numpy()))
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _header(entries: Iterable[tuple[str, torch.dtype, Sequence[int]]], metadata: dict[str, str]) -> tuple[bytes, int]:
+    """What stands before the bytes of tensors (key, dtype, shape) that lie one behind the other, and how many these are."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+    end = 0
+    for key, dtype, shape in entries:
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[key] = {"dtype": TYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, end
+
+
+def _key(piece: Piece) -> str:
+    return piece.name if piece.whole else f"{piece.name}@{piece.first}"
+
+
+class TensorFiles:
+    """The tensors of one network, its optimizer or its average, put together one at a time from the files of all who wrote.
+
+    Raises UserError where a file cannot be read, or does not hold what the others leave out.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = list(files)
+        self._places: dict[str, list[tuple[int, int, str]]] = {}  # by tensor: (first element, file, key)
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._types: dict[str, torch.dtype] = {}
+        self._open = []
+        for index, path in enumerate(self.files):
+            try:
+                file = safe_open(str(path), framework="pt")
+                cut = json.loads((file.metadata() or {}).get("shapes", "{}"))
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"checkpoint file {path} cannot be read: {error}") from None
+            self._open.append(file)
+            for key in file.keys():  # noqa: SIM118 - no mapping
+                name, first = _place(key, cut)
+                self._places.setdefault(name, []).append((first, index, key))
+                stored = file.get_slice(key)
+                self._shapes[name] = tuple(cut[name] if name in cut else stored.get_shape())
+                self._types[name] = DTYPES[stored.get_dtype()]
+        for places in self._places.values():
+            places.sort()
+
+    def keys(self) -> list[str]:
+        return sorted(self._places)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict(self._shapes)
+
+    def types(self) -> dict[str, torch.dtype]:
+        return dict(self._types)
+
+    def __call__(self, key: str) -> Tensor:
+        """The whole tensor. Raises ValueError where there is none of that name."""
+        if key not in self._places:
+            raise ValueError(f"{self.files[0]} has no tensor {key}")
+        parts = [(first, self._open[index].get_tensor(stored)) for first, index, stored in self._places[key]]
+        shape = self._shapes[key]
+        if len(parts) == 1 and parts[0][1].shape == shape:
+            return parts[0][1]
+        end = 0
+        for first, values in parts:
+            if first != end:
+                break
+            end += values.numel()
+        if end != math.prod(shape) or first > end:
+            raise UserError(f"checkpoint file {self.files[0]}: of {key} the elements from {end} on are missing")
+        return torch.cat([values for _, values in parts]).view(shape)
+
+
+def _place(key: str, cut: dict[str, list[int]]) -> tuple[str, int]:
+    """Name and first element of what is stored as `key`."""
+    name, _, first = key.rpartition("@")
+    return (name, int(first)) if name in cut else (key, 0)
