@@ -137,11 +137,12 @@ class Run:
     Args:
         folder: of its own; the run folder will be `folder`/run.
         settings: flags of `genscale train` without run.dir and strategy.
+        scratch: for what the lives print and their temporary files (default: `folder`).
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        self.home, self.settings = folder, settings
-        (folder / "tmp").mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, settings: dict[str, Any], scratch: Path | None = None) -> None:
+        self.home, self.settings, self.scratch = folder, settings, scratch or folder
+        (self.scratch / "tmp").mkdir(parents=True, exist_ok=True)
         self.folder = folder / settings["run.name"]
         self.checkpoints, self.metrics_file = self.folder / "checkpoints", self.folder / "metrics.jsonl"
 
@@ -157,12 +158,12 @@ class Run:
         command += [*self.words(), "--run.dir", str(self.home), "--parallel.strategy", shape.strategy]
         environment = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
         # A launcher that is killed outright leaves its temporary folder behind.
-        environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(self.home / "tmp"), MARKER: marker}
+        environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(self.scratch / "tmp"), MARKER: marker}
         environment |= variables
-        with (self.home / f"output-{marker}.txt").open("w") as output:
+        with (self.scratch / f"output-{marker}.txt").open("w") as output:
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT,
                                        start_new_session=True)
-        return Life(self.home, process, marker, time.monotonic())
+        return Life(self.scratch, process, marker, time.monotonic())
 
     def run_to_end(self, shape: Shape) -> float:
         """A whole life, which must go well. Returns the seconds to its first step."""
@@ -197,6 +198,10 @@ class Run:
         with suppress(FileNotFoundError), os.scandir(self.checkpoints) as entries:
             return {(entry.name, entry.inode()) for entry in entries if entry.name.startswith(".")}
         return set()
+
+    def saved(self) -> int:
+        """The step of the latest checkpoint, whole or not; 0 without one."""
+        return max((checkpoint.step for checkpoint in list_checkpoints(self.checkpoints)), default=0)
 
     def latest(self) -> Checkpoint | None:
         """The latest checkpoint; AssertionError where any of those on the disk is not whole."""

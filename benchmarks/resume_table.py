@@ -1,0 +1,177 @@
+"""Resume from any strategy under any other, at any number of processes: 20 steps here, a checkpoint, 20 more there, against
+40 steps of one process that nobody stopped.
+
+    python benchmarks/resume_table.py --out benchmarks/results/resume-cpu.json
+
+All runs of one number of processes are made by one group of processes, one after the other; each run is what `genscale train`
+does, from the config to the checkpoint on the disk. Beside the largest differences stands what reordering the sums alone does:
+one process, accumulation 2 and 4 (law 1: within 1e-5, or within three times that where AdamW magnifies rounding).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from report import ROOT, circumstances, write
+
+STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
+SIZES, BEFORE = (1, 2, 3), 2
+HALF = 20
+CROSSINGS = [("ddp", "fsdp2"), ("fsdp2", "zero3"), ("zero3", "zero1"), ("zero2", "ddp"), ("zero1", "single"),
+             ("single", "zero2")]
+"""Of the families that are not taken from every strategy to every other."""
+COMMON: dict[str, Any] = {
+    "data.lanes": 12, "train.global_batch_size": 12, "train.log_every": 1, "train.precision": "fp32",
+    "schedule.name": "constant", "tracking.wandb": "disabled", "guards.dry_batch": False,
+}  # fmt: skip
+IMAGES: dict[str, Any] = {
+    **COMMON, "data.source": "digits", "data.size": 16, "data.channels": 1, "data.validation_images": 80,
+    "train.clip": 0, "train.ema_half_life": 100, "optimizer.name": "sgd", "optimizer.momentum": 0.9,
+}  # fmt: skip
+SETTINGS: dict[str, dict[str, Any]] = {
+    "gpt": {**COMMON, "data.source": "python-docs", "model.layers": 2, "model.heads": 2, "model.width": 32,
+            "model.positions": 32, "data.sequence_length": 32, "data.validation_blocks": 4, "optimizer.lr": 1e-3,
+            "schedule.warmup_steps": 20},
+    "dcgan": {**IMAGES, "model.family": "dcgan", "model.width": 4, "model.latent": 8, "optimizer.lr": 0.005},
+    "vae": {**IMAGES, "model.family": "vae", "model.width": 8, "model.multipliers": "[1,2]", "model.latents": 4,
+            "optimizer.lr": 1e-5},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: `steps` steps under a strategy, from nothing or from the checkpoint of the run named `start`."""
+
+    name: str
+    family: str
+    strategy: str
+    steps: int
+    start: str = ""
+    micro_batch_size: int | None = None
+
+
+def run_cells(processes: int, cells: list[Cell], folder: Path) -> None:
+    """All of them in one group of processes; each leaves its run folder at `folder`/<name>."""
+    for cell in cells:
+        if cell.start:  # its checkpoint and its metrics, as a kill would leave them
+            shutil.copytree(folder / cell.start, folder / cell.name, ignore=shutil.ignore_patterns("logs", "samples", "plots"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone", __file__,
+               "--worker", json.dumps([asdict(cell) for cell in cells]), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    subprocess.run(command, check=True, env=environment, stdout=sys.stderr)
+
+
+def work(cells: list[Cell], folder: Path) -> None:
+    """One process of the group."""
+    from genscale.config_parser import parse_config
+    from genscale.objectives import FAMILIES
+    from genscale.parallel.launcher import clear_launch_environment
+    from genscale.parallel.processes import Processes
+    from genscale.parallel.strategies import plan_parallel
+    from genscale.training.run import _train, derive_accumulation
+    from genscale.training.run_folder import create_run_folder
+
+    jobs = []
+    for cell in cells:
+        settings = {**SETTINGS[cell.family], "run.dir": folder, "run.name": cell.name, "train.steps": cell.steps,
+                    "parallel.strategy": cell.strategy}
+        if cell.micro_batch_size:
+            settings["train.micro_batch_size"] = cell.micro_batch_size
+        config = parse_config(FAMILIES, [word for key, value in settings.items() for word in (f"--{key}", str(value))])
+        jobs.append((config, plan_parallel(config.parallel, config.train.precision)))
+    clear_launch_environment()
+    processes = Processes(need_group=True)
+    logging.getLogger("genscale").addHandler(logging.NullHandler())
+    for config, plan in jobs:
+        config.train.precision = plan.precision
+        run = folder / config.run.name
+        processes.main_does(lambda run=run: create_run_folder(run))
+        began = time.perf_counter()
+        _train(config, processes, plan, derive_accumulation(config, plan.world_size), run)
+        gc.collect()
+        if processes.is_main:
+            print(f"{config.run.name}: {time.perf_counter() - began:.1f} s", flush=True)
+    processes.close()
+
+
+def losses(run: Path) -> dict[int, dict[str, float]]:
+    """By step: the losses of its phases, and that of its evaluation (with the averaged weights, where there is an average)."""
+    found: dict[int, dict[str, float]] = {}
+    for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+        wanted = {name: value for name, value in line.items() if name in ("loss", "validation_loss") or name.endswith("/loss")}
+        found.setdefault(line["step"], {}).update(wanted)
+    return found
+
+
+def largest_difference(run: Path, truth: Path) -> float:
+    """Of any loss in the second half, relative to the largest value of that loss (a generator's passes through small ones)."""
+    mine, true = losses(run), losses(truth)
+    assert mine.keys() == true.keys() == set(range(1, 2 * HALF + 1))
+    names = {name for step in true.values() for name in step}
+    scale = {name: max(abs(step[name]) for step in true.values() if name in step) for name in names}
+    later = [step for step in true if step > HALF]
+    # A run that was taken up again has one evaluation more, at the end of its first half.
+    return max(abs(mine[step][name] - true[step][name]) / scale[name] for step in later for name in true[step])
+
+
+def crossings(family: str) -> list[tuple[str, str]]:
+    if family == "gpt":
+        return [(before, after) for before in STRATEGIES for after in STRATEGIES]
+    return [(strategy, strategy) for strategy in STRATEGIES] + CROSSINGS
+
+
+def table(family: str, folder: Path) -> dict[str, Any]:
+    """Every crossing of a family, at 1, 2 and 3 processes after the resume (single: 1)."""
+    pairs, batch = crossings(family), COMMON["train.global_batch_size"]
+    truth, couples = folder / f"{family}-truth", family == "dcgan"
+    noise = [] if couples else [Cell(f"{family}-accumulation-{n}", family, "single", 2 * HALF, micro_batch_size=batch // n)
+                                for n in (2, 4)]
+    starts = {before: Cell(f"{family}-{before}", family, before, HALF) for before in STRATEGIES}
+    run_cells(1, [Cell(truth.name, family, "single", 2 * HALF), *noise, starts["single"]], folder)
+    run_cells(BEFORE, [cell for strategy, cell in starts.items() if strategy != "single"], folder)
+    rows = []
+    for size in SIZES:
+        cells = {(before, after): Cell(f"{family}-{before}-{after}-{size}", family, after, 2 * HALF, starts[before].name)
+                 for before, after in pairs if after != "single" or size == 1}
+        run_cells(size, list(cells.values()), folder)
+        rows += [{"before": before, "processes_before": 1 if before == "single" else BEFORE, "after": after,
+                  "processes_after": size, "largest_difference": largest_difference(folder / cell.name, truth)}
+                 for (before, after), cell in cells.items()]
+    differences = [row["largest_difference"] for row in rows]
+    reordered = [largest_difference(folder / cell.name, truth) for cell in noise]
+    limit = max([1e-5, *(3 * difference for difference in reordered)])
+    return {"cells": len(rows), "largest_difference": max(differences), "within_1e-5": sum(d <= 1e-5 for d in differences),
+            "reordered_sums": reordered, "within_law_1": sum(d <= limit for d in differences), "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--families", default="gpt,dcgan,vae")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        return work([Cell(**cell) for cell in json.loads(arguments.worker[0])], Path(arguments.worker[1]))
+    result = circumstances(["torch", "accelerate", "deepspeed"]) | {"steps_before": HALF, "steps_after": HALF, "families": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        for family in arguments.families.split(","):
+            result["families"][family] = table(family, Path(folder))
+    write(result, arguments.out)
+    if any(found["within_law_1"] < found["cells"] for found in result["families"].values()):
+        sys.exit("a resumed run left the path of the undisturbed one")
+
+
+if __name__ == "__main__":
+    main()
