@@ -18,8 +18,8 @@ from genscale.objectives import FAMILIES
 from genscale.objectives.base import Objective
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import build_engine, plan_parallel
-from genscale.training.guards import StopSignal
 from genscale.training.optimizers import make_optimizer
+from genscale.training.signals import StopSignal
 from genscale.training.trainer import StepReport, Trainer
 
 

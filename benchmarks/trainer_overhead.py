@@ -36,8 +36,8 @@ from genscale.objectives import FAMILIES
 from genscale.parallel.materialise import fill, materialise
 from genscale.parallel.processes import Processes
 from genscale.parallel.replicated import ReplicatedEngine
-from genscale.training.guards import StopSignal
 from genscale.training.optimizers import make_optimizer
+from genscale.training.signals import StopSignal
 from genscale.training.trainer import Trainer
 
 SIZES = {"tiny": {"layers": 2, "heads": 2, "width": 64, "time": 64, "batch": 4, "steps": 400},

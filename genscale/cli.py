@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 
-from genscale import __version__
+from genscale import __version__, exit_codes
 from genscale.errors import UserError, nearest
+from genscale.training.signals import Stopped, StopSignal
 
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 VERBS = {
     "train": "train a model as a YAML config says; resumes by itself",
     "sample": "generate from a trained run",
@@ -25,12 +25,11 @@ VERBS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns the exit code: 0 done, 2 the user's mistake (one line on stderr), 130 or 143 stopped by
-    a signal."""
+    """Run one verb. Returns the exit code (see `genscale.exit_codes`)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
-        return 0 if arguments else EXIT_USER_ERROR
+        return 0 if arguments else exit_codes.USER_ERROR
     if arguments[0] == "--version":
         print(__version__)
         return 0
@@ -43,16 +42,20 @@ def guarded(run: Callable[[], int]) -> int:
     try:
         return run()
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) > 0:
+        if int(os.environ.get("RANK", "0")) > 0 and not error.alone:
             # Launchers end all processes as soon as one fails: rank 0, which has the same error as a rule, must be the first.
             # Whoever is still alive afterwards was alone with it.
             time.sleep(10)
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+        return exit_codes.USER_ERROR
+    except Stopped as stopped:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"stopped by {stopped.signal.name} before the first step", file=sys.stderr, flush=True)
+        return exit_codes.of_signal(stopped.signal)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return exit_codes.of_signal(signal.SIGINT)
     except BrokenPipeError:  # `genscale ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -61,7 +64,7 @@ def guarded(run: Callable[[], int]) -> int:
 def _verb(verb: str) -> Callable[[list[str]], int]:
     # Imported one at a time: torch takes seconds to load, and `--help` of another verb need not wait for it.
     if verb == "train":
-        from genscale.verbs.train import main as run
+        run = _train
     elif verb == "sample":
         from genscale.verbs.sample import main as run
     elif verb == "evaluate":
@@ -79,6 +82,13 @@ def _verb(verb: str) -> Callable[[list[str]], int]:
     else:
         raise UserError(f"'{verb}' is not a verb of genscale{nearest(verb, VERBS)}; verbs: {', '.join(VERBS)}")
     return run
+
+
+def _train(arguments: list[str]) -> int:
+    with StopSignal(starting=True) as stop:  # before the import, during which a scheduler may already want the machine back
+        from genscale.verbs.train import main as run
+
+        return run(arguments, stop)
 
 
 def _usage() -> str:

@@ -11,7 +11,13 @@ from genscale.masking import masked
 
 class UserError(Exception):
     """A wrong setting, path or file. Its message is one line: the key, the value, the reason, the nearest allowed setting;
-    no password or token."""
+    no password or token.
+
+    Attributes:
+        alone: this process is known to be the one to say it; else it leaves that to rank 0, which has the same error as a rule.
+    """
+
+    alone = False
 
     def __init__(self, message: str) -> None:
         super().__init__(masked(" ".join(str(message).split())))

@@ -32,6 +32,8 @@ __all__ = ["StepLoader", "merge_states"]
 
 CLOSE_SECONDS = 2.0
 """Longest wait for workers that close their data; then they are killed."""
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Signals that mean the trainer, and reach its children too where a terminal or Slurm sends them."""
 
 
 class StepLoader:
@@ -260,12 +262,12 @@ def _as_is(part: Part | _Failure) -> Part | _Failure:
 
 @contextmanager
 def _interrupts_ignored() -> Iterator[None]:
-    """Children started meanwhile inherit the deafness to Ctrl-C and SIGTERM. Where those reach the whole process group (a
+    """Children started meanwhile inherit the deafness to what stops a run. Where that reaches the whole process group (a
     terminal, Slurm) the trainer checkpoints first, for which the loader must still be whole."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOPS}
     try:
         yield
     finally:
@@ -276,8 +278,8 @@ def _interrupts_ignored() -> Iterator[None]:
 def _start_worker(stop: Connection, logs: Logs, worker: int) -> None:
     """(torch has already limited the worker to one thread.)"""
     # torch has installed handlers of its own by now.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     logs.follow()
     threading.Thread(target=_follow_parent, daemon=True).start()

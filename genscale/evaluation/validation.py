@@ -76,7 +76,8 @@ class _Totals:
 def validate(objective: Objective, networks: Networks, samples: list[dict[str, np.ndarray]], *, batch_size: int, rank: int,
              world_size: int, device: torch.device, reduce_sum: Callable[[Tensor], Tensor],
              autocast: Callable[[], AbstractContextManager],
-             on_batch: Callable[[int], object] | None = None) -> dict[str, float]:
+             on_batch: Callable[[int], object] | None = None,
+             go_on: Callable[[int], bool] | None = None) -> dict[str, float] | None:
     """Metrics of `networks` over `samples`; every rank calls it and gets the same answer, whatever the number of ranks.
 
     Args:
@@ -89,12 +90,15 @@ def validate(objective: Objective, networks: Networks, samples: list[dict[str, n
         reduce_sum: a tensor (float64 or fp32) to its sum over all ranks, on every rank.
         autocast: the precision's context for a forward pass.
         on_batch: told after each batch of this rank how many samples it had.
+        go_on: asked before each batch, with its number, by every rank alike; where it says no, the answer is None.
     """
     batches = [samples[start:start + batch_size] for start in range(0, len(samples), batch_size)]
     totals = _Totals(len(samples), batch_size)
     with evaluating(networks):
         # A sharded forward is collective, so a rank without a batch of its own left runs the last one and drops the result.
         for turn in range(rank, rank + -(-len(batches) // world_size) * world_size, world_size):
+            if go_on is not None and not go_on(turn - rank):
+                return None
             number = min(turn, len(batches) - 1)
             with autocast():
                 terms = objective.evaluate(networks, _collate(batches[number], number * batch_size, device))

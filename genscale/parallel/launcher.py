@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from genscale import exit_codes
 from genscale.errors import UserError
 
 
@@ -205,8 +206,9 @@ def follow_launcher() -> None:
 def launch_processes(processes: int, arguments: list[str]) -> int:
     """Runs `genscale train <arguments>` in several processes of this machine and returns the exit code (128 + n for signal n).
 
-    Ctrl-C, SIGTERM and SIGHUP are passed on to the processes, which end by themselves after a checkpoint. What the processes
-    print is all there is to see: the launcher's own traceback about a child that failed is left out. Raises UserError.
+    Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP are passed on to the processes, which end by themselves after a checkpoint. What the
+    processes print is all there is to see: the launcher's own traceback about a child that failed is left out. Raises
+    UserError.
     """
     import torch
 
@@ -246,7 +248,7 @@ def run_workers(processes: int, command: list[str]) -> int:
             except ChildFailedError as error:
                 return _explain(error, processes)
             except SignalException as error:
-                return 128 + error.sigval
+                return exit_codes.of_signal(error.sigval)
     return 0
 
 
@@ -263,13 +265,15 @@ def _quieten_agent() -> None:
 
 def _explain(error: Exception, processes: int) -> int:
     rank, failure = error.get_first_failure()
+    if any(each.exitcode == exit_codes.HANG for each in error.failures.values()):
+        return exit_codes.HANG  # the watchdog has said why, and killed the process that hung
     if failure.exitcode >= 0:
         return failure.exitcode
     # A killed process could not say anything itself.
     cause = " (out of memory?)" if failure.exitcode == -signal.SIGKILL else ""
     name = signal.Signals(-failure.exitcode).name
     print(f"genscale: process {rank} of {processes} was ended by {name}{cause}; the others were stopped", file=sys.stderr)
-    return 128 - failure.exitcode
+    return exit_codes.of_signal(-failure.exitcode)
 
 
 def _leads_session(pid: int) -> bool:
@@ -287,13 +291,14 @@ def _pass_signals_on() -> Iterator[None]:
         # The agent makes each worker the leader of a session, so a terminal's Ctrl-C reaches this process alone.
         workers = [child.pid for child in psutil.Process().children() if _leads_session(child.pid)]
         if not workers:
-            raise SystemExit(128 + number)
+            raise SystemExit(exit_codes.of_signal(number))
         for worker in workers:
             with suppress(ProcessLookupError):  # it may have ended meanwhile
                 os.kill(worker, signal.SIGTERM if number == signal.SIGHUP else number)
 
     # What the shell told us to ignore (nohup, a background job) stays ignored.
-    wanted = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    wanted = [number for number in stops if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, pass_on) for number in wanted}
     try:
         yield

@@ -28,12 +28,15 @@ class Processes:
     Attributes:
         accelerator: the `accelerate.Accelerator`; it wraps networks for DDP and owns nothing else.
         rank, world_size, device: of this process.
+        doing: what it is at, as a person would say it; see `note`.
+        beats: how often it has said so.
     """
 
-    def __init__(self, need_group: bool = False, timeout_minutes: int = 30) -> None:
+    def __init__(self, need_group: bool = False, timeout_minutes: float = 30) -> None:
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+        self.doing, self.beats = "starting", 0
         use_cpu = on_cpu()
         if need_group and "RANK" not in os.environ:
             backend = "gloo" if use_cpu else "cuda:nccl,cpu:gloo"
@@ -58,6 +61,11 @@ class Processes:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def note(self, doing: str) -> None:
+        """Progress: this process is now at `doing`, as in "step 12, phase generator, backward". The watchdog reads it."""
+        self.doing = doing
+        self.beats += 1
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, on every process."""

@@ -22,9 +22,9 @@ from genscale.parallel.strategies import ParallelPlan, build_engine, plan_parall
 from genscale.tracking.run_logging import setup_logging
 from genscale.training.audit_probe import Identity, differing, fingerprints, identities, repeated, term_gradients
 from genscale.training.audit_report import AuditReport, PhaseFindings
-from genscale.training.guards import StopSignal
 from genscale.training.outcome import PhaseOutcome
 from genscale.training.run import derive_accumulation, open_loader, open_objective, prepare
+from genscale.training.signals import StopSignal
 from genscale.training.trainer import Hook, MicroBatches, Trainer
 
 

@@ -31,6 +31,7 @@ from genscale.training.provenance import position_in_words, provenance
 from genscale.training.restoring import restore
 from genscale.training.run_folder import config_dict, config_yaml
 from genscale.training.saving import Contents, Saver
+from genscale.training.signals import StopSignal
 from genscale.training.trace import NAME as TRACE
 from genscale.training.trace import Trace
 from genscale.training.trainer import Hook, StepReport
@@ -43,6 +44,7 @@ class RunHooks:
 
     Args:
         state: state.json of the checkpoint the run continues from, or an empty dict.
+        stop: the signals received so far; one ends an evaluation.
 
     Attributes:
         evaluation: metrics of the last evaluation.
@@ -51,9 +53,9 @@ class RunHooks:
     """
 
     def __init__(self, config: Config, folder: Path, engine: Engine, objective: Objective, data: Data, loader: StepLoader,
-                 state: dict[str, Any]) -> None:
+                 state: dict[str, Any], stop: StopSignal) -> None:
         self.config, self.folder, self.objective, self.data, self.loader = config, folder, objective, data, loader
-        self.engine, self.processes = engine, engine.processes
+        self.engine, self.processes, self.stop = engine, engine.processes, stop
         self.throughput = Throughput(objective.unit, objective.flops_per_unit(), self.processes.world_size,
                                      peak_flops(device_name(self.processes.device), config.train.precision))
         # Each repeat of a phase takes a global batch of its own.
@@ -111,12 +113,15 @@ class RunHooks:
         self._write(report.step, line, show=True)
 
     def evaluate(self, report: StepReport) -> None:
-        if report.stopped:  # a stop has seconds, not minutes, before the scheduler's SIGKILL
+        started = time.perf_counter()
+        # A stop has seconds, not minutes, before the scheduler's SIGKILL.
+        found = None if report.stopped else self._validate(report.step)
+        if found is None:
+            report.stopped = report.last = True
             every = self.config.train.evaluate_every
             self._left_out = every > 0 and report.step % every == 0
             return
-        started = time.perf_counter()
-        self.evaluation = self._validate()
+        self.evaluation = found
         self.evaluated_step = report.step
         line = {f"validation_{name}": value for name, value in self.evaluation.items()}
         line["evaluation_seconds"] = time.perf_counter() - started
@@ -139,12 +144,19 @@ class RunHooks:
         if train.checkpoint_every and step % train.checkpoint_every == 0:
             self.best = self._best_with(step)
 
-    def _validate(self) -> dict[str, float]:
+    def _validate(self, step: int) -> dict[str, float] | None:
+        """None where a signal has cut it short."""
         processes = self.processes
+
+        def go_on(batch: int) -> bool:
+            processes.note(f"step {step}, evaluation, batch {batch + 1}")
+            return not self.stop.agree(processes)
+
         with self.engine.averaged():
             return validate(self.objective, self.engine.view(None), self.validation_set,
                             batch_size=self.engine.micro_batch_size, rank=processes.rank, world_size=processes.world_size,
-                            device=processes.device, reduce_sum=processes.sum, autocast=self.engine.forward_context)
+                            device=processes.device, reduce_sum=processes.sum, autocast=self.engine.forward_context,
+                            go_on=go_on)
 
     def _end_or_restore(self, report: StepReport, loss: float) -> None:
         self.settle_save()
@@ -264,8 +276,10 @@ class RunHooks:
 
     def already_complete(self, step: int) -> None:
         log.info("nothing to do: the run is complete at step %d; raise train.steps to train on", step)
-        self.evaluation = self._validate()
-        self.sample(StepReport(step, last=True))
+        found = self._validate(step)
+        if found is not None:
+            self.evaluation = found
+            self.sample(StepReport(step, last=True))
 
     def _write(self, step: int, line: dict[str, float], show: bool = False) -> None:
         if not self.processes.is_main:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import platform
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +23,9 @@ from genscale.objectives import FAMILIES
 from genscale.objectives.base import Objective
 from genscale.parallel.determinism import deterministic
 from genscale.parallel.engine import Engine, named_state
-from genscale.parallel.launcher import clear_launch_environment
-from genscale.parallel.processes import Processes, lost_peer
+from genscale.parallel.launcher import clear_launch_environment, follow_launcher
+from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import ParallelPlan, build_engine, check_objective, plan_parallel
-from genscale.tracking.run_logging import setup_logging
 from genscale.training.checkpoints import Checkpoint
 from genscale.training.collapse import Collapsed, check_collapse
 from genscale.training.hooks import RunHooks
@@ -39,18 +37,16 @@ from genscale.training.run_folder import (
     check_may_continue,
     check_same_accumulation,
     config_yaml,
-    create_run_folder,
     find_resume_point,
     recorded_in,
     run_folder,
     set_later_checkpoints_aside,
 )
-from genscale.training.trainer import Trainer
+from genscale.training.signals import StopSignal
+from genscale.training.supervision import Supervision, group_timeout_minutes
+from genscale.training.trainer import Hook, Trainer
 
 log = logging.getLogger("genscale")
-PATIENCE = 10.0
-"""Seconds that a process waits for its launcher to end it."""
-EXIT_INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 @dataclass(frozen=True)
@@ -73,8 +69,11 @@ class RunResult:
     is_main: bool
 
 
-def train(config: Config) -> RunResult:
+def train(config: Config, stop: StopSignal | None = None) -> RunResult:
     """Train as the config says.
+
+    Args:
+        stop: the signals received so far, where somebody listens for them already.
 
     Raises:
         UserError: anything the user can mend, on every rank, before the first step; and a run that has gone wrong.
@@ -91,20 +90,16 @@ def _start(config: Config) -> RunResult:
     shape = derive_accumulation(config, plan.world_size)
     folder = run_folder(config)
     clear_launch_environment()
-    processes = Processes(need_group=plan.needs_group)
-    try:
-        processes.main_does(lambda: create_run_folder(folder))
-        setup_logging(folder, processes.rank)
-        return _train(config, processes, plan, shape, folder)
-    except RuntimeError as error:
-        if not lost_peer(error):
-            raise
-        # The launcher knows which process ended and how: it says so, and ends this one.
-        time.sleep(PATIENCE)
-        raise UserError(f"another process of the run is gone ({folder}/logs may say why); start the run again, and it goes on "
-                        "from its latest checkpoint") from None
-    finally:
-        processes.close()
+    with stop or StopSignal() as listening:
+        follow_launcher()
+        processes = Processes(plan.needs_group, group_timeout_minutes(config.guards.hang_minutes))
+        try:
+            with Supervision(config, folder, processes, listening) as supervision:
+                result = _train(config, processes, plan, shape, folder, supervision)
+                supervision.ended(result.stopped_by)
+                return result
+        finally:
+            processes.close()
 
 
 def derive_accumulation(config: Config, world_size: int) -> tuple[int, int]:
@@ -130,7 +125,8 @@ def derive_accumulation(config: Config, world_size: int) -> tuple[int, int]:
     return micro, share // micro
 
 
-def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tuple[int, int], folder: Path) -> RunResult:
+def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tuple[int, int], folder: Path,
+           supervision: Supervision) -> RunResult:
     micro_batch_size, accumulation = shape
     family = FAMILIES[config.model.family]
     data_settings = processes.all_do(lambda: complete_from(config, recorded_in(folder, config.run.resume)))
@@ -160,8 +156,11 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
             kind = processes.device.type if processes.device.type == "cpu" else torch.cuda.get_device_name(processes.device)
             log.info("%s: %s parameters, %s, %d process%s on %s, %s, accumulation %d", folder, f"{parameters:,}", plan.strategy,
                      processes.world_size, "es" if processes.world_size > 1 else "", kind, config.train.precision, accumulation)
-        hooks = RunHooks(config, folder, engine, objective, data, loader, state)
-        return _loop(config, processes, folder, engine, objective, loader, hooks, state.get("step", 0))
+        hooks = RunHooks(config, folder, engine, objective, data, loader, state, supervision.stop)
+        return _loop(config, folder, engine, objective, loader, hooks, state.get("step", 0), supervision)
+    except BaseException as error:
+        supervision.failed(error)
+        raise
     finally:
         if loader is not None:
             loader.close()
@@ -185,23 +184,31 @@ def check_learning_rates(config: Config, objective: Objective) -> None:
                             f"{', '.join(objective.networks)}")
 
 
-def _loop(config: Config, processes: Processes, folder: Path, engine: Engine, objective: Objective, loader: StepLoader,
-          hooks: RunHooks, done: int) -> RunResult:
+def _loop(config: Config, folder: Path, engine: Engine, objective: Objective, loader: StepLoader, hooks: RunHooks, done: int,
+          supervision: Supervision) -> RunResult:
     outcome = "failed"
     try:
-        trainer = Trainer(config, objective, engine, loader, hooks.list(), hooks.last_good)
+        listed = [Hook(1, lambda report: supervision.did(report.step), settled=False), *hooks.list()]
+        trainer = Trainer(config, objective, engine, loader, listed, hooks.last_good, supervision.stop)
         if hooks.trace is not None:
             trainer.make_draws = hooks.trace.draws
+        supervision.loop_begins(done)
         hooks.make_up(done)
-        report = trainer.run(done + 1) if hooks.collapse is None else None
-        if report is None and hooks.collapse is None:
+        goes_on = hooks.collapse is None and supervision.stop.agreed is None
+        report = trainer.run(done + 1) if goes_on else None
+        if report is None and goes_on:
             hooks.already_complete(done)
         if hooks.collapse is not None:
             raise Collapsed(hooks.collapse)
-        outcome = "stopped" if trainer.stopped_by else "complete"
-        return RunResult(folder, report.step if report else done, hooks.evaluation, hooks.preview,
-                         trainer.stopped_by, processes.is_main)
+        stopped_by = supervision.stop.agreed
+        outcome = "stopped" if stopped_by else "complete"
+        return RunResult(folder, report.step if report else done, hooks.evaluation, hooks.preview, stopped_by,
+                         engine.processes.is_main)
+    except BaseException as error:
+        supervision.failed(error)
+        raise
     finally:
+        supervision.loop_ends()
         hooks.close(failed=outcome == "failed")
 
 

@@ -189,7 +189,7 @@ def find_resume_point(folder: Path, resume: str, warn: Callable[[str], None]) ->
 
 
 def _move_earlier_run_aside(folder: Path, warn: Callable[[str], None]) -> None:
-    earlier = [path for path in folder.iterdir() if not path.name.startswith("previous-") and path.name != "logs"]
+    earlier = [path for path in folder.iterdir() if not path.name.startswith(("previous-", ".")) and path.name != "logs"]
     if not any((folder / "checkpoints").iterdir()) and not (folder / "metrics.jsonl").exists():
         return
     aside = _aside(folder)

@@ -15,11 +15,10 @@ from genscale.data.loader import StepLoader
 from genscale.data.order import DIGEST_MODULUS
 from genscale.objectives.base import Objective, Phase
 from genscale.parallel.engine import Engine
-from genscale.parallel.launcher import follow_launcher
 from genscale.rng import Draws
-from genscale.training.guards import StopSignal
 from genscale.training.outcome import PhaseOutcome
 from genscale.training.schedules import average_decay, learning_rate_share
+from genscale.training.signals import StopSignal
 
 log = logging.getLogger("genscale")
 MicroBatches = list[dict[str, Tensor]]
@@ -66,15 +65,16 @@ class Trainer:
 
     Args:
         last_good: says where the last good checkpoint is, for the message of a run that went wrong.
+        stop: the signals received so far, where somebody listens for them already.
     """
 
     def __init__(self, config: Config, objective: Objective, engine: Engine, loader: StepLoader, hooks: Sequence[Hook],
-                 last_good: Callable[[], str]) -> None:
+                 last_good: Callable[[], str], stop: StopSignal | None = None) -> None:
         self.config, self.objective, self.engine, self.loader, self.hooks = config, objective, engine, loader, hooks
         self.processes = engine.processes
         self.last_good = last_good
+        self.stop = stop or StopSignal()
         self.skipped_steps = 0
-        self.stopped_by: signal.Signals | None = None
         self.make_draws: Callable[..., Draws] = Draws
         self._runs_ahead = self.processes.device.type != "cpu"
         self._unsettled: list[tuple[StepReport, PhaseOutcome]] = []
@@ -82,8 +82,7 @@ class Trainer:
     def run(self, first_step: int) -> StepReport | None:
         """Train from `first_step` to `train.steps`, or until a signal; every rank stops after the same step."""
         report = None
-        with StopSignal() as stop:
-            follow_launcher()
+        with self.stop as stop:
             for step in range(first_step, self.config.train.steps + 1):
                 report = self.train_step(step, stop)
                 for hook in self.hooks:
@@ -107,7 +106,7 @@ class Trainer:
         self.update_averages(step)
         number, report.data_digest = self._agree(stop.received or 0, report.data_digest)
         report.stopped = number > 0
-        self.stopped_by = signal.Signals(number) if number else None
+        stop.agreed = signal.Signals(number) if number else None
         report.last = report.stopped or step == self.config.train.steps
         self._settle(report)
         report.seconds = time.perf_counter() - started

@@ -7,13 +7,14 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from genscale import exit_codes
 from genscale.config_parser import parse_config, take_number
 from genscale.masking import masked
 from genscale.objectives import FAMILIES
-from genscale.training.run import EXIT_INTERRUPTED, RunResult, derive_accumulation, train
+from genscale.training.run import RunResult, derive_accumulation, train
+from genscale.training.signals import StopSignal
 
 PROCESSES = "GENSCALE_PROCESSES"
-EXIT_FAULT = 2
 
 SAMPLE_TEXT = "--prompt 'The' --tokens 200"
 SAMPLE_PICTURES = "--count 64 --out grid.png"
@@ -25,7 +26,7 @@ DESCRIPTION = ("Train a model. A run is one YAML file; every setting in it is al
                "train, a term does nothing, or a sample comes twice.")
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], stop: StopSignal) -> int:
     processes, arguments = take_number(arguments, "--processes", least=1)
     audited, settings = take_number(arguments, "--audit", least=1)
     config = parse_config(FAMILIES, settings, description=DESCRIPTION)
@@ -38,11 +39,11 @@ def main(arguments: list[str]) -> int:
     if audited is not None:
         from genscale.training.audit import audit
 
-        return 0 if audit(config, audited) else EXIT_FAULT
-    result = train(config)
+        return exit_codes.DONE if audit(config, audited) else exit_codes.USER_ERROR
+    result = train(config, stop)
     if result.is_main:
         print(farewell(result, settings), flush=True)
-    return EXIT_INTERRUPTED[result.stopped_by] if result.stopped_by else 0
+    return exit_codes.of_signal(result.stopped_by) if result.stopped_by else exit_codes.DONE
 
 
 def command(settings: Sequence[str], drop: Sequence[str] = ()) -> str:

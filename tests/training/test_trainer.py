@@ -27,9 +27,10 @@ from genscale.objectives.language_model import LanguageModel
 from genscale.parallel.processes import Processes
 from genscale.parallel.replicated import ReplicatedEngine
 from genscale.rng import Draws
-from genscale.training.guards import NonFiniteLoss, StopSignal
+from genscale.training.guards import NonFiniteLoss
 from genscale.training.optimizers import make_optimizer
 from genscale.training.schedules import learning_rate_share
+from genscale.training.signals import StopSignal
 from genscale.training.trainer import Hook, StepReport, Trainer
 
 GLOBAL, STEPS, NOISE = 6, 5, 3
@@ -233,7 +234,7 @@ def test_a_signal_ends_the_run_after_the_step() -> None:
     trainer = trainer_of(Adversaries(), settings(steps=50), 6, [Hook(1, interrupt)])
     report = trainer.run(1)
     trainer.loader.close()
-    assert (report.step, report.stopped, report.last, trainer.stopped_by) == (3, True, True, signal.SIGTERM)
+    assert (report.step, report.stopped, report.last, trainer.stop.agreed) == (3, True, True, signal.SIGTERM)
     assert [each.stopped for each in reports] == [False, False, True]
 
 

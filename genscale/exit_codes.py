@@ -1,0 +1,26 @@
+"""The exit codes of `genscale train`, for whoever starts it: a scheduler's script, a shell, a person.
+
+    0        done: every step up to train.steps
+    1        an error of ours, with its traceback
+    2        a user's mistake, or a run that went wrong (a loss that is no number, a collapse), with one line that says what
+    75       ended by the watchdog: no progress for guards.hang_minutes. Start it again, and it goes on
+    130, 143, 138    stopped by SIGINT, SIGTERM or SIGUSR1 (128 + its number): the last step done is in a checkpoint on disk,
+             or no step was done since the start. Start it again, and it goes on
+    128 + n  a process was ended by signal n, which it could not answer (137: SIGKILL, by a person or for want of memory)
+
+`genscale train` and `genscale train --processes N` end with these codes. `accelerate launch` and torchrun do not pass them on:
+they end with 1 whatever a process ended with, and die of SIGUSR1 themselves. So the run folder says the same in `ended.json`
+(`how`: complete, stopped, failed or hang; `signal`, `step`, `exit_code`, and the `time` in UTC), which is removed when the run
+starts again; where there is none, the run goes on, or was killed outright.
+"""
+
+DONE = 0
+OUR_ERROR = 1
+USER_ERROR = 2
+HANG = 75
+"""EX_TEMPFAIL of sysexits.h: try again."""
+
+
+def of_signal(number: int) -> int:
+    """The exit code of what a signal has stopped, as shells have it."""
+    return 128 + number

@@ -1,0 +1,85 @@
+"""ended.json: how a run came to its end, said once, by the process that knew first."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from genscale import exit_codes
+from genscale.errors import UserError
+from genscale.training.signals import Stopped
+
+How = Literal["complete", "stopped", "failed", "hang"]
+
+
+class Ending:
+    """The file `ended.json` of a run folder (see `genscale.exit_codes`). When one process fails, the others fail soon after, of
+    its absence: whoever makes this file is the one to speak, and the others end in silence, with the same exit code.
+
+    Attributes:
+        step: the last step done, as far as this process knows.
+    """
+
+    def __init__(self, run_folder: Path, rank: int) -> None:
+        self.rank, self.step = rank, 0
+        self._path = run_folder / "ended.json"
+        self._claimed = False
+
+    def clear(self) -> None:
+        """The run begins."""
+        self._path.unlink(missing_ok=True)
+
+    def claim(self, how: How, exit_code: int, number: signal.Signals | None = None, reason: str = "") -> bool:
+        """Say how the run ended. False where another process has said it before."""
+        if self._claimed:
+            return True
+        said = {"how": how, "signal": number.name if number else None, "step": self.step, "exit_code": exit_code,
+                "reason": reason or None, "rank": self.rank, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+        temporary = self._path.with_name(f".ended-{self.rank}-{os.getpid()}")
+        self._claimed = True
+        try:
+            temporary.write_text(json.dumps(said, indent=1) + "\n")
+            os.link(temporary, self._path)  # fails where the file is there
+        except FileExistsError:
+            self._claimed = False
+        except OSError:
+            pass  # on a full disk each process speaks for itself
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        return self._claimed
+
+    def failed(self, error: BaseException) -> None:
+        """Claim the end by an error, before what it brings down speaks. Once more does nothing."""
+        if self._claimed:
+            return
+        number = error.signal if isinstance(error, Stopped) else None
+        how: How = "stopped" if number else "failed"
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        # The root's handlers are the log file; what stands on the console is the caller's.
+        logging.getLogger().error("%s", reason, exc_info=None if isinstance(error, (UserError, Stopped)) else error)
+        if self.claim(how, _exit_code(error), number, reason) and isinstance(error, UserError):
+            error.alone = True
+
+    def is_ours(self) -> bool:
+        return self._claimed
+
+    def said(self) -> dict[str, Any] | None:
+        """What a process said about the end, if one did."""
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(self._path.read_text())
+        return None
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, Stopped):
+        return exit_codes.of_signal(error.signal)
+    if isinstance(error, KeyboardInterrupt):
+        return exit_codes.of_signal(signal.SIGINT)
+    return exit_codes.USER_ERROR if isinstance(error, UserError) else exit_codes.OUR_ERROR

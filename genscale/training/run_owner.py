@@ -1,0 +1,190 @@
+"""One run at a time in a run folder: the second is refused, and a run that was taken for dead can do no harm.
+
+    <run folder>/.owner/00000003.json     who has the folder: token, host, process, job, since when
+
+Each claim makes the next number, which the file system gives to one process only; the highest number is the owner. Claims are
+never deleted before a higher one is there, so no two starters can both find the folder free. The owner touches its file every
+few seconds. It is dead when its process is gone (the same machine), or when its file has not been touched for a minute by the
+file server's own clock (another machine, a reboot, a copy of the folder): no lock outlives its run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from genscale.errors import UserError
+
+BEAT_SECONDS = 5.0
+"""Between two touches of the owner's file."""
+STALE_SECONDS = 60.0
+"""An owner on another machine that has not touched its file for so long is dead."""
+
+
+class Fenced(UserError):
+    """Another process has taken the run folder over: this one must not write there any more."""
+
+
+class RunOwner:
+    """The right to write into a run folder, held by rank 0 of a run.
+
+    Raises:
+        UserError: another run that lives has the folder.
+        OSError: the folder cannot be written.
+
+    Args:
+        say: told in a line that the claim takes a while, and why.
+    """
+
+    def __init__(self, run_folder: Path, say: Callable[[str], None]) -> None:
+        self.run_folder, self._say = run_folder, say
+        self._folder = run_folder / ".owner"
+        self._folder.mkdir(exist_ok=True)
+        self._mine = {"token": secrets.token_hex(8), **_this_process(), "folder": run_folder.stat().st_ino,
+                      "since": datetime.now(UTC).isoformat(timespec="seconds")}
+        self._number = self._claim()
+
+    def beat(self) -> None:
+        """Show that this run lives. Raises Fenced; OSError where the file cannot be touched."""
+        self.check()
+        os.utime(self._file(self._number))
+
+    def check(self) -> None:
+        """Raises Fenced where another process has taken the folder over."""
+        latest = self._latest()
+        if latest == self._number and (_read(self._file(latest)) or self._mine)["token"] == self._mine["token"]:
+            return
+        other = _read(self._file(latest)) or {}
+        raise Fenced(f"run.name: {self.run_folder} was taken over by {_describe(other)}, which took this run for dead; "
+                     "this one ends without writing there")
+
+    def release(self) -> None:
+        """The folder is free. Once more does nothing."""
+        with contextlib.suppress(OSError, Fenced):
+            self.check()
+            self._write(self._file(self._number), {**self._mine, "released": True})
+
+    def _claim(self) -> int:
+        while True:
+            latest = self._latest()
+            if latest and not self._is_free(self._file(latest)):
+                other = _read(self._file(latest)) or {}
+                raise UserError(f"run.name: {self.run_folder} belongs to a run that goes on: {_describe(other)}; wait for it, "
+                                "stop it, or choose another --run.name")
+            own = self._folder / f"claim-{self._mine['token']}"
+            self._write(own, self._mine)
+            try:
+                os.link(own, self._file(latest + 1))  # fails where somebody was faster
+            except FileExistsError:
+                continue
+            finally:
+                own.unlink()
+            for number in self._numbers():
+                if number <= latest:
+                    self._file(number).unlink(missing_ok=True)
+            return latest + 1
+
+    def _is_free(self, file: Path) -> bool:
+        """Whether the owner that left this file is dead. Waits where only time can tell."""
+        other = _read(file)
+        if other is None or other.get("released"):
+            return True
+        mine = self._mine
+        if all(other[key] == mine[key] for key in ("host", "boot", "pids")):
+            # In a copy of a folder the file speaks of the run in the other one.
+            return not _lives(other["pid"], other["started"]) or other["folder"] != mine["folder"]
+        if other["job"] and other["job"] == mine["job"] and other["restart"] != mine["restart"]:
+            return True  # Slurm has requeued the job, and does so only when the earlier processes are gone
+        return self._waits_in_vain(file, other)
+
+    def _waits_in_vain(self, file: Path, other: dict[str, Any]) -> bool:
+        """Whether nobody touches the file before it is stale."""
+        try:
+            seen = file.stat().st_mtime_ns
+            said = False
+            while (left := STALE_SECONDS - (self._server_time() - seen) / 1e9) > 0:
+                if not said and left > 2 * BEAT_SECONDS:
+                    self._say(f"{self.run_folder} was in use by {_describe(other)}; waiting up to {left:.0f} s to see whether "
+                              "it still is")
+                    said = True
+                time.sleep(0.5)
+                if file.stat().st_mtime_ns != seen:
+                    return False
+        except FileNotFoundError:  # somebody else has claimed the folder meanwhile
+            return False
+        return True
+
+    def _server_time(self) -> int:
+        """The file server's clock, in nanoseconds: our own may differ."""
+        probe = self._folder / f"clock-{self._mine['token']}"
+        probe.write_bytes(b"")
+        os.utime(probe)
+        now = probe.stat().st_mtime_ns
+        probe.unlink()
+        return now
+
+    def _latest(self) -> int:
+        return max(self._numbers(), default=0)
+
+    def _numbers(self) -> list[int]:
+        return [int(path.stem) for path in self._folder.glob("*.json") if path.stem.isdigit()]
+
+    def _file(self, number: int) -> Path:
+        return self._folder / f"{number:08d}.json"
+
+    def _write(self, file: Path, content: dict[str, Any]) -> None:
+        temporary = file.with_name(f"new-{self._mine['token']}")
+        temporary.write_text(json.dumps(content, indent=1))
+        os.replace(temporary, file)
+
+
+def _this_process() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time(),
+            "boot": _line("/proc/sys/kernel/random/boot_id"), "pids": _link("/proc/self/ns/pid"),
+            "job": os.environ.get("SLURM_JOB_ID"), "restart": os.environ.get("SLURM_RESTART_COUNT", "0")}
+
+
+def _line(path: str) -> str:
+    """Of a file that other systems than Linux do not have."""
+    with contextlib.suppress(OSError):
+        return Path(path).read_text().strip()
+    return ""
+
+
+def _link(path: str) -> str:
+    with contextlib.suppress(OSError):
+        return os.readlink(path)
+    return ""
+
+
+def _lives(pid: int, started: float) -> bool:
+    try:
+        process = psutil.Process(pid)
+        # Reckoned from the boot time, which the clock's corrections move.
+        return abs(process.create_time() - started) < 2 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """None for a file that is gone, or that a full disk or a torn copy has left without its content."""
+    try:
+        content = json.loads(file.read_text())
+        return content if "token" in content else None
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def _describe(other: dict[str, Any]) -> str:
+    job = f", Slurm job {other['job']}" if other.get("job") else ""
+    return f"process {other.get('pid')} on {other.get('host')}{job}, since {other.get('since')}"

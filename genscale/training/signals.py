@@ -1,0 +1,79 @@
+"""SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (`--signal=USR1@60` of Slurm): a run ends with a checkpoint, to be taken up again."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # loads torch, and this module is the first to be read
+    from genscale.parallel.processes import Processes
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+IMPATIENCE = 5.0
+"""Seconds after which one more Ctrl-C means: now."""
+
+
+class Stopped(BaseException):
+    """A signal came before the first step: there is nothing to save."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.signal = signal.Signals(number)
+
+
+class StopSignal:
+    """Turns the signals that stop a run into a flag, which the loop reads between steps; used as a context manager.
+
+    A launcher may pass the same signal on again, and a scheduler sends another one (SIGUSR1, later SIGTERM) while the
+    checkpoint is being written: only the first counts. A second Ctrl-C five seconds later ends the process at once. Entered
+    again within itself it changes nothing.
+
+    Args:
+        starting: until `loop_begins`, a signal raises Stopped where the program is: loading a library or a large data set
+            takes minutes, in which no step is under way and nothing needs saving.
+
+    Attributes:
+        received: the number of the first signal that this process got.
+        agreed: the number of the signal that all processes have agreed to stop for.
+    """
+
+    def __init__(self, starting: bool = False) -> None:
+        self.received: int | None = None
+        self.agreed: signal.Signals | None = None
+        self._starting, self._depth = starting, 0
+        self._since = 0.0
+        self._previous: dict[int, Any] = {}
+
+    def agree(self, processes: Processes) -> bool:
+        """Whether a process has received a signal; then `agreed` is that of the lowest rank that has. Collective."""
+        number = self.received or 0
+        if processes.sum_of_numbers(int(number > 0))[0]:
+            self.agreed = signal.Signals(next(each for each in processes.gather(number) if each))
+        return self.agreed is not None
+
+    def loop_begins(self) -> None:
+        self._starting = False
+
+    def __enter__(self) -> StopSignal:
+        if not self._depth and threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._depth += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received, self._since = number, time.monotonic()
+            # A library that swallows the exception does not lose the signal: the loop will find it.
+            if self._starting:
+                raise Stopped(number)
+        elif number == signal.SIGINT and time.monotonic() - self._since > IMPATIENCE:
+            raise KeyboardInterrupt

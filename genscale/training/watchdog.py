@@ -1,0 +1,211 @@
+"""Sees to it that a run that makes no progress ends, says where it hangs, and leaves no process behind.
+
+A thread in each process writes `logs/heartbeat-<rank>.json` every few seconds: process, what it is doing, since when. The first
+that has seen no progress for `guards.hang_minutes` has all processes write their stacks to `logs/stacks-rank-<rank>.txt`,
+names the one that holds the others up, and ends the run with exit code 75. The same thread keeps the run folder ours, and ends
+this process when another one has failed and it cannot notice by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from genscale import exit_codes
+from genscale.parallel.processes import Processes
+from genscale.training.ending import Ending
+from genscale.training.hang import Report, innermost, verdict
+from genscale.training.run_owner import BEAT_SECONDS, Fenced, RunOwner
+
+DUMP = signal.SIGUSR2
+"""Makes a process write its stacks, whatever it is at, and also after it was stopped."""
+GRACE_SECONDS = 5.0
+"""For a process to end by itself after another one has failed."""
+CLOSING_SECONDS = 25.0
+"""For a process that has failed to close what it has open."""
+VERDICT_SECONDS = 30.0
+"""Longest wait for the process that says where the run hangs."""
+
+
+class Watchdog:
+    """The thread of one process; from `start` to `close`.
+
+    Args:
+        minutes: without progress (`Processes.note`) between `loop_begins` and `loop_ends`, after which the run ends (0: never).
+        owner: of the run folder, on rank 0.
+    """
+
+    def __init__(self, run_folder: Path, processes: Processes, ending: Ending, minutes: float, owner: RunOwner | None) -> None:
+        self.processes, self.ending, self.owner = processes, ending, owner
+        self.limit = 60 * minutes
+        self.poll = min(BEAT_SECONDS, max(0.25, self.limit / 8)) if minutes else BEAT_SECONDS
+        self.logs = run_folder / "logs"
+        self._alarm = self.logs / ".hang"
+        self._stacks = self._file("stacks-rank", processes.rank, "txt").open("w")
+        self._identity = {"rank": processes.rank, "host": socket.gethostname(), "pid": os.getpid(),
+                          "started": psutil.Process().create_time(), "main_thread": f"0x{threading.main_thread().ident:016x}"}
+        self._beats, self._since, self._since_when = processes.beats, time.monotonic(), datetime.now(UTC)
+        self._left: float | None = None  # when the end of the run was first seen
+        self._in_loop = False
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+
+    @staticmethod
+    def clear(run_folder: Path) -> None:
+        """Remove what an earlier run has left; on rank 0, before any process starts its watchdog."""
+        for pattern in (".hang", "heartbeat-*.json", "stacks-rank-*.txt"):
+            for path in (run_folder / "logs").glob(pattern):
+                path.unlink(missing_ok=True)
+
+    def start(self) -> None:
+        faulthandler.register(DUMP, file=self._stacks, all_threads=True)
+        self._thread.start()
+
+    def loop_begins(self) -> None:
+        self._since, self._in_loop = time.monotonic(), True
+
+    def loop_ends(self) -> None:
+        self._in_loop = False
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join(timeout=10)
+        faulthandler.unregister(DUMP)
+        self._stacks.close()
+        with contextlib.suppress(OSError):
+            self._file("heartbeat", self.processes.rank, "json").unlink(missing_ok=True)
+            if not os.path.getsize(self._stacks.name):
+                os.unlink(self._stacks.name)
+
+    def _file(self, kind: str, rank: int, suffix: str) -> Path:
+        return self.logs / f"{kind}-{rank:05d}.{suffix}"
+
+    def _run(self) -> None:
+        while not self._closed.wait(self.poll):
+            if self.processes.beats != self._beats:
+                self._beats, self._since, self._since_when = self.processes.beats, time.monotonic(), datetime.now(UTC)
+            with contextlib.suppress(OSError):  # a full disk
+                self._beat()
+            self._leave_with_the_others()
+            late = self.limit and time.monotonic() - self._since > self.limit
+            if self._in_loop and (late or self._alarm.exists()):
+                self._hang()
+
+    def _beat(self) -> None:
+        heartbeat = {**self._identity, "doing": self.processes.doing, "beats": self._beats,
+                     "since": self._since_when.isoformat(timespec="seconds")}
+        self._file("heartbeat", self.processes.rank, "json").write_text(json.dumps(heartbeat))
+        if self.owner is not None:
+            try:
+                self.owner.beat()
+            except Fenced as fenced:
+                self._exit(exit_codes.USER_ERROR, str(fenced))
+
+    def _leave_with_the_others(self) -> None:
+        """A process that waits for one that has failed may wait for long: in a library, or for a device."""
+        said = self.ending.said()
+        if said is None or said["how"] not in ("failed", "hang"):
+            return
+        self._left = self._left or time.monotonic()
+        waited = time.monotonic() - self._left
+        if self.ending.is_ours() and waited > CLOSING_SECONDS:
+            self._exit(said["exit_code"], said["reason"])
+        elif not self.ending.is_ours() and waited > GRACE_SECONDS:
+            os._exit(said["exit_code"])
+
+    def _hang(self) -> None:
+        faulthandler.dump_traceback(file=self._stacks, all_threads=True)
+        try:
+            os.close(os.open(self._alarm, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            self._wait_for_the_verdict()
+        except OSError:
+            pass  # on a full disk every process judges for itself
+        self._judge()
+
+    def _wait_for_the_verdict(self) -> None:
+        deadline = time.monotonic() + VERDICT_SECONDS
+        while self.ending.said() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        os._exit(exit_codes.HANG)
+
+    def _judge(self) -> None:
+        """Name the process that holds the others up, and end the run."""
+        mine = self._file("heartbeat", self.processes.rank, "json")
+        now = mine.stat().st_mtime if mine.exists() else time.time()
+        others = [rank for rank in range(self.processes.world_size) if rank != self.processes.rank]
+        silent = [rank for rank in others if self._is_silent(rank, now)]
+        self._wait_for_stacks([rank for rank in others if rank not in silent], 2 * self.poll + 3)
+        here = [pid for pid in map(self._pid_here, silent) if pid]
+        for pid in here:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, DUMP)
+                os.kill(pid, signal.SIGCONT)  # a stopped process answers first of all when it goes on
+        if here:
+            self._wait_for_stacks(silent, 3)
+        reports = [self._report(rank, rank in silent) for rank in range(self.processes.world_size)]
+        seconds = f"{self.limit / 60:g} minutes" if self.limit >= 60 else f"{self.limit:g} seconds"
+        line = (f"no progress for {seconds} (guards.hang_minutes): {verdict(reports)}; the stacks of all processes are in "
+                f"{self.logs}/stacks-rank-*.txt; start the run again, and it goes on from its latest checkpoint")
+        self.ending.claim("hang", exit_codes.HANG, reason=line)
+        others_here = [pid for pid in map(self._pid_here, others) if pid]
+        if others_here:  # they end by themselves where they can
+            words = " ".join(map(str, others_here))
+            subprocess.Popen(["/bin/sh", "-c", f"sleep 2; kill -9 {words} 2>/dev/null"], start_new_session=True,
+                             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._exit(exit_codes.HANG, line)
+
+    def _is_silent(self, rank: int, now: float) -> bool:
+        """Whether its heartbeat stopped when its progress did: the process is stopped, or its machine gone."""
+        try:
+            return now - self._file("heartbeat", rank, "json").stat().st_mtime > self.limit / 2
+        except OSError:
+            return True
+
+    def _wait_for_stacks(self, ranks: list[int], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not all(self._stack(rank) for rank in ranks):
+            time.sleep(0.1)
+
+    def _stack(self, rank: int) -> str:
+        with contextlib.suppress(OSError):
+            return self._file("stacks-rank", rank, "txt").read_text()
+        return ""
+
+    def _heartbeat(self, rank: int) -> dict[str, Any]:
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(self._file("heartbeat", rank, "json").read_text())
+        return {}
+
+    def _pid_here(self, rank: int) -> int | None:
+        """Of a process of this machine that still is the one that wrote the heartbeat."""
+        beat = self._heartbeat(rank)
+        if beat.get("host") == self._identity["host"]:
+            with contextlib.suppress(psutil.Error):
+                if psutil.Process(beat["pid"]).create_time() == beat["started"]:
+                    return beat["pid"]
+        return None
+
+    def _report(self, rank: int, silent: bool) -> Report:
+        beat = self._heartbeat(rank)
+        return Report(rank, beat.get("host", "?"), beat.get("pid", 0), beat.get("doing", "?"), beat.get("beats", 0), silent,
+                      innermost(self._stack(rank), beat.get("main_thread", "")))
+
+    def _exit(self, code: int, line: str) -> None:
+        """Not through the console's or the log's own locks, which a thread that hangs may hold."""
+        os.write(2, f"error: {line}\n".encode())
+        with contextlib.suppress(OSError), self._file("rank", self.processes.rank, "log").open("a") as log:
+            log.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} ERROR genscale: {line}\n")
+        os._exit(code)

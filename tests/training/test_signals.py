@@ -1,0 +1,45 @@
+"""Signals become a flag that is read between steps; handlers come back afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from genscale.training.signals import SIGNALS, Stopped, StopSignal
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_sets_the_flag_and_nothing_else(number: signal.Signals) -> None:
+    before = {each: signal.getsignal(each) for each in SIGNALS}
+    with StopSignal() as stop:
+        assert stop.received is None
+        os.kill(os.getpid(), number)
+        assert stop.received == number
+        for other in SIGNALS:  # a launcher passes the same one on, a scheduler sends another
+            os.kill(os.getpid(), other)
+        assert stop.received == number
+    assert {each: signal.getsignal(each) for each in before} == before
+
+
+def test_a_later_ctrl_c_ends_the_process_and_a_later_sigterm_does_not() -> None:
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        stop._since -= 6  # as if six seconds had gone into the checkpoint
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_before_the_loop_a_signal_ends_what_goes_on_and_is_not_lost() -> None:
+    with StopSignal(starting=True) as stop:
+        with pytest.raises(Stopped) as stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stopped.value.signal == stop.received == signal.SIGTERM
+    with StopSignal(starting=True) as stop:
+        stop.loop_begins()
+        with stop:  # the loop's own use of it
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
