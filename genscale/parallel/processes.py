@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from mmap import mmap
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from genscale.errors import UserError
 from genscale.parallel.precision import keep_fp32
 
 T = TypeVar("T")
+BOARD = 128
 
 
 class Processes:
@@ -30,6 +32,7 @@ class Processes:
         rank, world_size, device: of this process.
         doing: what it is at, as a person would say it; see `note`.
         beats: how often it has said so.
+        board: what `doing` is written to besides, if anything: memory that other processes can read, of BOARD bytes.
     """
 
     def __init__(self, need_group: bool = False, timeout_minutes: float = 30) -> None:
@@ -37,6 +40,7 @@ class Processes:
         from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
         self.doing, self.beats = "starting", 0
+        self.board: mmap | None = None
         use_cpu = on_cpu()
         if need_group and "RANK" not in os.environ:
             backend = "gloo" if use_cpu else "cuda:nccl,cpu:gloo"
@@ -66,6 +70,8 @@ class Processes:
         """Progress: this process is now at `doing`, as in "step 12, phase generator, backward". The watchdog reads it."""
         self.doing = doing
         self.beats += 1
+        if self.board is not None:
+            self.board[:] = doing.encode()[:BOARD].ljust(BOARD)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, on every process."""

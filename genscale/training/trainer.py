@@ -94,6 +94,7 @@ class Trainer:
 
     def train_step(self, step: int, stop: StopSignal) -> StepReport:
         started = time.perf_counter()
+        self.processes.note(f"step {step}")
         report = StepReport(step, self._set_learning_rates(step))
         # Phases share the step's batches; the i-th repeat of a phase takes the i-th of them.
         for repeat in range(max(phase.repeats for phase in self.objective.phases)):

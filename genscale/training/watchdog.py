@@ -18,13 +18,14 @@ import subprocess
 import threading
 import time
 from datetime import UTC, datetime
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from genscale import exit_codes
-from genscale.parallel.processes import Processes
+from genscale.parallel.processes import BOARD, Processes
 from genscale.training.ending import Ending
 from genscale.training.hang import Report, innermost, verdict
 from genscale.training.run_owner import BEAT_SECONDS, Fenced, RunOwner
@@ -54,8 +55,14 @@ class Watchdog:
         self.logs = run_folder / "logs"
         self._alarm = self.logs / ".hang"
         self._stacks = self._file("stacks-rank", processes.rank, "txt").open("w")
+        # A process that is stopped in the middle of a step cannot write its heartbeat any more.
+        board = os.memfd_create("doing")
+        os.ftruncate(board, BOARD)
+        processes.board = mmap(board, BOARD)
+        processes.note(processes.doing)
         self._identity = {"rank": processes.rank, "host": socket.gethostname(), "pid": os.getpid(),
-                          "started": psutil.Process().create_time(), "main_thread": f"0x{threading.main_thread().ident:016x}"}
+                          "started": psutil.Process().create_time(), "board": board,
+                          "main_thread": f"0x{threading.main_thread().ident:016x}"}
         self._beats, self._since, self._since_when = processes.beats, time.monotonic(), datetime.now(UTC)
         self._left: float | None = None  # when the end of the run was first seen
         self._in_loop = False
@@ -82,6 +89,8 @@ class Watchdog:
     def close(self) -> None:
         self._closed.set()
         self._thread.join(timeout=10)
+        self.processes.board = None
+        os.close(self._identity["board"])
         faulthandler.unregister(DUMP)
         self._stacks.close()
         with contextlib.suppress(OSError):
@@ -148,14 +157,15 @@ class Watchdog:
         others = [rank for rank in range(self.processes.world_size) if rank != self.processes.rank]
         silent = [rank for rank in others if self._is_silent(rank, now)]
         self._wait_for_stacks([rank for rank in others if rank not in silent], 2 * self.poll + 3)
-        here = [pid for pid in map(self._pid_here, silent) if pid]
-        for pid in here:
+        here = {rank: pid for rank in silent if (pid := self._pid_here(rank))}
+        doing = {rank: _board(pid, self._heartbeat(rank)["board"]) for rank, pid in here.items()}
+        for pid in here.values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, DUMP)
                 os.kill(pid, signal.SIGCONT)  # a stopped process answers first of all when it goes on
         if here:
             self._wait_for_stacks(silent, 3)
-        reports = [self._report(rank, rank in silent) for rank in range(self.processes.world_size)]
+        reports = [self._report(rank, rank in silent, doing.get(rank)) for rank in range(self.processes.world_size)]
         seconds = f"{self.limit / 60:g} minutes" if self.limit >= 60 else f"{self.limit:g} seconds"
         line = (f"no progress for {seconds} (guards.hang_minutes): {verdict(reports)}; the stacks of all processes are in "
                 f"{self.logs}/stacks-rank-*.txt; start the run again, and it goes on from its latest checkpoint")
@@ -198,9 +208,10 @@ class Watchdog:
                     return beat["pid"]
         return None
 
-    def _report(self, rank: int, silent: bool) -> Report:
+    def _report(self, rank: int, silent: bool, doing: str | None) -> Report:
         beat = self._heartbeat(rank)
-        return Report(rank, beat.get("host", "?"), beat.get("pid", 0), beat.get("doing", "?"), beat.get("beats", 0), silent,
+        doing = doing or beat.get("doing", "an unknown place")
+        return Report(rank, beat.get("host", "?"), beat.get("pid", 0), doing, beat.get("beats", 0), silent,
                       innermost(self._stack(rank), beat.get("main_thread", "")))
 
     def _exit(self, code: int, line: str) -> None:
@@ -209,3 +220,10 @@ class Watchdog:
         with contextlib.suppress(OSError), self._file("rank", self.processes.rank, "log").open("a") as log:
             log.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} ERROR genscale: {line}\n")
         os._exit(code)
+
+
+def _board(pid: int, descriptor: int) -> str:
+    """What another process of this machine is doing, whatever state it is in."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/fd/{descriptor}").read_bytes().decode(errors="replace").strip()
+    return ""
