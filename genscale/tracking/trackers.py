@@ -50,8 +50,7 @@ class Trackers:
         self._warn = warn
         self._trackers: dict[str, Tracker] = {}
         if settings.wandb != "disabled":
-            mode = settings.wandb
-            self._start("wandb", lambda: WandbTracker(run_folder, config, mode, settings.project, settings.entity))
+            self._start("wandb", lambda: self._start_wandb(settings, run_folder, config))
         if settings.tensorboard:
             self._start("tensorboard", lambda: TensorboardTracker(run_folder, first_step))
 
@@ -72,6 +71,19 @@ class Trackers:
         self._each(lambda tracker: tracker.close(exit_code))
         self._trackers.clear()
 
+    def _start_wandb(self, settings: TrackingSettings, run_folder: str | Path, config: Mapping[str, Any]) -> WandbTracker:
+        """Online where that was asked for and is possible; else offline."""
+        if settings.wandb == "online":
+            try:
+                return WandbTracker(run_folder, config, "online", settings.project, settings.entity)
+            except Exception as error:
+                reason = _reason(error)
+        tracker = WandbTracker(run_folder, config, "offline", settings.project, settings.entity)
+        if settings.wandb == "online":
+            self._warn(f"tracking.wandb: online is not possible ({reason}); the run goes on offline, and `{tracker.sync}` "
+                       "uploads it later")
+        return tracker
+
     def _start(self, name: str, build: Callable[[], Tracker]) -> None:
         try:
             self._trackers[name] = build()
@@ -84,10 +96,15 @@ class Trackers:
                 action(tracker)
             except Exception as error:
                 del self._trackers[name]
-                self._report(name, error)
+                self._report(name, error, getattr(tracker, "sync", None))
                 with contextlib.suppress(Exception):
                     tracker.close(1)  # its threads and files
 
-    def _report(self, name: str, error: Exception) -> None:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        self._warn(f"tracking.{name}: stopped by an error ({reason}); training goes on and metrics.jsonl holds every metric")
+    def _report(self, name: str, error: Exception, sync: str | None = None) -> None:
+        later = f"; `{sync}` uploads later what came before" if sync else ""
+        self._warn(f"tracking.{name}: stopped by an error ({_reason(error)}); training goes on and metrics.jsonl holds every "
+                   f"metric{later}")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

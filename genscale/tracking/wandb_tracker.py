@@ -9,6 +9,7 @@ import os
 import secrets
 import string
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +18,14 @@ import numpy as np
 
 from genscale.masking import masked
 
-INIT_SECONDS = 30
+INIT_SECONDS = 8
 """Longest wait for the W&B server when a run starts online."""
-FINISH_SECONDS = 120
+FINISH_SECONDS = 10
 """Longest wait for the upload of what is left when a run ends online; the rest can be uploaded later with `wandb sync`."""
+
+
+class Unfinished(Exception):
+    """The server did not take everything before the run ended."""
 
 
 def _run_id(folder: Path) -> str:
@@ -53,6 +58,9 @@ class WandbTracker:
 
     Raises:
         Exception: whatever stops W&B from starting: an unwritable folder, no credentials, no network (online).
+
+    Attributes:
+        sync: the command that uploads what is in the run folder.
     """
 
     @_masked_arguments()
@@ -74,18 +82,23 @@ class WandbTracker:
         logging.getLogger("wandb").propagate = False  # it narrates every call, and keeps a debug.log of its own
         # Silence must be set up before init: its login step, which reads these settings, would else print and prompt.
         wandb.setup(settings=wandb.Settings(silent=True))
-        self._run = wandb.init(
-            dir=str(run_folder),
-            mode=mode,
-            project=project,
-            entity=entity,
-            id=run_id,
-            name=run_folder.name,
-            resume="allow",
-            config=dict(config),
-            allow_val_change=True,  # a resumed run may change some settings
-            settings=wandb.Settings(console="off", silent=True, init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS),
-        )
+        try:
+            self._run = wandb.init(
+                dir=str(run_folder),
+                mode=mode,
+                project=project,
+                entity=entity,
+                id=run_id,
+                name=run_folder.name,
+                resume="allow",
+                config=dict(config),
+                allow_val_change=True,  # a resumed run may change some settings
+                settings=wandb.Settings(console="off", silent=True, init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS),
+            )
+        except Exception:
+            wandb.teardown(1)  # its service would be in the way of another start
+            raise
+        self.sync = f"wandb sync {Path(self._run.dir).parent}"
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics of a step; several calls for one step make one W&B row."""
@@ -101,9 +114,12 @@ class WandbTracker:
         self._run.log({name: self._wandb.Image(image)}, step=step)
 
     def close(self, exit_code: int = 0) -> None:
-        """Finish the W&B run; a non-zero exit code marks it failed."""
+        """Finish the W&B run; a non-zero exit code marks it failed. Raises Unfinished."""
+        started = time.monotonic()
         try:
             self._run.finish(exit_code=exit_code)
+            if time.monotonic() - started >= FINISH_SECONDS:  # it then comes back without a word
+                raise Unfinished(f"the server did not take everything within {FINISH_SECONDS} s of the run's end")
         finally:
             # Offline, finish may return before the file is written; and after a failure W&B would try again at exit and
             # print a traceback. The teardown waits for its service to end, and takes back the exit hook.
