@@ -78,11 +78,11 @@ def train(config: Config, stop: StopSignal | None = None) -> RunResult:
     Raises:
         UserError: anything the user can mend, on every rank, before the first step; and a run that has gone wrong.
     """
-    with deterministic(config.run.deterministic):
-        return _start(config)
+    with deterministic(config.run.deterministic), stop or StopSignal() as listening:
+        return _start(config, listening)
 
 
-def _start(config: Config) -> RunResult:
+def _start(config: Config, stop: StopSignal) -> RunResult:
     check_collapse(config.train)
     check_not_masked(config.data, "data.")
     plan = plan_parallel(config.parallel, config.train.precision, config.optimizer.name)
@@ -90,16 +90,15 @@ def _start(config: Config) -> RunResult:
     shape = derive_accumulation(config, plan.world_size)
     folder = run_folder(config)
     clear_launch_environment()
-    with stop or StopSignal() as listening:
-        follow_launcher()
-        processes = Processes(plan.needs_group, group_timeout_minutes(config.guards.hang_minutes))
-        try:
-            with Supervision(config, folder, processes, listening) as supervision:
-                result = _train(config, processes, plan, shape, folder, supervision)
-                supervision.ended(result.stopped_by)
-                return result
-        finally:
-            processes.close()
+    follow_launcher()
+    processes = Processes(plan.needs_group, group_timeout_minutes(config.guards.hang_minutes))
+    try:
+        with Supervision(config, folder, processes, stop) as supervision:
+            result = _train(config, processes, plan, shape, folder, supervision)
+            supervision.ended(result.stopped_by)
+            return result
+    finally:
+        processes.close()
 
 
 def derive_accumulation(config: Config, world_size: int) -> tuple[int, int]:
