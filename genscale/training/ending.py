@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from genscale import exit_codes
 from genscale.errors import UserError
+from genscale.masking import masked
 from genscale.training.signals import Stopped
 
 How = Literal["complete", "stopped", "failed", "hang"]
@@ -61,7 +62,7 @@ class Ending:
             return
         number = error.signal if isinstance(error, Stopped) else None
         how: How = "stopped" if number else "failed"
-        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        reason = masked(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
         # The root's handlers are the log file; what stands on the console is the caller's.
         logging.getLogger().error("%s", reason, exc_info=None if isinstance(error, (UserError, Stopped)) else error)
         if self.claim(how, _exit_code(error), number, reason) and isinstance(error, UserError):
