@@ -45,6 +45,7 @@ class RunHooks:
     Args:
         state: state.json of the checkpoint the run continues from, or an empty dict.
         stop: the signals received so far; one ends an evaluation.
+        may_commit: raises where the run folder is another's by now.
 
     Attributes:
         evaluation: metrics of the last evaluation.
@@ -53,7 +54,7 @@ class RunHooks:
     """
 
     def __init__(self, config: Config, folder: Path, engine: Engine, objective: Objective, data: Data, loader: StepLoader,
-                 state: dict[str, Any], stop: StopSignal) -> None:
+                 state: dict[str, Any], stop: StopSignal, may_commit: Callable[[], object] | None) -> None:
         self.config, self.folder, self.objective, self.data, self.loader = config, folder, objective, data, loader
         self.engine, self.processes, self.stop = engine, engine.processes, stop
         self.throughput = Throughput(objective.unit, objective.flops_per_unit(), self.processes.world_size,
@@ -81,7 +82,7 @@ class RunHooks:
                 self.profile = Profile(folder / "profile", config.train.profile, config.train.steps - done)
         self.trace = Trace(folder, engine, done) if config.run.trace else None
         self.saver = Saver(folder / "checkpoints", self.processes, config.train.checkpoint_keep,
-                           config.train.checkpoint_keep_every)
+                           config.train.checkpoint_keep_every, may_commit)
         self._best_in_flight: dict[str, Any] | None = None
         self._hold_up: float | None = None
         self._check_best_metric()
@@ -263,7 +264,10 @@ class RunHooks:
         wanted = self.config.train.checkpoint_best
         if wanted == "loss":
             return
-        names = sorted(self.evaluation or self._validate())
+        found = self.evaluation or self._validate(0)
+        if found is None:  # a signal; the loop will see it
+            return
+        names = sorted(found)
         if wanted not in names:
             raise UserError(f"train.checkpoint_best: '{wanted}' is no metric of the evaluations, which are {', '.join(names)}"
                             f"{nearest(wanted, names)}")

@@ -155,7 +155,8 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
             kind = processes.device.type if processes.device.type == "cpu" else torch.cuda.get_device_name(processes.device)
             log.info("%s: %s parameters, %s, %d process%s on %s, %s, accumulation %d", folder, f"{parameters:,}", plan.strategy,
                      processes.world_size, "es" if processes.world_size > 1 else "", kind, config.train.precision, accumulation)
-        hooks = RunHooks(config, folder, engine, objective, data, loader, state, supervision.stop)
+        hooks = RunHooks(config, folder, engine, objective, data, loader, state, supervision.stop,
+                         supervision.owner.check if supervision.owner else None)
         return _loop(config, folder, engine, objective, loader, hooks, state.get("step", 0), supervision)
     except BaseException as error:
         supervision.failed(error)
