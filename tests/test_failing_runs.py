@@ -95,11 +95,17 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
 # --- a loss that is not a number --------------------------------------------------------------------------------------
 
 
-def test_a_learning_rate_that_blows_up(genscale, tiny_config, tiny_run, logged_steps):
-    message = genscale("train", "--config", tiny_config, "--optimizer.lr", 1e38, "--train.checkpoint_every", 1).message_of_run()
+@pytest.mark.parametrize(("policy", "left_out"), [("stop", 0), ("skip", 5)])
+def test_a_learning_rate_that_blows_up(policy, left_out, genscale, tiny_config, tiny_run, logged_steps):
+    """The first update makes the weights infinite: no checkpoint is written of them, and nothing helps."""
+    arguments = ["--optimizer.lr", 1e38, "--train.checkpoint_every", 1, "--train.steps", 20, "--guards.non_finite", policy]
+    done = genscale("train", "--config", tiny_config, *arguments)
+    message = done.message_of_run()
     step = int(re.search(r"at step (\d+)", message).group(1))
-    assert logged_steps(tiny_run) == list(range(1, step)) and step > 1
-    holds(message, "loss", "nan", "rank 0", f"last good checkpoint: {tiny_run}/checkpoints/step-{step - 1:08d}", "optimizer.lr")
+    assert logged_steps(tiny_run) == list(range(1, step)) and step == 2 + left_out
+    why = "last good checkpoint: none" if policy == "stop" else "no checkpoint to go back to (set train.checkpoint_every)"
+    holds(message, "loss", "nan", "rank 0", why, "optimizer.lr")
+    assert done.err.count("is left out") == left_out and not list((tiny_run / "checkpoints").iterdir())
 
 
 # The loss of one sample of one step is not a number, as if its data were damaged: only one rank sees it.
@@ -121,7 +127,8 @@ sys.exit(main(["train", *sys.argv[1:]]))
 def test_a_loss_that_is_no_number_on_one_rank_only(strategy, genscale_process, tiny_config, tiny_run, tmp_path):
     script = tmp_path / "planted.py"
     script.write_text(PLANTED)
-    done = genscale_process(script, "--config", tiny_config, "--parallel.strategy", strategy, command=ACCELERATE)
+    done = genscale_process(script, "--config", tiny_config, "--parallel.strategy", strategy, "--guards.non_finite", "stop",
+                            command=ACCELERATE)
     # Sample 11 is the last of the third batch of 4, so the second of two ranks has it.
     message = done.one_error()
     holds(message, "loss", "nan", "at step 3 on rank 1", "last good checkpoint", tiny_run / "checkpoints" / "step-00000002")

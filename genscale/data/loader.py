@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import forkserver
@@ -46,10 +46,13 @@ class StepLoader:
         workers: processes that load (0: a background thread).
         prefetch_steps: global batches to load ahead.
         state: where to continue: `merge_states` of all ranks' `state()`, taken at any shape.
+        left_out: numbers of global batches that are read and dropped, as if the data had never had them: the samples that
+            follow are numbered without a gap.
         pin_memory: page-locked batches, from which a GPU copies while the host goes on.
 
     Attributes:
         wait_seconds: how long the last `next_batch` was held up.
+        batch: number of the global batch that `next_batch` gave last, those left out counted.
         retries: requests to web servers that were repeated for the batches so far.
     """
 
@@ -57,20 +60,31 @@ class StepLoader:
     retries: int = 0
 
     def __init__(self, data: Data, *, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int, workers: int,
-                 prefetch_steps: int, state: dict[str, Any] | None = None, pin_memory: bool = False) -> None:
+                 prefetch_steps: int, state: dict[str, Any] | None = None, pin_memory: bool = False,
+                 left_out: Collection[int] = ()) -> None:
         if global_batch_size % (micro_batch_size * world_size):
             raise ValueError(f"global batch {global_batch_size} is not a multiple of {micro_batch_size} x {world_size}")
-        state = state or {"batches": 0, "cursors": {}}
         self._micro = micro_batch_size
-        self._batches = int(state["batches"])
-        self._cursors: Cursors = dict(state["cursors"])
-        self._digest = 0
         self._pin_memory = pin_memory
         self._share = Share(global_batch_size, rank, world_size, max(workers, 1))
         transport = _Processes if workers else _Thread
-        self._parts = transport(data, self._share, self._batches, dict(self._cursors), prefetch_steps)
+        self._open = lambda batch, cursors: transport(data, self._share, batch, cursors, prefetch_steps)
+        self._start(state or {"batches": 0, "cursors": {}}, left_out)
         # Workers ignore SIGTERM, by which interpreter exit would end them: an unclosed loader must not hang it.
         atexit.register(self.close)
+
+    def _start(self, state: dict[str, Any], left_out: Collection[int]) -> None:
+        self._batches = int(state["batches"])
+        self._cursors: Cursors = dict(state["cursors"])
+        self._left_out = frozenset(left_out)
+        self._digest = 0
+        self._peeked: list[Part] | None = None
+        self._parts = self._open(self._batches, dict(self._cursors))
+
+    def go_back(self, state: dict[str, Any], left_out: Collection[int]) -> None:
+        """Begin again at an earlier `state`, with other batches left out."""
+        self._parts.close()
+        self._start(state, left_out)
 
     def next_batch(self) -> list[dict[str, torch.Tensor]]:
         """The rank's micro-batches of the next global batch.
@@ -82,17 +96,41 @@ class StepLoader:
             Exception: whatever the data raised, as itself.
         """
         started = time.perf_counter()
-        parts = [self._parts.get() for _ in range(self._share.workers)]
-        batch, own = self._batches, self._share.global_batch_size // self._share.world_size
-        first = batch * self._share.global_batch_size + self._share.rank
-        arrays = _join(parts, [self._share.slots(batch, worker) for worker in range(len(parts))], own, self._pin_memory)
+        parts = self._peeked or self._read()
+        self._peeked = None
+        micro_batches = self._micro_batches(parts)
+        self._take(parts)
+        self.batch = self._batches - 1
         self.wait_seconds = time.perf_counter() - started
-        arrays["sample"] = torch.arange(first, first + own * self._share.world_size, self._share.world_size)
+        return micro_batches
+
+    def peek(self) -> list[dict[str, torch.Tensor]]:
+        """What `next_batch` will give; the position stays."""
+        self._peeked = self._peeked or self._read()
+        return self._micro_batches(self._peeked)
+
+    def _read(self) -> list[Part]:
+        """The parts of the next batch that is not left out."""
+        while True:
+            parts = [self._parts.get() for _ in range(self._share.workers)]
+            if self._batches not in self._left_out:
+                return parts
+            self._take(parts)
+
+    def _take(self, parts: list[Part]) -> None:
+        """The position moves on past a batch."""
         for part in parts:
             furthest(self._cursors, part.cursors)
         self._digest = sum(part.digest for part in parts) % DIGEST_MODULUS
         self.retries += sum(part.retries for part in parts)
         self._batches += 1
+
+    def _micro_batches(self, parts: list[Part]) -> list[dict[str, torch.Tensor]]:
+        batch, own = self._batches, self._share.global_batch_size // self._share.world_size
+        arrays = _join(parts, [self._share.slots(batch, worker) for worker in range(len(parts))], own, self._pin_memory)
+        given = batch - sum(number < batch for number in self._left_out)
+        first = given * self._share.global_batch_size + self._share.rank
+        arrays["sample"] = torch.arange(first, first + own * self._share.world_size, self._share.world_size)
         return [{name: array[i : i + self._micro] for name, array in arrays.items()} for i in range(0, own, self._micro)]
 
     def state(self) -> dict[str, Any]:

@@ -18,8 +18,9 @@ class Average(ABC):
     """The average of one network's parameters and persistent buffers."""
 
     @abstractmethod
-    def update(self, decay: float) -> None:
-        """average = decay * average + (1 - decay) * weights; 0 makes it the weights themselves."""
+    def update(self, decay: float | Tensor) -> None:
+        """average = decay * average + (1 - decay) * weights; 0 makes it the weights themselves. As a scalar on the device it
+        need not be known to the host; 1 leaves the average as it is."""
 
     @abstractmethod
     def show(self) -> None:
@@ -61,12 +62,15 @@ class NamedAverage(Average):
         self.copied = [name for name in tensors if name in copied]
 
     @torch.no_grad()
-    def update(self, decay: float) -> None:
+    def update(self, decay: float | Tensor) -> None:
         pairs = [(local(self.averages[name]), local(self.tensors[name])) for name in self.averaged]
         if pairs:
-            torch._foreach_lerp_([a for a, _ in pairs], [w for _, w in pairs], 1 - decay)
+            lerp([a for a, _ in pairs], [w for _, w in pairs], 1 - decay)
         for name in self.copied:
-            self.averages[name].copy_(self.tensors[name])
+            tensor = self.tensors[name]
+            if isinstance(decay, Tensor):
+                tensor = torch.where(decay < 1, tensor, self.averages[name])
+            self.averages[name].copy_(tensor)
 
     @torch.no_grad()
     def show(self) -> None:
@@ -91,6 +95,11 @@ class NamedAverage(Average):
 
     def held(self) -> list[Tensor]:
         return list(self.averages.values())
+
+
+def lerp(averages: list[Tensor], weights: list[Tensor], share: float | Tensor) -> None:
+    """Move averages towards the weights, in place."""
+    torch._foreach_lerp_(averages, weights, [share.float()] * len(averages) if isinstance(share, Tensor) else share)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ this package alone.
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +18,15 @@ from torch import Tensor, nn
 
 from genscale.config import ParallelSettings
 from genscale.parallel.activation_checkpointing import checkpoint_activations
-from genscale.parallel.averages import Average
+from genscale.parallel.averages import Average, local
 from genscale.parallel.materialise import Read, named_state
 from genscale.parallel.pieces import Piece
 from genscale.parallel.precision import use_float8
 from genscale.parallel.processes import Processes
 
-__all__ = ["Engine", "MakeOptimizer", "NamedTensors", "Read", "StepResult", "blocks_of", "named_state"]
+__all__ = ["Engine", "LeaveOut", "MakeOptimizer", "NamedTensors", "Read", "StepResult", "blocks_of", "named_state", "never"]
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
-NORM_ROW = 1024  # elements
-SHORT = 32 * NORM_ROW
-"""Gradients of as many elements are taken together: a call costs more than their copies in fp64."""
 NamedTensors = Iterator[tuple[str, Tensor]]
 Pieces = Iterable[tuple[str, int, Tensor]]
 """(name of a tensor, number of its first element here, consecutive elements of it); over all processes every element once."""
@@ -36,15 +34,24 @@ Pieces = Iterable[tuple[str, int, Tensor]]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an optimizer step did.
+    """What is known of an update before it is made.
 
     Attributes:
         grad_norm: global gradient norm before clipping, a scalar still on the device: reading it would make the loop wait.
-        scaled: a loss scaler is at work (fp16): where the norm is not finite, it has left the weights alone.
+        scaled: a loss scaler is at work (fp16): where the norm is not finite, it leaves the weights alone.
     """
 
     grad_norm: Tensor
     scaled: bool = False
+
+
+LeaveOut = Callable[[StepResult], bool | Tensor]
+"""Whether to leave an update out, alike on every process; where the optimizer `skips_on_device`, a scalar on the device serves,
+which the host need not know."""
+
+
+def never(_result: StepResult) -> bool:
+    return False
 
 
 class Engine(ABC):
@@ -77,6 +84,7 @@ class Engine(ABC):
         self._second_order = False
         # By network, found once: a walk through a small network's modules takes as long as a layer's forward.
         self._parameters: dict[str, list[nn.Parameter]] = {}
+        self._buffers: dict[str, list[Tensor]] = {}
         self._following: dict[str, list[Any]] = {}
         self._updating: dict[str, list[Any]] = {}
 
@@ -108,6 +116,8 @@ class Engine(ABC):
             if read is not None:
                 self._restore_rounded(name, read)
             self._parameters[name] = list(self.modules[name].parameters())
+            state = [tensor for _, tensor in named_state(self.modules[name])]
+            self._buffers[name] = [tensor for tensor in state if not isinstance(tensor, nn.Parameter)]
             self._following[name] = layers_with(self.modules[name], "update_statistics")
             self._updating[name] = layers_with(self.modules[name], "begin_update")
         for name in averaged:
@@ -169,8 +179,29 @@ class Engine(ABC):
         """Add the gradients of `loss` to those of the network."""
 
     @abstractmethod
-    def step(self, name: str) -> StepResult:
-        """Clip, update the weights, drop the gradients."""
+    def step(self, name: str, leave_out: LeaveOut = never) -> StepResult:
+        """Clip, update the weights, drop the gradients. An update that is left out drops the gradients alone: weights and
+        optimizer state stay as they are, bit for bit."""
+
+    def skips_on_device(self, name: str) -> bool:
+        """Whether the network's optimizer can be told on the device alone to leave an update out."""
+        return False
+
+    def weights_are_finite(self) -> bool:
+        """Whether every weight and average is a number. Collective."""
+        held = [tensor for name in self.modules for tensor in self._held_weights(name)]
+        held += [local(tensor) for average in self.averages.values() for tensor in average.held()]
+        numbers = [tensor.detach() for tensor in held if tensor.is_floating_point() and tensor.numel()]
+        finite = not numbers or bool(torch.stack(torch._foreach_norm(numbers, math.inf)).isfinite().all())
+        return not sum(self.processes.sum_of_numbers(int(not finite)))
+
+    def _held_weights(self, name: str) -> list[Tensor]:
+        """This process's part of the network's fp32 weights."""
+        return [local(parameter) for parameter in self.modules[name].parameters()]
+
+    def moving_buffers(self, name: str) -> list[Tensor]:
+        """The buffers that a training forward of the network may change: running statistics, singular vectors."""
+        return self._buffers[name]
 
     def _show_gradients(self, name: str) -> None:
         """In the middle of `step`."""
@@ -205,14 +236,18 @@ class Engine(ABC):
         """This process's pieces of every optimizer tensor, "<state key>/<parameter name>" (`exp_avg/...`), and of its counters,
         "step/..."."""
 
+    def clear_optimizer_state(self, name: str) -> None:
+        """As before the first step."""
+        self.optimizers[name].state.clear()
+
     @abstractmethod
     def load_optimizer_state(self, name: str, keys: Iterable[str], read: Callable[[str], Tensor]) -> None:
         """The inverse of `optimizer_pieces`, after `prepare` with the network's weights loaded: `read(key)` gives the
         full tensor."""
 
-    def update_average(self, name: str, decay: float) -> None:
+    def update_average(self, name: str, decay: float | Tensor) -> None:
         """After a step of the network: average = decay * average + (1 - decay) * weights. Buffers in floating point (running
-        statistics) are averaged too."""
+        statistics) are averaged too. A decay of 1 on the device leaves the average as it is."""
         self.averages[name].update(decay)
 
     @contextlib.contextmanager
@@ -260,46 +295,6 @@ def layers_with(module: nn.Module, attribute: str) -> list[Any]:
     return [layer for layer in module.modules() if hasattr(layer, attribute)]
 
 
-def fill_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Give parameters without a gradient one of zeros. A penalty has none for the last bias, and a parameter without one would
-    be stepped (decayed, moved by its momentum) under one strategy and not under another."""
-    for parameter in parameters:
-        if parameter.grad is None and parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
-
-
-def squared_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Sum of the squares of all elements, in fp64; of long gradients in rows of `NORM_ROW` in fp32 first, which is off by
-    some 1e-8 at most.
-
-    In fp32 throughout the norm of a few million elements is off by some 1e-6, by another amount in every sharding, and clipping
-    would pass that on to the weights; in fp64 throughout torch makes a copy in fp64 first, which takes several times as long.
-    """
-    if gradients and gradients[0].is_cuda:  # whose kernels add up in a tree, to 1e-7, and are slow in fp64
-        return torch.stack(torch._foreach_norm(list(gradients))).double().square().sum()
-    short = [gradient for gradient in gradients if gradient.numel() <= SHORT]
-    total = torch.zeros((), dtype=torch.float64)
-    if short:
-        total += torch.stack(torch._foreach_norm(short, 2.0, torch.float64)).square().sum()
-    for gradient in (gradient for gradient in gradients if gradient.numel() > SHORT):
-        # A channels-last gradient in the order in which it lies: no copy.
-        channels_last = gradient.ndim == 4 and gradient.is_contiguous(memory_format=torch.channels_last)
-        flat = (gradient.permute(0, 2, 3, 1) if channels_last else gradient).reshape(-1)
-        whole = flat.numel() // NORM_ROW * NORM_ROW
-        rows = torch.linalg.vector_norm(flat[:whole].view(-1, NORM_ROW), dim=1, dtype=torch.float32)
-        total += rows.double().square().sum() + torch.linalg.vector_norm(flat[whole:], dtype=torch.float64).square()
-    return total
-
-
-def clip_gradients(gradients: Sequence[Tensor], norm: Tensor, clip: float) -> None:
-    """Scale the gradients down, in place, to a global norm of `clip` (0 = never), as torch.nn.utils.clip_grad_norm_ does.
-
-    The norm is not read: gradients that are small enough are multiplied by exactly 1.
-    """
-    if clip > 0 and gradients:
-        torch._foreach_mul_(list(gradients), (clip / (norm + 1e-6)).clamp(max=1.0).to(gradients[0]))
-
-
 def tensor_bytes(tensors: Iterable[Any]) -> int:
     """Bytes of local storage behind tensors (the local shard of a DTensor), each storage once."""
     storages = {}
@@ -312,3 +307,16 @@ def tensor_bytes(tensors: Iterable[Any]) -> int:
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+
+
+def skip_by_flag(optimizer: torch.optim.Optimizer, flag: Tensor) -> None:
+    """Step an optimizer whose kernels (torch's fused AdamW) leave everything as it is where the flag on the device is 1."""
+    optimizer.found_inf = flag.float()  # what torch.amp.GradScaler sets
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf
+
+
+def is_fused_adamw(optimizer: torch.optim.Optimizer) -> bool:
+    return type(optimizer) is torch.optim.AdamW and all(group.get("fused") for group in optimizer.param_groups)

@@ -19,17 +19,19 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from genscale.parallel.averages import Average, NamedAverage, copied_names
 from genscale.parallel.engine import (
     Engine,
+    LeaveOut,
     MakeOptimizer,
     NamedTensors,
     Pieces,
     StepResult,
     blocks_of,
-    clip_gradients,
-    fill_gradients,
-    squared_norm,
+    is_fused_adamw,
+    never,
+    skip_by_flag,
     state_tensors,
     tensor_bytes,
 )
+from genscale.parallel.gradients import clip_gradients, fill_gradients, squared_norm
 from genscale.parallel.materialise import Read, check_fillable, fill, named_state, on_meta, places_of, put, shard_like
 from genscale.parallel.pieces import Piece, pieces_of
 from genscale.parallel.precision import DTYPES
@@ -114,17 +116,25 @@ class ShardedEngine(Engine):
     def backward(self, name: str, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self, name: str) -> StepResult:
+    def skips_on_device(self, name: str) -> bool:
+        return is_fused_adamw(self.optimizers[name])
+
+    def step(self, name: str, leave_out: LeaveOut = never) -> StepResult:
         if self._second_order:
             self._reduce_gathered(self.modules[name])
         fill_gradients(self.modules[name].parameters())
         self._show_gradients(name)
         gradients = [p.grad.to_local() for p in self.modules[name].parameters() if p.grad is not None]
         grad_norm = self.processes.sum(squared_norm(gradients)).sqrt()
+        result = StepResult(grad_norm)
+        left_out = leave_out(result)
         clip_gradients(gradients, grad_norm, self.clip)
-        self.optimizers[name].step()
+        if isinstance(left_out, Tensor):
+            skip_by_flag(self.optimizers[name], left_out)
+        elif not left_out:
+            self.optimizers[name].step()
         self.optimizers[name].zero_grad(set_to_none=True)
-        return StepResult(grad_norm)
+        return result
 
     def _gradient_pieces(self, name: str) -> Pieces:
         for key, parameter in self.modules[name].named_parameters():

@@ -13,16 +13,18 @@ from torch import Tensor, nn
 from genscale.parallel.averages import Average, NamedAverage, copied_names
 from genscale.parallel.engine import (
     Engine,
+    LeaveOut,
     MakeOptimizer,
     NamedTensors,
     Pieces,
     StepResult,
-    clip_gradients,
-    fill_gradients,
-    squared_norm,
+    is_fused_adamw,
+    never,
+    skip_by_flag,
     state_tensors,
     tensor_bytes,
 )
+from genscale.parallel.gradients import clip_gradients, fill_gradients, squared_norm
 from genscale.parallel.materialise import Read, fill, materialise, named_state
 from genscale.parallel.pieces import Piece, pieces_of
 from genscale.parallel.precision import autocast
@@ -64,7 +66,10 @@ class ReplicatedEngine(Engine):
     def backward(self, name: str, loss: Tensor) -> None:
         self.scalers[name].scale(loss).backward()
 
-    def step(self, name: str) -> StepResult:
+    def skips_on_device(self, name: str) -> bool:
+        return is_fused_adamw(self.optimizers[name]) and not self.scalers[name].is_enabled()
+
+    def step(self, name: str, leave_out: LeaveOut = never) -> StepResult:
         optimizer, scaler = self.optimizers[name], self.scalers[name]
         fill_gradients(self._parameters[name])
         if self._second_order:
@@ -73,11 +78,19 @@ class ReplicatedEngine(Engine):
         self._show_gradients(name)
         gradients = [p.grad for p in self._parameters[name] if p.grad is not None]
         grad_norm = squared_norm(gradients).sqrt()
-        clip_gradients(gradients, grad_norm, self.clip)
-        scaler.step(optimizer)
-        scaler.update()
+        result = StepResult(grad_norm, scaled=scaler.is_enabled())
+        left_out = leave_out(result)
+        if isinstance(left_out, Tensor):
+            clip_gradients(gradients, grad_norm, self.clip)
+            skip_by_flag(optimizer, left_out)
+        elif not left_out:
+            clip_gradients(gradients, grad_norm, self.clip)
+            scaler.step(optimizer)
+            scaler.update()
+        elif scaler.is_enabled():
+            scaler.update(scaler.get_scale())  # forgets what it saw in these gradients, and keeps the scale
         optimizer.zero_grad(set_to_none=True)
-        return StepResult(grad_norm, scaled=scaler.is_enabled())
+        return result
 
     def _gradient_pieces(self, name: str) -> Pieces:
         if self.processes.is_main:  # the others have the same

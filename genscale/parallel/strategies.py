@@ -17,6 +17,9 @@ from genscale.parallel.launcher import read_launch_request, resolve_offload, res
 from genscale.parallel.precision import check_float8
 from genscale.parallel.processes import on_cpu
 
+SHARDS_MOST = "fsdp2"
+"""The strategy that leaves each process the least to hold, for every objective."""
+
 
 @dataclass(frozen=True)
 class ParallelPlan:

@@ -8,7 +8,6 @@ after it is made.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -19,7 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from genscale.parallel.averages import Average
-from genscale.parallel.engine import Engine, MakeOptimizer, NamedTensors, Pieces, StepResult, state_tensors, tensor_bytes
+from genscale.parallel.engine import (
+    Engine,
+    LeaveOut,
+    MakeOptimizer,
+    NamedTensors,
+    Pieces,
+    StepResult,
+    never,
+    state_tensors,
+    tensor_bytes,
+)
 from genscale.parallel.materialise import Read, check_fillable, fill, fill_tensor, materialise, named_state, on_meta, put
 from genscale.parallel.pieces import Piece, pieces_of
 from genscale.parallel.precision import DTYPES
@@ -161,12 +170,45 @@ class ZeroEngine(Engine):
         # The loss is already divided by the global count: no further division by the accumulation steps.
         self.networks[name].backward(loss, scale_wrt_gas=False)
 
-    def step(self, name: str) -> StepResult:
-        engine = self.networks[name]
+    def step(self, name: str, leave_out: LeaveOut = never) -> StepResult:
+        """DeepSpeed leaves an update out where the norm of its gradients is no number, and clears what it has kept of them:
+        that is what it is told of an update that is to be left out."""
+        optimizer = self.optimizers[name]
+        measure = "scaled_global_norm" if self.stage < 3 else "_get_norm_groups"
+        original = getattr(optimizer, measure)
+        checks = getattr(optimizer, "check_grad_overflow", None)
+        results: list[StepResult] = []
+        left_out = False
+
+        def judged() -> Any:
+            nonlocal left_out
+            measured = original()
+            norm = measured if self.stage < 3 else _combined(measured)
+            results.append(StepResult(torch.as_tensor(norm, dtype=torch.float64) / optimizer.loss_scale))
+            left_out = bool(leave_out(results[0]))
+            if not left_out:
+                return measured
+            optimizer.check_grad_overflow = True  # in bf16 stages 1 and 2 do not look at the norm
+            none = torch.full_like(norm, -1.0)
+            return none if self.stage < 3 else [none]
+
         self._show_gradients(name)
-        engine.step()
-        norm = engine.get_global_grad_norm()
-        return StepResult(torch.as_tensor(norm if norm is not None else math.nan, dtype=torch.float64))
+        setattr(optimizer, measure, judged)
+        try:
+            self.networks[name].step()
+        finally:
+            delattr(optimizer, measure)
+            if checks is not None:
+                optimizer.check_grad_overflow = checks
+        if not results or (left_out and not optimizer.overflow):
+            raise RuntimeError("DeepSpeed did not ask for the norm of the gradients, or made an update that was to be left out")
+        return results[0]
+
+    def _held_weights(self, name: str) -> list[Tensor]:
+        return self.flat_partitions(name)
+
+    def clear_optimizer_state(self, name: str) -> None:
+        self.inner(name).state.clear()
 
     def _gradient_pieces(self, name: str) -> Pieces:
         from deepspeed.utils import safe_get_full_grad
@@ -307,3 +349,9 @@ def _use_own_linear() -> None:
 
     if nn.functional.linear is zero3_linear_wrap:
         nn.functional.linear = InsertPostInitMethodToModuleSubClasses.linear_bk
+
+
+def _combined(norm_groups: list[Tensor]) -> Tensor:
+    from deepspeed.runtime.utils import combine_grad_norm_groups
+
+    return combine_grad_norm_groups(norm_groups)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from genscale.parallel.averages import Average, NamedAverage, copied_names
+from genscale.parallel.averages import Average, NamedAverage, copied_names, lerp
 from genscale.parallel.materialise import Read, named_state
 from genscale.parallel.pieces import Piece
 
@@ -40,8 +40,8 @@ class FlatAverage(Average):
         buffers = {key: tensor for key, tensor in named_state(module) if not isinstance(tensor, nn.Parameter)}
         self.buffers = NamedAverage(buffers, copied_names(module))
 
-    def update(self, decay: float) -> None:
-        torch._foreach_lerp_(self.averages, self.weights, 1 - decay)
+    def update(self, decay: float | Tensor) -> None:
+        lerp(self.averages, self.weights, 1 - decay)
         self.buffers.update(decay)
 
     def show(self) -> None:

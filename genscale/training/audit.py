@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from genscale.config import Config
+from genscale.config import Config, GuardSettings
 from genscale.data.loader import StepLoader
 from genscale.interop.starting import complete_from, weights_from
 from genscale.objectives import FAMILIES
 from genscale.objectives.base import Objective, Phase
-from genscale.parallel.engine import Engine, squared_norm
+from genscale.parallel.engine import Engine
+from genscale.parallel.gradients import squared_norm
 from genscale.parallel.launcher import clear_launch_environment, follow_launcher
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import ParallelPlan, build_engine, plan_parallel
@@ -81,6 +82,7 @@ class AuditedTrainer(Trainer):
                  strategy: str) -> None:
         objective.phases = [replace(phase, every=min(phase.every, steps)) for phase in objective.phases]
         self.watched = _WatchedLoader(loader)
+        config = replace(config, guards=GuardSettings(non_finite="stop"))  # an update that was left out would tell nothing
         # A hook that wants to know makes the trainer look at each step's losses.
         super().__init__(config, objective, engine, self.watched, [Hook(1, lambda report: None)],  # type: ignore[arg-type]
                          last_good=lambda: "none")

@@ -62,14 +62,10 @@ class RunHooks:
         # Each repeat of a phase takes a global batch of its own.
         batches = max(phase.repeats for phase in objective.phases)
         self.units_per_step = batches * config.train.global_batch_size * objective.units_per_sample
-        self.units = state.get("units", 0)
-        self.best = self._best_of(state)
-        self.evaluation: dict[str, float] = state.get("evaluation", {})
-        self.evaluated_step: int | None = None
-        self._left_out: bool = state.get("evaluation_left_out", False)
+        self._take_up(state)
         self.preview: str | Path = ""
-        self.watch = CollapseWatch(config.train, state.get("collapse"))
         self.collapse: str | None = None
+        self.guards_state: Callable[[], dict[str, Any]] = dict  # the trainer's, once there is one
         self.validation_set = data.validation()
         done = state.get("step", 0)
         self.profile: Profile | None = None
@@ -87,6 +83,23 @@ class RunHooks:
         self._hold_up: float | None = None
         self._check_best_metric()
 
+    def _take_up(self, state: dict[str, Any]) -> None:
+        self.units = state.get("units", 0)
+        self.best = self._best_of(state)
+        self.evaluation: dict[str, float] = state.get("evaluation", {})
+        self.evaluated_step: int | None = None
+        self._left_out: bool = state.get("evaluation_left_out", False)
+        self.watch = CollapseWatch(self.config.train, state.get("collapse"))
+
+    def rolled_back(self, state: dict[str, Any]) -> None:
+        """The run goes on from the checkpoint with this state: what was written of later steps will be written again."""
+        self._take_up(state)
+        self.throughput.read()
+        if self.trace is not None:
+            self.trace.rolled_back(state["step"])
+        if self.processes.is_main:
+            _try_to_write("metrics.jsonl", lambda: self.metrics_file.truncate_after(state["step"]))
+
     def list(self) -> list[Hook]:
         """In the order they run: the profiler sees steps, not what follows the last of them; a checkpoint comes after the
         evaluation that may make it the best."""
@@ -95,7 +108,7 @@ class RunHooks:
         trace = [Hook(1, self.record)] if self.trace else []
         return [*profile, Hook(1, self.count, settled=False), *trace, Hook(train.log_every, self.log_metrics),
                 Hook(train.evaluate_every, self.evaluate), Hook(train.sample_every, self.sample),
-                Hook(train.checkpoint_every, self.checkpoint)]
+                Hook(train.checkpoint_every, self.checkpoint, sound=True)]
 
     def count(self, report: StepReport) -> None:
         self.units += self.units_per_step
@@ -223,7 +236,7 @@ class RunHooks:
                  "evaluation_left_out": self._left_out,
                  "collapse": self.watch.state(), "accumulation": self.engine.accumulation,
                  "scalers": {name: self.engine.scaler_state(name) for name in self.objective.networks},
-                 "data": data, "plan": self.data.plan(), "world_size": self.processes.world_size}
+                 "guards": self.guards_state(), "data": data, "plan": self.data.plan(), "world_size": self.processes.world_size}
         position = position_in_words(data["batches"] * self.config.train.global_batch_size, self.data.samples_of_epoch())
         about = provenance(self.processes.world_size, self.config.parallel.strategy, position)
         self.saver.start(pieces, Contents(report.step, state, config_yaml(self.config), about,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,47 +10,66 @@ from torch import Tensor
 from genscale.objectives.base import Phase
 from genscale.parallel.engine import StepResult
 from genscale.parallel.processes import HostCopy, Processes
-from genscale.training.guards import NonFiniteLoss
 
 
 class PhaseOutcome:
-    """Losses and gradient norm of one phase of one step. Made on every rank together.
+    """Losses and gradient norm of one phase of one step, known before its update is made. Made on every rank together.
 
     Args:
         totals: sums over this rank's samples by term, on the device.
         count: what they are divided by, global.
+        batch: number of the global batch, as the loader counts them.
+
+    Attributes:
+        spike: standard deviations by which the loss stands out, where the update was left out for that.
     """
 
     def __init__(self, step: int, phase: Phase, totals: dict[str, Tensor], count: int, result: StepResult,
-                 processes: Processes) -> None:
+                 processes: Processes, batch: int = 0) -> None:
         self.step, self.phase, self.names, self.scaled, self.processes = step, phase, list(totals), result.scaled, processes
+        self.batch, self.spike = batch, 0.0
         local = torch.stack(list(totals.values()))
         means = processes.sum(local) / max(count, 1)
-        self._copy = HostCopy(torch.cat([result.grad_norm.to(local).reshape(1), means, local]))
+        self._numbers = torch.cat([result.grad_norm.to(local).reshape(1), means, local])
+        self._copy = HostCopy(self._numbers)
+        self._read: list[float] | None = None
 
     def read(self) -> tuple[float, dict[str, float], dict[str, float]]:
         """(gradient norm, global means by term, this rank's sums by term); waits for the device."""
-        norm, *values = self._copy.read()
+        if self._read is None:
+            self._read = self._copy.read()
+        norm, *values = self._read
         terms = len(self.names)
         return norm, dict(zip(self.names, values[:terms], strict=True)), dict(zip(self.names, values[terms:], strict=True))
 
-    def skipped(self, last_good: Callable[[], str]) -> bool:
-        """Whether fp16's loss scaler left the weights alone. The norm is global, so every rank answers alike.
+    def loss(self) -> float:
+        """The global mean of what was minimised."""
+        _, means, _ = self.read()
+        return sum(mean for name, mean in means.items() if name not in self.phase.statistics)
 
-        Raises:
-            NonFiniteLoss: the loss or the gradient is no longer a number.
-        """
+    def overflowed(self) -> bool:
+        """Whether fp16's loss scaler has left the weights alone: the loss is a number, its scaled gradient is none."""
+        return self.scaled and math.isfinite(self.loss()) and not math.isfinite(self.read()[0])
+
+    def non_finite(self) -> bool:
+        """Whether the loss or the gradient is no number; alike on every rank, for both are global."""
+        return not math.isfinite(self.loss()) or (not self.scaled and not math.isfinite(self.read()[0]))
+
+    def non_finite_flag(self) -> Tensor:
+        """The same as a scalar, 1 or 0, on the device, without a loss scaler; nobody waits for it."""
+        wanted = [0, *(index for index, name in enumerate(self.names, 1) if name not in self.phase.statistics)]
+        return ~torch.stack([self._numbers[index] for index in wanted]).isfinite().all()
+
+    def what(self) -> str:
+        """What is wrong with it, where something is. Collective."""
         norm, _, local = self.read()
-        if math.isfinite(norm):
-            return False
-        checkpoint = last_good()
-        for rank, terms in enumerate(self.processes.gather(local)):
-            for name, value in terms.items():
-                if not math.isfinite(value):
-                    raise NonFiniteLoss(f"{self.phase.name}/{name} became {value} at step {self.step} on rank {rank}; last "
-                                        f"good checkpoint: {checkpoint}; try a lower optimizer.lr, a longer "
-                                        "schedule.warmup_steps, or train.precision bf16 instead of fp16")
-        if self.scaled:
-            return True
-        raise NonFiniteLoss(f"the gradient of {self.phase.network} became {norm} at step {self.step} (the loss "
-                            f"was finite); last good checkpoint: {checkpoint}; try a lower optimizer.lr or train.clip")
+        if self.spike:
+            return (f"{self.phase.name}/loss is {self.loss():.6g} at step {self.step}, {self.spike:.3g} standard deviations "
+                    "above the mean of the last steps")
+        by_rank = self.processes.gather(local)
+        for name in self.names:
+            bad = [rank for rank, terms in enumerate(by_rank) if not math.isfinite(terms[name])]
+            if bad and name not in self.phase.statistics:
+                ranks = f"rank{'s' if len(bad) > 1 else ''} {', '.join(map(str, bad))}"
+                return f"{self.phase.name}/{name} became {by_rank[bad[0]][name]} at step {self.step} on {ranks}"
+        return f"the gradient of {self.phase.network} became {norm} at step {self.step} (the loss was finite)"

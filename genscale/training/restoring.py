@@ -24,3 +24,11 @@ def restore(engine: Engine, checkpoint: Checkpoint) -> None:
     for name in engine.modules:
         engine.load_network_state(name, checkpoint.weights(name, averaged=True))
     load_beside_weights(engine, checkpoint)
+
+
+def restore_exactly(engine: Engine, checkpoint: Checkpoint) -> None:
+    """The same with every network's own weights: the engine is then as it was when the checkpoint was written. Collective."""
+    for name in engine.modules:
+        engine.load_network_state(name, checkpoint.tensors("networks", name))
+        engine.clear_optimizer_state(name)
+    load_beside_weights(engine, checkpoint)

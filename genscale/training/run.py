@@ -31,6 +31,7 @@ from genscale.training.collapse import Collapsed, check_collapse
 from genscale.training.hooks import RunHooks
 from genscale.training.optimizers import make_optimizer
 from genscale.training.restoring import load_beside_weights
+from genscale.training.rollback import GoBack
 from genscale.training.run_folder import (
     check_free_space,
     check_host_memory,
@@ -145,7 +146,7 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
         pretrained = None if checkpoint else processes.all_do(lambda: weights_from(config))
         prepare(config, engine, objective, checkpoint, pretrained)
         state = checkpoint.state() if checkpoint else {}
-        loader = open_loader(config, data, processes, micro_batch_size, state.get("data"))
+        loader = open_loader(config, data, processes, micro_batch_size, state)
         if processes.is_main:
             (folder / "config.yaml").write_text(config_yaml(config))
             objective.save_assets(folder)
@@ -157,7 +158,7 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
                      processes.world_size, "es" if processes.world_size > 1 else "", kind, config.train.precision, accumulation)
         hooks = RunHooks(config, folder, engine, objective, data, loader, state, supervision.stop,
                          supervision.owner.check if supervision.owner else None)
-        return _loop(config, folder, engine, objective, loader, hooks, state.get("step", 0), supervision)
+        return _loop(config, folder, engine, objective, loader, hooks, checkpoint, supervision)
     except BaseException as error:
         supervision.failed(error)
         raise
@@ -184,12 +185,15 @@ def check_learning_rates(config: Config, objective: Objective) -> None:
                             f"{', '.join(objective.networks)}")
 
 
-def _loop(config: Config, folder: Path, engine: Engine, objective: Objective, loader: StepLoader, hooks: RunHooks, done: int,
-          supervision: Supervision) -> RunResult:
-    outcome = "failed"
+def _loop(config: Config, folder: Path, engine: Engine, objective: Objective, loader: StepLoader, hooks: RunHooks,
+          checkpoint: Checkpoint | None, supervision: Supervision) -> RunResult:
+    outcome, state = "failed", checkpoint.state() if checkpoint else {}
+    done = state.get("step", 0)
     try:
         listed = [Hook(1, lambda report: supervision.did(report.step), settled=False), *hooks.list()]
-        trainer = Trainer(config, objective, engine, loader, listed, hooks.last_good, supervision.stop)
+        trainer = Trainer(config, objective, engine, loader, listed, hooks.last_good, supervision.stop, state.get("guards"),
+                          GoBack(folder, engine, loader, hooks, checkpoint))
+        hooks.guards_state = trainer.state
         if hooks.trace is not None:
             trainer.make_draws = hooks.trace.draws
         supervision.loop_begins(done)
@@ -263,7 +267,9 @@ def averaged_networks(config: Config, objective: Objective) -> tuple[str, ...]:
 
 def open_loader(config: Config, data: Data, processes: Processes, micro_batch_size: int,
                 state: dict[str, Any] | None = None) -> StepLoader:
-    """This process's micro-batches, from the start or from where a checkpoint's `data` says."""
+    """This process's micro-batches, from the start or from where a checkpoint's `state` says."""
+    state = state or {}
     return StepLoader(data, global_batch_size=config.train.global_batch_size, micro_batch_size=micro_batch_size,
                       rank=processes.rank, world_size=processes.world_size, workers=config.data.workers,
-                      prefetch_steps=config.data.prefetch_steps, state=state, pin_memory=processes.device.type == "cuda")
+                      prefetch_steps=config.data.prefetch_steps, state=state.get("data"),
+                      pin_memory=processes.device.type == "cuda", left_out=(state.get("guards") or {}).get("batches", ()))

@@ -7,21 +7,32 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from genscale.config import Config
 from genscale.data.loader import StepLoader
 from genscale.data.order import DIGEST_MODULUS
+from genscale.errors import UserError
 from genscale.objectives.base import Objective, Phase
-from genscale.parallel.engine import Engine
+from genscale.parallel.engine import Engine, StepResult
 from genscale.rng import Draws
+from genscale.training.dry_batch import without_a_trace
+from genscale.training.guards import NonFiniteLoss
+from genscale.training.kept_buffers import KeptBuffers
+from genscale.training.out_of_memory import advice, is_out_of_memory
 from genscale.training.outcome import PhaseOutcome
 from genscale.training.schedules import average_decay, learning_rate_share
 from genscale.training.signals import StopSignal
+from genscale.training.update_guard import ADVICE, RollBack, UpdateGuard
 
 log = logging.getLogger("genscale")
 MicroBatches = list[dict[str, Tensor]]
+GoBack = Callable[[frozenset[int]], tuple[int, dict[str, Any]] | None]
+"""Takes networks, optimizers and loader back to the latest checkpoint, from where the loader leaves these global batches out:
+its step and what the guard has kept in it; or None, where there is none. Collective."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +40,14 @@ class Hook:
     """Something to do every so many steps, and after the last one (`every` 0: only then).
 
     Attributes:
-        settled: only once the step's losses are known, and known to be finite. Without it a GPU may still be at the step.
+        settled: only once the step's losses are known. Without it a GPU may still be at the step.
+        sound: put off while updates are being left out, for the run may have to go back; not after the last step.
     """
 
     every: int
     action: Callable[[StepReport], None]
     settled: bool = True
+    sound: bool = False
 
     def due(self, report: StepReport) -> bool:
         return report.last or (self.every > 0 and report.step % self.every == 0)
@@ -64,47 +77,119 @@ class Trainer:
     """Runs every phase of every step through one body.
 
     Args:
-        last_good: says where the last good checkpoint is, for the message of a run that went wrong.
+        last_good: says where the last good checkpoint is, for the message of a run that went wrong. Collective.
         stop: the signals received so far, where somebody listens for them already.
+        guard_state: `state` of the checkpoint that the run goes on from.
+        go_back: how to go back to a checkpoint; None: a run that would have to stops.
     """
 
     def __init__(self, config: Config, objective: Objective, engine: Engine, loader: StepLoader, hooks: Sequence[Hook],
-                 last_good: Callable[[], str], stop: StopSignal | None = None) -> None:
+                 last_good: Callable[[], str], stop: StopSignal | None = None, guard_state: dict[str, Any] | None = None,
+                 go_back: GoBack | None = None) -> None:
         self.config, self.objective, self.engine, self.loader, self.hooks = config, objective, engine, loader, hooks
         self.processes = engine.processes
-        self.last_good = last_good
+        self.last_good, self.go_back = last_good, go_back
         self.stop = stop or StopSignal()
-        self.skipped_steps = 0
+        self.guard = UpdateGuard(config.guards, self.processes, config.train.global_batch_size, last_good, guard_state)
         self.make_draws: Callable[..., Draws] = Draws
         self._runs_ahead = self.processes.device.type != "cpu"
         self._unsettled: list[tuple[StepReport, PhaseOutcome]] = []
+        self._batch = 0
+        self._updated: dict[str, bool | Tensor] = {}  # by network, since its average was last moved
+        self._put_off: set[int] = set()  # numbers of hooks
+
+    def state(self) -> dict[str, Any]:
+        """What the next steps depend on besides networks, optimizers and data, as JSON."""
+        return self.guard.state()
 
     def run(self, first_step: int) -> StepReport | None:
-        """Train from `first_step` to `train.steps`, or until a signal; every rank stops after the same step."""
-        report = None
+        """Train from `first_step` to `train.steps`, or until a signal; every rank stops after the same step.
+
+        Raises:
+            UserError: the run went wrong (NonFiniteLoss), or does not fit in memory.
+        """
+        report, step = None, first_step
         with self.stop as stop:
-            for step in range(first_step, self.config.train.steps + 1):
-                report = self.train_step(step, stop)
-                for hook in self.hooks:
-                    if hook.due(report):
-                        hook.action(report)
-                if report.last:  # a hook may have ended the run
-                    break
+            try:
+                if self.config.guards.dry_batch and step <= self.config.train.steps:
+                    self._rehearse(step)
+                while step <= self.config.train.steps:
+                    try:
+                        report = self.train_step(step, stop)
+                        self._run_hooks(report)
+                    except RollBack as trouble:
+                        step = self._roll_back(trouble) + 1
+                        continue
+                    if report.last:  # a hook may have ended the run
+                        break
+                    step += 1
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise UserError(advice(self.config, self.engine.micro_batch_size, self.processes)) from None
         return report
+
+    def _run_hooks(self, report: StepReport) -> None:
+        for number, hook in enumerate(self.hooks):
+            if not hook.due(report) and number not in self._put_off:
+                continue
+            if hook.sound and not self._is_sound(report):
+                self._put_off.add(number)
+                continue
+            self._put_off.discard(number)
+            if hook.settled:  # the others take no time to speak of
+                self.processes.note(f"step {report.step}, {hook.action.__name__}")
+            hook.action(report)
+
+    def _is_sound(self, report: StepReport) -> bool:
+        """Whether what is now may be gone back to: no update has just been left out, and every weight is a number.
+
+        Raises:
+            NonFiniteLoss: after the last step, where a weight is none.
+        """
+        if self.guard.in_a_row and not report.last:
+            return False
+        if self.engine.weights_are_finite():
+            return True
+        what = f"a weight became infinite or no number by step {report.step}"
+        if report.last:
+            raise NonFiniteLoss(f"{what}; last good checkpoint: {self.last_good()}; {ADVICE}")
+        log.warning("%s: no checkpoint is written of it", what)
+        return False
+
+    def _roll_back(self, trouble: RollBack) -> int:
+        """Returns the step of the checkpoint that the run has gone back to."""
+        self.processes.note("going back to the latest checkpoint")
+        batches = self.guard.batches | trouble.batches
+        found = self.go_back(batches) if self.go_back is not None else None
+        if found is None:
+            raise NonFiniteLoss(f"{trouble.what}; no checkpoint to go back to (set train.checkpoint_every); {ADVICE}")
+        step, state = found
+        self.guard.rolled_back(batches, state)
+        self._unsettled.clear()
+        self._updated.clear()
+        self._put_off.clear()
+        numbers = ", ".join(map(str, sorted(trouble.batches)))
+        log.warning("%s: back to step %d, and on without global batch%s %s (%d of at most %d times)", trouble.what, step,
+                    "es" if len(trouble.batches) > 1 else "", numbers, self.guard.rollbacks, self.config.guards.rollbacks)
+        return step
 
     def train_step(self, step: int, stop: StopSignal) -> StepReport:
         started = time.perf_counter()
-        self.processes.note(f"step {step}")
         report = StepReport(step, self._set_learning_rates(step))
         # Phases share the step's batches; the i-th repeat of a phase takes the i-th of them.
         for repeat in range(max(phase.repeats for phase in self.objective.phases)):
+            self.processes.note(f"step {step}, data")
             batches = self.loader.next_batch()
+            self._batch = self.loader.batch
             report.data_wait_seconds += self.loader.wait_seconds
             report.data_digest = (report.data_digest + self.loader.digest()) % DIGEST_MODULUS
             for phase in self.objective.phases:
                 if repeat < phase.repeats and step % phase.every == 0:
                     self._unsettled.append((report, self.run_phase(phase, step, batches)))
+        self.processes.note(f"step {step}, averages")
         self.update_averages(step)
+        self.processes.note(f"step {step}, agreeing")
         number, report.data_digest = self._agree(stop.received or 0, report.data_digest)
         report.stopped = number > 0
         stop.agreed = signal.Signals(number) if number else None
@@ -114,9 +199,43 @@ class Trainer:
         return report
 
     def run_phase(self, phase: Phase, step: int, batches: MicroBatches) -> PhaseOutcome:
-        """Freeze all other networks; loss and backward of each micro-batch; reduce, clip, step; thaw.
+        """Freeze all other networks; loss and backward of each micro-batch; reduce, judge, clip, step; thaw.
 
-        Nothing in here waits for the device."""
+        Nothing in here waits for the device, but where an update can be left out by the host alone."""
+        outcome: list[PhaseOutcome] = []
+        on_device = self._runs_ahead and self.engine.skips_on_device(phase.network) and not self.guard.reads_losses
+        left_out: bool | Tensor = False
+
+        def leave_out(result: StepResult) -> bool | Tensor:
+            nonlocal left_out
+            outcome.append(PhaseOutcome(step, phase, totals, count, result, self.processes, self._batch))
+            left_out = self.guard.leaves_out_on_device(outcome[0]) if on_device else self.guard.leaves_out(outcome[0])
+            return left_out
+
+        buffers = KeptBuffers(self.engine.moving_buffers(phase.network))
+        totals, count = self._accumulate(phase, step, batches, self.make_draws)
+        self.processes.note(f"step {step}, phase {phase.name}, step")
+        self.engine.step(phase.network, leave_out)
+        self.engine.train_only(None)  # DeepSpeed's stage 3 gives no state of a frozen parameter
+        buffers.put_back(left_out)
+        made = ~left_out if isinstance(left_out, Tensor) else not left_out
+        self._updated[phase.network] = self._updated.get(phase.network, False) | made
+        return outcome[0]
+
+    def _rehearse(self, step: int) -> None:
+        """Forward and backward of every phase, lazy ones too, on the first micro-batch and with the loss times zero: what does
+        not fit in memory, or does not compute, is found at once. The next step is the one it would have been."""
+        batches = self.loader.peek()[:1]
+        with without_a_trace(self.engine):
+            for phase in self.objective.phases:
+                self.processes.note(f"the dry batch, phase {phase.name}")
+                self._accumulate(phase, step, batches, Draws, scale=0.0)
+                self.engine.step(phase.network, lambda result: True)
+                self.engine.train_only(None)
+
+    def _accumulate(self, phase: Phase, step: int, batches: MicroBatches, make_draws: Callable[..., Draws],
+                    scale: float = 1.0) -> tuple[dict[str, Tensor], int]:
+        """Gradients of the phase's network, of the mean over the global batch; (sums by term on this rank, global count)."""
         engine, processes = self.engine, self.processes
         engine.train_only(phase.network, phase.second_order)
         networks = engine.view(phase.network)
@@ -125,35 +244,32 @@ class Trainer:
         (count,) = processes.sum_of_numbers(sum(phase.count(batch) for batch in batches))
         totals: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
-            draws = self.make_draws(self.config.run.seed, phase.name, step, batch["sample"], processes.device)
+            draws = make_draws(self.config.run.seed, phase.name, step, batch["sample"], processes.device)
             batch = {key: value if key == "sample" else value.to(processes.device, non_blocking=True)
                      for key, value in batch.items()}
             with engine.micro_batch(phase.network, last=index == len(batches) - 1):
+                processes.note(f"step {step}, phase {phase.name}, forward")
                 with engine.forward_context():
                     terms = phase.loss(networks, batch, draws)
                 # The terms are sums. Engines average gradients over processes, so the mean over the GLOBAL count needs
                 # x world size.
                 loss = sum(value for name, value in terms.items() if name not in phase.statistics)
-                engine.backward(phase.network, loss * (processes.world_size / max(count, 1)))
+                processes.note(f"step {step}, phase {phase.name}, backward")
+                engine.backward(phase.network, loss * (scale * processes.world_size / max(count, 1)))
             for name, value in terms.items():
                 totals[name] = totals.get(name, 0.0) + value.detach().double()
-        result = engine.step(phase.network)
-        engine.train_only(None)  # DeepSpeed's stage 3 gives no state of a frozen parameter
-        return PhaseOutcome(step, phase, totals, count, result, processes)
+        return totals, count
 
     def _settle(self, report: StepReport) -> None:
-        """Read what the steps came to, and stop at a loss that is no number.
+        """Read what the steps came to, and let the guard judge.
 
-        A GPU is given the next step before its last one is looked at, except where a hook wants to know: no checkpoint is ever
-        written of weights that are not known to be finite."""
+        A GPU is given the next step before its last one is looked at, except where a hook wants to know."""
         wanted = report.last or any(hook.settled and hook.due(report) for hook in self.hooks)
         wanted = wanted or not self._runs_ahead
         ready = [each for each in self._unsettled if wanted or each[0] is not report]
         self._unsettled = [] if wanted else [each for each in self._unsettled if each[0] is report]
         for earlier, outcome in ready:
-            if outcome.skipped(self.last_good):
-                self.skipped_steps += 1
-                log.info("step %d: gradient overflow in fp16, update skipped (%d so far)", earlier.step, self.skipped_steps)
+            self.guard.settle(outcome)
             earlier.metrics.update(self.metrics_of(outcome))
 
     def metrics_of(self, outcome: PhaseOutcome) -> dict[str, float]:
@@ -161,11 +277,12 @@ class Trainer:
         prefix = f"{outcome.phase.name}/" if len(self.objective.phases) > 1 else ""
         norm, means, _ = outcome.read()
         metrics = {f"{prefix}{name}": mean for name, mean in means.items()}
-        losses = [mean for name, mean in means.items() if name not in outcome.phase.statistics]
-        metrics.setdefault(f"{prefix}loss", sum(losses))
+        metrics.setdefault(f"{prefix}loss", outcome.loss())
         metrics[f"{prefix}grad_norm"] = norm
-        if self.skipped_steps:
-            metrics["skipped_steps"] = self.skipped_steps
+        if self.guard.left_out:
+            metrics["skipped_steps"] = self.guard.left_out
+        if self.guard.rollbacks:
+            metrics["rollbacks"] = self.guard.rollbacks
         return metrics
 
     def _set_learning_rates(self, step: int) -> dict[str, float]:
@@ -180,13 +297,17 @@ class Trainer:
         return {f"learning_rate/{name}": peak * share for name, peak in peaks.items()}
 
     def update_averages(self, step: int) -> None:
-        """Once a step, after all phases, of the networks that one of them has trained."""
+        """Once a step, after all phases, of the networks that one of them has trained (an update that was left out is none)."""
         train = self.config.train
         for name in self.engine.averages:
             repeats = [phase.repeats for phase in self.objective.phases if phase.network == name and step % phase.every == 0]
-            if repeats:
+            updated = self._updated.pop(name, False)
+            if repeats and updated is not False:
                 samples = train.global_batch_size * max(repeats)
-                self.engine.update_average(name, average_decay(step, samples, train.ema_half_life, train.ema_ramp_up))
+                decay = average_decay(step, samples, train.ema_half_life, train.ema_ramp_up)
+                if isinstance(updated, Tensor):  # in fp64, so that 1 - decay is rounded as the host rounds it
+                    decay = torch.where(updated, torch.full((), decay, dtype=torch.float64, device=updated.device), 1.0)
+                self.engine.update_average(name, decay)
 
     def _agree(self, stop: int, digest: int) -> tuple[int, int]:
         """All ranks stop alike, on the signal of the lowest rank that got one, and share one ledger entry."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genscale.parallel.engine import SHORT, squared_norm
+from genscale.parallel.gradients import SHORT, squared_norm
 from genscale.rng import torch_generator
 
 LAID = (64, 48, 4, 4)

@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from genscale.config import Config, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
+from genscale.config import Config, GuardSettings, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
 from genscale.data.lanes import Cursor, Data, Sample
 from genscale.data.loader import StepLoader
 from genscale.data.tokenizers import ByteTokenizer
 from genscale.models.gpt import GPT, GPTSettings
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.objectives.language_model import LanguageModel
-from genscale.parallel.processes import Processes
+from genscale.parallel.processes import HostCopy, Processes
 from genscale.parallel.replicated import ReplicatedEngine
 from genscale.rng import Draws
 from genscale.training.guards import NonFiniteLoss
@@ -254,11 +254,17 @@ class Diverging(Adversaries):
         return {"loss": loss}
 
 
+def stopping() -> Config:
+    config = settings()
+    config.guards = GuardSettings(non_finite="stop")
+    return config
+
+
 @pytest.mark.parametrize("kind, words", [("nan", "generate/loss became nan at step 3 on rank 0"),
                                          ("inf", "generate/loss became inf at step 3 on rank 0"),
                                          ("gradient", r"the gradient of generator became nan at step 3 .the loss was finite.")])
 def test_a_loss_that_is_no_number_stops_the_run(kind: str, words: str) -> None:
-    trainer = trainer_of(Diverging(kind), settings(), 6)
+    trainer = trainer_of(Diverging(kind), stopping(), 6)
     with StopSignal() as stop:
         trainer.train_step(1, stop)
         trainer.train_step(2, stop)
@@ -280,28 +286,33 @@ class HostReads(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
-def test_nothing_in_a_phase_waits_for_the_device(name: str) -> None:
-    """Loss, backward, clipping and update of a language model are launched without a look at any number they make."""
+@pytest.mark.parametrize("name, reads_of_the_outcome", [("adamw", 0), ("muon", 1), ("sgd", 1)])
+def test_nothing_in_a_phase_waits_for_the_device(name: str, reads_of_the_outcome: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss, backward, clipping and update of a language model are launched without a look at any number they make, but for one
+    at whether the update may be made, where the optimizer cannot leave it out by itself."""
     network = GPT(GPTSettings(layers=1, heads=2, width=32, positions=16, preset="qwen3"), 64)
     network.initialise(0)
     config = settings(name=name, momentum=0.0)
     objective = LanguageModel(network, ByteTokenizer(), 16)
     trainer = trainer_of(objective, config, 3)
+    monkeypatch.setattr(trainer, "_runs_ahead", True)
+    read, copies_read = HostCopy.read, []
+    monkeypatch.setattr(HostCopy, "read", lambda copy: copies_read.append(copy) or read(copy))
     trainer.loader.close()
     batches = [{"tokens": torch.arange(51).view(3, 17) + shift, "sample": torch.arange(3)} for shift in (0, 5)]
     trainer.run_phase(objective.phases[0], 1, batches)  # builds the optimizer's state
     # What is known on the host alone may be read there.
     counts = [objective.count(batch) for batch in batches]
     phase = replace(objective.phases[0], count=lambda batch: counts[0])
+    copies_read.clear()
     with HostReads() as reads:
         trainer.run_phase(phase, 2, batches)
-    assert reads.seen == []
+    assert reads.seen == [] and len(copies_read) == reads_of_the_outcome
 
 
 def test_a_gpu_is_given_the_next_step_before_the_last_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a device that is not the CPU, steps are settled one later, and before each hook that wants to know."""
-    trainer = trainer_of(Diverging("nan"), settings(), 6, [])
+    trainer = trainer_of(Diverging("nan"), stopping(), 6, [])
     monkeypatch.setattr(trainer, "_runs_ahead", True)
     with StopSignal() as stop:
         first = trainer.train_step(1, stop)
@@ -316,7 +327,7 @@ def test_a_gpu_is_given_the_next_step_before_the_last_is_looked_at(monkeypatch: 
 
 def test_no_settled_hook_sees_a_step_that_diverged(monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[int] = []
-    trainer = trainer_of(Diverging("nan"), settings(), 6, [Hook(3, lambda report: saved.append(report.step)),
+    trainer = trainer_of(Diverging("nan"), stopping(), 6, [Hook(3, lambda report: saved.append(report.step)),
                                                            Hook(1, lambda report: None, settled=False)])
     monkeypatch.setattr(trainer, "_runs_ahead", True)
     with pytest.raises(NonFiniteLoss, match="at step 3 on rank 0"):

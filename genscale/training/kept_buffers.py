@@ -1,0 +1,25 @@
+"""Running statistics and singular vectors follow every training forward; where the update is left out, they go back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class KeptBuffers:
+    """Copies of a network's small buffers, taken before its forward."""
+
+    def __init__(self, buffers: Sequence[Tensor]) -> None:
+        self.buffers = list(buffers)
+        self.copies = [buffer.clone() for buffer in self.buffers]
+
+    @torch.no_grad()
+    def put_back(self, wanted: bool | Tensor) -> None:
+        """Set the buffers to the copies, where it is wanted (as a scalar on the device it is not read)."""
+        for buffer, copy in zip(self.buffers, self.copies, strict=True):
+            if isinstance(wanted, Tensor):
+                buffer.copy_(torch.where(wanted, copy, buffer))
+            elif wanted:
+                buffer.copy_(copy)

@@ -1,0 +1,137 @@
+"""One process of a test of the guards, started by torchrun: whole runs of the points family, from the data to the checkpoints,
+on data with points that are no numbers; several runs in one start of processes. Writes what came of them as JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from genscale.config_parser import parse_config
+from genscale.data.lanes import Cursor, Sample
+from genscale.data.points import PointsData
+from genscale.errors import UserError
+from genscale.objectives import FAMILIES
+from genscale.parallel.launcher import clear_launch_environment
+from genscale.parallel.processes import Processes
+from genscale.parallel.strategies import plan_parallel
+from genscale.tracking.metrics_file import read_metrics
+from genscale.training import run as life
+from genscale.training.checkpoints import list_checkpoints
+from genscale.training.signals import StopSignal
+from genscale.training.supervision import Supervision
+from genscale.training.trainer import Trainer
+
+GLOBAL_BATCH = 8
+SETTINGS = {
+    "model.family": "points", "model.width": 16, "model.latent": 4, "data.lanes": GLOBAL_BATCH, "data.validation_points": 20,
+    "train.global_batch_size": GLOBAL_BATCH, "train.steps": 12, "train.precision": "fp32", "train.log_every": 1,
+    "train.checkpoint_every": 4, "train.checkpoint_keep": 9, "train.ema_half_life": 100, "train.ema_ramp_up": 0,
+    "optimizer.lr": 0.01, "tracking.wandb": "disabled",
+}  # fmt: skip
+
+
+class PlantedPoints(PointsData):
+    """With as many lanes as a global batch has samples, position k of every lane is global batch k.
+
+    Attributes:
+        bad: batches of which one sample is no number.
+        absent: batches that the data does not have.
+    """
+
+    bad: frozenset[int] = frozenset()
+    absent: frozenset[int] = frozenset()
+
+    def open_lane(self, lane: int, cursor: Cursor | None = None) -> Iterator[tuple[Sample, Cursor]]:
+        for sample, after in super().open_lane(lane, cursor):
+            batch = after["position"] - 1
+            if batch not in self.absent:
+                # Of rank 1's, where there are two processes.
+                point = np.full_like(sample["point"], np.nan) if batch in self.bad and lane == 5 else sample["point"]
+                yield {"point": point}, after
+
+
+class WithoutPhases(Trainer):
+    """Leaves updates out by not running their phase."""
+
+    absent: frozenset[tuple[str, int]] = frozenset()
+
+    def train_step(self, step: int, *arguments: Any) -> Any:
+        phases = self.objective.phases
+        self.objective.phases = [phase for phase in phases if (phase.name, step) not in self.absent]
+        try:
+            return super().train_step(step, *arguments)
+        finally:
+            self.objective.phases = phases
+
+
+def tensors_of(checkpoint: Any) -> str:
+    """A hash of all networks, optimizers and averages."""
+    total = hashlib.sha256()
+    for kind in ("networks", "optimizers", "averages"):
+        for name in ("discriminator", "generator"):
+            if kind == "averages" and not checkpoint.has_average(name):
+                continue
+            stored = checkpoint.tensors(kind, name)
+            for key in sorted(stored.keys()):
+                total.update(f"{kind}/{name}/{key}".encode())
+                total.update(stored(key).reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def run(folder: Path, variant: dict[str, Any], processes: Processes) -> dict[str, Any]:
+    """One run; `again_from`: a copy of that run, cut after a checkpoint, goes on."""
+    folder = folder / variant["name"]
+    if processes.is_main and "again_from" in variant:
+        name, step = variant["again_from"]
+        shutil.copytree(folder.with_name(name), folder)
+        for checkpoint in list_checkpoints(folder / "checkpoints"):
+            if checkpoint.step > step:
+                shutil.rmtree(checkpoint.path)
+    settings = {**SETTINGS, "run.dir": str(folder.parent), "run.name": folder.name, **variant.get("settings", {})}
+    config = parse_config(FAMILIES, [f"--{key}={value}" for key, value in settings.items()], description="")
+    PlantedPoints.bad = frozenset(variant.get("bad", ()))
+    PlantedPoints.absent = frozenset(variant.get("absent", ()))
+    WithoutPhases.absent = frozenset((name, step) for name, step in variant.get("without", ()))
+    life.Trainer = WithoutPhases if "without" in variant else Trainer
+    plan = plan_parallel(config.parallel, config.train.precision)
+    config.train.precision = plan.precision
+    error = None
+    try:
+        with Supervision(config, folder, processes, StopSignal()) as supervision:
+            life._train(config, processes, replace(plan, world_size=processes.world_size),
+                        life.derive_accumulation(config, processes.world_size), folder, supervision)
+    except UserError as mistake:
+        error = f"{type(mistake).__name__}: {mistake}"
+    except SystemExit as end:  # another process speaks
+        error = f"exit code {end.code}"
+    errors = processes.gather(error)
+    if not processes.is_main:
+        return {}
+    found = list_checkpoints(folder / "checkpoints")
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "data_digest" in line]
+    return {"errors": errors, "lines": lines, "steps": [checkpoint.step for checkpoint in found],
+            "digest": found[-1].digest() if found else None, "tensors": tensors_of(found[-1]) if found else None,
+            "guards": found[-1].state()["guards"] if found else None}
+
+
+def main(variants: list[dict[str, Any]], folder: Path) -> None:
+    FAMILIES["points"] = replace(FAMILIES["points"], build_data=PlantedPoints)
+    clear_launch_environment()
+    processes = Processes(need_group=True)
+    results = {variant["name"]: run(folder, variant, processes) for variant in variants}
+    if processes.is_main:
+        (folder / "results.json").write_text(json.dumps(results))
+    processes.close()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]), Path(sys.argv[2]))
