@@ -35,6 +35,15 @@ def check_keys(content: dict[str, Any], known: set[str], where: str, prefix: str
             raise UserError(f"{path}: unknown key{where}{_nearest_key(path, known)}")
 
 
+def check_no_code(content: Any) -> None:
+    """Raises UserError for what jsonargparse would take for a class and import, wherever any value may stand."""
+    if isinstance(content, (dict, list)):
+        if "class_path" in content and isinstance(content, dict):
+            raise UserError(f"class_path: {content['class_path']!r}: a config cannot name code; leave it out")
+        for value in content.values() if isinstance(content, dict) else content:
+            check_no_code(value)
+
+
 def check_values(section: Any, prefix: str) -> None:
     """What jsonargparse lets through: nothing where there must be something, and numbers that are none."""
     kinds = get_type_hints(type(section))

@@ -34,16 +34,26 @@ from genscale.config import (
     TrainSettings,
 )
 from genscale.config_keys import as_field, as_key, in_users_words, renamed
-from genscale.config_mistakes import check_flags, check_keys, check_values, one_line
+from genscale.config_mistakes import check_flags, check_keys, check_no_code, check_values, one_line
 from genscale.errors import UserError, nearest
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+# Else a config that writes {class_path: ..., init_args: ...} where any value may stand would call what it names.
+set_parsing_settings(docstring_parse_attribute_docstrings=True, instantiate_subclass_spec_in_any=False)
 
 COMMON_SECTIONS = {"run": RunSettings, "train": TrainSettings, "guards": GuardSettings, "optimizer": OptimizerSettings,
                    "schedule": ScheduleSettings, "parallel": ParallelSettings, "tracking": TrackingSettings}
 Families = Mapping[str, Any]
 
-set_loader("run", lambda text: renamed(get_loader("yaml")(text), as_field), (yaml.YAMLError,))
+
+
+def _load(text: str) -> Any:
+    """A file, or the value of a flag."""
+    content = get_loader("yaml")(text)
+    check_no_code(content)
+    return renamed(content, as_field)
+
+
+set_loader("run", _load, (yaml.YAMLError,))
 set_dumper("run", lambda content: yaml.safe_dump(renamed(content, as_key), sort_keys=False, allow_unicode=True))
 
 

@@ -26,6 +26,7 @@ from genscale.data.opening import (
 )
 from genscale.data.source_file import SourceFile, is_url
 from genscale.errors import UserError, nearest
+from genscale.masking import masked
 
 __all__ = ["Shard", "Spec", "TableShard", "TopicsShard", "damaged", "find_shards", "known_size", "split"]
 
@@ -191,7 +192,8 @@ def _url_shards(spec: Spec, urls: Sequence[str]) -> list[Shard]:
     for url in urls:
         if builder_of(url) is None:
             raise UserError(f"{spec.key}={url}: files of this kind are not read{READABLE}")
-    return [TableShard(file.path, file.size, spec, file) for file in find_urls(spec, urls)]
+    # A token in an address is no part of what it leads to: a run may go on with another.
+    return [TableShard(masked(file.path), file.size, spec, file) for file in find_urls(spec, urls)]
 
 
 def _shards(spec: Spec) -> list[Shard]:

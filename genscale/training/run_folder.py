@@ -24,10 +24,11 @@ PARTS = ("checkpoints", "samples", "plots", "logs")
 
 
 def run_folder(config: Config) -> Path:
-    """<run.dir>/<run.name>. Raises UserError for a name that would leave run.dir."""
+    """<run.dir>/<run.name>, which may be a link that the owner of run.dir has made. Raises UserError for a name that would
+    leave run.dir, or that cannot be printed."""
     name = config.run.name
-    if not name or Path(name).name != name or name in (".", ".."):
-        raise UserError(f"run.name: '{name}' must be a plain folder name (no '/', not '..'); the folder above it is run.dir")
+    if not name or Path(name).name != name or name in (".", "..") or not name.isprintable():
+        raise UserError(f"run.name: {name!r} must be a plain folder name (no '/', not '..'); the folder above it is run.dir")
     return Path(config.run.dir).expanduser() / name
 
 
