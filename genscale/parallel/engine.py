@@ -88,6 +88,11 @@ class Engine(ABC):
         self._following: dict[str, list[Any]] = {}
         self._updating: dict[str, list[Any]] = {}
 
+    @property
+    @abstractmethod
+    def strategy(self) -> str:
+        """As `parallel.strategy` names it."""
+
     def prepare(self, networks: Mapping[str, nn.Module], make_optimizer: MakeOptimizer,
                 weights: Mapping[str, Read] | None = None, averaged: Iterable[str] = ()) -> None:
         """Give every network its weights, wrap it, and build its optimizer.

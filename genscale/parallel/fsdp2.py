@@ -41,6 +41,7 @@ class ShardedEngine(Engine):
     """PyTorch FSDP2."""
 
     whole_weights = False
+    strategy = "fsdp2"
 
     def _wrap(self, name: str, module: nn.Module, make_optimizer: MakeOptimizer, read: Read | None) -> None:
         # A head's logits are often a view; no objective writes into them.

@@ -37,6 +37,10 @@ class ReplicatedEngine(Engine):
         super().__init__(*args, **kwargs)
         self.scalers: dict[str, torch.amp.GradScaler] = {}
 
+    @property
+    def strategy(self) -> str:
+        return "ddp" if self.processes.world_size > 1 else "single"
+
     def _wrap(self, name: str, module: nn.Module, make_optimizer: MakeOptimizer, read: Read | None) -> None:
         materialise(module, self.processes.device)
         if read is not None:

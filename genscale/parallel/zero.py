@@ -56,6 +56,10 @@ class ZeroEngine(Engine):
         super().__init__(*args, **kwargs)
         self.stage, self.whole_weights = stage, stage < 3
 
+    @property
+    def strategy(self) -> str:
+        return f"zero{self.stage}"
+
     def configuration(self) -> dict[str, Any]:
         """The DeepSpeed configuration, every number given: DeepSpeed's and Accelerate's defaults are not ours."""
         zero: dict[str, Any] = {"stage": self.stage}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from genscale.config import Config
-from genscale.parallel.processes import Processes
+from genscale.parallel.engine import Engine
 from genscale.parallel.strategies import SHARDS_MOST
 
 WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "defaultcpuallocator", "std::bad_alloc",
@@ -26,9 +26,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return False
 
 
-def advice(config: Config, micro_batch_size: int, processes: Processes) -> str:
+def advice(config: Config, engine: Engine) -> str:
     """One line: where memory ran out, the settings that decide how much of it is needed, and what to try first."""
-    strategy = config.parallel.strategy
+    processes, strategy, micro_batch_size = engine.processes, engine.strategy, engine.micro_batch_size
     checkpointing = config.parallel.activation_checkpointing
     facts = [f"train.micro_batch_size is {micro_batch_size}"]
     sizes = [name for name in ("sequence_length", "size") if hasattr(config.data, name)]

@@ -126,7 +126,7 @@ class Trainer:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                raise UserError(advice(self.config, self.engine.micro_batch_size, self.processes)) from None
+                raise UserError(advice(self.config, self.engine)) from None
         return report
 
     def _run_hooks(self, report: StepReport) -> None:
@@ -213,7 +213,7 @@ class Trainer:
             return left_out
 
         buffers = KeptBuffers(self.engine.moving_buffers(phase.network))
-        totals, count = self._accumulate(phase, step, batches, self.make_draws)
+        totals, count = self._accumulate(phase, step, batches)
         self.processes.note(f"step {step}, phase {phase.name}, step")
         self.engine.step(phase.network, leave_out)
         self.engine.train_only(None)  # DeepSpeed's stage 3 gives no state of a frozen parameter
@@ -228,15 +228,16 @@ class Trainer:
         batches = self.loader.peek()[:1]
         with without_a_trace(self.engine):
             for phase in self.objective.phases:
-                self.processes.note(f"the dry batch, phase {phase.name}")
-                self._accumulate(phase, step, batches, Draws, scale=0.0)
+                self._accumulate(phase, step, batches, rehearsal=True)
                 self.engine.step(phase.network, lambda result: True)
                 self.engine.train_only(None)
 
-    def _accumulate(self, phase: Phase, step: int, batches: MicroBatches, make_draws: Callable[..., Draws],
-                    scale: float = 1.0) -> tuple[dict[str, Tensor], int]:
+    def _accumulate(self, phase: Phase, step: int, batches: MicroBatches, rehearsal: bool = False) \
+            -> tuple[dict[str, Tensor], int]:
         """Gradients of the phase's network, of the mean over the global batch; (sums by term on this rank, global count)."""
         engine, processes = self.engine, self.processes
+        doing = f"{'the dry batch' if rehearsal else f'step {step}'}, phase {phase.name}"
+        make_draws, scale = (Draws, 0.0) if rehearsal else (self.make_draws, 1.0)
         engine.train_only(phase.network, phase.second_order)
         networks = engine.view(phase.network)
         networks[phase.network].train()
@@ -248,13 +249,13 @@ class Trainer:
             batch = {key: value if key == "sample" else value.to(processes.device, non_blocking=True)
                      for key, value in batch.items()}
             with engine.micro_batch(phase.network, last=index == len(batches) - 1):
-                processes.note(f"step {step}, phase {phase.name}, forward")
+                processes.note(f"{doing}, forward")
                 with engine.forward_context():
                     terms = phase.loss(networks, batch, draws)
                 # The terms are sums. Engines average gradients over processes, so the mean over the GLOBAL count needs
                 # x world size.
                 loss = sum(value for name, value in terms.items() if name not in phase.statistics)
-                processes.note(f"step {step}, phase {phase.name}, backward")
+                processes.note(f"{doing}, backward")
                 engine.backward(phase.network, loss * (scale * processes.world_size / max(count, 1)))
             for name, value in terms.items():
                 totals[name] = totals.get(name, 0.0) + value.detach().double()

@@ -72,10 +72,10 @@ def test_a_run_that_goes_wrong_again_and_again_stops(guarded: Any) -> None:
     settings = {"parallel.strategy": "ddp", "guards.non_finite": "rollback", "guards.dry_batch": False}
     runs = guarded([{"name": "lost", "bad": [5, 6, 7], "settings": settings},
                     {"name": "early", "bad": [2], "settings": settings}])
-    for error in runs["lost"]["errors"]:
-        assert error.startswith("NonFiniteLoss: discriminator/adversarial became nan at step 6 on rank 1, after going back to a"
-                                " checkpoint 2 times (guards.rollbacks); last good checkpoint: ")
-        assert "step-00000004" in error
-    for error in runs["early"]["errors"]:
-        assert "at step 3 on rank 1; no checkpoint to go back to (set train.checkpoint_every)" in error
+    for name, words in (("lost", "NonFiniteLoss: discriminator/adversarial became nan at step 6 on rank 1, after going back to "
+                                 "a checkpoint 2 times (guards.rollbacks); last good checkpoint: "),
+                        ("early", "at step 3 on rank 1; no checkpoint to go back to (set train.checkpoint_every)")):
+        said = [error for error in runs[name]["errors"] if error != "exit code 2"]  # one process speaks for both
+        assert len(said) == 1 and words in said[0]
+    assert "step-00000004" in str(runs["lost"]["errors"])
     assert [line["step"] for line in runs["lost"]["lines"]] == [1, 2, 3, 4, 5]
