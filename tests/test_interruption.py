@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import yaml
 
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/cpu.yaml")
 STEPS = 30
-SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,9 @@ def check_stop(outcome, number: signal.Signals, logged: int, run: Path) -> str:
     assert logged <= step <= logged + 2
     assert (run / "checkpoints" / f"step-{step:08d}").is_dir()
     assert str(run / "checkpoints") in outcome.out
+    ended = json.loads((run / "ended.json").read_text())
+    assert (ended["how"], ended["signal"], ended["step"], ended["exit_code"]) == ("stopped", number.name, step, SIGNALS[number])
+    assert abs((datetime.now(UTC) - datetime.fromisoformat(ended["time"])).total_seconds()) < 300
     assert [record["step"] for record in metrics(run)] == list(range(1, step + 1))
     return re.search(r"^go on with: (.*)$", outcome.out, re.MULTILINE).group(1)
 
@@ -114,8 +118,8 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(("processes", "number"), [
-    (1, signal.SIGINT), pytest.param(1, signal.SIGTERM, marks=SLOW),
-    (2, signal.SIGTERM), pytest.param(2, signal.SIGINT, marks=SLOW),
+    (1, signal.SIGINT), pytest.param(1, signal.SIGTERM, marks=SLOW), pytest.param(1, signal.SIGUSR1, marks=SLOW),
+    (2, signal.SIGUSR1), pytest.param(2, signal.SIGTERM, marks=SLOW), pytest.param(2, signal.SIGINT, marks=SLOW),
 ])  # fmt: skip
 def test_a_signal_stops_within_a_step_and_the_run_goes_on(processes, number, genscale, genscale_start, genscale_finish,
                                                           genscale_process, config, undisturbed):  # fmt: skip
@@ -150,14 +154,70 @@ def test_accelerate_launch_passes_a_signal_on(genscale, genscale_start, genscale
     check_same(genscale, run, undisturbed(2))
 
 
-def test_interrupted_before_the_first_step(genscale_start, genscale_finish, config):
-    """Ctrl-C while libraries are loaded and data is read: no traceback."""
+@pytest.mark.parametrize(("number", "moment"), [
+    (signal.SIGINT, "imports"), pytest.param(signal.SIGUSR1, "imports", marks=SLOW),
+    pytest.param(signal.SIGTERM, "building", marks=SLOW),
+])  # fmt: skip
+def test_interrupted_before_the_first_step(number, moment, genscale_start, genscale_finish, config):
+    """While libraries are loaded, and while the model is built: no traceback, and nobody waits for a step."""
     process = genscale_start("train", "--config", config)
-    wait_for(lambda: psutil.Process(process.pid).num_threads() > 1, process)  # torch is being loaded
-    process.send_signal(signal.SIGINT)
+    folder = config.parent / "tiny" / "logs"
+    wait_for(lambda: psutil.Process(process.pid).num_threads() > 1 if moment == "imports" else folder.exists(), process)
+    process.send_signal(number)
     stopped = genscale_finish(process, 60)
-    assert stopped.code == 130, stopped.err
-    assert "Traceback" not in stopped.err
+    assert stopped.code == SIGNALS[number], stopped.err
+    assert stopped.err.splitlines()[-1] == f"stopped by {number.name} before the first step", stopped.err
+    assert metrics(config.parent / "tiny") == []
+
+
+@pytest.mark.slow
+def test_a_signal_during_start_up_of_two_processes(genscale_start, genscale_finish, config):
+    """At moments when one of them may wait for the other."""
+    for delay in (0.5, 4.0, 8.0):
+        process = genscale_start(*command_line(config, 2))
+        launcher = psutil.Process(process.pid)
+        wait_for(lambda launcher=launcher: len(launcher.children()) >= 2, process)
+        time.sleep(delay)
+        process.send_signal(signal.SIGTERM)
+        stopped = genscale_finish(process, 60)
+        assert stopped.code == 143 and "Traceback" not in stopped.err, stopped.err
+
+
+# An evaluation of many short batches, and a word when it begins.
+SLOW_EVALUATION = """
+import sys, time
+from pathlib import Path
+from genscale.cli import main
+from genscale.objectives.language_model import LanguageModel
+evaluate = LanguageModel.evaluate
+def slow(self, networks, batch):
+    Path(sys.argv[2] + ".evaluating").touch()
+    time.sleep(0.7)
+    return evaluate(self, networks, batch)
+LanguageModel.evaluate = slow
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(genscale, genscale_start, genscale_finish, config, undisturbed):
+    script, run = config.parent / "slow.py", config.parent / "tiny"
+    script.write_text(SLOW_EVALUATION)
+    arguments = ["--config", config, "--data.validation_blocks", 80, "--train.evaluate_every", 10]  # 40 batches of 2: 28 s
+    process = genscale_start(script, *arguments, command=(sys.executable,))
+    wait_for(Path(f"{config}.evaluating").exists, process)
+    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGTERM)  # the second changes nothing
+    sent = time.monotonic()
+    stopped = genscale_finish(process, 60)
+    assert time.monotonic() - sent < 14, "it waited for the evaluation"
+    assert stopped.code == 138 and "stopped by SIGUSR1 after step 10" in stopped.out, stopped.err
+    assert (run / "checkpoints" / "step-00000010").is_dir()
+    done = genscale("train", *arguments)
+    assert done.code == 0, done.err
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [10, 20, 30], "the cut one is made up"
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=SLOW)])

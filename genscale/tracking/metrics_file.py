@@ -65,26 +65,35 @@ class MetricsFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._waiting = b""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
             self._rewrite([line for line, _ in _read(self.path)])
         self._open()
 
     def append(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Write one line `{"step": step, **metrics}`; it is with the operating system on return, so SIGKILL cannot lose it."""
+        """Write one line `{"step": step, **metrics}`; it is with the operating system on return, so SIGKILL cannot lose it.
+
+        Lines that a full disk did not take are kept, and written before the next."""
         record = {"step": int(step)} | {key: _plain(value) for key, value in metrics.items()}
-        line = memoryview(json.dumps(record, allow_nan=False).encode() + b"\n")
+        self._waiting += json.dumps(record, allow_nan=False).encode() + b"\n"
+        self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        lines = memoryview(self._waiting)
         whole = os.fstat(self._descriptor).st_size
         try:
-            while line:  # a write may be short
-                line = line[os.write(self._descriptor, line) :]
+            while lines:  # a write may be short
+                lines = lines[os.write(self._descriptor, lines) :]
         except OSError:
             os.ftruncate(self._descriptor, whole)
             raise
+        self._waiting = b""
 
     def truncate_after(self, step: int) -> None:
         """Drop the lines with a step beyond `step`, which a resumed run is about to write again. Atomic: all or nothing."""
         os.close(self._descriptor)
+        self._waiting = b""
         try:
             self._rewrite([line for line, record in _read(self.path) if record["step"] <= step])
         finally:
@@ -92,6 +101,7 @@ class MetricsFile:
 
     def close(self) -> None:
         """Close the file, its content on the disk."""
+        self._write_waiting()
         os.fsync(self._descriptor)
         os.close(self._descriptor)
 

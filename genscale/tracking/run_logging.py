@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from pathlib import Path
 
 import torch  # noqa: F401 - its import puts console handlers on a dozen loggers: they must be there to be removed
@@ -33,7 +34,12 @@ class _RankFile(logging.FileHandler):
 
 
 class _Masked(logging.Formatter):
-    """Without passwords and tokens, whichever library has logged them (HTTP clients log the addresses they ask)."""
+    """Without passwords and tokens, whichever library has logged them (HTTP clients log the addresses they ask).
+
+    Times are in UTC: a run may go on in another time zone."""
+
+    converter = time.gmtime
+    default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
 
     def format(self, record: logging.LogRecord) -> str:
         return masked(super().format(record))

@@ -24,6 +24,7 @@ from genscale.tracking.plots import plot_losses
 from genscale.tracking.progress import Progress
 from genscale.tracking.throughput import Throughput
 from genscale.tracking.trackers import Trackers
+from genscale.tracking.writes import Writes
 from genscale.training.checkpoints import Checkpoint, list_checkpoints
 from genscale.training.collapse import CollapseWatch
 from genscale.training.profile import Profile
@@ -69,6 +70,7 @@ class RunHooks:
         self.validation_set = data.validation()
         done = state.get("step", 0)
         self.profile: Profile | None = None
+        self.writes = Writes(log.warning)
         if self.processes.is_main:
             self.metrics_file = MetricsFile(folder / "metrics.jsonl")
             self.metrics_file.truncate_after(done)
@@ -117,7 +119,7 @@ class RunHooks:
         self.throughput.step(report.seconds, report.data_wait_seconds, self.units_per_step)
 
     def record(self, report: StepReport) -> None:
-        _try_to_write(f"{TRACE}: step {report.step}", lambda: self.trace.record(report))
+        self.writes.attempt(TRACE, lambda: self.trace.record(report))
 
     def log_metrics(self, report: StepReport) -> None:
         line = {**report.metrics, self.objective.unit: self.units, **self.throughput.read(),
@@ -210,10 +212,10 @@ class RunHooks:
         if not self.processes.is_main:
             return
         if isinstance(preview, str):
-            _try_to_write(f"samples/{file.name}", lambda: file.write_text(preview))
+            self.writes.attempt("samples", lambda: file.write_text(preview))
             self.trackers.log_text(report.step, "sample", preview)
         else:
-            _try_to_write(f"samples/{file.name}", lambda: Image.fromarray(preview).save(file))
+            self.writes.attempt("samples", lambda: Image.fromarray(preview).save(file))
             self.trackers.log_image(report.step, "sample", preview)
 
     def checkpoint(self, report: StepReport) -> None:
@@ -301,7 +303,7 @@ class RunHooks:
     def _write(self, step: int, line: dict[str, float], show: bool = False) -> None:
         if not self.processes.is_main:
             return
-        _try_to_write(f"metrics.jsonl: step {step}", lambda: self.metrics_file.append(step, line))
+        self.writes.attempt("metrics.jsonl", lambda: self.metrics_file.append(step, line))
         numbers = {key: value for key, value in line.items() if key != "data_digest"}
         self.trackers.log(step, numbers)
         if show:
@@ -318,24 +320,16 @@ class RunHooks:
     def close(self, failed: bool) -> None:
         self.saver.finish()
         if self.trace is not None:
-            _try_to_write(TRACE, self.trace.close)
+            self.writes.attempt(TRACE, self.trace.close)
         if not self.processes.is_main:
             return
         if self.profile is not None:
             self.profile.close()
         self.progress.close()
-        _try_to_write("metrics.jsonl", self.metrics_file.close)
+        self.writes.attempt("metrics.jsonl", self.metrics_file.close)
         try:
             plot_losses(self.folder / "metrics.jsonl", self.folder / "plots" / "loss.png", title=self.config.run.name,
                         loss_unit=self.objective.loss_unit)
         except Exception as error:  # a picture is never worth a run
             log.warning("no loss curve: %s", error)
         self.trackers.close(exit_code=int(failed))
-
-
-def _try_to_write(what: str, write: Callable[[], object]) -> None:
-    """A full disk costs a line or a sample, not the run: only its last checkpoint must be written."""
-    try:
-        write()
-    except OSError as error:
-        log.warning("%s could not be written: %s; training goes on", what, error.strerror or error)

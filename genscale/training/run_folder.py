@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import shutil
-import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -214,4 +215,7 @@ def set_later_checkpoints_aside(folder: Path, step: int, warn: Callable[[str], N
 
 
 def _aside(folder: Path) -> Path:
-    return folder / f"previous-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    """A folder that is not there yet, named by the time in UTC: a run may go on in another time zone, twice in one second."""
+    stem = folder / f"previous-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{os.getpid()}"
+    names = itertools.chain([stem], (Path(f"{stem}-{number}") for number in itertools.count(2)))
+    return next(path for path in names if not path.exists())

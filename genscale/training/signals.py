@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+from genscale import exit_codes
 
 if TYPE_CHECKING:  # loads torch, and this module is the first to be read
     from genscale.parallel.processes import Processes
@@ -14,6 +17,8 @@ if TYPE_CHECKING:  # loads torch, and this module is the first to be read
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 IMPATIENCE = 5.0
 """Seconds after which one more Ctrl-C means: now."""
+START_SECONDS = 3.0
+"""For a start to notice a signal; then it is waiting outside Python: for another process, or for a library."""
 
 
 class Stopped(BaseException):
@@ -44,6 +49,7 @@ class StopSignal:
         self.received: int | None = None
         self.agreed: signal.Signals | None = None
         self._starting, self._depth = starting, 0
+        self._pipe: int | None = None
         self._since = 0.0
         self._previous: dict[int, Any] = {}
 
@@ -60,14 +66,35 @@ class StopSignal:
     def __enter__(self) -> StopSignal:
         if not self._depth and threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            if self._starting:
+                self._listen()
         self._depth += 1
         return self
 
     def __exit__(self, *_: object) -> None:
         self._depth -= 1
         if not self._depth:
+            if self._pipe is not None:
+                signal.set_wakeup_fd(-1)
+                os.write(self._pipe, b"\0")
+                os.close(self._pipe)
+                self._pipe = None
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
+
+    def _listen(self) -> None:
+        """Python answers a signal between two of its own instructions; a byte comes through this pipe at once."""
+        read, self._pipe = os.pipe()
+        os.set_blocking(self._pipe, False)
+        signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+        threading.Thread(target=self._end_a_start_that_waits, args=(read,), name="signals", daemon=True).start()
+
+    def _end_a_start_that_waits(self, pipe: int) -> None:
+        while (number := os.read(pipe, 1)[0]) != 0:
+            time.sleep(START_SECONDS)
+            if number in SIGNALS and self._starting and self.received is None:
+                os._exit(exit_codes.of_signal(number))
+        os.close(pipe)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.received is None:

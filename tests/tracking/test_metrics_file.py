@@ -91,4 +91,4 @@ def test_a_full_disk_raises_and_leaves_whole_lines(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
     assert done.stdout.strip().isdigit()
     records = read_metrics(path)
-    assert [record["step"] for record in records] == [*range(len(records) - 1), 999]
+    assert [record["step"] for record in records] == [*range(len(records) - 1), 999]  # those kept back, too

@@ -58,7 +58,7 @@ def test_libraries_go_to_the_file_and_rank_0_speaks_plainly(tmp_path, rank, when
     for message in [*QUIET, "loss fell", "a column is short"]:
         assert text.count(message) == 1 or message == "python warns", message
     assert "UserWarning: python warns" in text
-    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO genscale: loss fell$", text, re.MULTILINE)
+    assert re.search(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO genscale: loss fell$", text, re.MULTILINE)
 
 
 def test_a_resumed_run_appends_and_a_second_run_in_a_process_has_its_own_file(tmp_path, capsys):

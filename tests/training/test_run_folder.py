@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +182,22 @@ def test_later_checkpoints_are_set_aside_whole(tmp_path: Path) -> None:
     assert str(aside) in warnings[0]
     assert {each.step: each.digest() for each in list_checkpoints(tmp_path / "checkpoints")} == {10: found[10]}
     assert {each.step: each.digest() for each in list_checkpoints(aside / "checkpoints")} == {20: found[20], 30: found[30]}
+
+
+def test_set_aside_twice_in_a_second_and_in_another_time_zone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        for zone in ("Asia/Tokyo", "Asia/Tokyo", "America/Lima"):
+            monkeypatch.setenv("TZ", zone)
+            time.tzset()
+            checkpoint(tmp_path, 20)
+            set_later_checkpoints_aside(tmp_path, 10, lambda line: None)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    asides = sorted(tmp_path.glob("previous-*"))
+    assert [len(list_checkpoints(aside / "checkpoints")) for aside in asides] == [1, 1, 1]
+    stamps = [datetime.strptime(aside.name.split("-")[1], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC) for aside in asides]
+    assert all(abs((datetime.now(UTC) - stamp).total_seconds()) < 60 for stamp in stamps)
 
 
 def test_a_run_taken_up_from_an_earlier_checkpoint_keeps_what_it_writes(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -30,6 +32,22 @@ def test_a_later_ctrl_c_ends_the_process_and_a_later_sigterm_does_not() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_start_that_waits_in_a_library_ends_too() -> None:
+    """Behind a lock that never opens, taken outside Python: a Python handler does not run there."""
+    code = ("import ctypes, sys; from genscale.training.signals import StopSignal\n"
+            "lock = ctypes.CDLL(None); mutex = ctypes.create_string_buffer(64)\n"
+            "with StopSignal(starting=True):\n"
+            "    lock.pthread_mutex_lock(mutex); print('waiting', flush=True); lock.pthread_mutex_lock(mutex)")
+    waiting = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert waiting.stdout.readline() == "waiting\n"
+    waiting.send_signal(signal.SIGUSR1)
+    try:
+        assert waiting.wait(20) == 138
+    finally:
+        waiting.kill()
+        waiting.communicate()
 
 
 def test_before_the_loop_a_signal_ends_what_goes_on_and_is_not_lost() -> None:
