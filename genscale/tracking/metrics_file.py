@@ -93,9 +93,10 @@ class MetricsFile:
     def truncate_after(self, step: int) -> None:
         """Drop the lines with a step beyond `step`, which a resumed run is about to write again. Atomic: all or nothing."""
         os.close(self._descriptor)
-        self._waiting = b""
+        waiting = [(line, json.loads(line)) for line in self._waiting.decode().splitlines()]
         try:
-            self._rewrite([line for line, record in _read(self.path) if record["step"] <= step])
+            self._rewrite([line for line, record in [*_read(self.path), *waiting] if record["step"] <= step])
+            self._waiting = b""
         finally:
             self._open()
 

@@ -100,7 +100,7 @@ class RunHooks:
         if self.trace is not None:
             self.trace.rolled_back(state["step"])
         if self.processes.is_main:
-            _try_to_write("metrics.jsonl", lambda: self.metrics_file.truncate_after(state["step"]))
+            self.writes.attempt("metrics.jsonl", lambda: self.metrics_file.truncate_after(state["step"]))
 
     def list(self) -> list[Hook]:
         """In the order they run: the profiler sees steps, not what follows the last of them; a checkpoint comes after the

@@ -190,7 +190,7 @@ def _loop(config: Config, folder: Path, engine: Engine, objective: Objective, lo
     outcome, state = "failed", checkpoint.state() if checkpoint else {}
     done = state.get("step", 0)
     try:
-        listed = [Hook(1, lambda report: supervision.did(report.step), settled=False), *hooks.list()]
+        listed = [Hook(1, supervision.did, settled=False), *hooks.list()]
         trainer = Trainer(config, objective, engine, loader, listed, hooks.last_good, supervision.stop, state.get("guards"),
                           GoBack(folder, engine, loader, hooks, checkpoint))
         hooks.guards_state = trainer.state

@@ -17,6 +17,7 @@ from genscale.training.ending import Ending
 from genscale.training.run_folder import create_run_folder
 from genscale.training.run_owner import RunOwner
 from genscale.training.signals import StopSignal
+from genscale.training.trainer import StepReport
 from genscale.training.watchdog import Watchdog
 
 PATIENCE = 10.0
@@ -71,9 +72,9 @@ class Supervision:
         self.stop.loop_begins()
         self._watchdog.loop_begins()
 
-    def did(self, step: int) -> None:
+    def did(self, report: StepReport) -> None:
         """The step is done."""
-        self._ending.step = step
+        self._ending.step = report.step
 
     def loop_ends(self) -> None:
         self._watchdog.loop_ends()
