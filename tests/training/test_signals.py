@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -42,6 +43,7 @@ def test_a_start_that_waits_in_a_library_ends_too() -> None:
             "    lock.pthread_mutex_lock(mutex); print('waiting', flush=True); lock.pthread_mutex_lock(mutex)")
     waiting = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert waiting.stdout.readline() == "waiting\n"
+    time.sleep(2)  # from the print to the lock
     waiting.send_signal(signal.SIGUSR1)
     try:
         assert waiting.wait(20) == 138
