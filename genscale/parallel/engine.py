@@ -28,8 +28,6 @@ __all__ = ["Engine", "LeaveOut", "MakeOptimizer", "NamedTensors", "Read", "StepR
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 NamedTensors = Iterator[tuple[str, Tensor]]
-Pieces = Iterable[tuple[str, int, Tensor]]
-"""(name of a tensor, number of its first element here, consecutive elements of it); over all processes every element once."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class Engine(ABC):
         self.modules: dict[str, nn.Module] = {}  # the plain modules inside
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.averages: dict[str, Average] = {}
-        self.on_gradients: Callable[[str, Pieces], None] | None = None
+        self.on_gradients: Callable[[str, Iterable[Piece]], None] | None = None
         self._second_order = False
         # By network, found once: a walk through a small network's modules takes as long as a layer's forward.
         self._parameters: dict[str, list[nn.Parameter]] = {}
@@ -214,8 +212,8 @@ class Engine(ABC):
             self.on_gradients(name, self._gradient_pieces(name))
 
     @abstractmethod
-    def _gradient_pieces(self, name: str) -> Pieces:
-        """The gradients of the coming step, by parameter name. Collective."""
+    def _gradient_pieces(self, name: str) -> Iterable[Piece]:
+        """This process's pieces of the gradients of the coming step, by parameter name. Collective."""
 
     def set_learning_rate(self, name: str, lr: float) -> None:
         for group in self.optimizers[name].param_groups:

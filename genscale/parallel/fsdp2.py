@@ -5,7 +5,6 @@ Accelerate's own FSDP plugin is ignored on the CPU without a word, so `fully_sha
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable
 
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from genscale.parallel.averages import Average, NamedAverage, copied_names
 from genscale.parallel.engine import (
@@ -22,7 +20,6 @@ from genscale.parallel.engine import (
     LeaveOut,
     MakeOptimizer,
     NamedTensors,
-    Pieces,
     StepResult,
     blocks_of,
     is_fused_adamw,
@@ -137,11 +134,9 @@ class ShardedEngine(Engine):
         self.optimizers[name].zero_grad(set_to_none=True)
         return result
 
-    def _gradient_pieces(self, name: str) -> Pieces:
-        for key, parameter in self.modules[name].named_parameters():
-            _, first = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-            # Shards are of whole rows.
-            yield key, first[0] * math.prod(parameter.shape[1:]), parameter.grad.to_local().reshape(-1)
+    def _gradient_pieces(self, name: str) -> Iterable[Piece]:
+        gradients = ((key, parameter.grad) for key, parameter in self.modules[name].named_parameters())
+        return pieces_of(gradients, self.processes.rank, self.processes.world_size)
 
     def network_state(self, name: str) -> NamedTensors:
         for key, tensor in named_state(self.modules[name]):

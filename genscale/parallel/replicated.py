@@ -16,7 +16,6 @@ from genscale.parallel.engine import (
     LeaveOut,
     MakeOptimizer,
     NamedTensors,
-    Pieces,
     StepResult,
     is_fused_adamw,
     never,
@@ -96,10 +95,9 @@ class ReplicatedEngine(Engine):
         optimizer.zero_grad(set_to_none=True)
         return result
 
-    def _gradient_pieces(self, name: str) -> Pieces:
-        if self.processes.is_main:  # the others have the same
-            for key, parameter in self.modules[name].named_parameters():
-                yield key, 0, parameter.grad
+    def _gradient_pieces(self, name: str) -> Iterable[Piece]:
+        gradients = ((key, parameter.grad) for key, parameter in self.modules[name].named_parameters())
+        return pieces_of(gradients, self.processes.rank, self.processes.world_size)
 
     def _average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """What DDP does, whose forward a phase of the second order goes past."""

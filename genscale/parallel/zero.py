@@ -23,7 +23,6 @@ from genscale.parallel.engine import (
     LeaveOut,
     MakeOptimizer,
     NamedTensors,
-    Pieces,
     StepResult,
     never,
     state_tensors,
@@ -214,13 +213,13 @@ class ZeroEngine(Engine):
     def clear_optimizer_state(self, name: str) -> None:
         self.inner(name).state.clear()
 
-    def _gradient_pieces(self, name: str) -> Pieces:
+    def _gradient_pieces(self, name: str) -> Iterable[Piece]:
         from deepspeed.utils import safe_get_full_grad
 
         for key, parameter in self.modules[name].named_parameters():
             full = safe_get_full_grad(parameter)
             if self.processes.is_main:
-                yield key, 0, full
+                yield Piece(key, tuple(full.shape), 0, full)
 
     # --- state by parameter name -------------------------------------------------------------------------------------
 

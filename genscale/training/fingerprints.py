@@ -11,11 +11,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from genscale.parallel.pieces import Piece
 from genscale.parallel.processes import Processes
 from genscale.rng import numpy_generator
 
-Piece = tuple[str, int, Tensor]
-"""(name of the tensor, number of its first element here, consecutive elements of it)."""
 BLOCK = 2**18
 """Elements that share a factor, so that the table of multipliers stays this short."""
 
@@ -68,9 +67,10 @@ class Fingerprints:
     def __init__(self, names: Iterable[str], pieces: Iterable[Piece]) -> None:
         digests = {name: torch.zeros((), dtype=torch.int64) for name in names}
         moments = {name: torch.zeros(2, dtype=torch.float64) for name in digests}
-        for name, first, piece in pieces:
-            digests[name] = digests[name].to(piece.device) + digest_of(name, first, piece)
-            moments[name] = moments[name].to(piece.device) + _moments(name, first, piece)
+        for piece in pieces:
+            name, values = piece.name, piece.values
+            digests[name] = digests[name].to(values.device) + digest_of(name, piece.first, values)
+            moments[name] = moments[name].to(values.device) + _moments(name, piece.first, values)
         self._names = list(digests)
         # Read together at the end: each would make the host wait for a GPU.
         self._digests, self._moments = list(digests.values()), list(moments.values())

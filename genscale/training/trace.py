@@ -15,13 +15,15 @@ of a network: {tensor: [digest, norm, projection]} (`genscale.training.fingerpri
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from genscale.parallel.engine import Engine, Pieces, named_state
+from genscale.parallel.engine import Engine, named_state
+from genscale.parallel.pieces import Piece
 from genscale.rng import Draws
 from genscale.tracking.metrics_file import MetricsFile, read_metrics
 from genscale.training.fingerprints import Fingerprint, Fingerprints, digest_of
@@ -88,7 +90,7 @@ class Trace:
             total = self._draws + int(digest_of(f"{stream}/{sample}/{numbers.numel()}", 0, numbers))
             self._draws = (total + 2**63) % 2**64 - 2**63  # as int64 wraps
 
-    def _note_gradients(self, network: str, pieces: Pieces) -> None:
+    def _note_gradients(self, network: str, pieces: Iterable[Piece]) -> None:
         """By the engine, in the middle of a step."""
         label, update = network, 1
         while label in self._gradients:
@@ -98,13 +100,11 @@ class Trace:
         self._gradients[label] = Fingerprints(names, pieces)
 
     def _weights(self) -> dict[str, dict[str, list[Any]]]:
-        return {name: _as_json(Fingerprints([key for key, _ in named_state(module)], self._held(name)).total(self.processes))
-                for name, module in self.engine.modules.items()}
-
-    def _held(self, name: str) -> Pieces:
-        for key, tensor in self.engine.network_state(name):
-            if self.processes.is_main:
-                yield key, 0, tensor
+        found = {}
+        for name, module in self.engine.modules.items():
+            prints = Fingerprints([key for key, _ in named_state(module)], self.engine.network_pieces(name))
+            found[name] = _as_json(prints.total(self.processes))
+        return found
 
     def _forget(self) -> None:
         self._draws = 0

@@ -9,6 +9,7 @@ import struct
 import pytest
 import torch
 
+from genscale.parallel.pieces import Piece
 from genscale.rng import numpy_generator
 from genscale.training.fingerprints import BLOCK, Fingerprint, Fingerprints, digest_of
 
@@ -25,7 +26,7 @@ class Alone:
 
 def fingerprint(tensor: torch.Tensor, *cuts: int, name: str = "w") -> Fingerprint:
     flat, edges = tensor.reshape(-1), [0, *cuts, tensor.numel()]
-    pieces = [(name, start, flat[start:stop]) for start, stop in itertools.pairwise(edges)]
+    pieces = [Piece(name, tuple(tensor.shape), start, flat[start:stop]) for start, stop in itertools.pairwise(edges)]
     return Fingerprints([name], reversed(pieces)).total(Alone())[name]
 
 
