@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -53,7 +53,8 @@ def text_rows(file: SourceFile, document: str, at: At | None = None) -> Iterator
             yield Rows(0, None, pa.table({"text": [_plain(stream.read())]}))
             return
         rest = b""
-        for block in _blocks(stream):
+        # What is left of a block counts towards the next, which is then the same for a reader that begins there.
+        while block := _block(stream, CHUNK - len(rest) if len(rest) < CHUNK else CHUNK):
             raw = rest + block
             if document == "line":
                 texts = _plain(raw).removesuffix("\n").split("\n")
@@ -72,8 +73,14 @@ def _plain(raw: bytes) -> str:
 
 
 def _blocks(stream: Any) -> Iterator[bytes]:
-    while block := stream.read(CHUNK):
-        yield block if block.endswith(b"\n") else block + stream.readline()
+    while block := _block(stream, CHUNK):
+        yield block
+
+
+def _block(stream: Any, size: int) -> bytes:
+    """So many bytes, and what follows up to the end of the line."""
+    block = stream.read(size)
+    return block if block.endswith(b"\n") else block + stream.readline()
 
 
 def json_rows(file: SourceFile, columns: Sequence[str], at: At | None = None) -> Iterator[Rows]:
@@ -140,8 +147,12 @@ def _cast(table: Any, name: str, wanted: Any) -> Any:
     return column.cast(wanted)
 
 
-def parquet_rows(file: SourceFile, columns: Sequence[str], group: int | None, start: int = 0) -> Iterator[Rows]:
+def parquet_rows(file: SourceFile, columns: Sequence[str], check: Callable[[list[str]], None], group: int | None,
+                 start: int = 0) -> Iterator[Rows]:
     """The rows of a parquet file, or of one of its row groups, from the row group on in which row `start` is.
+
+    Args:
+        check: is given the names of all columns before `columns` are read.
 
     Raises:
         pyarrow.ArrowException: it is damaged.
@@ -149,6 +160,7 @@ def parquet_rows(file: SourceFile, columns: Sequence[str], group: int | None, st
     import pyarrow as pa
 
     with open_parquet(file) as opened:
+        check(opened.schema_arrow.names)
         first = 0
         for number in range(opened.num_row_groups) if group is None else [group]:
             count = opened.metadata.row_group(number).num_rows

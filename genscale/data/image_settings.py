@@ -8,6 +8,9 @@ from typing import Literal
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt
 
 DIGITS = "digits"
+HUB_SETTINGS = ["subset", "split"]
+TABLE_SETTINGS = ["image_column", "label_column"]
+"""Settings that only hub datasets, and only tables, heed."""
 
 
 @dataclass

@@ -95,8 +95,8 @@ class ImageTableShard(TableShard):
         if self.file is None:
             return self.open().features or {}
         try:
-            self.check_columns()
             with open_parquet(self.file) as opened:
+                self.check_columns(opened.schema_arrow.names)
                 return datasets.Features.from_arrow_schema(opened.schema_arrow)
         except UserError:
             raise

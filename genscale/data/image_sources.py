@@ -11,7 +11,7 @@ from genscale.data.image_files import arrays, digits, image_files
 from genscale.data.image_labels import Classes, classes_of, numbered
 from genscale.data.image_sets import ImageSet, PackedSet
 from genscale.data.image_settings import DIGITS
-from genscale.data.image_shards import ImageSpec, ImageTableShard, Record, TarShard, local_shards, shard_of
+from genscale.data.image_shards import TAR_FILES, ImageSpec, ImageTableShard, Record, TarShard, local_shards, shard_of
 from genscale.data.image_stream import ImageStream
 from genscale.data.opening import find_urls, hub_revision, quiet_datasets
 from genscale.data.readers import Shard, known_size, split
@@ -189,6 +189,18 @@ def find_shards(spec: ImageSpec) -> tuple[list[Shard], list[Shard]]:
             raise UserError(f"{spec.key}={location}: files of this kind are not read{READ}")
         shards.append(shard)
     return shards, []
+
+
+def kind_of(location: str) -> str:
+    """What a location is by its name and what stands there: hub, parquet, tar or files."""
+    path = Path(location).expanduser()
+    if not is_url(location) and location != DIGITS and not path.exists():
+        return "hub"
+    if path.is_dir():
+        endings = {entry.suffix for entry in path.rglob("*") if entry.name.lower().endswith((".parquet", *TAR_FILES))}
+        return "parquet" if ".parquet" in endings else "tar" if endings else "files"
+    name = url_path(location).lower() if is_url(location) else location.lower()
+    return "parquet" if name.endswith(".parquet") else "tar" if name.endswith(TAR_FILES) else "files"
 
 
 def _nothing(spec: ImageSpec, location: str, path: Path) -> UserError:

@@ -13,12 +13,12 @@ from genscale.data.image_labels import Classes
 from genscale.data.image_order import ShuffledImages
 from genscale.data.image_reading import ImageReader, labelled
 from genscale.data.image_sets import ImageSet, digest
-from genscale.data.image_settings import ImageDataSettings
+from genscale.data.image_settings import HUB_SETTINGS, TABLE_SETTINGS, ImageDataSettings
 from genscale.data.image_shards import ImageSpec
-from genscale.data.image_sources import Opened, Order, first_images, open_images
+from genscale.data.image_sources import Opened, Order, first_images, kind_of, open_images
 from genscale.data.image_stream import ImageStream, StreamedImages
 from genscale.data.lanes import Cursor, Data, Sample
-from genscale.errors import UserError
+from genscale.errors import UserError, refuse_unheeded
 from genscale.masking import masked_throughout
 from genscale.rng import permutation
 
@@ -49,6 +49,7 @@ class ImageData(Data):
         self.settings, self.seed, self.lane_count = settings, seed, settings.lanes
         self.size, self.channels = settings.size, settings.channels
         self._spec = _spec("data.source", settings.source, settings)
+        _refuse_unheeded(settings)
         own = settings.validation_source is not None
         opened = Opened(None, None, settings.class_names)
         if for_training or settings.labels or not own:
@@ -162,6 +163,22 @@ def _spec(key: str, source: Sequence[str] | str, settings: ImageDataSettings, sp
                      split or settings.split, locations=several, image=settings.image_column,
                      label=settings.label_column if settings.labels else None, classes=tuple(names) if names else None,
                      retry_minutes=settings.retry_minutes)
+
+
+def _refuse_unheeded(settings: ImageDataSettings) -> None:
+    """Settings of hub datasets and tables where there is neither. Raises UserError."""
+    locations = [settings.source] if isinstance(settings.source, str) else settings.source
+    if settings.validation_source is not None:
+        own = settings.validation_source
+        locations = [*locations, *([own] if isinstance(own, str) else own)]
+    kinds = {kind_of(location) for location in locations}
+    beside = f"data.source {settings.source}"
+    if "hub" not in kinds:
+        refuse_unheeded("data", settings, HUB_SETTINGS, f"{beside}, which is no hub dataset")
+    if not kinds & {"hub", "parquet"}:
+        # A tar's .json members name their label like a column.
+        names = TABLE_SETTINGS[:1] if "tar" in kinds else TABLE_SETTINGS
+        refuse_unheeded("data", settings, names, f"{beside}, which has no columns")
 
 
 def _check_labels(images: ImageSet | ImageStream | None, where: str) -> None:

@@ -123,16 +123,14 @@ class TableShard(Shard):
     def _file_tables(self, start: int, at: At | None) -> Iterator[Rows]:
         builder = builder_of(self.file.path)
         if builder == "parquet":
-            self.check_columns()
-            return parquet_rows(self.file, self.spec.columns, self.part[0] if self.part[1] > 1 else None, start)
+            group = self.part[0] if self.part[1] > 1 else None
+            return parquet_rows(self.file, self.spec.columns, self.check_columns, group, start)
         if builder == "json":
             return json_rows(self.file, self.spec.columns, at)
         return text_rows(self.file, self.spec.document, at)
 
-    def check_columns(self) -> None:
-        """Refuse a parquet file without the columns that are asked for. Raises UserError."""
-        with open_parquet(self.file) as opened:
-            names = opened.schema_arrow.names
+    def check_columns(self, names: list[str]) -> None:
+        """Refuse a file without the columns that are asked for. Raises UserError."""
         if error := self.spec.unknown_columns(self.name, names):
             raise error
 
@@ -233,8 +231,8 @@ def split(shard: Shard, at_least: int) -> list[Shard]:
         return [shard]
     try:
         if shard.file is not None:
-            shard.check_columns()
             with open_parquet(shard.file) as opened:
+                shard.check_columns(opened.schema_arrow.names)
                 count = max(1, opened.num_row_groups)
         else:
             stream = shard.open()

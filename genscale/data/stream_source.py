@@ -16,6 +16,7 @@ import numpy as np
 from genscale.data.memory_source import HASHES, text_hash
 from genscale.data.packing import Place
 from genscale.data.readers import Shard, Spec
+from genscale.data.source_file import is_url
 from genscale.data.windows import Catalogue, Part, Source, Window
 from genscale.errors import UserError
 from genscale.rng import permutation
@@ -165,15 +166,22 @@ class StreamSource(Source):
     def plan(self) -> dict[str, Any]:
         names = hashlib.sha256(repr([(shard.name, shard.size) for shard in self._shards]).encode()).hexdigest()
         return {"order": "stream", "shards": len(self._shards), "bytes": sum(shard.size for shard in self._shards),
-                "content": names, "window": self._window}
+                "content": names, "window": self._window, **versions(self._shards)}
 
     def identity(self) -> dict[str, Any]:
-        plan = {key: value for key, value in self.plan().items() if key != "window"}
+        plan = {key: value for key, value in self.plan().items() if key not in ("window", "versions")}
         # Where the data lies is not what it is: a folder may move.
         spec = {key: value for key, value in dataclasses.asdict(self._spec).items()
                 if key not in ("key", "name", "revision", "locations", "retry_minutes")}
         probes = hashlib.sha256(repr([_probe(shard) for shard in self._shards]).encode()).hexdigest()
         return {**plan, "files": probes, **json.loads(json.dumps(spec, default=str)), "validation_fraction": self._fraction}
+
+
+def versions(shards: Sequence[Shard]) -> dict[str, str]:
+    """A digest of what web servers call the versions of the shards; empty where no server does."""
+    found = [(shard.name, file.version) for shard in shards
+             if (file := getattr(shard, "file", None)) and is_url(file.path) and file.version]
+    return {"versions": hashlib.sha256(repr(found).encode()).hexdigest()} if found else {}
 
 
 def _probe(shard: Shard) -> str:

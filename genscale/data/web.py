@@ -60,11 +60,12 @@ def _session() -> Any:
 
 
 @contextmanager
-def answer_of(url: str, part: str | None, seconds: float = SECONDS) -> Iterator[Any]:
+def answer_of(url: str, part: str | None, seconds: float | None = None) -> Iterator[Any]:
     """The server's answer with its body still to be read from `raw`.
 
     Args:
         part: bytes to ask for, like "0-99"; None: the whole.
+        seconds: longest wait for a connection or bytes, in the place of `SECONDS`.
 
     Raises:
         Passing: another try may mend it.
@@ -75,7 +76,7 @@ def answer_of(url: str, part: str | None, seconds: float = SECONDS) -> Iterator[
 
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={part}"} if part else {})}
     try:
-        with _session().get(url, headers=headers, stream=True, timeout=seconds) as response:
+        with _session().get(url, headers=headers, stream=True, timeout=seconds or SECONDS) as response:
             if response.status_code in PASSING:
                 raise Passing(f"the server answers {response.status_code} {response.reason}", retry_after(response.headers))
             yield response

@@ -31,7 +31,8 @@ class Throughput:
     def read(self) -> dict[str, float]:
         """Figures since the last reading; or nothing.
 
-        `<unit>_per_second`, `step_seconds` and `data_wait_seconds` (means a step); `tflops_per_second`: of the model, a device;
+        `<unit>_per_second`, `step_seconds` and `data_wait_seconds` (means a step); `data_wait_share`: their quotient, where
+        there was a wait; `tflops_per_second`: of the model, a device;
         `mfu`: those over the device's dense peak (Chowdhery et al. 2022, PaLM, appendix B), only where the peak is known."""
         if not self._steps:
             return {}
@@ -40,6 +41,8 @@ class Throughput:
             "step_seconds": self._seconds / self._steps,
             "data_wait_seconds": self._wait / self._steps,
         }
+        if self._wait:
+            figures["data_wait_share"] = self._wait / self._seconds
         if self.flops_per_unit is not None:
             achieved = self.flops_per_unit * figures[f"{self.unit}_per_second"] / self.devices
             figures["tflops_per_second"] = achieved / 1e12

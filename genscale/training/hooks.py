@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from genscale.tracking.trackers import Trackers
 from genscale.tracking.writes import Writes
 from genscale.training.checkpoints import Checkpoint, list_checkpoints
 from genscale.training.collapse import CollapseWatch
+from genscale.training.data_wait import DataWait
 from genscale.training.profile import Profile
 from genscale.training.provenance import position_in_words, provenance
 from genscale.training.restoring import restore
@@ -67,6 +69,8 @@ class RunHooks:
         self.preview: str | Path = ""
         self.collapse: str | None = None
         self.guards_state: Callable[[], dict[str, Any]] = dict  # the trainer's, once there is one
+        self.data_wait = DataWait(config.data, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        self._retries = 0
         self.validation_set = data.validation()
         done = state.get("step", 0)
         self.profile: Profile | None = None
@@ -126,6 +130,12 @@ class RunHooks:
                 "data_digest": report.data_digest}
         if self._hold_up is not None:
             line["checkpoint_hold_up_seconds"], self._hold_up = self._hold_up, None
+        new, self.loader.retries = self.loader.retries, 0
+        self._retries += self.processes.sum_of_numbers(new)[0]
+        if self._retries:
+            line["retries"] = self._retries
+        if self.processes.is_main and (hint := self.data_wait.hint(line.get("data_wait_share", 0.0))):
+            log.warning("%s", hint)
         self._write(report.step, line, show=True)
 
     def evaluate(self, report: StepReport) -> None:

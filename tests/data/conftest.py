@@ -7,8 +7,12 @@ import functools
 import http.server
 import json
 import re
+import socket
+import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -71,14 +75,83 @@ def serve() -> Iterator[Callable[..., tuple[str, list]]]:
         chosen = type("Chosen", (handler,), {"ranges": ranges})
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(chosen, directory=str(folder)))
         server.daemon_threads, server.asked = True, []
+        server.faults, server.met, server.gone_until, server.etag, server.woken = [], [], 0.0, "", threading.Event()
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
         return f"http://127.0.0.1:{server.server_port}", server.asked
 
+    start.servers = servers
     yield start
     for server in servers:
+        server.woken.set()
         server.shutdown()
         server.server_close()
+
+
+class Broken(Handler):
+    """Fails on purpose: each request for bytes of a file takes the next of the server's `faults`, until there are none."""
+
+    def _answer(self, body: bool) -> None:
+        if time.monotonic() < self.server.gone_until:
+            return self._reset()
+        fault = self.server.faults.pop(0) if self.server.faults and self.headers.get("Range") != "bytes=0-0" else "none"
+        if fault != "none":
+            self.server.met.append(fault)
+        kind, _, wait = fault.partition(" ")
+        if kind.isdigit():
+            self.send_response(int(kind))
+            if wait:
+                date = formatdate(time.time() + float(wait.lstrip("@")), usegmt=True)
+                self.send_header("Retry-After", date if wait.startswith("@") else wait)
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        if kind == "reset":
+            return self._reset()
+        if kind == "silent":
+            self.server.woken.wait(30)
+            return self._reset()
+        if kind == "truncated":
+            self.wfile = Cut(self.wfile, 1000)
+        super()._answer(body)
+
+    def _reset(self) -> None:
+        # Closed with bytes pending and no time to linger: the other side sees a reset.
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+        self.connection.close()
+
+    def end_headers(self) -> None:
+        if self.server.etag:
+            self.send_header("ETag", self.server.etag)
+        super().end_headers()
+
+
+class Cut:
+    """A connection that breaks off after so many bytes."""
+
+    def __init__(self, file: Any, left: int) -> None:
+        self._file, self._left = file, left
+
+    def write(self, content: bytes) -> None:
+        self._file.write(content[: self._left])
+        self._left -= len(content)
+        if self._left <= 0:
+            raise ConnectionAbortedError
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+@pytest.fixture
+def broken_server(serve) -> Callable[..., tuple[str, http.server.ThreadingHTTPServer]]:
+    """broken_server(folder, ranges=True) -> (its URL, the server). To be set on it at any time: `faults`, what the next
+    requests meet, each one of "503", "429 SECONDS" or "503 @SECONDS" (Retry-After as a number or as a date), "reset", "silent",
+    "truncated" and "none"; `gone_until`, a time.monotonic() up to which every connection is reset; `etag`. `met` are the faults
+    that requests have met."""
+    def start(folder: Path, ranges: bool = True) -> tuple[str, http.server.ThreadingHTTPServer]:
+        url, _ = serve(folder, ranges, Broken)
+        return url, serve.servers[-1]
+    return start
 
 
 class Hub(http.server.BaseHTTPRequestHandler):

@@ -250,3 +250,26 @@ def test_mistakes_are_one_line(wrong: Path, source: str, changes: dict[str, Any]
         opened(source if "://" in source else wrong / source, **changes)
     for word in words:
         assert word.format(wrong) in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "settings"), [
+    ("digits", {"subset": "x"}), ("npz", {"split": "test"}), ("folder", {"image_column": "pixels"}),
+    ("npz", {"label_column": "kind"}), ("tar", {"image_column": "pixels"}), ("parquet", {"split": "test"}),
+])
+def test_settings_of_other_sources_are_refused(tmp_path: Path, kind: str, settings: dict[str, str]) -> None:
+    source = tmp_path / {"npz": "a.npz", "tar": "a.tar", "parquet": "a.parquet"}.get(kind, "images")
+    if kind == "npz":
+        np.savez(source, images=np.zeros((9, 4, 4), np.uint8), labels=np.arange(9) % 3)
+    elif kind == "folder":
+        for number in range(9):
+            (source / CLASSES[number % 3]).mkdir(parents=True, exist_ok=True)
+            (source / CLASSES[number % 3] / f"{number}.png").write_bytes(png(number))
+    elif kind == "tar":
+        write_tar(source, range(9), lambda number: ("cls", b"0"))
+    elif kind == "parquet":
+        write_parquet(source, range(9))
+    (name, value), = settings.items()
+    location = "digits" if kind == "digits" else source
+    with pytest.raises(UserError, match=f"data.{name}: {value} has no effect with data.source {location}, which .*leave it"):
+        opened(location, **settings)
+    opened(location, **{name: getattr(ImageDataSettings, name)})

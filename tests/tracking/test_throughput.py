@@ -12,7 +12,8 @@ def test_figures_are_means_of_the_interval_and_agree_with_each_other():
     for seconds, wait in ((0.5, 0.1), (1.0, 0.2), (0.5, 0.0)):
         speed.step(seconds, wait, 1000)
     figures = speed.read()
-    assert figures == pytest.approx({"tokens_per_second": 1500.0, "step_seconds": 2 / 3, "data_wait_seconds": 0.1})
+    assert figures == pytest.approx({"tokens_per_second": 1500.0, "step_seconds": 2 / 3, "data_wait_seconds": 0.1,
+                                     "data_wait_share": 0.15})
     assert figures["tokens_per_second"] * figures["step_seconds"] == pytest.approx(1000)
 
 
