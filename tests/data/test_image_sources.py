@@ -259,7 +259,7 @@ def test_mistakes_are_one_line(wrong: Path, source: str, changes: dict[str, Any]
 def test_settings_of_other_sources_are_refused(tmp_path: Path, kind: str, settings: dict[str, str]) -> None:
     source = tmp_path / {"npz": "a.npz", "tar": "a.tar", "parquet": "a.parquet"}.get(kind, "images")
     if kind == "npz":
-        np.savez(source, images=np.zeros((9, 4, 4), np.uint8), labels=np.arange(9) % 3)
+        np.savez(source, images=np.arange(144, dtype=np.uint8).reshape(9, 4, 4), labels=np.arange(9) % 3)
     elif kind == "folder":
         for number in range(9):
             (source / CLASSES[number % 3]).mkdir(parents=True, exist_ok=True)
