@@ -11,6 +11,7 @@ file server's own clock (another machine, a reboot, a copy of the folder): no lo
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -55,13 +56,15 @@ class RunOwner:
         self._number = self._claim()
 
     def beat(self) -> None:
-        """Show that this run lives. Raises Fenced; OSError where the file cannot be touched."""
+        """Show that this run lives. Raises what `check` raises; OSError where the file cannot be touched."""
         self.check()
         os.utime(self._file(self._number))
 
     def check(self) -> None:
-        """Raises Fenced where another process has taken the folder over."""
+        """Raises Fenced where another process has taken the folder over, OSError where that cannot be told."""
         latest = self._latest()
+        if latest < self._number:
+            raise FileNotFoundError(errno.ENOENT, "the owner's file is gone", str(self._file(self._number)))
         if latest == self._number and (_read(self._file(latest)) or self._mine)["token"] == self._mine["token"]:
             return
         other = _read(self._file(latest)) or {}

@@ -56,10 +56,12 @@ class Watchdog:
         self._alarm = self.logs / ".hang"
         self._stacks = self._file("stacks-rank", processes.rank, "txt").open("w")
         # A process that is stopped in the middle of a step cannot write its heartbeat any more.
-        board = os.memfd_create("doing")
-        os.ftruncate(board, BOARD)
-        processes.board = mmap(board, BOARD)
-        processes.note(processes.doing)
+        board = None
+        if hasattr(os, "memfd_create"):  # Linux
+            board = os.memfd_create("doing")
+            os.ftruncate(board, BOARD)
+            processes.board = mmap(board, BOARD)
+            processes.note(processes.doing)
         self._identity = {"rank": processes.rank, "host": socket.gethostname(), "pid": os.getpid(),
                           "started": psutil.Process().create_time(), "board": board,
                           "main_thread": f"0x{threading.main_thread().ident:016x}"}
@@ -89,8 +91,9 @@ class Watchdog:
     def close(self) -> None:
         self._closed.set()
         self._thread.join(timeout=10)
-        self.processes.board = None
-        os.close(self._identity["board"])
+        if self.processes.board is not None:
+            self.processes.board = None
+            os.close(self._identity["board"])
         faulthandler.unregister(DUMP)
         self._stacks.close()
         with contextlib.suppress(OSError):
@@ -222,7 +225,7 @@ class Watchdog:
         os._exit(code)
 
 
-def _board(pid: int, descriptor: int) -> str:
+def _board(pid: int, descriptor: int | None) -> str:
     """What another process of this machine is doing, whatever state it is in."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/fd/{descriptor}").read_bytes().decode(errors="replace").strip()

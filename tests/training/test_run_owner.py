@@ -160,6 +160,15 @@ def test_a_copy_of_a_folder_is_not_the_folder(copy: Callable, tmp_path):
     first.check()
 
 
+def test_a_folder_that_cannot_be_seen_fences_nobody(tmp_path):
+    owner = RunOwner(tmp_path, print)
+    (tmp_path / ".owner").rename(tmp_path / "away")
+    with pytest.raises(FileNotFoundError):
+        owner.beat()
+    (tmp_path / "away").rename(tmp_path / ".owner")
+    owner.beat()
+
+
 def test_a_torn_file_holds_nothing(tmp_path):
     forge(tmp_path).write_text('{"token": "12')
     RunOwner(tmp_path, print).check()
