@@ -6,12 +6,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Piece:
     """A stretch of a logical tensor. Over all processes the pieces of a tensor make it whole, and none overlaps another.
 
@@ -60,13 +59,3 @@ def _shard(name: str, tensor: DTensor) -> Piece:
     if values.shape[0] != min(rows, shape[0] - begin):
         raise RuntimeError(f"{name}: {values.shape[0]} of {shape[0]} rows on process {mesh.get_local_rank()}")
     return Piece(name, shape, begin * math.prod(shape[1:]), values)
-
-
-def put_together(pieces: Iterable[Piece]) -> dict[str, Tensor]:
-    """The logical tensors, on the CPU, of the pieces of all processes."""
-    made: dict[str, Tensor] = {}
-    for piece in pieces:
-        if piece.name not in made:
-            made[piece.name] = torch.empty(piece.shape, dtype=piece.values.dtype)
-        made[piece.name].view(-1)[piece.first:piece.first + piece.values.numel()] = piece.values.reshape(-1).cpu()
-    return made

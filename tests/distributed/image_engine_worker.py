@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from genscale.models.image_layers import InitialWeights
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.parallel.engine import Engine
 from genscale.parallel.launcher import clear_launch_environment
-from genscale.parallel.pieces import Piece, put_together
+from genscale.parallel.pieces import Piece
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import build_engine, check_objective, plan_parallel
 from genscale.rng import Draws, torch_generator
@@ -118,6 +118,15 @@ def len_of(batch: Batch) -> int:
 def latents() -> Tensor:
     """What the averaged generator is asked for."""
     return torch.randn(4, LATENT, generator=torch_generator(0, "latents"))
+
+
+def put_together(pieces: Iterable[Piece]) -> dict[str, Tensor]:
+    """The tensors that the pieces of all processes make."""
+    made: dict[str, Tensor] = {}
+    for piece in pieces:
+        tensor = made.setdefault(piece.name, torch.full(piece.shape, -1, dtype=piece.values.dtype))
+        tensor.view(-1)[piece.first:piece.first + piece.values.numel()] = piece.values.reshape(-1)
+    return made
 
 
 def full(state: Any) -> dict[str, Tensor]:

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from genscale.errors import UserError
-from genscale.training.checkpoint_writing import write_checkpoint
+from genscale.parallel.pieces import Piece
+from genscale.training.checkpoint_writing import commit, new_partial, write_checkpoint
 from genscale.training.checkpoints import Checkpoint, find_checkpoints, latest_valid, list_checkpoints
 from genscale.training.retention import prune
-from genscale.training.tensor_files import TensorFiles
+from genscale.training.tensor_files import TensorBuffer, TensorFiles, part_name
 
 STATE = {"step": 20, "data": {"batches": 20, "cursors": {"0": {"position": 3, "cursor": None}}},
          "scalers": {"gpt": {"scale": 8.0}}, "best": None, "plan": {}}
@@ -220,6 +221,99 @@ def test_prune_keeps_the_last_and_the_best(keep: int, best: int | None, kept: li
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", *(f"step-{step:08d}" for step in kept)]
     assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path)] == kept
     assert all(checkpoint.problem() is None for checkpoint in list_checkpoints(tmp_path))
+
+
+def test_prune_keeps_every_so_many_for_ever(tmp_path: Path) -> None:
+    for step in range(10, 80, 10):
+        write(tmp_path, step)
+    prune(tmp_path, 1, best_step=20, keep_every=30)
+    assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path)] == [20, 30, 60, 70]
+
+
+@pytest.mark.parametrize("damage", ["cut short", "missing", "no manifest", "cut manifest"])
+def test_a_damaged_checkpoint_does_not_count_as_one_that_is_kept(damage: str, tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40):
+        write(tmp_path, step)
+    file, spoil, _ = DAMAGES[damage]
+    spoil(tmp_path / "step-00000040" / file)
+    prune(tmp_path, 1, None)
+    assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path)] == [30, 40]
+    assert latest_valid(tmp_path, lambda _: None).step == 30
+
+
+# --- from several writers, and from an earlier format ----------------------------------------------------------------
+
+def write_in_parts(folder: Path, cuts: list[list[float]]) -> Checkpoint:
+    """As processes would that have the stretches between these shares of every tensor; a cut at 0 or 1 leaves one with none."""
+    partial, files = new_partial(folder, 20), {}
+    for name, values in tensors().items():
+        for rank, (begin, end) in enumerate(cuts):
+            pieces = []
+            for key, value in values.items():
+                first, last = int(begin * value.numel()), int(end * value.numel())
+                if value.numel() or rank == 0:
+                    pieces.append(Piece(key, tuple(value.shape), first, value.reshape(-1)[first:last]))
+            buffer, file = TensorBuffer(), part_name(name, rank, len(cuts))
+            buffer.take(pieces)
+            (partial / file).parent.mkdir(exist_ok=True)
+            files[file] = buffer.write(partial / file)
+    return commit(partial, 20, files, STATE, "run: {}\n", {})
+
+
+CUTS = {"two": [[0, 0.5], [0.5, 1]], "three, one has none": [[0, 0.3], [0.3, 0.3], [0.3, 1]],
+        "the last first": [[0.7, 1], [0, 0.2], [0.2, 0.7]]}
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+def test_pieces_of_several_writers_are_read_as_whole_tensors(cuts: str, tmp_path: Path) -> None:
+    alone, parts = write(tmp_path / "alone"), write_in_parts(tmp_path / "parts", CUTS[cuts])
+    assert parts.problem() is None and parts.digest() == alone.digest()
+    assert parts.networks() == alone.networks() == ["critic", "gpt"]
+    for name, values in tensors().items():
+        read = parts.tensors(*name.split("/"))
+        assert read.keys() == sorted(values) and read.types() == {key: value.dtype for key, value in values.items()}
+        assert read.shapes() == {key: tuple(value.shape) for key, value in values.items()}
+        assert all(torch.equal(read(key), value) for key, value in values.items())
+    with pytest.raises(ValueError, match="has no tensor nonesuch"):
+        read("nonesuch")
+
+
+def test_a_part_that_is_missing_is_named(tmp_path: Path) -> None:
+    found = write_in_parts(tmp_path, CUTS["two"])
+    second = found.path / "networks" / "gpt-00002-of-00002.safetensors"
+    flip_last_bit(second)
+    assert found.problem() == "networks/gpt-00002-of-00002.safetensors is damaged (SHA-256 differs)" and found.has_its_files()
+    second.unlink()
+    assert found.problem() == "networks/gpt-00002-of-00002.safetensors is missing" and not found.has_its_files()
+    with pytest.raises(UserError, match=r"gpt-00001-of-00002.safetensors: of a.weight the elements from 6 on are missing"):
+        found.tensors("networks", "gpt")("a.weight")
+    (found.path / "networks" / "gpt-00001-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        found.tensors("networks", "gpt")
+
+
+def test_a_checkpoint_of_format_1_is_read(tmp_path: Path) -> None:
+    """As genscale wrote it before there were parts: one file each, and nothing about what made it."""
+    old = tmp_path / "old" / "step-00000020"
+    for name, values in tensors().items():
+        (old / name).parent.mkdir(parents=True, exist_ok=True)
+        save_file(values, old / f"{name}.safetensors")
+    (old / "state.json").write_text(json.dumps(STATE, indent=1))
+    (old / "config.yaml").write_text("run: {}\n")
+    files = {str(file.relative_to(old)): {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+             for file in sorted(old.rglob("*")) if file.is_file()}
+    (old / "manifest.json").write_text(json.dumps({"format": 1, "step": 20, "files": files}, indent=1))
+    found = Checkpoint(old)
+    assert found.problem() is None and latest_valid(old.parent, lambda _: None) == found
+    assert found.digest() == write(tmp_path / "new").digest()
+
+
+def test_the_files_are_what_safetensors_reads_and_writes(tmp_path: Path) -> None:
+    found = write(tmp_path)
+    for name, values in tensors().items():
+        read = load_file(found.path / f"{name}.safetensors")
+        assert read.keys() == values.keys()
+        assert all(torch.equal(read[key], value) and read[key].dtype == value.dtype for key, value in values.items())
 
 
 def test_what_a_user_means_by_a_path(tmp_path: Path) -> None:

@@ -1,0 +1,121 @@
+"""genscale checkpoint: what it lists of real runs, and the one file that consolidate makes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from genscale.training.checkpoints import Checkpoint
+from genscale.training.provenance import ROOT, commit, position_in_words
+
+
+@pytest.fixture(scope="module")
+def gan_run(genscale, tmp_path_factory) -> Path:
+    """A DCGAN on digits with an average of its generator, that keeps one checkpoint, the best by fd, and every 8th step's."""
+    folder = tmp_path_factory.mktemp("gan")
+    settings = {"run.dir": folder, "run.name": "gan", "train.steps": 10, "train.checkpoint_every": 2, "train.evaluate_every": 4,
+                "train.checkpoint_keep": 1, "train.checkpoint_keep_every": 8, "train.checkpoint_best": "fd",
+                "train.ema_half_life": 100, "train.global_batch_size": 8, "data.source": "digits", "data.size": 16,
+                "data.channels": 1, "data.validation_images": 80, "model.width": 8, "tracking.wandb": "disabled",
+                "train.precision": "fp32"}  # fmt: skip
+    words = [word for key, value in settings.items() for word in (f"--{key}", value)]
+    done = genscale("train", "--model.family", "dcgan", *words)
+    assert done.code == 0, done.err
+    return folder / "gan"
+
+
+def listed(genscale, path: Path) -> list[dict]:
+    done = genscale("checkpoint", "list", path, "--json")
+    assert done.code == 0, done.err
+    return [json.loads(line) for line in done.out.splitlines()]
+
+
+def test_the_latest_the_best_and_every_eighth_are_kept_and_listed(genscale, gan_run):
+    scores = {record["step"]: record["validation_fd"] for record in
+              map(json.loads, (gan_run / "metrics.jsonl").read_text().splitlines()) if "validation_fd" in record}
+    best = min(scores, key=scores.get)
+    rows = listed(genscale, gan_run)
+    assert [row["step"] for row in rows] == sorted({best, 8, 10})
+    assert [row["step"] for row in rows if row["best"]] == [best] and [row["step"] for row in rows if row["kept"]] == [8]
+    assert all(row["problem"] is None and row["strategy"] == "single" and row["world_size"] == 1 for row in rows)
+    assert rows[-1]["position"] == "epoch 1, 80 of 1.62 k samples" and rows[-1]["commit"] == commit()
+    assert rows[-1]["versions"]["torch"] == torch.__version__
+    assert 0 <= rows[-1]["age_seconds"] < 3000 and datetime.fromisoformat(rows[-1]["time"]).tzinfo == UTC
+    assert rows[-1]["bytes"] == sum(f.stat().st_size for f in (gan_run / "checkpoints/step-00000010").rglob("*") if f.is_file())
+
+
+def test_the_table_has_columns_and_knows_no_time_zone(genscale, gan_run, monkeypatch):
+    ages = []
+    for zone in ("UTC", "Pacific/Kiritimati"):
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        head, *rows = genscale("checkpoint", "list", gan_run).out.splitlines()
+        assert head.split() == ["CHECKPOINT", "SIZE", "AGE", "POSITION", "KEPT", "AS", "STATE"]
+        assert all(row[head.index("STATE"):] == "valid" for row in rows)
+        assert all(row[head.index("POSITION"):].startswith("epoch 1, ") for row in rows)
+        ages.append([row["age_seconds"] for row in listed(genscale, gan_run)])
+    monkeypatch.undo()
+    time.tzset()
+    assert ages[0] == pytest.approx(ages[1], abs=300)
+
+
+def test_consolidate_writes_the_average_or_the_weights_of_the_step(genscale, gan_run, tmp_path):
+    last = Checkpoint(gan_run / "checkpoints" / "step-00000010")
+    for live, kind in ((["--live"], "networks"), ([], "averages")):
+        out = tmp_path / f"{kind}.safetensors"
+        done = genscale("checkpoint", "consolidate", gan_run, "--network", "generator", "--out", out, *live)
+        assert done.code == 0 and done.out == f"{out}\n", done.err
+        made, read = load_file(out), last.tensors(kind, "generator")
+        assert sorted(made) == read.keys()
+        assert all(torch.equal(made[key], read(key)) and made[key].dtype == read(key).dtype for key in made)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["averages.safetensors", "networks.safetensors"]
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ([], ["--network", "discriminator, generator"]),
+    (["--network", "genrator"], ["genrator", "discriminator, generator", "'generator'"]),
+    (["--network", "generator", "--out", "there"], ["--out", "there already"]),
+    (["--network", "generator", "--out", "absent/model.safetensors"], ["--out", "absent", "No such file"]),
+])  # fmt: skip
+def test_consolidate_refuses(arguments, words, genscale, gan_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").write_text("precious")
+    options = arguments if "--out" in arguments else [*arguments, "--out", "model.safetensors"]
+    message = genscale("checkpoint", "consolidate", gan_run, *options).message()
+    assert all(word in message for word in words), message
+    assert [path.name for path in tmp_path.iterdir()] == ["there"] and (tmp_path / "there").read_text() == "precious"
+
+
+def test_consolidate_refuses_a_damaged_checkpoint(genscale, trained, tmp_path):
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    (run / "checkpoints" / "step-00000006" / "networks" / "gpt.safetensors").write_bytes(b"")
+    message = genscale("checkpoint", "consolidate", run, "--out", tmp_path / "model.safetensors").message()
+    assert "damaged: networks/gpt.safetensors has 0 bytes" in message
+
+
+def test_a_metric_that_no_evaluation_has(refuse):
+    message = refuse("--train.checkpoint_best", "perplexiti")
+    for word in ("train.checkpoint_best", "'perplexiti'", "bits_per_byte, loss, perplexity", "did you mean 'perplexity'?"):
+        assert word in message
+
+
+@pytest.mark.parametrize(("samples", "epoch", "words"), [
+    (33_400_000, 20_000_000, "epoch 2, 13.4 M of 20 M samples"), (13_400_000, None, "13.4 M samples"),
+    (0, 100, "epoch 1, 0 of 100 samples"), (100, 100, "epoch 1, 100 of 100 samples"), (101, 100, "epoch 2, 1 of 100 samples"),
+    (999, None, "999 samples"), (2_500_000_000, None, "2.5 G samples")])
+def test_the_place_in_the_data_in_words(samples, epoch, words):
+    assert position_in_words(samples, epoch) == words
+
+
+def test_the_commit_is_git_s_own(tmp_path):
+    head = (ROOT / ".git" / "HEAD")
+    assert (commit() is None) == (not head.exists())
+    if commit():
+        assert len(commit().removesuffix("-dirty")) == 40
