@@ -100,10 +100,24 @@ def test_consolidate_refuses_a_damaged_checkpoint(genscale, trained, tmp_path):
     assert "damaged: networks/gpt.safetensors has 0 bytes" in message
 
 
-def test_a_metric_that_no_evaluation_has(refuse):
-    message = refuse("--train.checkpoint_best", "perplexiti")
+def test_a_metric_that_no_evaluation_has(genscale, tiny_config, tiny_run, logged_steps):
+    message = genscale("train", "--config", tiny_config, "--train.checkpoint_best", "perplexiti").message_of_run()
     for word in ("train.checkpoint_best", "'perplexiti'", "bits_per_byte, loss, perplexity", "did you mean 'perplexity'?"):
         assert word in message
+    assert logged_steps(tiny_run) == []
+
+
+@pytest.mark.parametrize(("minutes", "steps"), [(1e-9, [1, 2, 3, 4, 5, 6]), (1000, [6])])
+def test_checkpoints_by_the_clock(minutes, steps, genscale, tiny_config, tiny_run, trained):
+    done = genscale("train", "--config", tiny_config, "--train.checkpoint_every", 0, "--train.checkpoint_keep", 9,
+                    "--train.checkpoint_minutes", minutes)
+    assert done.code == 0, done.err
+    assert [row["step"] for row in listed(genscale, tiny_run)] == steps
+    last = Path("checkpoints") / "step-00000006"
+    assert Checkpoint(tiny_run / last).digest() == Checkpoint(trained / last).digest()
+    lines = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()]
+    held_up = [line["step"] for line in lines if line.get("checkpoint_hold_up_seconds", 0) > 0]
+    assert held_up == [step + 1 for step in steps[:-1]], "each is told of on the next line of metrics"
 
 
 @pytest.mark.parametrize(("samples", "epoch", "words"), [

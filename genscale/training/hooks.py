@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from collections.abc import Callable
@@ -15,7 +14,6 @@ from PIL import Image
 from genscale.config import Config
 from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader, merge_states
-from genscale.errors import UserError, nearest
 from genscale.evaluation.validation import evaluating, validate
 from genscale.objectives.base import Objective
 from genscale.parallel.engine import Engine
@@ -26,6 +24,7 @@ from genscale.tracking.progress import Progress
 from genscale.tracking.throughput import Throughput
 from genscale.tracking.trackers import Trackers
 from genscale.tracking.writes import Writes
+from genscale.training.best_checkpoint import best_of, better_of, check_metric
 from genscale.training.checkpoints import Checkpoint, list_checkpoints
 from genscale.training.collapse import CollapseWatch
 from genscale.training.data_wait import DataWait
@@ -87,11 +86,15 @@ class RunHooks:
                            config.train.checkpoint_keep_every, may_commit)
         self._best_in_flight: dict[str, Any] | None = None
         self._hold_up: float | None = None
-        self._check_best_metric()
+        self._saved_at = time.monotonic()
+        if config.train.checkpoint_best != "loss":  # which all have; what else there is, only an evaluation can tell
+            evaluation = self.evaluation or self._validate(done)
+            if evaluation is not None:
+                check_metric(config.train.checkpoint_best, evaluation)
 
     def _take_up(self, state: dict[str, Any]) -> None:
         self.units = state.get("units", 0)
-        self.best = self._best_of(state)
+        self.best = best_of(state, self.config.train.checkpoint_best)
         self.evaluation: dict[str, float] = state.get("evaluation", {})
         self.evaluated_step: int | None = None
         self._left_out: bool = state.get("evaluation_left_out", False)
@@ -114,7 +117,11 @@ class RunHooks:
         trace = [Hook(1, self.record)] if self.trace else []
         return [*profile, Hook(1, self.count, settled=False), *trace, Hook(train.log_every, self.log_metrics),
                 Hook(train.evaluate_every, self.evaluate), Hook(train.sample_every, self.sample),
-                Hook(train.checkpoint_every, self.checkpoint, sound=True)]
+                Hook(train.checkpoint_every, self.checkpoint, sound=True,
+                     by_clock=self._minutes_are_up if train.checkpoint_minutes else None)]
+
+    def _minutes_are_up(self) -> bool:
+        return time.monotonic() - self._saved_at >= 60 * self.config.train.checkpoint_minutes
 
     def count(self, report: StepReport) -> None:
         self.units += self.units_per_step
@@ -250,11 +257,11 @@ class RunHooks:
                  "scalers": {name: self.engine.scaler_state(name) for name in self.objective.networks},
                  "guards": self.guards_state(), "data": data, "plan": self.data.plan(), "world_size": self.processes.world_size}
         position = position_in_words(data["batches"] * self.config.train.global_batch_size, self.data.samples_of_epoch())
-        about = provenance(self.processes.world_size, self.config.parallel.strategy, position)
+        about = provenance(self.processes.world_size, self.engine.strategy, position)
         self.saver.start(pieces, Contents(report.step, state, config_yaml(self.config), about,
                                           best_step=best["step"] if best else None, last=report.last))
         self._best_in_flight = best
-        self._hold_up = time.perf_counter() - started
+        self._hold_up, self._saved_at = time.perf_counter() - started, time.monotonic()
         if report.last:
             self.settle_save()
 
@@ -268,34 +275,11 @@ class RunHooks:
             self.best = self._best_in_flight
         return came_to_be is not False
 
-    def _best_of(self, state: dict[str, Any]) -> dict[str, Any] | None:
-        """The best checkpoint of the run so far, if it was chosen by the metric that chooses now."""
-        best = state.get("best")
-        if best and "loss" in best:  # as it was kept before there was a choice
-            best = {"step": best["step"], "metric": "loss", "value": best["loss"]}
-        return best if best and best["metric"] == self.config.train.checkpoint_best else None
-
     def _best_with(self, step: int) -> dict[str, Any] | None:
         """The best checkpoint so far, if there is now one of this step."""
-        metric = self.config.train.checkpoint_best
-        value = self.evaluation.get(metric, math.nan)
-        better = self.best is None or value < self.best["value"]
-        if self.evaluated_step == step and math.isfinite(value) and better:
-            return {"step": step, "metric": metric, "value": value}
-        return self.best
-
-    def _check_best_metric(self) -> None:
-        """Raises UserError where the evaluations have no such metric; at the cost of one, since only it knows its names."""
-        wanted = self.config.train.checkpoint_best
-        if wanted == "loss":
-            return
-        found = self.evaluation or self._validate(0)
-        if found is None:  # a signal; the loop will see it
-            return
-        names = sorted(found)
-        if wanted not in names:
-            raise UserError(f"train.checkpoint_best: '{wanted}' is no metric of the evaluations, which are {', '.join(names)}"
-                            f"{nearest(wanted, names)}")
+        if self.evaluated_step != step:
+            return self.best
+        return better_of(self.best, step, self.config.train.checkpoint_best, self.evaluation)
 
     def last_good(self) -> str:
         """Where a run that went wrong can be taken up again. Collective."""

@@ -42,15 +42,18 @@ class Hook:
     Attributes:
         settled: only once the step's losses are known. Without it a GPU may still be at the step.
         sound: put off while updates are being left out, for the run may have to go back; not after the last step.
+        by_clock: asked on rank 0 after each step; where it says so, the hook is due as well.
     """
 
     every: int
     action: Callable[[StepReport], None]
     settled: bool = True
     sound: bool = False
+    by_clock: Callable[[], bool] | None = None
 
     def due(self, report: StepReport) -> bool:
-        return report.last or (self.every > 0 and report.step % self.every == 0)
+        by_clock = self.by_clock is not None and report.time_is_up
+        return report.last or by_clock or (self.every > 0 and report.step % self.every == 0)
 
 
 @dataclass
@@ -62,6 +65,7 @@ class StepReport:
         data_digest: hash of the step's global samples, the same at any shape (the ledger).
         seconds, data_wait_seconds: of the step; waiting is part of it.
         last: no step follows, because the run is complete or was asked to stop, or because a hook has set it.
+        time_is_up: what goes by the clock of rank 0 is due.
     """
 
     step: int
@@ -71,6 +75,7 @@ class StepReport:
     data_wait_seconds: float = 0.0
     last: bool = False
     stopped: bool = False
+    time_is_up: bool = False
 
 
 class Trainer:
@@ -190,7 +195,8 @@ class Trainer:
         self.processes.note(f"step {step}, averages")
         self.update_averages(step)
         self.processes.note(f"step {step}, agreeing")
-        number, report.data_digest = self._agree(stop.received or 0, report.data_digest)
+        time_is_up = self.processes.is_main and any(hook.by_clock() for hook in self.hooks if hook.by_clock is not None)
+        number, report.data_digest, report.time_is_up = self._agree(stop.received or 0, report.data_digest, time_is_up)
         report.stopped = number > 0
         stop.agreed = signal.Signals(number) if number else None
         report.last = report.stopped or step == self.config.train.steps
@@ -310,11 +316,12 @@ class Trainer:
                     decay = torch.where(updated, torch.full((), decay, dtype=torch.float64, device=updated.device), 1.0)
                 self.engine.update_average(name, decay)
 
-    def _agree(self, stop: int, digest: int) -> tuple[int, int]:
-        """All ranks stop alike, on the signal of the lowest rank that got one, and share one ledger entry."""
+    def _agree(self, stop: int, digest: int, time_is_up: bool) -> tuple[int, int, bool]:
+        """All ranks stop alike, on the signal of the lowest rank that got one, go by the clock of rank 0, and share one ledger
+        entry."""
         if self.processes.world_size == 1:
-            return stop, digest
-        total, stopping = self.processes.sum_of_numbers(digest, int(stop > 0))
+            return stop, digest, time_is_up
+        total, stopping, up = self.processes.sum_of_numbers(digest, int(stop > 0), int(time_is_up))
         if stopping:
             stop = next(number for number in self.processes.gather(stop) if number)
-        return stop, total % DIGEST_MODULUS
+        return stop, total % DIGEST_MODULUS, up > 0
