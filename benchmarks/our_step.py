@@ -24,9 +24,13 @@ from genscale.training.trainer import StepReport, Trainer
 
 
 class OurSteps:
-    """What `genscale train` does in a step: StepLoader, objective, engine and Trainer.train_step; without hooks."""
+    """What `genscale train` does in a step: StepLoader, objective, engine and Trainer.train_step; without hooks.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        kind: of the trainer.
+    """
+
+    def __init__(self, config: Config, kind: type[Trainer] = Trainer) -> None:
         plan = plan_parallel(config.parallel, config.train.precision)
         self.precision = config.train.precision = plan.precision
         batch = config.train.global_batch_size
@@ -42,12 +46,12 @@ class OurSteps:
         self.loader = StepLoader(self.data, global_batch_size=batch, micro_batch_size=micro, rank=0, world_size=1,
                                  workers=config.data.workers, prefetch_steps=config.data.prefetch_steps,
                                  pin_memory=self.processes.device.type == "cuda")
-        self._trainer = Trainer(config, self.objective, engine, self.loader, hooks=[], last_good=lambda: "none")
+        self.trainer = kind(config, self.objective, engine, self.loader, hooks=[], last_good=lambda: "none")
         self._stop, self._step = StopSignal(), 0
 
     def __call__(self) -> StepReport:
         self._step += 1
-        return self._trainer.train_step(self._step, self._stop)
+        return self.trainer.train_step(self._step, self._stop)
 
     def close(self) -> None:
         self.loader.close()

@@ -1,0 +1,162 @@
+"""What the guards cost: a step with every guard on against one with none, taking turns.
+
+    python benchmarks/guards_overhead.py --out benchmarks/results/guards-overhead-cpu.json
+
+On: every update judged (loss, gradient, spikes), buffers kept, progress noted for the watchdog, whose thread runs. Off: the
+same trainer without any of it. Both train from the same weights on the same batches, and their losses must be equal. The two
+alternate step by step in one process, each first in every other pair. A busy machine drowns the difference of two steps: so the
+CPU time that the training thread spends inside the guards is counted as well (`inside_the_guards`), and is what to go by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from our_step import OurSteps
+from report import circumstances, write
+from torch import Tensor
+
+from genscale.config import Config, GuardSettings, OptimizerSettings, ScheduleSettings, TrainSettings
+from genscale.data.packed import PackedImageDataSettings
+from genscale.data.text import TextDataSettings
+from genscale.models.gan_settings import GANSettings
+from genscale.models.gpt_settings import GPTSettings
+from genscale.objectives.base import Phase
+from genscale.objectives.gan_settings import GANObjectiveSettings
+from genscale.parallel.engine import StepResult
+from genscale.training import trainer
+from genscale.training.ending import Ending
+from genscale.training.kept_buffers import KeptBuffers
+from genscale.training.outcome import PhaseOutcome
+from genscale.training.trainer import MicroBatches, StepReport, Trainer
+from genscale.training.watchdog import Watchdog
+
+WARMUP_STEPS = 3
+CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
+TRAIN = {"steps": 10**6, "precision": "fp32"}
+CONFIGS = {
+    "gpt": lambda: Config(model=GPTSettings(layers=4, heads=4, width=256, positions=128),
+                          data=TextDataSettings(sequence_length=128), train=TrainSettings(global_batch_size=4, **TRAIN)),
+    "dcgan": lambda: Config(model=GANSettings(width=32), objective=GANObjectiveSettings(),
+                            data=PackedImageDataSettings(size=32, validation_images=179),
+                            train=TrainSettings(global_batch_size=16, **TRAIN)),
+}  # fmt: skip
+
+
+class Unguarded(Trainer):
+    """The loop without guards."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.guard.settle = lambda outcome: None
+        self.processes.note = lambda doing: None
+
+    def run_phase(self, phase: Phase, step: int, batches: MicroBatches) -> PhaseOutcome:
+        outcome: list[PhaseOutcome] = []
+
+        def look(result: StepResult) -> bool | Tensor:
+            outcome.append(PhaseOutcome(step, phase, totals, count, result, self.processes))
+            return False
+
+        totals, count = self._accumulate(phase, step, batches)
+        self.engine.step(phase.network, look)
+        self.engine.train_only(None)
+        return outcome[0]
+
+
+class Counted(Trainer):
+    """The loop with guards, whose CPU time in the training thread is added up."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.inside = [0.0]  # seconds by step, the first for what comes before
+        self.guard.leaves_out, self.guard.settle = self._timed(self.guard.leaves_out), self._timed(self.guard.settle)
+        self.processes.note = self._timed(self.processes.note)
+        trainer.KeptBuffers = self._timed(lambda buffers: _TimedBuffers(KeptBuffers(buffers), self._timed))
+
+    def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            started = time.thread_time()
+            try:
+                return call(*arguments)
+            finally:
+                self.inside[-1] += time.thread_time() - started
+
+        return timed
+
+    def train_step(self, *arguments: Any) -> StepReport:
+        self.inside.append(0.0)
+        return super().train_step(*arguments)
+
+
+class _TimedBuffers:
+    def __init__(self, buffers: KeptBuffers, timed: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        self.put_back = timed(buffers.put_back)
+
+
+def measure(name: str, steps: int) -> dict[str, Any]:
+    contestants: dict[str, OurSteps] = {}
+    for label, kind in (("on", Counted), ("off", Unguarded)):
+        config = CONFIGS[name]()
+        config.optimizer, config.schedule = OptimizerSettings(lr=1e-4), ScheduleSettings(name="constant")
+        config.guards = GuardSettings(spikes="skip")
+        contestants[label] = OurSteps(config, kind)
+    seconds: dict[str, dict[str, list[float]]] = {clock: {label: [] for label in contestants} for clock in CLOCKS}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "logs").mkdir()
+        processes = contestants["on"].processes
+        watchdog = Watchdog(Path(folder), processes, Ending(Path(folder), 0), config.guards.hang_minutes, None)
+        watchdog.start()
+        watchdog.loop_begins()
+        for turn in range(WARMUP_STEPS + steps):
+            losses = {}
+            for label in sorted(contestants, reverse=turn % 2 == 0):
+                started = {clock: read() for clock, read in CLOCKS.items()}
+                report = contestants[label]()
+                for clock, read in CLOCKS.items():
+                    seconds[clock][label].append(read() - started[clock])
+                losses[label] = {key: value for key, value in report.metrics.items() if key.endswith("loss")}
+            if losses["on"] != losses["off"]:
+                raise SystemExit(f"the two do not train alike: {losses}")
+        watchdog.close()
+    for contestant in contestants.values():
+        contestant.close()
+    inside = contestants["on"].trainer.inside[WARMUP_STEPS + 1 :]
+    shares = [part / whole for part, whole in zip(inside, seconds["cpu"]["on"][WARMUP_STEPS:], strict=True)]
+    return {"parameters": contestants["on"].parameters, "steps": steps,
+            "inside_the_guards": {"microseconds_a_step": round(1e6 * statistics.median(inside), 1),
+                                  "share_of_cpu_time": round(statistics.median(shares), 5)},
+            **{clock: summary(by_label) for clock, by_label in seconds.items()}}
+
+
+def summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    kept = {label: values[WARMUP_STEPS:] for label, values in seconds.items()}
+    medians = {label: statistics.median(values) for label, values in kept.items()}
+    pairs = [on / off for on, off in zip(kept["on"], kept["off"], strict=True)]
+    return {**{f"{label}_milliseconds": round(1e3 * value, 3) for label, value in medians.items()},
+            "overhead_of_medians": round(medians["on"] / medians["off"] - 1, 4),
+            "overhead_quartiles": [round(value - 1, 4) for value in statistics.quantiles(pairs, n=4)]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--only", default=",".join(CONFIGS))
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    result = circumstances(["torch"]) | {"threads": 1, "families": {}}
+    for name in arguments.only.split(","):
+        result["families"][name] = measure(name, arguments.steps)
+    write(result, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
