@@ -62,4 +62,4 @@ class ImageDataSettings:
     prefetch_steps: PositiveInt = 2
     """Global batches to load ahead."""
     retry_minutes: NonNegativeFloat = 5.0
-    """How long a web server that fails is tried again before the run ends."""
+    """How long a web server that fails is tried again before the run ends; less than guards.hang_minutes."""

@@ -26,6 +26,8 @@ BLOCK = 2 * 2**20
 """Bytes fetched at a time."""
 BLOCKS = 3
 """Blocks kept: archives and tables step back a little."""
+CONNECTIONS = 64
+"""Kept for each server: there may be one for every lane."""
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 """Answers that another try may mend."""
 AGAIN = "a run goes on from its last checkpoint"
@@ -56,7 +58,10 @@ def _session() -> Any:
     # Connections are kept. Redirects to anything but http and https are refused: the session knows no other scheme.
     import requests
 
-    return requests.Session()
+    session = requests.Session()
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=CONNECTIONS))
+    return session
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
     (tmp_path / "a.jsonl").write_bytes(lines)
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(lines, 1))
-    pq.write_table(pa.table({"text": TEXTS}), tmp_path / "a.parquet", row_group_size=100, compression="none")
+    pq.write_table(pa.table({"text": TEXTS}), tmp_path / "a.parquet", row_group_size=300, compression="none")
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for i in range(60):
             member = tarfile.TarInfo(f"{i}.png")
@@ -67,8 +67,7 @@ def digest(data: TextData, count: int = 300) -> str:
     return found.hexdigest()
 
 
-@pytest.mark.parametrize(("name", "ranges"), [("a.jsonl", True), ("a.jsonl.zst", True), ("a.jsonl.zst", False),
-                                              ("a.parquet", True)])
+@pytest.mark.parametrize(("name", "ranges"), [("a.jsonl", True), ("a.jsonl.zst", False), ("a.parquet", True)])
 def test_the_data_after_retries_are_the_same_bytes(folder: Path, broken_server, name: str, ranges: bool,
                                                    caplog: pytest.LogCaptureFixture) -> None:
     url, server = broken_server(folder, ranges)
@@ -198,3 +197,25 @@ def test_a_failing_server_is_tried_again_at_the_start_too(folder: Path, broken_s
     server.gone_until = time.monotonic() + 100.0
     with pytest.raises(UserError, match=f"data.source={url}/a.tar: cannot be read .*try again later"):
         find_urls(ImageSpec("data.source", f"{url}/a.tar", retry_minutes=0.01), [f"{url}/a.tar"])
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_and_counts(folder: Path, broken_server, genscale, tmp_path: Path) -> None:
+    """The same losses and samples as from a server that never failed; what it cost is in the metrics."""
+    url, server = broken_server(folder)
+    found = []
+    for name, faults in (("calm", []), ("stormy", ["503", "reset", "none", "truncated", "429 0"])):
+        server.faults = list(faults)
+        retrying.retries.take()  # other tests' in this process
+        model = ("--model.family=gpt", "--model.layers=1", "--model.heads=1", "--model.width=16", "--model.positions=32")
+        data = (f"--data.source={url}/a.jsonl", "--data.lanes=2", "--data.sequence_length=32", "--data.validation_blocks=2")
+        done = genscale("train", f"--run.dir={tmp_path}", f"--run.name={name}", *model, *data, "--train.steps=40",
+                        "--train.global_batch_size=8", "--train.log_every=5", "--tracking.wandb=disabled")
+        assert done.code == 0, done.err
+        found.append([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()])
+    calm, stormy = ([(line["step"], line["loss"], line["data_digest"]) for line in lines if "data_digest" in line]
+                    for lines in found)
+    assert calm == stormy and len(calm) == 8
+    assert not any("retries" in line for line in found[0])
+    counted = [line["retries"] for line in found[1] if "retries" in line]
+    assert counted and counted == sorted(counted) and counted[-1] == len(server.met) - server.met.count("none") == 4
