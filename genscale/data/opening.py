@@ -28,6 +28,7 @@ URL_SECONDS = 10.0
 """Longest wait for a web server's first answer."""
 PROBES = 16
 """URLs that are asked at a time."""
+NO_ACCESS = "put the user and password of this server into ~/.netrc, or give an address that needs none"
 START_MINUTES = 1.0
 """Longest time to try a URL again before the first step, when a wrong address is likelier than a server in trouble."""
 
@@ -147,7 +148,7 @@ def _found(spec: Spec, url: str, where: str, response: Any) -> SourceFile:
         return SourceFile(url, where, 0, version_of(headers), True, spec.retry_minutes)
     if status not in (200, 206):
         raise _url_error(spec, url, f"the server answers {status} {response.reason}", {
-            401: "give an address that needs no password", 403: "give an address that needs no password",
+            401: NO_ACCESS, 403: NO_ACCESS,
             404: "there is nothing at this address; mend it", 410: "there is nothing at this address; mend it",
         }.get(status, "mend the address, or give a local copy"))
     size = headers.get("Content-Range", "").rpartition("/")[2] or headers.get("Content-Length", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.server
 import logging
 import threading
@@ -13,6 +14,8 @@ import pytest
 import yaml
 
 from genscale.config_parser import load_config
+from genscale.data.columns import Spec
+from genscale.data.readers import find_shards
 from genscale.errors import UserError
 from genscale.masking import masked
 from genscale.objectives import FAMILIES
@@ -85,6 +88,32 @@ def test_a_password_in_a_mixture_is_refused_too(refuse, tiny_config) -> None:
     tiny_config.write_text(yaml.safe_dump(settings))
     said = refuse()
     assert said.startswith("data.sources=https://***@example.org/a.txt: an address must not") and "Planted" not in said
+
+
+def test_a_password_is_read_from_netrc(tiny_text, tmp_path, monkeypatch) -> None:
+    """As the refusal advises; without it the server's refusal says so too."""
+    class Guarded(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = self.headers.get("Authorization") == "Basic " + base64.b64encode(b"alice:PlantedPassword").decode()
+            self.send_response(200 if known else 401)
+            self.send_header("Content-Length", str(len(body) if known else 0))
+            self.end_headers()
+            self.wfile.write(body if known else b"")
+
+        def log_message(self, *_: object) -> None: ...
+
+    body = tiny_text.read_bytes()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Guarded) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/text.txt"
+        spec = Spec("data.source", address)
+        with pytest.raises(UserError, match=r"the server answers 401 .*put the user and password of this server into ~/.netrc"):
+            find_shards(spec, at_least=1)
+        (tmp_path / "netrc").write_text("machine 127.0.0.1 login alice password PlantedPassword\n")
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+        (shard,) = find_shards(spec, at_least=1)
+        assert "\n\n".join(row[1] for row in shard.rows()) == body.decode()
+        server.shutdown()
 
 
 @pytest.mark.parametrize(("text", "safe"), [
