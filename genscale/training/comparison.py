@@ -94,7 +94,7 @@ class Comparison:
             return f"first difference in the checkpoints of step {self.checkpoint.step}: {self.checkpoint}{tail}"
         if self.first is None:
             on = f"; one run goes on to step {max(self.ends)}" if self.ends[0] != self.ends[1] else ""
-            return f"equal for {self.compared} steps{on}{tail}"
+            return f"equal for {self.compared} step{'s' if self.compared != 1 else ''}{on}{tail}"
         if self.beyond is None:
             return (f"equal but for rounding: from step {self.first.step} on ({self.first.what}); largest relative difference "
                     f"of a logged number {self.largest:.1e} over {self.compared} steps{tail}")
@@ -129,8 +129,10 @@ def compare_runs(a: Path, b: Path) -> Comparison:
                         f"{_span(records[1])}")
     limit = ROUNDING.get(configs[0]["train"]["precision"], ROUNDING["fp32"])
     comparison = Comparison(changed, source, len([step for step in steps if step > 0]), (max(records[0]), max(records[1])))
-    # A setting that changes what is computed may change it little: that is not rounding.
-    same_run = not any(key in MUST_NOT_CHANGE_AT_RESUME or not key.startswith(MAY_CHANGE_AT_RESUME) for key in changed)
+    # A setting that changes what is computed may change it little: that is not rounding. (One that a run does not have at all
+    # is younger than the run, and its default is what there was before.)
+    same_run = not any(key in MUST_NOT_CHANGE_AT_RESUME or not key.startswith(MAY_CHANGE_AT_RESUME) for key in changed
+                       if all(key in settings for settings in flat))
     _find(comparison, records, steps, limit, same_run)
     comparison.checkpoints, comparison.checkpoint = compare_checkpoints(a / "checkpoints", b / "checkpoints")
     return comparison
