@@ -122,12 +122,12 @@ class Campaign:
             life.kill()
 
     def _strike(self, kill: Kill, shape: Shape, life: Life) -> None:
+        condemned = victims(kill, life)  # looked up ahead: a save does not wait for it
         if kill.moment != "start":
             wait_for(lambda: self.run.step() >= kill.step, life, 0.002)
             if kill.moment == "saving":
                 wait_for(self._saving, life, 0.0005)
-            time.sleep(kill.share * (0.01 if kill.moment == "saving" else 0.05))
-        condemned = victims(kill, life)
+            time.sleep(kill.share * 0.05)
         assert not life.ended(), f"ended with {life.process.returncode} by itself before {kill}\n{life.output()[-5000:]}"
         step, self._killed = self.run.step(), time.monotonic()
         for process in condemned:
@@ -137,7 +137,7 @@ class Campaign:
         self.deaths.append(Death(kill, shape, step, struck, life.wait_until_gone()))
 
     def _saving(self) -> bool:
-        return bool(self.run.unfinished() - self._unfinished)
+        return any("-step-" in name for name, _ in self.run.unfinished() - self._unfinished)
 
 
 def victims(kill: Kill, life: Life) -> list[psutil.Process]:
