@@ -81,7 +81,8 @@ def work(cells: list[Cell], folder: Path) -> None:
     from genscale.parallel.processes import Processes
     from genscale.parallel.strategies import plan_parallel
     from genscale.training.run import _train, derive_accumulation
-    from genscale.training.run_folder import create_run_folder
+    from genscale.training.signals import StopSignal
+    from genscale.training.supervision import Supervision
 
     jobs = []
     for cell in cells:
@@ -97,9 +98,9 @@ def work(cells: list[Cell], folder: Path) -> None:
     for config, plan in jobs:
         config.train.precision = plan.precision
         run = folder / config.run.name
-        processes.main_does(lambda run=run: create_run_folder(run))
         began = time.perf_counter()
-        _train(config, processes, plan, derive_accumulation(config, plan.world_size), run)
+        with StopSignal() as stop, Supervision(config, run, processes, stop) as supervision:
+            _train(config, processes, plan, derive_accumulation(config, plan.world_size), run, supervision)
         gc.collect()
         if processes.is_main:
             print(f"{config.run.name}: {time.perf_counter() - began:.1f} s", flush=True)

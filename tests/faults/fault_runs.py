@@ -212,7 +212,7 @@ class Run:
 
     def leftovers(self) -> list[str]:
         """What does not belong into the folder of a run that has ended well."""
-        unfinished = [path for path in self.folder.rglob("*") if path.name.startswith(".")]
+        unfinished = [path for path in self.folder.rglob(".*") if path.name != ".owner"]
         temporary = [path for pattern in ("*.tmp", "*.lock") for path in self.folder.rglob(pattern)]
         return sorted(str(path.relative_to(self.folder)) for path in [*unfinished, *temporary, *self.folder.glob("previous-*")])
 
