@@ -172,7 +172,7 @@ def shapes_of(world_sizes: tuple[int, ...], workers: tuple[int, ...]) -> list[tu
         share = GLOBAL_BATCH // size
         shapes += [(size, 0, micro) for micro in (share, share // 3, 1)]
         shapes += [(size, worker, (share, share // 3, 1)[(turn + at) % 3]) for at, worker in enumerate(workers) if worker]
-    return shapes
+    return list(dict.fromkeys(shapes))
 
 
 def measure(settings: dict[str, Any], steps: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from genscale import __version__, exit_codes
 from genscale.errors import UserError, nearest
+from genscale.parallel.launcher import follow_launcher
 from genscale.training.signals import Stopped, StopSignal
 
 VERBS = {
@@ -85,6 +86,7 @@ def _verb(verb: str) -> Callable[[list[str]], int]:
 
 
 def _train(arguments: list[str]) -> int:
+    follow_launcher(starting=True)
     with StopSignal(starting=True) as stop:  # before the import, during which a scheduler may already want the machine back
         from genscale.verbs.train import main as run
 

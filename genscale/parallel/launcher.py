@@ -193,14 +193,23 @@ def _read_deepspeed() -> tuple[str, str | None]:
     return f"zero{stage}", None if optimizer == "none" else optimizer
 
 
-def follow_launcher() -> None:
-    """Lets a worker receive SIGTERM when its launcher is killed outright, instead of training on as an orphan (Linux only).
+LAUNCHER = "GENSCALE_LAUNCHER"
+"""The process id of `genscale train --processes N`, in the environment of the processes that it starts."""
 
-    Workers live in sessions of their own, so nothing else reaches them then. Call it once signal handlers are in place.
+
+def follow_launcher(starting: bool = False) -> None:
+    """Lets a worker end when its launcher is killed outright, instead of training on as an orphan (Linux only).
+
+    Workers live in sessions of their own, so nothing else reaches them then. They get SIGTERM, and answer with a checkpoint:
+    call it once the handler is in place. One that is `starting` has nothing to save and gets SIGKILL: while it waits for the
+    others to meet, at an address that was the launcher's, it would answer nothing less.
     """
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        pr_set_pdeathsig = 1  # linux/prctl.h
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM, 0, 0, 0)
+        pr_set_pdeathsig, number = 1, signal.SIGKILL if starting else signal.SIGTERM  # linux/prctl.h
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number, 0, 0, 0)
+        parent = os.getppid()
+        if parent != int(os.environ.get(LAUNCHER, parent)):  # it was killed before it could be followed
+            os.kill(os.getpid(), number)
 
 
 def launch_processes(processes: int, arguments: list[str]) -> int:
@@ -242,6 +251,7 @@ def run_workers(processes: int, command: list[str]) -> int:
         # On a machine without a GPU, DeepSpeed would say so on every start.
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ[LAUNCHER] = str(os.getpid())
         with _pass_signals_on():
             try:
                 launch_command(settings)
@@ -249,6 +259,8 @@ def run_workers(processes: int, command: list[str]) -> int:
                 return _explain(error, processes)
             except SignalException as error:
                 return exit_codes.of_signal(error.sigval)
+            finally:
+                del os.environ[LAUNCHER]
     return 0
 
 

@@ -91,7 +91,6 @@ def _start(config: Config, stop: StopSignal) -> RunResult:
     shape = derive_accumulation(config, plan.world_size)
     folder = run_folder(config)
     clear_launch_environment()
-    follow_launcher()
     processes = Processes(plan.needs_group, group_timeout_minutes(config.guards.hang_minutes))
     try:
         with Supervision(config, folder, processes, stop) as supervision:
@@ -197,6 +196,7 @@ def _loop(config: Config, folder: Path, engine: Engine, objective: Objective, lo
         if hooks.trace is not None:
             trainer.make_draws = hooks.trace.draws
         supervision.loop_begins(done)
+        follow_launcher()
         hooks.make_up(done)
         goes_on = hooks.collapse is None and supervision.stop.agreed is None
         report = trainer.run(done + 1) if goes_on else None
