@@ -17,6 +17,7 @@ from genscale.data.opening import find_urls, hub_revision, quiet_datasets
 from genscale.data.readers import Shard, known_size, split
 from genscale.data.source_file import SourceFile, is_url, url_path
 from genscale.errors import UserError, nearest
+from genscale.masking import masked
 
 TRAINING = ("train", "training")
 VALIDATION = ("validation", "valid", "val", "test")
@@ -182,7 +183,7 @@ def find_shards(spec: ImageSpec) -> tuple[list[Shard], list[Shard]]:
         path = Path(location).expanduser()
         if location not in found and not path.is_file():
             raise _nothing(spec, location, path)
-        name = location if location in found else path.name
+        name = masked(location) if location in found else path.name
         file = found.get(location) or SourceFile.local(path, spec.where)
         shard = shard_of(file, f"{number}:{name}" if spec.locations else name, spec)
         if shard is None:
