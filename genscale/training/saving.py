@@ -137,9 +137,15 @@ class Saver:
                 files |= self._parts_of_others(save)
                 contents = save.contents
                 commit(save.partial, contents.step, files, contents.state, contents.config, contents.about, self.may_commit)
-                prune(self.folder, self.keep, contents.best_step, self.keep_every)
+                self._prune(contents.best_step)
         except Exception as error:
             self._fail(save, error)
+
+    def _prune(self, best_step: int | None) -> None:
+        try:
+            prune(self.folder, self.keep, best_step, self.keep_every)
+        except OSError as error:  # the new one is there all the same
+            log.warning("earlier checkpoints could not be deleted: %s", _reason(error))
 
     def _write_part(self, save: _Save) -> Files:
         files: Files = {}

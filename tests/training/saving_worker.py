@@ -83,9 +83,10 @@ def main(folder: Path) -> None:
         results["files"] = sorted(made.manifest()["files"])
     (folder.parent / f"rank-{rank}.json").write_text(json.dumps(results))
     # The other process is killed before it has told that its part is written.
-    saver.start({"networks/gpt": pieces_at(50, rank)}, contents(50))
     if rank == 1:
+        processes.main_does(lambda: None)  # is told of the partial folder, as at every start of a save
         os.kill(os.getpid(), signal.SIGKILL)
+    saver.start({"networks/gpt": pieces_at(50, rank)}, contents(50))
     started = time.monotonic()
     saver.finish()
     results["seconds"], results["killed"] = time.monotonic() - started, [path.name for path in sorted(folder.iterdir())]
