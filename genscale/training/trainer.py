@@ -6,7 +6,6 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,56 +25,16 @@ from genscale.training.out_of_memory import advice, is_out_of_memory
 from genscale.training.outcome import PhaseOutcome
 from genscale.training.schedules import average_decay, learning_rate_share
 from genscale.training.signals import StopSignal
+from genscale.training.step_report import Hook, StepReport
 from genscale.training.update_guard import ADVICE, RollBack, UpdateGuard
+
+__all__ = ["Hook", "MicroBatches", "StepReport", "Trainer"]
 
 log = logging.getLogger("genscale")
 MicroBatches = list[dict[str, Tensor]]
 GoBack = Callable[[frozenset[int]], tuple[int, dict[str, Any]] | None]
 """Takes networks, optimizers and loader back to the latest checkpoint, from where the loader leaves these global batches out:
 its step and what the guard has kept in it; or None, where there is none. Collective."""
-
-
-@dataclass(frozen=True)
-class Hook:
-    """Something to do every so many steps, and after the last one (`every` 0: only then).
-
-    Attributes:
-        settled: only once the step's losses are known. Without it a GPU may still be at the step.
-        sound: put off while updates are being left out, for the run may have to go back; not after the last step.
-        by_clock: asked on rank 0 after each step; where it says so, the hook is due as well.
-    """
-
-    every: int
-    action: Callable[[StepReport], None]
-    settled: bool = True
-    sound: bool = False
-    by_clock: Callable[[], bool] | None = None
-
-    def due(self, report: StepReport) -> bool:
-        by_clock = self.by_clock is not None and report.time_is_up
-        return report.last or by_clock or (self.every > 0 and report.step % self.every == 0)
-
-
-@dataclass
-class StepReport:
-    """What one step did; losses are reduced over all ranks and normalised by global counts.
-
-    Attributes:
-        metrics: learning_rate (by network where they differ) and, once settled, losses by term and grad_norm.
-        data_digest: hash of the step's global samples, the same at any shape (the ledger).
-        seconds, data_wait_seconds: of the step; waiting is part of it.
-        last: no step follows, because the run is complete or was asked to stop, or because a hook has set it.
-        time_is_up: what goes by the clock of rank 0 is due.
-    """
-
-    step: int
-    metrics: dict[str, float] = field(default_factory=dict)
-    data_digest: int = 0
-    seconds: float = 0.0
-    data_wait_seconds: float = 0.0
-    last: bool = False
-    stopped: bool = False
-    time_is_up: bool = False
 
 
 class Trainer:
