@@ -108,6 +108,11 @@ def test_a_learning_rate_that_blows_up(policy, left_out, genscale, tiny_config, 
     assert done.err.count("is left out") == left_out and not list((tiny_run / "checkpoints").iterdir())
 
 
+def test_going_back_takes_checkpoints(refuse):
+    message = refuse("--guards.spikes", "rollback", "--train.checkpoint_every", 0)
+    holds(message, "guards.spikes: rollback", "train.checkpoint_every", "guards.spikes to skip")
+
+
 # The loss of one sample of one step is not a number, as if its data were damaged: only one rank sees it.
 PLANTED = """
 import sys

@@ -46,6 +46,7 @@ from genscale.training.run_folder import (
 from genscale.training.signals import StopSignal
 from genscale.training.supervision import Supervision, group_timeout_minutes
 from genscale.training.trainer import Hook, Trainer
+from genscale.training.update_guard import check_guards
 
 log = logging.getLogger("genscale")
 
@@ -85,6 +86,7 @@ def train(config: Config, stop: StopSignal | None = None) -> RunResult:
 
 def _start(config: Config, stop: StopSignal) -> RunResult:
     check_collapse(config.train)
+    check_guards(config)
     check_not_masked(config.data, "data.")
     plan = plan_parallel(config.parallel, config.train.precision, config.optimizer.name)
     config.parallel.offload, config.train.precision = plan.offload, plan.precision

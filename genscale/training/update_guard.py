@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from genscale.config import GuardSettings
+from genscale.config import Config, GuardSettings
+from genscale.errors import UserError
 from genscale.parallel.processes import Processes
 from genscale.training.guards import NonFiniteLoss
 from genscale.training.outcome import PhaseOutcome
@@ -30,6 +31,18 @@ class RollBack(NonFiniteLoss):
     def __init__(self, what: str, batches: Iterable[int]) -> None:
         super().__init__(f"{what}; {ADVICE}")
         self.what, self.batches = what, frozenset(batches)
+
+
+def check_guards(config: Config) -> None:
+    """Raises UserError where a policy goes back to checkpoints that are not made."""
+    train = config.train
+    if train.checkpoint_every or train.checkpoint_minutes:
+        return
+    for name in ("non_finite", "spikes"):
+        if getattr(config.guards, name) == "rollback":
+            raise UserError(f"guards.{name}: rollback goes back to the latest checkpoint, and train.checkpoint_every and "
+                            f"train.checkpoint_minutes are 0; set train.checkpoint_every, say {max(1, train.steps // 20)}, or "
+                            f"guards.{name} to skip")
 
 
 class UpdateGuard:
