@@ -44,9 +44,9 @@ TRAIN = {"steps": 10**6, "precision": "fp32"}
 CONFIGS = {
     "gpt": lambda: Config(model=GPTSettings(layers=4, heads=4, width=256, positions=128),
                           data=TextDataSettings(sequence_length=128), train=TrainSettings(global_batch_size=4, **TRAIN)),
-    "dcgan": lambda: Config(model=GANSettings(width=32), objective=GANObjectiveSettings(),
+    "dcgan": lambda: Config(model=GANSettings(width=64), objective=GANObjectiveSettings(),
                             data=PackedImageDataSettings(size=32, validation_images=179),
-                            train=TrainSettings(global_batch_size=16, **TRAIN)),
+                            train=TrainSettings(global_batch_size=32, **TRAIN)),
 }  # fmt: skip
 
 
@@ -79,7 +79,7 @@ class Counted(Trainer):
         self.inside = [0.0]  # seconds by step, the first for what comes before
         self.guard.leaves_out, self.guard.settle = self._timed(self.guard.leaves_out), self._timed(self.guard.settle)
         self.processes.note = self._timed(self.processes.note)
-        trainer.KeptBuffers = self._timed(lambda buffers: _TimedBuffers(KeptBuffers(buffers), self._timed))
+        trainer.KeptBuffers = lambda buffers: _TimedBuffers(KeptBuffers(buffers), self._timed)
 
     def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:
@@ -98,7 +98,7 @@ class Counted(Trainer):
 
 class _TimedBuffers:
     def __init__(self, buffers: KeptBuffers, timed: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        self.put_back = timed(buffers.put_back)
+        self.keep, self.put_back = timed(buffers.keep), timed(buffers.put_back)
 
 
 def measure(name: str, steps: int) -> dict[str, Any]:

@@ -9,11 +9,16 @@ from torch import Tensor
 
 
 class KeptBuffers:
-    """Copies of a network's small buffers, taken before its forward."""
+    """Copies of a network's small buffers, as they were at the last `keep`."""
 
     def __init__(self, buffers: Sequence[Tensor]) -> None:
         self.buffers = list(buffers)
         self.copies = [buffer.clone() for buffer in self.buffers]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        if self.buffers:
+            torch._foreach_copy_(self.copies, self.buffers)
 
     @torch.no_grad()
     def put_back(self, wanted: bool | Tensor) -> None:

@@ -28,7 +28,7 @@ class LossWindow:
             return -math.inf
         mean = math.fsum(self._losses) / count
         above = loss - mean
-        deviation = math.sqrt(math.fsum((each - mean) ** 2 for each in self._losses) / count)
+        deviation = math.sqrt(math.fsum([(each - mean) ** 2 for each in self._losses]) / count)
         return above / deviation if deviation else math.copysign(math.inf, above) if above else 0.0
 
     def state(self) -> list[float]:

@@ -60,6 +60,7 @@ class Trainer:
         self._unsettled: list[tuple[StepReport, PhaseOutcome]] = []
         self._batch = 0
         self._updated: dict[str, bool | Tensor] = {}  # by network, since its average was last moved
+        self._buffers: dict[str, KeptBuffers] = {}  # by network
         self._put_off: set[int] = set()  # numbers of hooks
 
     def state(self) -> dict[str, Any]:
@@ -177,7 +178,10 @@ class Trainer:
             left_out = self.guard.leaves_out_on_device(outcome[0]) if on_device else self.guard.leaves_out(outcome[0])
             return left_out
 
-        buffers = KeptBuffers(self.engine.moving_buffers(phase.network))
+        buffers = self._buffers.get(phase.network)
+        if buffers is None:
+            buffers = self._buffers[phase.network] = KeptBuffers(self.engine.moving_buffers(phase.network))
+        buffers.keep()
         totals, count = self._accumulate(phase, step, batches)
         self.processes.note(f"step {step}, phase {phase.name}, step")
         self.engine.step(phase.network, leave_out)
