@@ -191,12 +191,14 @@ class ZeroEngine(Engine):
             left_out = bool(leave_out(results[0]))
             if not left_out:
                 return measured
-            optimizer.check_grad_overflow = True  # in bf16 stages 1 and 2 do not look at the norm
+            optimizer.check_grad_overflow = True  # in bf16 stages 1 and 2 do not look at the norm otherwise
             none = torch.full_like(norm, -1.0)
             return none if self.stage < 3 else [none]
 
         self._show_gradients(name)
         setattr(optimizer, measure, judged)
+        if checks is not None:
+            optimizer.check_grad_overflow = False  # in bf16 it would look at every gradient first, and not ask for the norm
         try:
             self.networks[name].step()
         finally:
