@@ -98,7 +98,8 @@ class WandbTracker:
         except Exception:
             wandb.teardown(1)  # its service would be in the way of another start
             raise
-        self.sync = f"wandb sync {Path(self._run.dir).parent}"
+        also = "--no-skip-online " if mode == "online" else ""  # it passes over what was online once
+        self.sync = f"wandb sync {also}{Path(self._run.dir).parent}"
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics of a step; several calls for one step make one W&B row."""

@@ -104,9 +104,11 @@ class Supervision:
     def _fall(self, error: BaseException) -> None:
         self.failed(error)
         if _is_consequence(error):
-            deadline = time.monotonic() + PATIENCE
+            deadline, before = time.monotonic() + PATIENCE, self.stop.received
             while self._ending.said() is None and time.monotonic() < deadline:
-                time.sleep(0.1)  # the launcher may end this process meanwhile: it knows which one ended, and how
+                if self.stop.received != before:  # the launcher ends this process: it knows which one ended first, and how
+                    raise SystemExit(exit_codes.of_signal(self.stop.received)) from None
+                time.sleep(0.1)
             if self._ending.said() is None:
                 gone = UserError(f"another process of the run is gone ({self.folder}/logs may say why); start the run again, "
                                  "and it goes on from its latest checkpoint")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import os
@@ -37,6 +38,10 @@ class Server:
                 if server.mode == "hang":
                     server.going.wait(120)
                 content = json.dumps(server.answer(self.path, body)).encode() if server.mode == "fine" else b""
+                with contextlib.suppress(BrokenPipeError):  # the asker has gone
+                    self.reply(content)
+
+            def reply(self, content: bytes) -> None:
                 self.send_response(200 if server.mode == "fine" else 500)
                 self.send_header("content-type", "application/json")
                 self.send_header("content-length", str(len(content)))
@@ -64,7 +69,7 @@ class Server:
         if "RunResumeStatus" in query:
             return {"data": {"model": {**project, "bucket": None}}}
         if "UpsertBucket" in query:
-            bucket = {"id": "b", "name": "run", "displayName": "run", "description": "", "config": "{}", "sweepName": None,
+            bucket = {"id": "b", "name": json.loads(body)["variables"]["name"], "displayName": "run", "description": "", "config": "{}", "sweepName": None,
                       "historyLineCount": 0, "project": project}
             return {"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}
         if "CreateRunFiles" in query:
@@ -109,8 +114,10 @@ def test_a_server_that_fails_at_the_start_costs_seconds_and_the_run_is_offline(m
 def check_upload(text: str, server: Server, home: Path, losses: list[float]) -> None:
     """What is printed is typed, when the server is well again."""
     command = re.search(r"`(wandb sync [^`]*)`", text).group(1)
-    server.mode, server.rows = "fine", []
+    server.mode = "fine"
     server.going.set()
+    time.sleep(1)  # what was held back is answered to nobody
+    server.rows.clear()
     words = [sys.executable, "-m", *shlex.split(command)]
     done = subprocess.run(words, env=environment(server, home), capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
