@@ -197,6 +197,11 @@ LAUNCHER = "GENSCALE_LAUNCHER"
 """The process id of `genscale train --processes N`, in the environment of the processes that it starts."""
 
 
+def has_launcher() -> bool:
+    """Whether a launcher on this machine watches this process (torchrun's, which Accelerate and genscale use)."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def follow_launcher(starting: bool = False) -> None:
     """Lets a worker end when its launcher is killed outright, instead of training on as an orphan (Linux only).
 
@@ -204,7 +209,7 @@ def follow_launcher(starting: bool = False) -> None:
     call it once the handler is in place. One that is `starting` has nothing to save and gets SIGKILL: while it waits for the
     others to meet, at an address that was the launcher's, it would answer nothing less.
     """
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+    if sys.platform == "linux" and has_launcher():
         pr_set_pdeathsig, number = 1, signal.SIGKILL if starting else signal.SIGTERM  # linux/prctl.h
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, number, 0, 0, 0)
         parent = os.getppid()

@@ -11,6 +11,7 @@ from types import TracebackType
 from genscale import exit_codes
 from genscale.config import Config
 from genscale.errors import UserError
+from genscale.parallel.launcher import has_launcher
 from genscale.parallel.processes import Processes, lost_peer
 from genscale.tracking.run_logging import setup_logging
 from genscale.training.ending import Ending
@@ -104,9 +105,9 @@ class Supervision:
     def _fall(self, error: BaseException) -> None:
         self.failed(error)
         if _is_consequence(error):
-            deadline, before = time.monotonic() + PATIENCE, self.stop.received
+            deadline = time.monotonic() + PATIENCE
             while self._ending.said() is None and time.monotonic() < deadline:
-                if self.stop.received != before:  # the launcher ends this process: it knows which one ended first, and how
+                if self.stop.received and has_launcher():  # which ends this process, and says which one ended first, and how
                     raise SystemExit(exit_codes.of_signal(self.stop.received)) from None
                 time.sleep(0.1)
             if self._ending.said() is None:

@@ -69,7 +69,8 @@ class Server:
         if "RunResumeStatus" in query:
             return {"data": {"model": {**project, "bucket": None}}}
         if "UpsertBucket" in query:
-            bucket = {"id": "b", "name": json.loads(body)["variables"]["name"], "displayName": "run", "description": "", "config": "{}", "sweepName": None,
+            name = json.loads(body)["variables"]["name"]
+            bucket = {"id": "b", "name": name, "displayName": name, "description": "", "config": "{}", "sweepName": None,
                       "historyLineCount": 0, "project": project}
             return {"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}
         if "CreateRunFiles" in query:
