@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from genscale.cli import main
+from genscale.cli import start
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    start(["train", *sys.argv[1:]])

@@ -194,8 +194,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.strategy:
-        measure(arguments.strategy, arguments.repeats, arguments.folder)
-        return
+        from genscale.parallel.leaving import run_and_leave
+
+        run_and_leave(lambda: measure(arguments.strategy, arguments.repeats, arguments.folder))
     load_before, results = os.getloadavg()[0], {}
     for name in arguments.shapes.split(";"):
         results[name] = run(name, arguments.repeats)

@@ -178,8 +178,9 @@ def main() -> None:
     parser.add_argument("--variant", help=argparse.SUPPRESS)  # of one process
     arguments = parser.parse_args()
     if arguments.variant:
-        measure(VARIANTS[arguments.variant])
-        return
+        from genscale.parallel.leaving import run_and_leave
+
+        run_and_leave(lambda: measure(VARIANTS[arguments.variant]))
     results = {}
     for name in arguments.variants.split(","):
         expected, peak = formula(VARIANTS[name], SHAPE), run(name)

@@ -164,7 +164,9 @@ def main() -> None:
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        return work([Cell(**cell) for cell in json.loads(arguments.worker[0])], Path(arguments.worker[1]))
+        from genscale.parallel.leaving import run_and_leave
+
+        run_and_leave(lambda: work([Cell(**cell) for cell in json.loads(arguments.worker[0])], Path(arguments.worker[1])))
     result = circumstances(["torch", "accelerate", "deepspeed"]) | {"steps_before": HALF, "steps_after": HALF, "families": {}}
     with tempfile.TemporaryDirectory() as folder:
         for family in arguments.families.split(","):

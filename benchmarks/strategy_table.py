@@ -269,8 +269,9 @@ def main() -> None:
     parser.add_argument("--bytes_at_rest_of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.bytes_at_rest_of:
-        bytes_at_rest_worker(arguments.bytes_at_rest_of)
-        return
+        from genscale.parallel.leaving import run_and_leave
+
+        run_and_leave(lambda: bytes_at_rest_worker(arguments.bytes_at_rest_of))
     about = {"date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
              "commit": _output(["git", "describe", "--always", "--dirty", "--abbrev=12"]).strip(), "machine": machine(),
              "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},

@@ -1,7 +1,5 @@
 """`python -m genscale` is `genscale`."""
 
-import sys
+from genscale.cli import start
 
-from genscale.cli import main
-
-sys.exit(main())
+start()

@@ -7,10 +7,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from genscale import __version__, exit_codes
 from genscale.errors import UserError, nearest
 from genscale.parallel.launcher import follow_launcher
+from genscale.parallel.leaving import run_and_leave
 from genscale.training.signals import Stopped, StopSignal
 
 VERBS = {
@@ -23,6 +25,13 @@ VERBS = {
     "compare": "the first step at which two runs differ, and in what",
     "checkpoint": "list, verify, digest or consolidate checkpoints",
 }
+
+
+def start(arguments: Sequence[str] | None = None) -> NoReturn:
+    """`main` as the whole of a process, which ends with its exit code."""
+    if "RANK" in os.environ:  # one of a group
+        run_and_leave(lambda: main(arguments))
+    sys.exit(main(arguments))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

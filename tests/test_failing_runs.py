@@ -116,14 +116,14 @@ def test_going_back_takes_checkpoints(refuse):
 # The loss of one sample of one step is not a number, as if its data were damaged: only one rank sees it.
 PLANTED = """
 import sys
-from genscale.cli import main
+from genscale.cli import start
 from genscale.objectives.language_model import LanguageModel
 loss = LanguageModel.loss
 def planted(self, networks, batch, draws):
     terms = loss(self, networks, batch, draws)
     return {"loss": terms["loss"] * (float("nan") if 11 in batch["sample"].tolist() else 1.0)}
 LanguageModel.loss = planted
-sys.exit(main(["train", *sys.argv[1:]]))
+start(["train", *sys.argv[1:]])
 """
 
 

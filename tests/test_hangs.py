@@ -15,7 +15,7 @@ import os, signal, sys, time
 from genscale.errors import UserError
 from genscale.objectives.language_model import LanguageModel
 from genscale.parallel.launcher import run_workers
-from genscale.cli import main
+from genscale.cli import start
 
 def endless():
     while True:
@@ -52,7 +52,7 @@ if os.environ["RANK"] == os.environ.get("FATED", "1"):
     elif place == "data":
         from genscale.data.loader import StepLoader
         StepLoader.next_batch = fated(StepLoader.next_batch, lambda loader: loader.state()["batches"] == 3)
-sys.exit(main(["train", *arguments]))
+start(["train", *arguments])
 """
 
 

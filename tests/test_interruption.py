@@ -187,7 +187,7 @@ def test_a_signal_during_start_up_of_two_processes(genscale_start, genscale_fini
 SLOW_EVALUATION = """
 import sys, time
 from pathlib import Path
-from genscale.cli import main
+from genscale.cli import start
 from genscale.objectives.language_model import LanguageModel
 evaluate = LanguageModel.evaluate
 def slow(self, networks, batch):
@@ -195,7 +195,7 @@ def slow(self, networks, batch):
     time.sleep(0.7)
     return evaluate(self, networks, batch)
 LanguageModel.evaluate = slow
-sys.exit(main(["train", *sys.argv[1:]]))
+start(["train", *sys.argv[1:]])
 """
 
 

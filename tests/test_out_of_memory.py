@@ -12,7 +12,7 @@ ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--config_file
 # The limit is set as training begins: what torch itself takes differs from machine to machine.
 LIMITED = """
 import os, resource, sys
-from genscale.cli import main
+from genscale.cli import start
 from genscale.training.trainer import Trainer
 run = Trainer.run
 def limited(self, first_step):
@@ -22,7 +22,7 @@ def limited(self, first_step):
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     return run(self, first_step)
 Trainer.run = limited
-sys.exit(main(["train", *sys.argv[1:]]))
+start(["train", *sys.argv[1:]])
 """
 LARGE = ["--model.width", 512, "--model.positions", 256, "--data.sequence_length", 256, "--train.global_batch_size", 64,
          "--train.checkpoint_every", 0]

@@ -21,6 +21,7 @@ from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.objectives.language_model import LanguageModel
 from genscale.parallel.engine import Engine, Read, tensor_bytes
 from genscale.parallel.launcher import clear_launch_environment
+from genscale.parallel.leaving import run_and_leave
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import build_engine, plan_parallel
 from genscale.rng import Draws, torch_generator
@@ -192,4 +193,4 @@ def main(variants: dict[str, dict[str, Any]], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]), Path(sys.argv[2]))
+    run_and_leave(lambda: main(json.loads(sys.argv[1]), Path(sys.argv[2])))

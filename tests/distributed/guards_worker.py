@@ -21,6 +21,7 @@ from genscale.data.points import PointsData
 from genscale.errors import UserError
 from genscale.objectives import FAMILIES
 from genscale.parallel.launcher import clear_launch_environment
+from genscale.parallel.leaving import run_and_leave
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import plan_parallel
 from genscale.tracking.metrics_file import read_metrics
@@ -134,4 +135,4 @@ def main(variants: list[dict[str, Any]], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]), Path(sys.argv[2]))
+    run_and_leave(lambda: main(json.loads(sys.argv[1]), Path(sys.argv[2])))

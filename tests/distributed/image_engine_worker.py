@@ -22,6 +22,7 @@ from genscale.models.image_layers import InitialWeights
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.parallel.engine import Engine
 from genscale.parallel.launcher import clear_launch_environment
+from genscale.parallel.leaving import run_and_leave
 from genscale.parallel.pieces import Piece
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import build_engine, check_objective, plan_parallel
@@ -245,4 +246,4 @@ def main(variants: dict[str, dict[str, Any]], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]), Path(sys.argv[2]))
+    run_and_leave(lambda: main(json.loads(sys.argv[1]), Path(sys.argv[2])))
