@@ -210,7 +210,8 @@ class ZeroEngine(Engine):
         return results[0]
 
     def _held_weights(self, name: str) -> list[Tensor]:
-        return self.flat_partitions(name)
+        # Not the partitions themselves: what pads them out is whatever the memory held before, and may be no number.
+        return [piece.values for piece in self.cut(name, self.flat_partitions(name))]
 
     def clear_optimizer_state(self, name: str) -> None:
         self.inner(name).state.clear()

@@ -106,4 +106,4 @@ class FlatAverage(Average):
             self.engine.link_optimizer_state(self.name)
 
     def held(self) -> list[Tensor]:
-        return [*self.averages, *self.buffers.held()]
+        return [*(piece.values for piece in self.engine.cut(self.name, self.averages)), *self.buffers.held()]
