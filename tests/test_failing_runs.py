@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from genscale.training import run
 from genscale.training.checkpoints import Checkpoint
 
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/cpu.yaml")
@@ -47,6 +48,13 @@ def fill(folder: Path) -> Path:
         while file.write(b"0" * 4096):
             pass
     return filler
+
+
+def test_a_disk_that_is_full_when_the_run_describes_itself(genscale, small_disk, tiny_config, monkeypatch):
+    disk, written = small_disk("5m"), run.config_yaml
+    monkeypatch.setattr(run, "config_yaml", lambda config: written(config) if fill(disk) else "")
+    holds(genscale("train", "--config", tiny_config, "--run.dir", disk).message_of_run(), "run.dir", disk / "tiny", "No space",
+          "--run.dir")
 
 
 @pytest.mark.parametrize("freed", [True, False])
@@ -111,6 +119,14 @@ def test_a_learning_rate_that_blows_up(policy, left_out, genscale, tiny_config, 
 def test_going_back_takes_checkpoints(refuse):
     message = refuse("--guards.spikes", "rollback", "--train.checkpoint_every", 0)
     holds(message, "guards.spikes: rollback", "train.checkpoint_every", "guards.spikes to skip")
+
+
+def test_patience_with_a_server_is_shorter_than_the_watchdog_s(refuse):
+    address = ["--data.source", "http://127.0.0.1:9/text.jsonl"]
+    holds(refuse(*address, "--guards.hang_minutes", 5), "data.retry_minutes: 5 ", "guards.hang_minutes 5,",
+          "set data.retry_minutes to 2.5, or guards.hang_minutes to 10")
+    for allowed in (0, 6):
+        assert "Connection refused" in refuse(*address, "--guards.hang_minutes", allowed)
 
 
 # The loss of one sample of one step is not a number, as if its data were damaged: only one rank sees it.

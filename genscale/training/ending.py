@@ -14,6 +14,7 @@ from typing import Any, Literal
 from genscale import exit_codes
 from genscale.errors import UserError
 from genscale.masking import masked
+from genscale.training.exclusive_file import give_name
 from genscale.training.signals import Stopped
 
 How = Literal["complete", "stopped", "failed", "hang"]
@@ -46,14 +47,12 @@ class Ending:
         self._claimed = True
         try:
             temporary.write_text(json.dumps(said, indent=1) + "\n")
-            os.link(temporary, self._path)  # fails where the file is there
+            give_name(temporary, self._path)
         except FileExistsError:
             self._claimed = False
-        except OSError:
-            pass  # on a full disk each process speaks for itself
-        finally:
+        except OSError:  # on a full disk each process speaks for itself
             with contextlib.suppress(OSError):
-                temporary.unlink()
+                temporary.unlink(missing_ok=True)
         return self._claimed
 
     def failed(self, error: BaseException) -> None:

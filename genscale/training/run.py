@@ -47,6 +47,7 @@ from genscale.training.signals import StopSignal
 from genscale.training.supervision import Supervision, group_timeout_minutes
 from genscale.training.trainer import Hook, Trainer
 from genscale.training.update_guard import check_guards
+from genscale.training.watchdog import check_patience
 
 log = logging.getLogger("genscale")
 
@@ -87,6 +88,7 @@ def train(config: Config, stop: StopSignal | None = None) -> RunResult:
 def _start(config: Config, stop: StopSignal) -> RunResult:
     check_collapse(config.train)
     check_guards(config)
+    check_patience(config)
     check_not_masked(config.data, "data.")
     plan = plan_parallel(config.parallel, config.train.precision, config.optimizer.name)
     config.parallel.offload, config.train.precision = plan.offload, plan.precision
@@ -140,7 +142,7 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
         averages = sum(sizes[name] for name in averaged_networks(config, objective))
         hosts = processes.gather(platform.node())
         processes.main_does(lambda: check_host_memory(parameters, averages, hosts.count(hosts[0]) / len(hosts)))
-        processes.main_does(lambda: check_free_space(folder, parameters, config.train.checkpoint_keep, averages))
+        processes.main_does(lambda: check_free_space(folder, parameters, averages, config.train, log.warning))
         checkpoint = _resume_point(config, processes, folder, data, objective, accumulation)
         engine = build_engine(plan, processes, config.parallel, config.train.precision, config.train.clip,
                               micro_batch_size, accumulation)
@@ -148,11 +150,9 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
         prepare(config, engine, objective, checkpoint, pretrained)
         state = checkpoint.state() if checkpoint else {}
         loader = open_loader(config, data, processes, micro_batch_size, state)
+        processes.main_does(lambda: _write_what_it_is(config, folder, objective, pretrained is not None))
         if processes.is_main:
-            (folder / "config.yaml").write_text(config_yaml(config))
-            objective.save_assets(folder)
             if pretrained is not None:
-                keep_for_export(config, folder)
                 log.info("starting from the weights of %s", config.model.from_)
             kind = processes.device.type if processes.device.type == "cpu" else torch.cuda.get_device_name(processes.device)
             log.info("%s: %s parameters, %s, %d process%s on %s, %s, accumulation %d", folder, f"{parameters:,}", plan.strategy,
@@ -167,6 +167,18 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
         if loader is not None:
             loader.close()
         data.close()
+
+
+def _write_what_it_is(config: Config, folder: Path, objective: Objective, pretrained: bool) -> None:
+    """What is read of a run besides its checkpoints. Raises UserError where it cannot be written."""
+    try:
+        (folder / "config.yaml").write_text(config_yaml(config))
+        objective.save_assets(folder)
+        if pretrained:
+            keep_for_export(config, folder)
+    except OSError as error:
+        raise UserError(f"run.dir: cannot write to {folder} ({error.strerror}); free some space, or set --run.dir to another "
+                        "folder") from None
 
 
 def open_objective(config: Config, processes: Processes, plan: ParallelPlan, data: Data) -> Objective:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -60,16 +61,25 @@ def check_host_memory(parameters: int, averages: int = 0, share: float = 1.0) ->
                         f"{int(free / 12 / share):,} parameters fit")
 
 
-def check_free_space(folder: Path, parameters: int, keep: int, averages: int = 0) -> None:
+def check_free_space(folder: Path, parameters: int, averages: int, train: TrainSettings, warn: Callable[[str], None]) -> None:
     """Refuse to start where the checkpoints cannot fit: 12 bytes a parameter each (fp32 weights, two AdamW moments), and 4 for
-    each that an average is kept of."""
+    each that an average is kept of. Warn where those cannot that are kept for ever: they may be moved elsewhere meanwhile."""
     # Checkpoints that are there already are replaced one for one; one more is written before the oldest is deleted.
-    wanted = (12 * parameters + 4 * averages) * max(1, keep + 1 - len(list_checkpoints(folder / "checkpoints"))) + 2**20
-    free = shutil.disk_usage(folder).free
+    keep, steps = train.checkpoint_keep, [checkpoint.step for checkpoint in list_checkpoints(folder / "checkpoints")]
+    size, free = 12 * parameters + 4 * averages, shutil.disk_usage(folder).free
+    wanted = size * max(1, keep + 1 - len(steps)) + 2**20
     if free < wanted:
         raise UserError(f"run.dir: disk full: {folder} has {free / 2**20:,.0f} MiB free, checkpoints need "
                         f"{wanted / 2**20:,.0f} MiB; "
                         f"free some space, lower train.checkpoint_keep ({keep}), or set --run.dir to another disk")
+    if train.checkpoint_every and train.checkpoint_keep_every:
+        every = math.lcm(train.checkpoint_every, train.checkpoint_keep_every)
+        more = size * (train.steps // every - max(steps, default=0) // every)
+        if free < wanted + more:
+            least = train.steps // (int(free - wanted) // size + 1) + 1
+            warn(f"train.checkpoint_keep_every: {train.checkpoint_keep_every} keeps {more // size:,} more checkpoints for ever "
+                 f"({more / 2**20:,.0f} MiB), and {folder} has {free / 2**20:,.0f} MiB free; move some elsewhere in time, or "
+                 f"set it to {least:,} or more")
 
 
 def config_dict(config: Config) -> dict[str, Any]:

@@ -25,11 +25,14 @@ from typing import Any
 import psutil
 
 from genscale.errors import UserError
+from genscale.training.exclusive_file import give_name
 
 BEAT_SECONDS = 5.0
 """Between two touches of the owner's file."""
 STALE_SECONDS = 60.0
 """An owner on another machine that has not touched its file for so long is dead."""
+EMPTY_SECONDS = 1.0
+"""After which an owner's file without content is one that nobody is writing."""
 
 
 class Fenced(UserError):
@@ -87,11 +90,9 @@ class RunOwner:
             own = self._folder / f"claim-{self._mine['token']}"
             self._write(own, self._mine)
             try:
-                os.link(own, self._file(latest + 1))  # fails where somebody was faster
+                give_name(own, self._file(latest + 1))
             except FileExistsError:
                 continue
-            finally:
-                own.unlink()
             for number in self._numbers():
                 if number <= latest:
                     self._file(number).unlink(missing_ok=True)
@@ -100,6 +101,9 @@ class RunOwner:
     def _is_free(self, file: Path) -> bool:
         """Whether the owner that left this file is dead. Waits where only time can tell."""
         other = _read(file)
+        if other is None and file.exists():  # it may just be being written, where there are no hard links
+            time.sleep(EMPTY_SECONDS)
+            other = _read(file)
         if other is None or other.get("released"):
             return True
         mine = self._mine

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from genscale.config import Config, RunSettings
+from genscale.config import Config, RunSettings, TrainSettings
 from genscale.data.text import TextDataSettings
 from genscale.errors import UserError
 from genscale.models.gpt import GPTSettings
@@ -229,10 +229,21 @@ def test_checkpoints_that_cannot_fit(tmp_path: Path) -> None:
     check_host_memory(1000)
     with pytest.raises(UserError, match=r"^model: a checkpoint of 1,000,000,000,000 parameters is collected in 11,176 GiB of "):
         check_host_memory(10**12)
-    check_free_space(tmp_path, parameters=1000, keep=3)
+    train, said = TrainSettings(steps=10**9, checkpoint_every=10, checkpoint_keep_every=10**8), []
+    check_free_space(tmp_path, 1000, 0, train, said.append)
     with pytest.raises(UserError, match=r"disk full: .* MiB free, checkpoints need 45,776,368 MiB; .*checkpoint_keep \(3\)"):
-        check_free_space(tmp_path, parameters=10**12, keep=3)
+        check_free_space(tmp_path, 10**12, 0, train, said.append)
     with pytest.raises(UserError, match="disk full"):
-        check_free_space(tmp_path, parameters=1000, keep=3, averages=10**13)
+        check_free_space(tmp_path, 1000, 10**13, train, said.append)
+    assert said == []
+    # Those that are kept for ever may be moved away meanwhile.
+    train.checkpoint_keep_every = 4
+    check_free_space(tmp_path, 10**6, 0, train, said.append)
+    (line,) = said
+    assert line.startswith("train.checkpoint_keep_every: 4 keeps 50,000,000 more checkpoints for ever (572,204,590 MiB), and ")
+    least = int(line.removesuffix(" or more").rsplit(" ", 1)[1].replace(",", ""))
+    train.checkpoint_keep_every = -(-least // 10) * 10
+    check_free_space(tmp_path, 10**6, 0, train, said.append)
+    assert len(said) == 1
     with pytest.raises(UserError, match="GiB"):
         check_host_memory(1000, averages=10**13)

@@ -22,11 +22,16 @@ from genscale.training.run_owner import Fenced, RunOwner
 ROOT = Path(__file__).resolve().parents[2]
 # Claims the folder once the gun goes off, says what came of it, and lives on until its input ends.
 RUNNER = """
-import sys, time
+import errno, os, sys, time
 from pathlib import Path
 from genscale.errors import UserError
 from genscale.training.run_owner import RunOwner
+def no_links(*_):
+    raise OSError(errno.EPERM, "Operation not permitted")
+
 gun = Path(sys.argv[2])
+if sys.argv[3] == "without":
+    os.link = no_links
 print("ready", flush=True)
 while not gun.exists(): time.sleep(0.0005)
 try:
@@ -43,10 +48,10 @@ def starters(tmp_path: Path):
     """`starters(10)`: so many processes that claim `<tmp_path>/run` at the same instant; returns what each said."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(count: int) -> list[str]:
+    def start(count: int, links: str = "with") -> list[str]:
         (tmp_path / "run").mkdir(exist_ok=True)
         gun = tmp_path / f"gun-{len(started)}"
-        command = [sys.executable, "-c", RUNNER, str(tmp_path / "run"), str(gun)]
+        command = [sys.executable, "-c", RUNNER, str(tmp_path / "run"), str(gun), links]
         new = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                                 env={**os.environ, "PYTHONPATH": str(ROOT)}) for _ in range(count)]
         started.extend(new)
@@ -76,6 +81,11 @@ def test_of_ten_that_start_at_once_one_has_the_folder_and_kill_9_frees_it(starte
     RunOwner(tmp_path / "run", print)
     assert time.monotonic() - started < 2
     assert len(list((tmp_path / "run" / ".owner").iterdir())) == 1
+
+
+def test_on_a_file_system_without_hard_links_one_has_the_folder_too(starters):
+    said = starters(4, links="without")
+    assert said.count("owner\n") == 1 and sum(line.startswith("refused run.name: ") for line in said) == 3, said
 
 
 def forge(folder: Path, age: float = 0.0, **values: object) -> Path:
