@@ -100,7 +100,7 @@ class Saver:
 
         Raises UserError where that was the last one and there is none, or what `may_commit` raised.
         """
-        save, self._save = self._save, None
+        save = self._save
         if save is None:
             return None
         save.written.wait()
@@ -111,6 +111,7 @@ class Saver:
                 save.missing = f"process {rank}: {reason}"
                 save.part_missing.set()
             save.thread.join()
+        self._save = None
         return self.processes.main_does(lambda: self._came_to_be(save))
 
     def _came_to_be(self, save: _Save) -> bool:
@@ -140,6 +141,8 @@ class Saver:
                 self._prune(contents.best_step)
         except Exception as error:
             self._fail(save, error)
+        finally:
+            save.written.set()  # whatever has happened, the run waits for it
 
     def _prune(self, best_step: int | None) -> None:
         try:
@@ -207,7 +210,10 @@ class Saver:
         return f"checkpoint {self.folder / f'step-{save.contents.step:08d}'} could not be written: {_reason(save.error)}"
 
     def _last_good(self) -> str:
-        found = list_checkpoints(self.folder)
+        try:
+            found = list_checkpoints(self.folder)
+        except OSError as error:  # the disk that did not take this one may show none either
+            return f"unknown ({_reason(error)})"
         return str(found[-1].path) if found else "none"
 
 

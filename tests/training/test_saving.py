@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ import torch
 from genscale.errors import UserError
 from genscale.parallel.pieces import pieces_of
 from genscale.parallel.processes import Processes
+from genscale.training import saving
 from genscale.training.checkpoint_writing import clear_leftovers, write_checkpoint
 from genscale.training.checkpoints import Checkpoint, list_checkpoints
 from genscale.training.saving import Contents, Saver
@@ -85,6 +87,17 @@ def test_a_failed_save_is_one_warning_and_a_failed_last_one_an_error(alone, smal
     (disk / "checkpoints").write_text("")  # no folder any more
     saver.start(pieces(w=torch.randn(10)), contents(40))
     assert saver.settle() is False
+
+
+def test_a_disk_that_cannot_even_be_listed_holds_nobody_up(alone, small_disk, monkeypatch, caplog) -> None:
+    def lost(folder: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(saving, "list_checkpoints", lost)
+    saver = Saver(small_disk("1m"), alone, keep=3)
+    saver.start(pieces(w=torch.randn(1_000_000)), contents(10))
+    assert saver.settle() is False
+    assert "last good checkpoint: unknown (Input/output error)" in caplog.text
 
 
 def test_a_run_folder_that_is_another_run_s_by_now(alone: Processes, tmp_path: Path) -> None:
