@@ -234,7 +234,7 @@ class Trainer:
         """Read what the steps came to, and let the guard judge.
 
         A GPU is given the next step before its last one is looked at, except where a hook wants to know."""
-        wanted = report.last or any(hook.settled and hook.due(report) for hook in self.hooks)
+        wanted = report.last or bool(self._put_off) or any(hook.settled and hook.due(report) for hook in self.hooks)
         wanted = wanted or not self._runs_ahead
         ready = [each for each in self._unsettled if wanted or each[0] is not report]
         self._unsettled = [] if wanted else [each for each in self._unsettled if each[0] is report]

@@ -191,12 +191,14 @@ def test_a_loss_that_stands_out(policy: str, left_out: int | None) -> None:
     assert len(trainer.state()["losses"].get("fit", [])) == {"ignore": 0, "skip": 43, "stop": 39}[policy]
 
 
-def test_no_checkpoint_is_made_while_updates_are_left_out_but_right_after() -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_no_checkpoint_is_made_while_updates_are_left_out_but_right_after(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     reports: list[int] = []
     def save(report: StepReport) -> None:
         reports.append(report.step)
 
     trainer = trainer_of(Fit(), {3, 4, 7}, hooks=[Hook(4, save, sound=True)])
+    monkeypatch.setattr(trainer, "_runs_ahead", ahead)
     trainer.run(1)
     trainer.loader.close()
     assert reports == [6, 8]  # due at 4 and 8; the last comes in any case
