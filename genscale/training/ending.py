@@ -15,6 +15,7 @@ from genscale import exit_codes
 from genscale.errors import UserError
 from genscale.masking import masked
 from genscale.training.exclusive_file import give_name
+from genscale.training.run_owner import latest_claim
 from genscale.training.signals import Stopped
 
 How = Literal["complete", "stopped", "failed", "hang"]
@@ -26,12 +27,21 @@ class Ending:
 
     Attributes:
         step: the last step done, as far as this process knows.
+        claim_number: of the claim by which the run has its folder (`run_owner`): once there is a later one, the file is
+            another run's, which a word about this one would end.
     """
 
     def __init__(self, run_folder: Path, rank: int) -> None:
         self.rank, self.step = rank, 0
         self._path = run_folder / "ended.json"
         self._claimed = False
+        self.claim_number: int | None = None
+
+    def taken_over(self) -> bool:
+        """Whether another run has the folder by now, as far as that can be seen."""
+        with contextlib.suppress(OSError):
+            return self.claim_number is not None and latest_claim(self._path.parent) > self.claim_number
+        return False
 
     def clear(self) -> None:
         """The run begins."""
@@ -40,6 +50,9 @@ class Ending:
     def claim(self, how: How, exit_code: int, number: signal.Signals | None = None, reason: str = "") -> bool:
         """Say how the run ended. False where another process has said it before."""
         if self._claimed:
+            return True
+        if self.taken_over():
+            self._claimed = True
             return True
         said = {"how": how, "signal": number.name if number else None, "step": self.step, "exit_code": exit_code,
                 "reason": reason or None, "rank": self.rank, "time": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -72,6 +85,8 @@ class Ending:
 
     def said(self) -> dict[str, Any] | None:
         """What a process said about the end, if one did."""
+        if self.taken_over():
+            return None
         with contextlib.suppress(OSError, ValueError):
             return json.loads(self._path.read_text())
         return None

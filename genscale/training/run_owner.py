@@ -48,6 +48,9 @@ class RunOwner:
 
     Args:
         say: told in a line that the claim takes a while, and why.
+
+    Attributes:
+        number: of the claim.
     """
 
     def __init__(self, run_folder: Path, say: Callable[[str], None]) -> None:
@@ -56,19 +59,19 @@ class RunOwner:
         self._folder.mkdir(exist_ok=True)
         self._mine = {"token": secrets.token_hex(8), **_this_process(), "folder": run_folder.stat().st_ino,
                       "since": datetime.now(UTC).isoformat(timespec="seconds")}
-        self._number = self._claim()
+        self.number = self._claim()
 
     def beat(self) -> None:
         """Show that this run lives. Raises what `check` raises; OSError where the file cannot be touched."""
         self.check()
-        os.utime(self._file(self._number))
+        os.utime(self._file(self.number))
 
     def check(self) -> None:
         """Raises Fenced where another process has taken the folder over, OSError where that cannot be told."""
         latest = self._latest()
-        if latest < self._number:
-            raise FileNotFoundError(errno.ENOENT, "the owner's file is gone", str(self._file(self._number)))
-        if latest == self._number and (_read(self._file(latest)) or self._mine)["token"] == self._mine["token"]:
+        if latest < self.number:
+            raise FileNotFoundError(errno.ENOENT, "the owner's file is gone", str(self._file(self.number)))
+        if latest == self.number and (_read(self._file(latest)) or self._mine)["token"] == self._mine["token"]:
             return
         other = _read(self._file(latest)) or {}
         raise Fenced(f"run.name: {self.run_folder} was taken over by {_describe(other)}, which took this run for dead; "
@@ -78,7 +81,7 @@ class RunOwner:
         """The folder is free. Once more does nothing."""
         with contextlib.suppress(OSError, Fenced):
             self.check()
-            self._write(self._file(self._number), {**self._mine, "released": True})
+            self._write(self._file(self.number), {**self._mine, "released": True})
 
     def _claim(self) -> int:
         while True:
@@ -141,10 +144,10 @@ class RunOwner:
         return now
 
     def _latest(self) -> int:
-        return max(self._numbers(), default=0)
+        return latest_claim(self.run_folder)
 
     def _numbers(self) -> list[int]:
-        return [int(path.stem) for path in self._folder.glob("*.json") if path.stem.isdigit()]
+        return _numbers_in(self._folder)
 
     def _file(self, number: int) -> Path:
         return self._folder / f"{number:08d}.json"
@@ -153,6 +156,15 @@ class RunOwner:
         temporary = file.with_name(f"new-{self._mine['token']}")
         temporary.write_text(json.dumps(content, indent=1))
         os.replace(temporary, file)
+
+
+def latest_claim(run_folder: Path) -> int:
+    """Number of the claim whose run has the folder, for the processes that hold no claim themselves; 0 where none is seen."""
+    return max(_numbers_in(run_folder / ".owner"), default=0)
+
+
+def _numbers_in(folder: Path) -> list[int]:
+    return [int(path.stem) for path in folder.glob("*.json") if path.stem.isdigit()]
 
 
 def _this_process() -> dict[str, Any]:

@@ -49,7 +49,7 @@ class Supervision:
         self._watchdog: Watchdog | None = None
 
     def __enter__(self) -> Supervision:
-        self.processes.main_does(self._begin)
+        self._ending.claim_number = self.processes.main_does(self._begin)
         try:
             setup_logging(self.folder, self.processes.rank)
             self._watchdog = Watchdog(self.folder, self.processes, self._ending, self._hang_minutes, self.owner)
@@ -92,12 +92,13 @@ class Supervision:
         elif self.processes.is_main:
             self._ending.claim("complete", exit_codes.DONE)
 
-    def _begin(self) -> None:
+    def _begin(self) -> int:
         create_run_folder(self.folder)
         try:
             self.owner = RunOwner(self.folder, lambda line: print(line, file=sys.stderr, flush=True))
             self._ending.clear()
             Watchdog.clear(self.folder)
+            return self.owner.number
         except OSError as error:
             raise UserError(f"run.dir: cannot write to {self.folder} ({error.strerror}); free some space, or set --run.dir to "
                             "another folder") from None

@@ -129,22 +129,30 @@ class Watchdog:
         while not self._closed.wait(self.poll):
             if self.processes.beats != self._beats:
                 self._beats, self._since, self._since_when = self.processes.beats, time.monotonic(), datetime.now(UTC)
+            self._keep_the_folder()
             with contextlib.suppress(OSError):  # a full disk
                 self._beat()
             self._leave_with_the_others()
             late = self.limit and time.monotonic() - self._since > self.limit
-            if self._in_loop and (late or self._alarm.exists()):
+            if self._in_loop and (late or os.path.exists(self._alarm)):  # Path.exists raises where a server is out of reach
                 self._hang()
+
+    def _keep_the_folder(self) -> None:
+        """Keep the run folder ours. Another run that has it would take this one's heartbeats and alarm for its own."""
+        try:
+            if self.owner is not None:
+                self.owner.beat()
+            elif self.ending.taken_over():
+                os._exit(exit_codes.USER_ERROR)  # rank 0 says why
+        except Fenced as fenced:
+            self._exit(exit_codes.USER_ERROR, str(fenced))
+        except OSError:
+            pass  # nothing can be told now
 
     def _beat(self) -> None:
         heartbeat = {**self._identity, "doing": self.processes.doing, "beats": self._beats,
                      "since": self._since_when.isoformat(timespec="seconds")}
         self._file("heartbeat", self.processes.rank, "json").write_text(json.dumps(heartbeat))
-        if self.owner is not None:
-            try:
-                self.owner.beat()
-            except Fenced as fenced:
-                self._exit(exit_codes.USER_ERROR, str(fenced))
 
     def _leave_with_the_others(self) -> None:
         """A process that waits for one that has failed may wait for long: in a library, or for a device."""

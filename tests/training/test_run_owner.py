@@ -17,6 +17,7 @@ import pytest
 
 from genscale.errors import UserError
 from genscale.training import run_owner
+from genscale.training.ending import Ending
 from genscale.training.run_owner import Fenced, RunOwner
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -182,3 +183,16 @@ def test_a_folder_that_cannot_be_seen_fences_nobody(tmp_path):
 def test_a_torn_file_holds_nothing(tmp_path):
     forge(tmp_path).write_text('{"token": "12')
     RunOwner(tmp_path, print).check()
+
+
+def test_a_run_that_was_taken_over_says_nothing_about_the_other(tmp_path: Path) -> None:
+    """Its processes would take a failure in ended.json for one of their own, and end."""
+    first = RunOwner(tmp_path, print)
+    first.release()
+    second = RunOwner(tmp_path, print)
+    late, living = Ending(tmp_path, 1), Ending(tmp_path, 0)
+    late.claim_number, living.claim_number = first.number, second.number
+    late.failed(UserError("another process of the run is gone"))
+    assert late.is_ours() and living.said() is None and not (tmp_path / "ended.json").exists()
+    assert living.claim("complete", 0)
+    assert living.said()["how"] == "complete" and late.said() is None
