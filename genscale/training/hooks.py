@@ -101,13 +101,16 @@ class RunHooks:
         self.watch = CollapseWatch(self.config.train, state.get("collapse"))
 
     def rolled_back(self, state: dict[str, Any]) -> None:
-        """The run goes on from the checkpoint with this state: what was written of later steps will be written again."""
+        """The run goes on from the checkpoint with this state: what was written of later steps will be written again.
+        Collective, and the engine is as it was then."""
         self._take_up(state)
         self.throughput.read()
+        step = state["step"]
         if self.trace is not None:
-            self.trace.rolled_back(state["step"])
+            self.writes.attempt(TRACE, lambda: self.trace.rolled_back(step))
         if self.processes.is_main:
-            self.writes.attempt("metrics.jsonl", lambda: self.metrics_file.truncate_after(state["step"]))
+            self.writes.attempt("metrics.jsonl", lambda: self.metrics_file.truncate_after(step))
+        self.make_up(step)
 
     def list(self) -> list[Hook]:
         """In the order they run: the profiler sees steps, not what follows the last of them; a checkpoint comes after the

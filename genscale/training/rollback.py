@@ -41,7 +41,11 @@ class GoBack:
         return state["step"], state.get("guards") or {}
 
     def _latest(self) -> Checkpoint | None:
-        checkpoint = latest_valid(self.folder / "checkpoints", log.warning) or self.start
+        if self.hooks.saver.may_commit is not None:  # checkpoints of another run would be moved
+            self.hooks.saver.may_commit()
+        checkpoint = latest_valid(self.folder / "checkpoints", log.warning)
+        if checkpoint is None and self.start is not None and self.start.problem() is None:
+            checkpoint = self.start
         if checkpoint is not None:
             set_later_checkpoints_aside(self.folder, checkpoint.step, log.warning)
         return checkpoint
