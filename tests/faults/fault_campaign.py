@@ -9,9 +9,8 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 from fault_runs import SETTINGS, Life, Run, Shape, make_source, training_lines, wait_for
@@ -60,9 +59,6 @@ class Death:
     seconds_to_end: float
     seconds_to_recover: float | None = None
 
-    def record(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def plan_kills(seed: int, count: int, steps: int) -> list[Kill]:
     """`count` kills in the order of their steps, every moment and victim in turn, so that few kills see all of them."""
@@ -76,7 +72,7 @@ def plan_kills(seed: int, count: int, steps: int) -> list[Kill]:
 
 
 class Campaign:
-    """One run and its kills; `run` takes it to its end.
+    """One run and its kills; `complete` takes it to its end.
 
     Args:
         shapes: of the lives in turn; the last one stays.
