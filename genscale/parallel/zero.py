@@ -32,6 +32,7 @@ from genscale.parallel.materialise import Read, check_fillable, fill, fill_tenso
 from genscale.parallel.pieces import Piece, pieces_of
 from genscale.parallel.precision import DTYPES
 from genscale.parallel.zero_average import FlatAverage
+from genscale.parallel.zero_judging import judging
 
 
 def import_deepspeed(device: torch.device) -> ModuleType:
@@ -174,39 +175,17 @@ class ZeroEngine(Engine):
         self.networks[name].backward(loss, scale_wrt_gas=False)
 
     def step(self, name: str, leave_out: LeaveOut = never) -> StepResult:
-        """DeepSpeed leaves an update out where the norm of its gradients is no number, and clears what it has kept of them:
-        that is what it is told of an update that is to be left out."""
         optimizer = self.optimizers[name]
-        measure = "scaled_global_norm" if self.stage < 3 else "_get_norm_groups"
-        original = getattr(optimizer, measure)
-        checks = getattr(optimizer, "check_grad_overflow", None)
         results: list[StepResult] = []
-        left_out = False
 
-        def judged() -> Any:
-            nonlocal left_out
-            measured = original()
-            norm = measured if self.stage < 3 else _combined(measured)
-            results.append(StepResult(torch.as_tensor(norm, dtype=torch.float64) / optimizer.loss_scale))
-            left_out = bool(leave_out(results[0]))
-            if not left_out:
-                return measured
-            optimizer.check_grad_overflow = True  # in bf16 stages 1 and 2 do not look at the norm otherwise
-            none = torch.full_like(norm, -1.0)
-            return none if self.stage < 3 else [none]
+        def leaves_out(norm: Tensor) -> bool:
+            # Where there is a loss scaler the norm is of scaled gradients.
+            results.append(StepResult(norm.double() / getattr(optimizer, "loss_scale", 1.0)))
+            return bool(leave_out(results[0]))
 
         self._show_gradients(name)
-        setattr(optimizer, measure, judged)
-        if checks is not None:
-            optimizer.check_grad_overflow = False  # in bf16 it would look at every gradient first, and not ask for the norm
-        try:
+        with judging(optimizer, self.stage, leaves_out):
             self.networks[name].step()
-        finally:
-            delattr(optimizer, measure)
-            if checks is not None:
-                optimizer.check_grad_overflow = checks
-        if not results or (left_out and not optimizer.overflow):
-            raise RuntimeError("DeepSpeed did not ask for the norm of the gradients, or made an update that was to be left out")
         return results[0]
 
     def _held_weights(self, name: str) -> list[Tensor]:
@@ -355,9 +334,3 @@ def _use_own_linear() -> None:
 
     if nn.functional.linear is zero3_linear_wrap:
         nn.functional.linear = InsertPostInitMethodToModuleSubClasses.linear_bk
-
-
-def _combined(norm_groups: list[Tensor]) -> Tensor:
-    from deepspeed.runtime.utils import combine_grad_norm_groups
-
-    return combine_grad_norm_groups(norm_groups)
