@@ -42,7 +42,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[dict[str
     ("ddp", PENALTY), *(pytest.param(strategy, settings, marks=pytest.mark.slow) for strategy, settings in (
         ("fsdp2", PENALTY), ("zero2", PENALTY), ("zero3", {}), ("zero2", {"train.precision": "bf16"}))),
     *(pytest.param(strategy, settings, marks=[pytest.mark.slow, pytest.mark.matrix]) for strategy, settings in (
-        ("zero1", PENALTY), *((strategy, {"train.precision": "bf16"}) for strategy in ("zero1", "zero3", "fsdp2"))))])  # fmt: skip
+        ("zero1", PENALTY), *((each, {"train.precision": "bf16"}) for each in ("zero1", "zero3", "fsdp2"))))])  # fmt: skip
 def test_no_trace_of_what_was_left_out(strategy: str, settings: dict[str, Any], guarded: Any) -> None:
     settings = {"parallel.strategy": strategy, **NETWORKS, **settings}
     none = {**settings, "guards.dry_batch": False}
