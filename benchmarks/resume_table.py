@@ -77,7 +77,7 @@ def work(cells: list[Cell], folder: Path) -> None:
     """One process of the group."""
     from genscale.config_parser import parse_config
     from genscale.objectives import FAMILIES
-    from genscale.parallel.launcher import clear_launch_environment
+    from genscale.parallel.launch_request import clear_launch_environment
     from genscale.parallel.processes import Processes
     from genscale.parallel.strategies import plan_parallel
     from genscale.training.run import _train, derive_accumulation

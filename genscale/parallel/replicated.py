@@ -11,22 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from genscale.parallel.averages import Average, NamedAverage, copied_names
-from genscale.parallel.engine import (
-    Engine,
-    LeaveOut,
-    MakeOptimizer,
-    NamedTensors,
-    StepResult,
-    is_fused_adamw,
-    never,
-    skip_by_flag,
-    state_tensors,
-    tensor_bytes,
-)
+from genscale.parallel.engine import Engine, LeaveOut, MakeOptimizer, NamedTensors, StepResult, never, tensor_bytes
 from genscale.parallel.gradients import clip_gradients, fill_gradients, squared_norm
 from genscale.parallel.materialise import Read, fill, materialise, named_state
 from genscale.parallel.pieces import Piece, pieces_of
 from genscale.parallel.precision import autocast
+from genscale.parallel.torch_optimizers import is_fused_adamw, skip_by_flag, state_tensors
 
 
 class ReplicatedEngine(Engine):

@@ -13,7 +13,7 @@ from genscale.config import ParallelSettings
 from genscale.errors import UserError
 from genscale.objectives.base import Objective, Phase
 from genscale.parallel.engine import Engine
-from genscale.parallel.launcher import read_launch_request, resolve_offload, resolve_precision, resolve_strategy
+from genscale.parallel.launch_request import read_launch_request, resolve_offload, resolve_precision, resolve_strategy
 from genscale.parallel.precision import check_float8
 from genscale.parallel.processes import on_cpu
 

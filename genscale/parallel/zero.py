@@ -9,8 +9,7 @@ after it is made.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
@@ -18,21 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from genscale.parallel.averages import Average
-from genscale.parallel.engine import (
-    Engine,
-    LeaveOut,
-    MakeOptimizer,
-    NamedTensors,
-    StepResult,
-    never,
-    state_tensors,
-    tensor_bytes,
-)
+from genscale.parallel.engine import LeaveOut, MakeOptimizer, StepResult, never, tensor_bytes
 from genscale.parallel.materialise import Read, check_fillable, fill, fill_tensor, materialise, named_state, on_meta, put
-from genscale.parallel.pieces import Piece, pieces_of
+from genscale.parallel.pieces import Piece
 from genscale.parallel.precision import DTYPES
+from genscale.parallel.torch_optimizers import state_tensors
 from genscale.parallel.zero_average import FlatAverage
 from genscale.parallel.zero_judging import judging
+from genscale.parallel.zero_state import ZeroState
 
 
 def import_deepspeed(device: torch.device) -> ModuleType:
@@ -49,7 +41,7 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     return deepspeed
 
 
-class ZeroEngine(Engine):
+class ZeroEngine(ZeroState):
     """DeepSpeed ZeRO stage 1 (optimizer state sharded), 2 (and gradients) or 3 (and weights)."""
 
     def __init__(self, stage: int, *args: Any, **kwargs: Any) -> None:
@@ -188,13 +180,6 @@ class ZeroEngine(Engine):
             self.networks[name].step()
         return results[0]
 
-    def _held_weights(self, name: str) -> list[Tensor]:
-        # Not the partitions themselves: what pads them out is whatever the memory held before, and may be no number.
-        return [piece.values for piece in self.cut(name, self.flat_partitions(name))]
-
-    def clear_optimizer_state(self, name: str) -> None:
-        self.inner(name).state.clear()
-
     def _gradient_pieces(self, name: str) -> Iterable[Piece]:
         from deepspeed.utils import safe_get_full_grad
 
@@ -203,120 +188,12 @@ class ZeroEngine(Engine):
             if self.processes.is_main:
                 yield Piece(key, tuple(full.shape), 0, full)
 
-    # --- state by parameter name -------------------------------------------------------------------------------------
-
-    def network_state(self, name: str) -> NamedTensors:
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        for key, tensor in named_state(self.modules[name]):
-            full = safe_get_full_fp32_param(tensor) if isinstance(tensor, nn.Parameter) else tensor
-            yield key, full.detach().cpu()
-
-    def network_pieces(self, name: str) -> list[Piece]:
-        buffers = [(key, tensor) for key, tensor in named_state(self.modules[name]) if not isinstance(tensor, nn.Parameter)]
-        return [*self.cut(name, self.flat_partitions(name)),
-                *pieces_of(buffers, self.processes.rank, self.processes.world_size)]
-
-    def optimizer_pieces(self, name: str) -> list[Piece]:
-        flats, inner = self.flat_partitions(name), self.inner(name)
-        found: list[Piece] = []
-        for kind, value in inner.state.get(flats[0], {}).items():
-            if not isinstance(value, Tensor):
-                continue
-            if value.shape == flats[0].shape:
-                found += [replace(piece, name=f"{kind}/{piece.name}")
-                          for piece in self.cut(name, [inner.state[flat][kind] for flat in flats])]
-            else:  # the step counter: one a flat group, the same in all
-                counters = [(f"{kind}/{key}", value.reshape(())) for key, _ in self.modules[name].named_parameters()]
-                found += pieces_of(counters, self.processes.rank, self.processes.world_size)
-        return found
-
-    def cut(self, name: str, flats: Sequence[Tensor]) -> list[Piece]:
-        """The parameters' pieces in flat tensors that are laid out as this rank's partitions."""
-        optimizer, parameters = self.optimizers[name], self.modules[name].named_parameters()
-        return [self._cut(optimizer, key, parameter, flats) for key, parameter in parameters]
-
-    def _cut(self, optimizer: Any, key: str, parameter: nn.Parameter, flats: Sequence[Tensor]) -> Piece:
-        if self.stage == 3:
-            group, start, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            size = parameter.ds_numel
-            first = min(length * self.processes.rank, size)
-            own = flats[group].detach()[start:start + min(length, size - first)]  # without the padding
-            return Piece(key, tuple(parameter.ds_shape), first, own)
-        if parameter._hp_mapping is None:  # wholly in the partitions of others
-            return Piece(key, tuple(parameter.shape), 0, flats[0].detach()[:0])
-        place = parameter._hp_mapping
-        start, length = place.hp_fragment_address.start, place.hp_fragment_address.numel
-        return Piece(key, tuple(parameter.shape), place.lp_fragment_address.start,
-                     flats[place.param_group_index].detach()[start:start + length])
-
-    def load_optimizer_state(self, name: str, keys: Iterable[str], read: Callable[[str], Tensor]) -> None:
-        parameters = dict(self.modules[name].named_parameters())
-        inner = self.inner(name)
-        by_kind: dict[str, list[str]] = {}
-        for key in keys:
-            kind, parameter_name = key.split("/", 1)
-            by_kind.setdefault(kind, []).append(parameter_name)
-        for flat in self.flat_partitions(name):
-            for kind, names in by_kind.items():
-                value = read(f"{kind}/{names[0]}")
-                inner.state[flat][kind] = value.clone().to(flat.device) if kind == "step" else torch.zeros_like(flat)
-        self.link_optimizer_state(name)
-        for kind, names in by_kind.items():
-            if kind == "step":
-                continue
-            for parameter_name in names:
-                self.set_full(parameters[parameter_name], read(f"{kind}/{parameter_name}"), kind)
-
     def _restore_rounded(self, name: str, read: Read) -> None:
         if self.precision == "fp32":
             return
         # The fp32 master weights were made from rounded ones.
         for key, parameter in self.modules[name].named_parameters():
             self.set_full(parameter, read(key))
-
-    def set_full(self, parameter: nn.Parameter, full: Tensor, kind: str | None = None) -> None:
-        """Set the fp32 weights of a parameter, or a state of its optimizer, of which this rank keeps its part."""
-        from deepspeed.utils import (
-            safe_set_full_fp32_param,
-            safe_set_full_optimizer_state,
-            safe_set_local_fp32_param,
-            safe_set_local_optimizer_state,
-        )
-
-        where, value = () if kind is None else (kind,), full.to(self.processes.device, torch.float32)
-        if self.stage < 3:
-            (safe_set_full_optimizer_state if kind else safe_set_full_fp32_param)(parameter, value, *where)
-            return
-        # DeepSpeed's own division forgets the padding of what does not divide by the processes (a single bias).
-        part = parameter.ds_tensor.numel()
-        mine = value.flatten()[part * self.processes.rank:][:part]
-        mine = nn.functional.pad(mine, (0, part - mine.numel()))
-        (safe_set_local_optimizer_state if kind else safe_set_local_fp32_param)(parameter, mine, *where)
-
-    def link_optimizer_state(self, name: str) -> None:
-        """Point each parameter (stages 1, 2) at its part of the flat optimizer tensors.
-
-        DeepSpeed does so once, right after the first GROUP took its first step, when the other groups have no state yet.
-        """
-        optimizer = self.optimizers[name]
-        if hasattr(optimizer, "_hp_optimizer_states_linked") and self.inner(name).state:
-            optimizer._hp_optimizer_states_linked = False
-            optimizer._lazy_init_hp_params_optimizer_state()
-
-    def inner(self, name: str) -> torch.optim.Optimizer:
-        """The torch optimizer that DeepSpeed's wraps; its parameters are this rank's flat partitions."""
-        return self.optimizers[name].optimizer
-
-    def flat_partitions(self, name: str) -> list[Tensor]:
-        return list(getattr(self.optimizers[name], self.flat_attribute(name)))
-
-    def flat_attribute(self, name: str) -> str:
-        optimizer = self.optimizers[name]
-        for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
-            if hasattr(optimizer, attribute):
-                return attribute
-        raise RuntimeError(f"unknown DeepSpeed optimizer {type(optimizer).__name__}")
 
     def bytes_at_rest(self) -> int:
         total = 0

@@ -17,7 +17,8 @@ from genscale.objectives import FAMILIES
 from genscale.objectives.base import Objective, Phase
 from genscale.parallel.engine import Engine
 from genscale.parallel.gradients import squared_norm
-from genscale.parallel.launcher import clear_launch_environment, follow_launcher
+from genscale.parallel.launch_request import clear_launch_environment
+from genscale.parallel.launcher import follow_launcher
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import ParallelPlan, build_engine, plan_parallel
 from genscale.tracking.run_logging import setup_logging

@@ -23,7 +23,8 @@ from genscale.objectives import FAMILIES
 from genscale.objectives.base import Objective
 from genscale.parallel.determinism import deterministic
 from genscale.parallel.engine import Engine, named_state
-from genscale.parallel.launcher import clear_launch_environment, follow_launcher
+from genscale.parallel.launch_request import clear_launch_environment
+from genscale.parallel.launcher import follow_launcher
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import ParallelPlan, build_engine, check_objective, plan_parallel
 from genscale.training.checkpoints import Checkpoint

@@ -20,7 +20,7 @@ from genscale.data.lanes import Cursor, Sample
 from genscale.data.points import PointsData
 from genscale.errors import UserError
 from genscale.objectives import FAMILIES
-from genscale.parallel.launcher import clear_launch_environment
+from genscale.parallel.launch_request import clear_launch_environment
 from genscale.parallel.leaving import run_and_leave
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import plan_parallel

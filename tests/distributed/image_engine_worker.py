@@ -21,7 +21,7 @@ from genscale.models.gan_settings import GANSettings
 from genscale.models.image_layers import InitialWeights
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.parallel.engine import Engine
-from genscale.parallel.launcher import clear_launch_environment
+from genscale.parallel.launch_request import clear_launch_environment
 from genscale.parallel.leaving import run_and_leave
 from genscale.parallel.pieces import Piece
 from genscale.parallel.processes import Processes

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from genscale.config import OptimizerSettings, ParallelSettings
-from genscale.parallel.launcher import clear_launch_environment
+from genscale.parallel.launch_request import clear_launch_environment
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import build_engine, plan_parallel
 from genscale.training.optimizers import make_optimizer

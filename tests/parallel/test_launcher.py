@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from genscale.errors import UserError
-from genscale.parallel.launcher import (
+from genscale.parallel.launch_request import (
     LaunchRequest,
     clear_launch_environment,
-    launch_processes,
     read_launch_request,
     resolve_offload,
     resolve_precision,
     resolve_strategy,
 )
+from genscale.parallel.launcher import launch_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH_FILES = {
@@ -37,7 +37,7 @@ ACCELERATE_LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--conf
 
 REPORT = """
 import os
-from genscale.parallel.launcher import read_launch_request
+from genscale.parallel.launch_request import read_launch_request
 r = read_launch_request()
 with open(os.path.join({folder!r}, str(r.rank)), "w") as file:
     file.write(repr((r.strategy, r.offload, r.precision, r.world_size, r.local_rank, os.environ.get("CUDA_VISIBLE_DEVICES"))))
@@ -189,7 +189,7 @@ def test_precision():
 def test_accelerate_decides_nothing_once_the_environment_is_cleared(environment):
     """Before: Accelerator() takes DeepSpeed, bf16 and 4 accumulation steps from the launcher. After: none of them."""
     code = (
-        "import sys, os; from genscale.parallel.launcher import clear_launch_environment\n"
+        "import sys, os; from genscale.parallel.launch_request import clear_launch_environment\n"
         "clear_launch_environment()\n"
         "from accelerate import Accelerator; a = Accelerator(cpu=True)\n"
         "print(a.state.deepspeed_plugin, a.mixed_precision, a.gradient_accumulation_steps, a.state.dynamo_plugin.backend.value)"

@@ -1,0 +1,23 @@
+"""What engines know of torch's own optimizers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+
+
+def skip_by_flag(optimizer: torch.optim.Optimizer, flag: Tensor) -> None:
+    """Step an optimizer whose kernels (torch's fused AdamW) leave everything as it is where the flag on the device is 1."""
+    optimizer.found_inf = flag.float()  # what torch.amp.GradScaler sets
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf
+
+
+def is_fused_adamw(optimizer: torch.optim.Optimizer) -> bool:
+    return type(optimizer) is torch.optim.AdamW and all(group.get("fused") for group in optimizer.param_groups)
