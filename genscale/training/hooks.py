@@ -9,20 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from genscale.config import Config
 from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader, merge_states
 from genscale.evaluation.validation import evaluating, validate
 from genscale.objectives.base import Objective
 from genscale.parallel.engine import Engine
-from genscale.tracking.metrics_file import MetricsFile
 from genscale.tracking.peaks import device_name, peak_flops
-from genscale.tracking.plots import plot_losses
-from genscale.tracking.progress import Progress
+from genscale.tracking.run_record import RunRecord
 from genscale.tracking.throughput import Throughput
-from genscale.tracking.trackers import Trackers
 from genscale.tracking.writes import Writes
 from genscale.training.best_checkpoint import best_of, better_of, check_metric
 from genscale.training.checkpoints import Checkpoint, list_checkpoints
@@ -75,10 +70,7 @@ class RunHooks:
         self.profile: Profile | None = None
         self.writes = Writes(log.warning)
         if self.processes.is_main:
-            self.metrics_file = MetricsFile(folder / "metrics.jsonl")
-            self.metrics_file.truncate_after(done)
-            self.trackers = Trackers(config.tracking, folder, config_dict(config), warn=log.warning, first_step=done)
-            self.progress = Progress(config.train.steps, done, objective.unit)
+            self.run_record = RunRecord(folder, config, config_dict(config), objective.unit, done, self.writes)
             if config.train.profile and done < config.train.steps:
                 self.profile = Profile(folder / "profile", config.train.profile, config.train.steps - done)
         self.trace = Trace(folder, engine, done) if config.run.trace else None
@@ -109,7 +101,7 @@ class RunHooks:
         if self.trace is not None:
             self.writes.attempt(TRACE, lambda: self.trace.rolled_back(step))
         if self.processes.is_main:
-            self.writes.attempt("metrics.jsonl", lambda: self.metrics_file.truncate_after(step))
+            self.run_record.rolled_back(step)
         self.make_up(step)
 
     def list(self) -> list[Hook]:
@@ -129,7 +121,7 @@ class RunHooks:
     def count(self, report: StepReport) -> None:
         self.units += self.units_per_step
         if self.processes.is_main:
-            self.progress.update(report.step)
+            self.run_record.step(report.step)
         self.throughput.step(report.seconds, report.data_wait_seconds, self.units_per_step)
 
     def record(self, report: StepReport) -> None:
@@ -229,14 +221,8 @@ class RunHooks:
             self.preview, file = preview, file.with_suffix(".txt")
         else:
             self.preview = file = file.with_suffix(".png")
-        if not self.processes.is_main:
-            return
-        if isinstance(preview, str):
-            self.writes.attempt("samples", lambda: file.write_text(preview))
-            self.trackers.log_text(report.step, "sample", preview)
-        else:
-            self.writes.attempt("samples", lambda: Image.fromarray(preview).save(file))
-            self.trackers.log_image(report.step, "sample", preview)
+        if self.processes.is_main:
+            self.run_record.sample(report.step, file, preview)
 
     def checkpoint(self, report: StepReport) -> None:
         """Copy the full state, each rank its part, and write it in the background. A failed write is a warning, except after
@@ -298,13 +284,8 @@ class RunHooks:
             self.sample(StepReport(step, last=True))
 
     def _write(self, step: int, line: dict[str, float], show: bool = False) -> None:
-        if not self.processes.is_main:
-            return
-        self.writes.attempt("metrics.jsonl", lambda: self.metrics_file.append(step, line))
-        numbers = {key: value for key, value in line.items() if key != "data_digest"}
-        self.trackers.log(step, numbers)
-        if show:
-            self.progress.update(step, {**numbers, **self._score()})
+        if self.processes.is_main:
+            self.run_record.write(step, line, self._score() if show else None)
 
     def _score(self) -> dict[str, float]:
         """The latest validation loss, by its second name where it has one (`fd`); beside one phase's loss it has no room."""
@@ -322,11 +303,4 @@ class RunHooks:
             return
         if self.profile is not None:
             self.profile.close()
-        self.progress.close()
-        self.writes.attempt("metrics.jsonl", self.metrics_file.close)
-        try:
-            plot_losses(self.folder / "metrics.jsonl", self.folder / "plots" / "loss.png", title=self.config.run.name,
-                        loss_unit=self.objective.loss_unit)
-        except Exception as error:  # a picture is never worth a run
-            log.warning("no loss curve: %s", error)
-        self.trackers.close(exit_code=int(failed))
+        self.run_record.close(failed, self.objective.loss_unit)

@@ -1,0 +1,82 @@
+"""What is kept of a run for people to see, in its folder and elsewhere, while it goes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from genscale.config import Config
+from genscale.tracking.metrics_file import MetricsFile
+from genscale.tracking.plots import plot_losses
+from genscale.tracking.progress import Progress
+from genscale.tracking.trackers import Trackers
+from genscale.tracking.writes import Writes
+
+log = logging.getLogger("genscale")
+
+
+class RunRecord:
+    """metrics.jsonl, samples, trackers, progress and, at the end, the loss curve. To be built on rank 0 only.
+
+    Args:
+        folder: of the run.
+        resolved: the whole config as nested dicts, for the trackers.
+        unit: what speed counts.
+        done: the step that the run goes on from; what an earlier life of the run wrote of later ones is dropped.
+        writes: how to write what the run can do without.
+
+    Raises:
+        OSError: metrics.jsonl cannot be written.
+        UserError: it is damaged.
+    """
+
+    def __init__(self, folder: Path, config: Config, resolved: Mapping[str, Any], unit: str, done: int, writes: Writes) -> None:
+        self.folder, self.name, self._writes = folder, config.run.name, writes
+        self._metrics = MetricsFile(folder / "metrics.jsonl")
+        self._metrics.truncate_after(done)
+        self._trackers = Trackers(config.tracking, folder, resolved, warn=log.warning, first_step=done)
+        self._progress = Progress(config.train.steps, done, unit)
+
+    def step(self, step: int) -> None:
+        """The step is done."""
+        self._progress.update(step)
+
+    def write(self, step: int, line: Mapping[str, Any], show: Mapping[str, float] | None = None) -> None:
+        """The metrics of a step.
+
+        Args:
+            show: what to show beside them as progress; None: show nothing.
+        """
+        self._writes.attempt("metrics.jsonl", lambda: self._metrics.append(step, line))
+        numbers = {key: value for key, value in line.items() if key != "data_digest"}
+        self._trackers.log(step, numbers)
+        if show is not None:
+            self._progress.update(step, {**numbers, **show})
+
+    def rolled_back(self, step: int) -> None:
+        """The run goes on from that step: what follows it will be written again."""
+        self._writes.attempt("metrics.jsonl", lambda: self._metrics.truncate_after(step))
+
+    def sample(self, step: int, file: Path, sample: str | np.ndarray) -> None:
+        """A text, or a picture, uint8 `(height, width, 3)`."""
+        if isinstance(sample, str):
+            self._writes.attempt("samples", lambda: file.write_text(sample))
+            self._trackers.log_text(step, "sample", sample)
+        else:
+            self._writes.attempt("samples", lambda: Image.fromarray(sample).save(file))
+            self._trackers.log_image(step, "sample", sample)
+
+    def close(self, failed: bool, loss_unit: str) -> None:
+        """The run has ended."""
+        self._progress.close()
+        self._writes.attempt("metrics.jsonl", self._metrics.close)
+        try:
+            plot_losses(self.folder / "metrics.jsonl", self.folder / "plots" / "loss.png", title=self.name, loss_unit=loss_unit)
+        except Exception as error:  # a picture is never worth a run
+            log.warning("no loss curve: %s", error)
+        self._trackers.close(exit_code=int(failed))
