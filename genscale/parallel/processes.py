@@ -32,6 +32,7 @@ class Processes:
         rank, world_size, device: of this process.
         doing: what it is at, as a person would say it; see `note`.
         beats: how often it has said so.
+        writes: how often a file that is being written in the background has come on.
         board: what `doing` is written to besides, if anything: memory that other processes can read, of BOARD bytes.
     """
 
@@ -39,7 +40,7 @@ class Processes:
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-        self.doing, self.beats = "starting", 0
+        self.doing, self.beats, self.writes = "starting", 0, 0
         self.board: mmap | None = None
         use_cpu = on_cpu()
         if need_group and "RANK" not in os.environ:
@@ -72,6 +73,10 @@ class Processes:
         self.beats += 1
         if self.board is not None:
             self.board[:] = doing.encode()[:BOARD].ljust(BOARD)
+
+    def note_write(self) -> None:
+        """Progress of a file that is being written in the background, which the process may come to wait for."""
+        self.writes += 1
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, on every process."""

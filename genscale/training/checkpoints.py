@@ -2,7 +2,7 @@
 
     step-00000100/
       manifest.json               step, format, what it was made by and when, every file with its size and SHA-256
-      state.json                  counters, data position, loss scaler, best loss, collapse watch: plain JSON
+      state.json                  counters, data position, loss scalers, best checkpoint, collapse watch, guards: plain JSON
       config.yaml                 the resolved config
       networks/<name>.safetensors     weights and buffers by parameter name, fp32
       optimizers/<name>.safetensors   optimizer tensors as <state key>/<parameter name>

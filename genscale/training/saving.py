@@ -155,7 +155,7 @@ class Saver:
         for name, buffer in self._buffers.items():
             file = part_name(name, self.processes.rank, self.processes.world_size)
             (save.partial / file).parent.mkdir(exist_ok=True)
-            files[file] = buffer.write(save.partial / file)
+            files[file] = buffer.write(save.partial / file, self.processes.note_write)
         if not self.processes.is_main:
             report = self._report(save, self.processes.rank)
             whole = report.with_suffix(".tmp")

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -28,6 +28,8 @@ DTYPES = {name: dtype for dtype, name in TYPES.items()}
 PART = re.compile(r"^(.+)-\d{5}-of-\d{5}$")
 CHUNK = 2**24
 """Bytes that are hashed and written at a time."""
+SYNC_EVERY = 2**30
+"""Bytes after which what was written is sent to the disk: all at the end would be one call of many minutes on a slow one."""
 
 
 def part_name(name: str, rank: int, world_size: int) -> str:
@@ -75,14 +77,20 @@ class TensorBuffer:
                 place.copy_(values, non_blocking=True)
             start += values.nbytes
 
-    def write(self, file: Path) -> dict[str, object]:
-        """Write the file, through to the disk; its size and SHA-256. Raises OSError."""
-        digest = hashlib.sha256()
+    def write(self, file: Path, progressed: Callable[[], object] = lambda: None) -> dict[str, object]:
+        """Write the file, through to the disk; its size and SHA-256. Calls `progressed` now and then. Raises OSError."""
+        digest, unsynced = hashlib.sha256(), 0
         content = memoryview(self._memory.numpy())[:self._size]
         with file.open("wb") as out:
             for chunk in (self._header, *(content[at:at + CHUNK] for at in range(0, self._size, CHUNK))):
                 digest.update(chunk)
                 out.write(chunk)
+                unsynced += len(chunk)
+                if unsynced >= SYNC_EVERY:
+                    unsynced = 0
+                    out.flush()
+                    os.fsync(out.fileno())
+                progressed()
             out.flush()
             os.fsync(out.fileno())
         return {"bytes": len(self._header) + self._size, "sha256": digest.hexdigest()}

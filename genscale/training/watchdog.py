@@ -65,7 +65,8 @@ class Watchdog:
     """The thread of one process; from `start` to `close`.
 
     Args:
-        minutes: without progress (`Processes.note`) between `loop_begins` and `loop_ends`, after which the run ends (0: never).
+        minutes: without progress (`Processes.note`, `note_write`) between `loop_begins` and `loop_ends`, after which the run
+            ends (0: never).
         owner: of the run folder, on rank 0.
     """
 
@@ -86,7 +87,7 @@ class Watchdog:
         self._identity = {"rank": processes.rank, "host": socket.gethostname(), "pid": os.getpid(),
                           "started": psutil.Process().create_time(), "board": board,
                           "main_thread": f"0x{threading.main_thread().ident:016x}"}
-        self._beats, self._since, self._since_when = processes.beats, time.monotonic(), datetime.now(UTC)
+        self._seen, self._since, self._since_when = self._progress(), time.monotonic(), datetime.now(UTC)
         self._left: float | None = None  # when the end of the run was first seen
         self._in_loop = False
         self._closed = threading.Event()
@@ -125,10 +126,13 @@ class Watchdog:
     def _file(self, kind: str, rank: int, suffix: str) -> Path:
         return self.logs / f"{kind}-{rank:05d}.{suffix}"
 
+    def _progress(self) -> tuple[int, int]:
+        return self.processes.beats, self.processes.writes
+
     def _run(self) -> None:
         while not self._closed.wait(self.poll):
-            if self.processes.beats != self._beats:
-                self._beats, self._since, self._since_when = self.processes.beats, time.monotonic(), datetime.now(UTC)
+            if (progress := self._progress()) != self._seen:
+                self._seen, self._since, self._since_when = progress, time.monotonic(), datetime.now(UTC)
             self._keep_the_folder()
             with contextlib.suppress(OSError):  # a full disk
                 self._beat()
@@ -150,7 +154,7 @@ class Watchdog:
             pass  # nothing can be told now
 
     def _beat(self) -> None:
-        heartbeat = {**self._identity, "doing": self.processes.doing, "beats": self._beats,
+        heartbeat = {**self._identity, "doing": self.processes.doing, "beats": self._seen[0],
                      "since": self._since_when.isoformat(timespec="seconds")}
         self._file("heartbeat", self.processes.rank, "json").write_text(json.dumps(heartbeat))
 
@@ -161,7 +165,8 @@ class Watchdog:
             return
         self._left = self._left or time.monotonic()
         waited = time.monotonic() - self._left
-        if self.ending.is_ours() and waited > CLOSING_SECONDS:
+        idle = time.monotonic() - max(self._left, self._since)  # a checkpoint may still be on its way to the disk
+        if self.ending.is_ours() and idle > CLOSING_SECONDS:
             self._exit(said["exit_code"], said["reason"])
         elif not self.ending.is_ours() and waited > GRACE_SECONDS:
             os._exit(said["exit_code"])

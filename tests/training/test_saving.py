@@ -89,6 +89,13 @@ def test_a_failed_save_is_one_warning_and_a_failed_last_one_an_error(alone, smal
     assert saver.settle() is False
 
 
+def test_a_save_on_its_way_is_progress_for_the_watchdog(alone: Processes, tmp_path: Path) -> None:
+    """A slow disk is no hang, when the run waits for its last checkpoint."""
+    saver, before = Saver(tmp_path, alone, keep=3), alone.writes
+    saver.start(pieces(w=torch.ones(3)), contents(1))
+    assert saver.settle() and alone.writes > before
+
+
 def test_a_disk_that_cannot_even_be_listed_holds_nobody_up(alone, small_disk, monkeypatch, caplog) -> None:
     def lost(folder: Path) -> None:
         raise OSError(errno.EIO, "Input/output error")
