@@ -29,6 +29,12 @@ GENSCALE = (sys.executable, "-m", "genscale")
 FOREIGN = ("ACCELERATE_", "FSDP_", "MASTER_", "TORCHELASTIC_", "WANDB_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR")
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    # Quick tests are those that are not slow: a cell of the matrix alone would be one of them.
+    if item.get_closest_marker("matrix") and not item.get_closest_marker("slow"):
+        raise pytest.UsageError(f"{item.nodeid} is marked matrix and must be marked slow too")
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a command did."""

@@ -218,7 +218,8 @@ def test_what_cannot_be_compared_is_one_line(base, genscale, tmp_path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["fsdp2", *(pytest.param(strategy, marks=pytest.mark.matrix)
+                                                 for strategy in ("ddp", "zero2", "zero3"))])  # fmt: skip
 def test_strategies_differ_by_rounding_alone(make, base, verdict, genscale_process, strategy) -> None:
     said = verdict(make({"parallel": {"strategy": strategy}}, genscale_process, processes=2), 0)
     assert said.startswith("equal but for rounding: from step 1 on (loss "), said

@@ -16,6 +16,7 @@ from genscale.training import run
 from genscale.training.checkpoints import Checkpoint
 
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/cpu.yaml")
+MATRIX = [pytest.mark.slow, pytest.mark.matrix]
 
 
 def holds(message: str, *words: object) -> None:
@@ -144,7 +145,7 @@ start(["train", *sys.argv[1:]])
 
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow),
-                                      pytest.param("zero2", marks=pytest.mark.slow)])  # fmt: skip
+                                      pytest.param("zero2", marks=MATRIX)])  # fmt: skip
 def test_a_loss_that_is_no_number_on_one_rank_only(strategy, genscale_process, tiny_config, tiny_run, tmp_path):
     script = tmp_path / "planted.py"
     script.write_text(PLANTED)
@@ -160,9 +161,9 @@ def test_a_loss_that_is_no_number_on_one_rank_only(strategy, genscale_process, t
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--parallel.strategy", "single"], ["parallel.strategy", "single", "one process", "ddp"]),
-    pytest.param(["--data.source", "nowhere.txt"], ["data.source=nowhere.txt", "no such file"], marks=pytest.mark.slow),
+    pytest.param(["--data.source", "nowhere.txt"], ["data.source=nowhere.txt", "no such file"], marks=MATRIX),
     (["--train.global_batch_size", 4096], ["train.global_batch_size=4096", "less than one global batch"]),
-    pytest.param(["--model.heads", 3], ["model.heads", "3"], marks=pytest.mark.slow),
+    pytest.param(["--model.heads", 3], ["model.heads", "3"], marks=MATRIX),
     pytest.param(["--run.resume", "nowhere"], ["run.resume", "nowhere"], marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_two_processes_say_it_once_and_end(arguments, words, genscale_process, tiny_config, tiny_run, logged_steps):
@@ -175,7 +176,7 @@ def test_two_processes_say_it_once_and_end(arguments, words, genscale_process, t
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--train.stpes", 3], ["--train.stpes", "'train.steps'"]),
-    pytest.param(["--data.column", "txet"], ["data.column=txet", "'text'"], marks=pytest.mark.slow),
+    pytest.param(["--data.column", "txet"], ["data.column=txet", "'text'"], marks=MATRIX),
     pytest.param(["--run.dir", "/dev/null/runs"], ["run.dir", "/dev/null/runs", "Not a directory"], marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_accelerate_launch_says_it_once_and_ends(arguments, words, genscale_process, tiny_config, tiny_run, logged_steps):

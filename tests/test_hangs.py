@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
+MATRIX = [pytest.mark.slow, pytest.mark.matrix]
 # Rank 1 meets its fate in the loss of step 3, or where its fate says.
 PLANTED = """
 import os, signal, sys, time
@@ -72,9 +73,9 @@ def fate(tmp_path, tiny_config, genscale_process) -> Callable:
 @pytest.mark.parametrize(("what", "strategy", "words"), [
     ("stopped", "ddp", ["does not answer (stopped"]),
     pytest.param("endless", "fsdp2", ["hangs", "(endless)"], marks=pytest.mark.slow),
-    pytest.param("sleep", "zero2", ["hangs", "planted.py"], marks=pytest.mark.slow),
-    pytest.param("stopped", "zero2", ["does not answer (stopped"], marks=pytest.mark.slow),
-    pytest.param("sleep", "ddp", ["hangs", "planted.py"], marks=pytest.mark.slow),
+    pytest.param("sleep", "zero2", ["hangs", "planted.py"], marks=MATRIX),
+    pytest.param("stopped", "zero2", ["does not answer (stopped"], marks=MATRIX),
+    pytest.param("sleep", "ddp", ["hangs", "planted.py"], marks=MATRIX),
 ])  # fmt: skip
 def test_a_process_that_hangs_is_named_and_the_run_ends(what, strategy, words, fate, tiny_run):
     done = fate(what, "loss", strategy, "--guards.hang_minutes", 0.05)
@@ -89,6 +90,8 @@ def test_a_process_that_hangs_is_named_and_the_run_ends(what, strategy, words, f
     assert ended["reason"] in line
 
 
+@pytest.mark.slow
+@pytest.mark.matrix
 def test_rank_0_stopped(fate, tiny_run):
     done = fate("stopped", "data", "ddp", "--guards.hang_minutes", 0.05, FATED="0")
     assert done.code == 75, done.err
@@ -97,8 +100,8 @@ def test_rank_0_stopped(fate, tiny_run):
 
 @pytest.mark.parametrize(("what", "place", "strategy", "code"), [
     ("mistake", "data", "ddp", 2), pytest.param("bug", "loss", "zero2", 1, marks=pytest.mark.slow),
-    pytest.param("bug", "start", "ddp", 1, marks=pytest.mark.slow),
-    pytest.param("mistake", "evaluation", "fsdp2", 2, marks=pytest.mark.slow),
+    pytest.param("bug", "start", "ddp", 1, marks=MATRIX),
+    pytest.param("mistake", "evaluation", "fsdp2", 2, marks=MATRIX),
 ])  # fmt: skip
 def test_the_first_error_is_shown_once_and_all_end(what, place, strategy, code, fate, tiny_run):
     done = fate(what, place, strategy)
@@ -114,6 +117,7 @@ def test_the_first_error_is_shown_once_and_all_end(what, place, strategy, code, 
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_of_three_processes_the_killed_one_is_named_once(fate, tiny_run):
     done = fate("killed", "loss", "ddp", "--train.global_batch_size", 6, processes=3)
     assert done.code == 137, done.err

@@ -114,12 +114,12 @@ def check_same(genscale, run: Path, expected: tuple[str, list[dict]]) -> None:
     assert digest(genscale, run) == expected[0]
 
 
-SLOW = pytest.mark.slow
+SLOW, MATRIX = [pytest.mark.slow], [pytest.mark.slow, pytest.mark.matrix]
 
 
 @pytest.mark.parametrize(("processes", "number"), [
-    (1, signal.SIGINT), pytest.param(1, signal.SIGTERM, marks=SLOW), pytest.param(1, signal.SIGUSR1, marks=SLOW),
-    (2, signal.SIGUSR1), pytest.param(2, signal.SIGTERM, marks=SLOW), pytest.param(2, signal.SIGINT, marks=SLOW),
+    (1, signal.SIGINT), pytest.param(1, signal.SIGTERM, marks=MATRIX), pytest.param(1, signal.SIGUSR1, marks=MATRIX),
+    (2, signal.SIGUSR1), pytest.param(2, signal.SIGTERM, marks=SLOW), pytest.param(2, signal.SIGINT, marks=MATRIX),
 ])  # fmt: skip
 def test_a_signal_stops_within_a_step_and_the_run_goes_on(processes, number, genscale, genscale_start, genscale_finish,
                                                           genscale_process, config, undisturbed):  # fmt: skip
@@ -155,7 +155,7 @@ def test_accelerate_launch_passes_a_signal_on(genscale, genscale_start, genscale
 
 
 @pytest.mark.parametrize(("number", "moment"), [
-    (signal.SIGINT, "imports"), pytest.param(signal.SIGUSR1, "imports", marks=SLOW),
+    (signal.SIGINT, "imports"), pytest.param(signal.SIGUSR1, "imports", marks=MATRIX),
     pytest.param(signal.SIGTERM, "building", marks=SLOW),
 ])  # fmt: skip
 def test_interrupted_before_the_first_step(number, moment, genscale_start, genscale_finish, config):
@@ -171,6 +171,7 @@ def test_interrupted_before_the_first_step(number, moment, genscale_start, gensc
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_a_signal_during_start_up_of_two_processes(genscale_start, genscale_finish, config):
     """At moments when one of them may wait for the other."""
     for delay in (0.5, 4.0, 8.0):
@@ -220,7 +221,7 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(genscale, genscale_
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=SLOW)])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=MATRIX)])
 def test_killed_outright_the_run_goes_on_from_the_last_checkpoint(processes, genscale, genscale_start, genscale_finish,
                                                                   genscale_process, config, undisturbed):  # fmt: skip
     run = config.parent / "tiny"
@@ -244,6 +245,7 @@ def kill_all(process) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.matrix  # as tests/faults/test_kills.py does
 def test_killed_again_and_again_while_checkpoints_are_written(genscale, genscale_start, genscale_finish, config, undisturbed):
     """A checkpoint after every step, so that kills at odd moments hit the writing, the renaming and the pruning."""
     run = config.parent / "tiny"
@@ -297,6 +299,7 @@ def test_a_rank_that_nobody_ends_says_that_the_other_is_gone(genscale_start, gen
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_one_worker_killed_takes_the_run_down_and_says_so(genscale, genscale_start, genscale_finish, genscale_process, config,
                                                           undisturbed):  # fmt: skip
     """As the kernel does where memory runs out."""

@@ -51,6 +51,7 @@ def test_a_batch_that_does_not_fit_is_found_before_the_first_step(limited, tiny_
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_without_a_dry_batch_it_is_found_in_the_first_step(limited):
     done = limited("--guards.dry_batch", "false", command=(sys.executable,))
     assert "rank 0, at step 1, phase language_model, forward: " in done.message_of_run()

@@ -119,9 +119,9 @@ def test_the_count_reaches_the_trainer(folder: Path, broken_server, workers: int
     assert loader.retries == 3
 
 
-@pytest.mark.parametrize("patience", [0.05, pytest.param(1.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("patience", [0.05, pytest.param(1.0, marks=[pytest.mark.slow, pytest.mark.matrix])])
 def test_a_server_that_is_gone_is_waited_for(folder: Path, broken_server, patience: float) -> None:
-    """3 seconds in the quick tests, 30 in the slow one."""
+    """3 seconds in the quick tests, 30 in the matrix."""
     url, server = broken_server(folder)
     data = opened(f"{url}/a.jsonl", minutes=patience)
     lane = data.open_lane(0)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
-
 
 @pytest.fixture(scope="module")
 def single(train, tmp_path_factory):
     return train(tmp_path_factory.mktemp("single") / "run", "single")
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp2",
+                                      pytest.param("zero1", marks=[pytest.mark.slow, pytest.mark.matrix])])  # fmt: skip
 def test_equals_one_process_and_resumes_bit_for_bit(strategy, single, train, difference, tmp_path):
     """Accumulation 2 on two processes, AdamW in its warm-up, gradients clipped; then the same run killed after step 5."""
     settings = {"train.checkpoint_every": 5, "train.micro_batch_size": 3}
@@ -42,7 +41,8 @@ def single_sgd(train, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["zero1", "fsdp2", *(pytest.param(name, marks=pytest.mark.matrix)
+                                                          for name in ("ddp", "zero2", "zero3"))])  # fmt: skip
 def test_sgd_equals_one_process_over_fifty_steps(strategy, single_sgd, train, difference, tmp_path):
     assert single_sgd.losses()[-1] < 0.9 * single_sgd.losses()[0], "nothing was learned: equal losses would mean little"
     assert difference(train(tmp_path / "run", strategy, **SGD).losses(), single_sgd.losses()) <= 1e-5

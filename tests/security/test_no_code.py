@@ -65,7 +65,8 @@ CALLS = ["!!python/object/apply:os.mkdir [MARK]", "!!python/object/new:os.mkdir 
 PLACES = ["run.name", "data.filters", "data.sources", "optimizer.lr_of", "model", "train.steps"]
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", [pytest.param(call, marks=() if "apply" in call or "class_path" in call else pytest.mark.slow)
+                                  for call in CALLS])
 def test_a_config_cannot_call(call, genscale, tiny_config, payload, mark) -> None:
     text = tiny_config.read_text()
     for place in PLACES:

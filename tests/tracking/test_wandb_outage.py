@@ -95,7 +95,7 @@ def environment(server: Server, home: Path) -> dict[str, str]:
     return kept | {"HOME": str(home), "WANDB_BASE_URL": server.address, "WANDB_API_KEY": KEY, "WANDB_ERROR_REPORTING": "false"}
 
 
-@pytest.mark.parametrize("mode", ["500", pytest.param("hang", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["500", pytest.param("hang", marks=[pytest.mark.slow, pytest.mark.matrix])])
 def test_a_server_that_fails_at_the_start_costs_seconds_and_the_run_is_offline(mode, server, tmp_path):
     server.mode = mode
     code = ("import sys, time\nfrom genscale.config import TrackingSettings\nfrom genscale.tracking.trackers import Trackers\n"
@@ -126,7 +126,7 @@ def check_upload(text: str, server: Server, home: Path, losses: list[float]) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["500", "hang"])
+@pytest.mark.parametrize("mode", ["500", pytest.param("hang", marks=pytest.mark.matrix)])
 def test_a_server_that_fails_in_the_middle_costs_no_step_and_no_metric(mode, server, tmp_path, tiny_config, tiny_run,
                                                                        genscale_start, genscale_finish):  # fmt: skip
     arguments = ["--train.steps", 400, "--train.log_every", 20, "--train.checkpoint_every", 0, "--tracking.wandb", "online"]
