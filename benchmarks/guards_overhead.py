@@ -35,7 +35,8 @@ from genscale.training import trainer
 from genscale.training.ending import Ending
 from genscale.training.kept_buffers import KeptBuffers
 from genscale.training.outcome import PhaseOutcome
-from genscale.training.trainer import MicroBatches, StepReport, Trainer
+from genscale.training.step_report import StepReport
+from genscale.training.trainer import MicroBatches, Trainer
 from genscale.training.watchdog import Watchdog
 
 WARMUP_STEPS = 3

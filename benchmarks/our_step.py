@@ -20,7 +20,8 @@ from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import build_engine, plan_parallel
 from genscale.training.optimizers import make_optimizer
 from genscale.training.signals import StopSignal
-from genscale.training.trainer import StepReport, Trainer
+from genscale.training.step_report import StepReport
+from genscale.training.trainer import Trainer
 
 
 class OurSteps:

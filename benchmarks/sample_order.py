@@ -37,7 +37,8 @@ from genscale.config import Config
 from genscale.config_parser import parse_config
 from genscale.data import image_sources, sources
 from genscale.data.lanes import Data
-from genscale.data.loader import StepLoader, merge_states
+from genscale.data.loader import StepLoader
+from genscale.data.order import merge_states
 from genscale.objectives import FAMILIES
 
 GLOBAL_BATCH = 24

@@ -11,10 +11,8 @@ import numpy as np
 import torch
 
 from genscale.data.lanes import Data
-from genscale.data.order import DIGEST_MODULUS, Cursors, Part, Share, furthest, merge_states
+from genscale.data.order import DIGEST_MODULUS, Cursors, Part, Share, furthest
 from genscale.data.transports import ThreadTransport, WorkerTransport
-
-__all__ = ["StepLoader", "merge_states"]
 
 
 class StepLoader:

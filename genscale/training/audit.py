@@ -27,7 +27,8 @@ from genscale.training.audit_report import AuditReport, PhaseFindings
 from genscale.training.outcome import PhaseOutcome
 from genscale.training.run import derive_accumulation, open_loader, open_objective, prepare
 from genscale.training.signals import StopSignal
-from genscale.training.trainer import Hook, MicroBatches, Trainer
+from genscale.training.step_report import Hook
+from genscale.training.trainer import MicroBatches, Trainer
 
 
 def audit(config: Config, steps: int) -> bool:

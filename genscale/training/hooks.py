@@ -11,7 +11,8 @@ from typing import Any
 
 from genscale.config import Config
 from genscale.data.lanes import Data
-from genscale.data.loader import StepLoader, merge_states
+from genscale.data.loader import StepLoader
+from genscale.data.order import merge_states
 from genscale.evaluation.validation import evaluating, validate
 from genscale.objectives.base import Objective
 from genscale.parallel.engine import Engine
@@ -29,9 +30,9 @@ from genscale.training.restoring import restore
 from genscale.training.run_folder import config_dict, config_yaml
 from genscale.training.saving import Contents, Saver
 from genscale.training.signals import StopSignal
+from genscale.training.step_report import Hook, StepReport
 from genscale.training.trace import NAME as TRACE
 from genscale.training.trace import Trace
-from genscale.training.trainer import Hook, StepReport
 
 log = logging.getLogger("genscale")
 

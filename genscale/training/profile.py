@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from genscale.training.trainer import StepReport
+from genscale.training.step_report import StepReport
 
 log = logging.getLogger("genscale")
 WARM_UP = 10  # steps: memory pools have grown, kernels are compiled and tuned

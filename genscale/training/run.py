@@ -45,8 +45,9 @@ from genscale.training.run_folder import (
     set_later_checkpoints_aside,
 )
 from genscale.training.signals import StopSignal
+from genscale.training.step_report import Hook
 from genscale.training.supervision import Supervision, group_timeout_minutes
-from genscale.training.trainer import Hook, Trainer
+from genscale.training.trainer import Trainer
 from genscale.training.update_guard import check_guards
 from genscale.training.watchdog import check_patience
 

@@ -18,7 +18,7 @@ from genscale.training.ending import Ending
 from genscale.training.run_folder import create_run_folder
 from genscale.training.run_owner import RunOwner
 from genscale.training.signals import StopSignal
-from genscale.training.trainer import StepReport
+from genscale.training.step_report import StepReport
 from genscale.training.watchdog import Watchdog
 
 PATIENCE = 10.0

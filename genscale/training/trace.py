@@ -27,7 +27,7 @@ from genscale.parallel.pieces import Piece
 from genscale.rng import Draws
 from genscale.tracking.metrics_file import MetricsFile, read_metrics
 from genscale.training.fingerprints import Fingerprint, Fingerprints, digest_of
-from genscale.training.trainer import StepReport
+from genscale.training.step_report import StepReport
 
 NAME = "trace.jsonl"
 

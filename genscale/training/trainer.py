@@ -28,8 +28,6 @@ from genscale.training.signals import StopSignal
 from genscale.training.step_report import Hook, StepReport
 from genscale.training.update_guard import ADVICE, RollBack, UpdateGuard
 
-__all__ = ["Hook", "MicroBatches", "StepReport", "Trainer"]
-
 log = logging.getLogger("genscale")
 MicroBatches = list[dict[str, Tensor]]
 GoBack = Callable[[frozenset[int]], tuple[int, dict[str, Any]] | None]

@@ -16,8 +16,8 @@ from genscale.data import cache as cache_module
 from genscale.data import sources
 from genscale.data.cache_build import build, work_of
 from genscale.data.encoded import open_encoded
-from genscale.data.loader import StepLoader, merge_states
-from genscale.data.order import DIGEST_MODULUS
+from genscale.data.loader import StepLoader
+from genscale.data.order import DIGEST_MODULUS, merge_states
 from genscale.data.readers import TableShard
 from genscale.data.text import TextData, TextDataSettings, train_tokenizer
 from genscale.data.tokenizers import ByteTokenizer

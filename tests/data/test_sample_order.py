@@ -20,7 +20,8 @@ from PIL import Image
 from genscale.data import image_sources, sources
 from genscale.data.images import ImageData, ImageDataSettings
 from genscale.data.lanes import Data
-from genscale.data.loader import StepLoader, merge_states
+from genscale.data.loader import StepLoader
+from genscale.data.order import merge_states
 from genscale.data.text import SourceSettings, TextData, TextDataSettings
 
 GLOBAL, LANES = 24, 12

@@ -133,7 +133,7 @@ def test_points_are_the_same_on_any_shape_and_after_a_resume(pack):
                     found += list(zip(batch["sample"].tolist(), batch["point"].tolist(), strict=True))
             states.append(loader.state())
             loader.close()
-        from genscale.data.loader import merge_states
+        from genscale.data.order import merge_states
 
         return sorted(found), merge_states(states, 48)
 

@@ -26,7 +26,8 @@ from genscale.training.audit import AuditedTrainer
 from genscale.training.audit_probe import repeated
 from genscale.training.audit_report import AuditReport
 from genscale.training.optimizers import make_optimizer
-from genscale.training.trainer import Hook, Trainer
+from genscale.training.step_report import Hook
+from genscale.training.trainer import Trainer
 
 GLOBAL, STEPS, NOISE = 6, 3, 3
 

@@ -19,7 +19,7 @@ from genscale.config import TrainSettings
 from genscale.training.checkpoints import Checkpoint
 from genscale.training.collapse import CollapseWatch
 from genscale.training.hooks import RunHooks
-from genscale.training.trainer import StepReport
+from genscale.training.step_report import StepReport
 
 STEPS = 16
 # By this factor every evaluation but the first is bad: the third is the second in a row.
@@ -69,7 +69,7 @@ def config(tiny_settings, tmp_path_factory) -> Callable[..., Path]:
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    times = ("seconds", "per_second")
+    times = ("seconds", "per_second", "data_wait_share")
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in record.items() if not key.endswith(times)} for record in records]
 

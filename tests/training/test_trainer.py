@@ -31,7 +31,8 @@ from genscale.training.guards import NonFiniteLoss
 from genscale.training.optimizers import make_optimizer
 from genscale.training.schedules import learning_rate_share
 from genscale.training.signals import StopSignal
-from genscale.training.trainer import Hook, StepReport, Trainer
+from genscale.training.step_report import Hook, StepReport
+from genscale.training.trainer import Trainer
 
 GLOBAL, STEPS, NOISE = 6, 5, 3
 

@@ -27,7 +27,8 @@ from genscale.training.guards import NonFiniteLoss
 from genscale.training.optimizers import make_optimizer
 from genscale.training.signals import StopSignal
 from genscale.training.spikes import LossWindow
-from genscale.training.trainer import Hook, StepReport, Trainer
+from genscale.training.step_report import Hook, StepReport
+from genscale.training.trainer import Trainer
 
 GLOBAL = 4
 
