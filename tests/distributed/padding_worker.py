@@ -11,6 +11,7 @@ from torch import nn
 
 from genscale.config import OptimizerSettings, ParallelSettings
 from genscale.parallel.launch_request import clear_launch_environment
+from genscale.parallel.leaving import run_and_leave
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import build_engine, plan_parallel
 from genscale.training.optimizers import make_optimizer
@@ -45,4 +46,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_and_leave(lambda: main(Path(sys.argv[1])))
