@@ -49,7 +49,7 @@ def test_sgd_equals_one_process_over_fifty_steps(strategy, single_sgd, train, di
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [3, 4])
+@pytest.mark.parametrize("processes", [3, pytest.param(4, marks=pytest.mark.matrix)])
 def test_more_than_two_processes_resume_bit_for_bit(processes, single, train, difference, tmp_path):
     """A sum of two numbers has one order only; from three on, the order of summation must survive a resume too."""
     straight = train(tmp_path / "straight", "ddp", processes, **{"train.checkpoint_every": 5})
@@ -85,7 +85,7 @@ def test_another_strategy_and_world_size_go_on(single, train, difference, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.matrix), "fsdp2"])
 def test_compiled_and_recomputed_blocks_change_nothing(strategy, single, train, difference, tmp_path):
     run = train(tmp_path / "run", strategy, **{"parallel.compile": "true", "parallel.activation_checkpointing": "full"})
     assert difference(run.losses(), single.losses()) <= 1e-5
