@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 
+import psutil
 import pytest
 
 MATRIX = [pytest.mark.slow, pytest.mark.matrix]
@@ -25,11 +30,17 @@ def endless():
 def bug():
     raise RuntimeError("a bug of ours")
 
+def busy():
+    until = time.process_time() + 3  # which stands still while the process does
+    print("busy", file=sys.stderr, flush=True)
+    while time.process_time() < until:
+        pass
+
 def mistake():
     raise UserError("data.source: a mistake that only one process sees")
 
 FATES = {"endless": endless, "sleep": lambda: time.sleep(10000), "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
-         "bug": bug, "mistake": mistake, "killed": lambda: os.kill(os.getpid(), signal.SIGKILL)}
+         "bug": bug, "busy": busy, "mistake": mistake, "killed": lambda: os.kill(os.getpid(), signal.SIGKILL)}
 
 def fated(function, where):
     def call(*arguments, **options):
@@ -122,3 +133,28 @@ def test_of_three_processes_the_killed_one_is_named_once(fate, tiny_run):
     done = fate("killed", "loss", "ddp", "--train.global_batch_size", 6, processes=3)
     assert done.code == 137, done.err
     assert done.err.count("was ended by SIGKILL") == 1 and "Traceback" not in done.err and "error:" not in done.err, done.err
+
+
+@pytest.mark.slow
+def test_a_run_that_was_suspended_does_not_hang(tiny_config, tiny_run, tmp_path):
+    """All of it, in the middle of a step, for longer than it may hang: by a scheduler, or a laptop's lid."""
+    script = tmp_path / "planted.py"
+    script.write_text(PLANTED)
+    command = [sys.executable, str(script), "busy", "loss", "1", "--config", str(tiny_config), "--guards.hang_minutes", "0.1"]
+    root = Path(__file__).resolve().parents[1]
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "FATED": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
+             "PYTHONPATH": str(root)}
+    run = psutil.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True, env={**os.environ, **alone})
+    try:
+        while "busy" not in (line := run.stderr.readline()):
+            assert line, "ended too early"
+        time.sleep(1.5)  # for the watchdog to have seen that nothing moves
+        run.suspend()
+        time.sleep(8)
+        run.resume()
+        _, said = run.communicate(timeout=120)
+    finally:
+        if run.poll() is None:
+            run.kill()
+    assert run.returncode == 0, said
+    assert json.loads((tiny_run / "ended.json").read_text())["how"] == "complete"

@@ -130,7 +130,11 @@ class Watchdog:
         return self.processes.beats, self.processes.writes
 
     def _run(self) -> None:
+        looked = time.monotonic()
         while not self._closed.wait(self.poll):
+            asleep, looked = time.monotonic() - looked - self.poll, time.monotonic()
+            if asleep > self.poll:  # the whole process was: a suspended job, a laptop's lid
+                self._since += asleep
             if (progress := self._progress()) != self._seen:
                 self._seen, self._since, self._since_when = progress, time.monotonic(), datetime.now(UTC)
             self._keep_the_folder()
