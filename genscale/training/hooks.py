@@ -112,7 +112,7 @@ class RunHooks:
         profile = [Hook(1, self.profile.step, settled=False)] if self.profile else []
         trace = [Hook(1, self.record)] if self.trace else []
         return [*profile, Hook(1, self.count, settled=False), *trace, Hook(train.log_every, self.log_metrics),
-                Hook(train.evaluate_every, self.evaluate), Hook(train.sample_every, self.sample),
+                Hook(train.evaluate_every, self.evaluate, sound=True), Hook(train.sample_every, self.sample, sound=True),
                 Hook(train.checkpoint_every, self.checkpoint, sound=True,
                      by_clock=self._minutes_are_up if train.checkpoint_minutes else None)]
 

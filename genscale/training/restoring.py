@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from genscale.errors import UserError
 from genscale.parallel.engine import Engine
 from genscale.training.checkpoints import Checkpoint
 
 
 def load_beside_weights(engine: Engine, checkpoint: Checkpoint) -> None:
-    """Optimizers, loss scalers and averages as in the checkpoint, whose weights the networks have. Collective."""
+    """Optimizers, loss scalers and averages as in the checkpoint, whose weights the networks have. Collective.
+
+    Raises:
+        UserError: a weight is infinite or not a number: no update could follow.
+    """
     scalers = checkpoint.state()["scalers"]
     for name in engine.modules:
         stored = checkpoint.tensors("optimizers", name)
@@ -16,6 +21,9 @@ def load_beside_weights(engine: Engine, checkpoint: Checkpoint) -> None:
     for name in engine.averages:
         stored = checkpoint.tensors("averages", name)
         engine.load_average_state(name, stored.keys(), stored)
+    if not engine.weights_are_finite():
+        raise UserError(f"{checkpoint.path}: it holds a weight that is infinite or no number, from which no training goes on; "
+                        "delete this checkpoint to go on from the one before it")
 
 
 def restore(engine: Engine, checkpoint: Checkpoint) -> None:

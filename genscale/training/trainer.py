@@ -93,12 +93,15 @@ class Trainer:
         return report
 
     def _run_hooks(self, report: StepReport) -> None:
+        sound = None
         for number, hook in enumerate(self.hooks):
             if not hook.due(report) and number not in self._put_off:
                 continue
-            if hook.sound and not self._is_sound(report):
-                self._put_off.add(number)
-                continue
+            if hook.sound:
+                sound = self._is_sound(report) if sound is None else sound
+                if not sound:
+                    self._put_off.add(number)
+                    continue
             self._put_off.discard(number)
             if hook.settled:  # the others take no time to speak of
                 self.processes.note(f"step {report.step}, {hook.action.__name__}")
@@ -117,7 +120,7 @@ class Trainer:
         what = f"a weight became infinite or no number by step {report.step}"
         if report.last:
             raise NonFiniteLoss(f"{what}; last good checkpoint: {self.last_good()}; {ADVICE}")
-        log.warning("%s: no checkpoint is written of it", what)
+        log.warning("%s: no checkpoint is written of it, and nothing evaluated", what)
         return False
 
     def _roll_back(self, trouble: RollBack) -> int:
