@@ -1,0 +1,104 @@
+"""The GPUs of a node: what the driver says of them, and whether they still compute."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+
+from genscale.cluster.checks import Check, count_of, host_name
+
+QUERY = ("index", "name", "driver_version", "memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total")
+DRIVER_SECONDS = 15
+"""A driver with a GPU in trouble may not answer at all."""
+PRODUCT = 2048
+"""Rows and columns of the matrices that a GPU multiplies."""
+
+
+def check_driver() -> Iterator[Check]:
+    """The GPUs that the driver shows, against those that Slurm gave; faults and leftovers on them."""
+    given = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    promised = int(given) if given.isdigit() else 0
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        if promised:
+            yield Check("GPUs", "warning", f"Slurm gave {count_of(promised, 'GPU')}, and there is no NVIDIA driver here: a run "
+                        "computes on the CPU", "ask for other nodes, or for none (--gpus-per-node 0)", host_name())
+        else:
+            yield Check("GPUs", "ok", "none: a run computes on the CPU, over gloo", host=host_name())
+        return
+    try:
+        asked = subprocess.run([tool, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"], capture_output=True,
+                               text=True, timeout=DRIVER_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        yield _fault(f"nvidia-smi did not answer within {DRIVER_SECONDS} s")
+        return
+    rows = [dict(zip(QUERY, map(str.strip, line.split(",")), strict=False)) for line in asked.stdout.splitlines()
+            if line.count(",") == len(QUERY) - 1]
+    if asked.returncode or not rows:
+        yield _fault(f"nvidia-smi: {' '.join((asked.stderr or asked.stdout).split())[:200] or 'shows no GPU'}")
+    elif len(rows) < promised:
+        yield _fault(f"Slurm gave {count_of(promised, 'GPU')}, and the driver shows {len(rows)}")
+    else:
+        yield from _faults_of(rows)
+
+
+def _faults_of(rows: list[dict[str, str]]) -> Iterator[Check]:
+    names = sorted({f"{row['name']} ({int(row['memory.total']):,} MiB)" if row["memory.total"].isdigit() else row["name"]
+                    for row in rows})
+    found = f"{len(rows)} x {', '.join(names)}, driver {rows[0]['driver_version']}"
+    broken = [row["index"] for row in rows if row[QUERY[-1]] not in ("0", "[N/A]", "[Not Supported]", "N/A")]
+    if broken:
+        yield _fault(f"{found}; uncorrected memory errors on GPU {', '.join(broken)}")
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    mine = [row for row in rows if visible is None or row["index"] in visible.split(",")]
+    used = [f"{row['memory.used']} MiB of GPU {row['index']}" for row in mine
+            if row["memory.used"].isdigit() and row["memory.total"].isdigit()
+            and int(row["memory.used"]) > max(2048, int(row["memory.total"]) // 20)]
+    if used:
+        yield Check("GPUs", "warning", f"{found}; in use already: {', '.join(used)}", "end what has been left running there "
+                    "(nvidia-smi names the processes), or leave the node out", host_name())
+    else:
+        yield Check("GPUs", "ok", found, host=host_name())
+
+
+def check_computing() -> Iterator[Check]:
+    """Each visible GPU multiplies two matrices whose product is known, and says how fast."""
+    import torch
+
+    if not torch.cuda.is_available():
+        if shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+            yield Check("torch", "failure", f"torch {torch.__version__} sees no GPU, and there is a driver",
+                        "install the build of torch for this driver's CUDA", host_name(), of_node=True)
+        else:
+            yield Check("torch", "ok", f"{torch.__version__}, {count_of(torch.get_num_threads(), 'thread')}", host=host_name())
+        return
+    rates = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        ones = torch.ones(PRODUCT, PRODUCT, device=device, dtype=torch.float16)
+        product = ones @ ones
+        torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        for _ in range(10):
+            product = ones @ ones
+        torch.cuda.synchronize(device)
+        rates.append(10 * 2 * PRODUCT**3 / (time.perf_counter() - started) / 1e12)
+        if not bool((product == PRODUCT).all()):
+            yield _fault(f"GPU {index} ({torch.cuda.get_device_name(device)}) computes wrong products")
+            return
+    slowest = min(range(len(rates)), key=rates.__getitem__)
+    found = f"{torch.__version__}, CUDA {torch.version.cuda}, {count_of(len(rates), 'GPU')}, {min(rates):,.0f} to " \
+            f"{max(rates):,.0f} TFLOP/s in fp16"
+    if rates[slowest] < 0.7 * max(rates):
+        yield Check("torch", "warning", f"{found}; the slowest is GPU {slowest}", "look at its clocks and temperature "
+                    "(nvidia-smi -q -d PERFORMANCE)", host_name(), of_node=True)
+    else:
+        yield Check("torch", "ok", found, host=host_name())
+
+
+def _fault(found: str) -> Check:
+    return Check("GPUs", "failure", found, "have the node drained, and leave it out (--exclude)", host_name(), of_node=True)
