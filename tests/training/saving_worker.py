@@ -74,6 +74,7 @@ def main(folder: Path) -> None:
         results["last"] = str(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     results["after"] = [path.name for path in sorted(folder.iterdir())]
+    processes.gather(rank)  # both have looked, before either begins the next
     results["mended"] = save(40)
     if rank == 0:
         alone = write_checkpoint(folder.parent / "alone", 40, {"networks/gpt": whole_at(40), "optimizers/gpt": whole_at(40)},
