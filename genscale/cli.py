@@ -24,6 +24,7 @@ VERBS = {
     "data": "fill the token cache ahead of a run, or see what a run would train on",
     "compare": "the first step at which two runs differ, and in what",
     "checkpoint": "list, verify, digest or consolidate checkpoints",
+    "slurm": "train on a cluster: render, submit, status, logs, cancel",
 }
 
 
@@ -89,6 +90,8 @@ def _verb(verb: str) -> Callable[[list[str]], int]:
         from genscale.verbs.compare import main as run
     elif verb == "checkpoint":
         from genscale.verbs.checkpoint import main as run
+    elif verb == "slurm":
+        from genscale.verbs.slurm import main as run
     else:
         raise UserError(f"'{verb}' is not a verb of genscale{nearest(verb, VERBS)}; verbs: {', '.join(VERBS)}")
     return run

@@ -13,7 +13,13 @@ from genscale.config import ParallelSettings
 from genscale.errors import UserError
 from genscale.objectives.base import Objective, Phase
 from genscale.parallel.engine import Engine
-from genscale.parallel.launch_request import read_launch_request, resolve_offload, resolve_precision, resolve_strategy
+from genscale.parallel.launch_request import (
+    LaunchRequest,
+    read_launch_request,
+    resolve_offload,
+    resolve_precision,
+    resolve_strategy,
+)
 from genscale.parallel.precision import check_float8
 from genscale.parallel.processes import on_cpu
 
@@ -51,25 +57,40 @@ def plan_parallel(settings: ParallelSettings, precision: str, optimizer: str = "
     return plan
 
 
+def plan_elsewhere(settings: ParallelSettings, precision: str, world_size: int, optimizer: str) -> ParallelPlan:
+    """The plan of a run in as many processes on other machines than this one, whose devices only they know.
+
+    Raises UserError for what would be refused on any."""
+    request = LaunchRequest(None, None, None, world_size, rank=0, local_rank=0)
+    strategy = resolve_strategy(settings.strategy, request)
+    plan = ParallelPlan(strategy, resolve_offload(settings.offload, strategy, request), precision, world_size)
+    _check_tested(plan, optimizer)
+    return plan
+
+
 def check_combination(plan: ParallelPlan, optimizer: str = "adamw") -> None:
     """Refuse what is wrong or untested, naming the combination, the reason and the nearest allowed one."""
+    _check_tested(plan, optimizer)
+    if plan.precision == "fp8":
+        check_float8(on_cpu())
+    if plan.precision == "bf16" and not on_cpu() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"train.precision: bf16 is not supported by {torch.cuda.get_device_name()}; use fp16 "
+                        f"(parallel.strategy single "
+                        "or ddp) or fp32")
+
+
+def _check_tested(plan: ParallelPlan, optimizer: str) -> None:
     strategy, precision = plan.strategy, plan.precision
     if precision == "fp16" and strategy not in ("single", "ddp"):
         raise UserError(f"train.precision: fp16 under parallel.strategy {strategy} is not supported (its loss "
                         f"scaler is tested for "
                         "single and ddp only); use train.precision bf16, which needs no scaling")
-    if precision == "fp8":
-        if strategy.startswith("zero"):
-            raise UserError(f"train.precision: fp8 under parallel.strategy {strategy} is not supported (DeepSpeed has linear "
-                            "layers of its own); use parallel.strategy fsdp2, or train.precision bf16")
-        check_float8(on_cpu())
+    if precision == "fp8" and strategy.startswith("zero"):
+        raise UserError(f"train.precision: fp8 under parallel.strategy {strategy} is not supported (DeepSpeed has linear "
+                        "layers of its own); use parallel.strategy fsdp2, or train.precision bf16")
     if optimizer == "muon" and strategy.startswith("zero"):
         raise UserError(f"optimizer.name: muon under parallel.strategy {strategy} is not supported (it needs whole matrices, "
                         "where ZeRO has flat partitions); use parallel.strategy fsdp2 or ddp, or optimizer.name adamw")
-    if precision == "bf16" and not on_cpu() and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"train.precision: bf16 is not supported by {torch.cuda.get_device_name()}; use fp16 "
-                        f"(parallel.strategy single "
-                        "or ddp) or fp32")
 
 
 def check_objective(plan: ParallelPlan, settings: ParallelSettings, objective: Objective) -> None:

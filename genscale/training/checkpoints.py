@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +24,11 @@ from typing import Any
 import torch
 
 from genscale.errors import UserError
+from genscale.training.checkpoint_names import NAME
 from genscale.training.tensor_files import TensorFiles, names_in
 
 FORMAT = 2
 READABLE = (1, FORMAT)
-NAME = re.compile(r"^step-(\d{8})$")
 
 
 @dataclass(frozen=True)

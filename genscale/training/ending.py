@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,27 @@ from genscale.training.exclusive_file import give_name
 from genscale.training.run_owner import latest_claim
 from genscale.training.signals import Stopped
 
-How = Literal["complete", "stopped", "failed", "hang"]
+How = Literal["complete", "stopped", "failed", "lost", "hang"]
+
+RUN = "GENSCALE_RUN"
+"""In a job of Slurm: the run folder, in which its script looks for a word about the end."""
+
+
+class PeerLost(UserError):
+    """Another process of the run was killed, or its machine is gone; nothing is wrong with the run."""
+
+
+@contextlib.contextmanager
+def before_the_run() -> Iterator[None]:
+    """Around what may find a mistake before the run has its folder: a launcher passes no exit code on, so that the script of a
+    job could not tell a mistake from a machine that has failed."""
+    try:
+        yield
+    except UserError as error:
+        if RUN in os.environ:
+            Ending(Path(os.environ[RUN]), int(os.environ.get("RANK", "0"))).claim("failed", exit_codes.USER_ERROR,
+                                                                                  reason=str(error))
+        raise
 
 
 class Ending:
@@ -73,7 +94,7 @@ class Ending:
         if self._claimed:
             return
         number = error.signal if isinstance(error, Stopped) else None
-        how: How = "stopped" if number else "failed"
+        how: How = "stopped" if number else "lost" if isinstance(error, PeerLost) else "failed"
         reason = masked(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
         # The root's handlers are the log file; what stands on the console is the caller's.
         logging.getLogger().error("%s", reason, exc_info=None if isinstance(error, (UserError, Stopped)) else error)

@@ -29,6 +29,7 @@ from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import ParallelPlan, build_engine, check_objective, plan_parallel
 from genscale.training.checkpoints import Checkpoint
 from genscale.training.collapse import Collapsed, check_collapse
+from genscale.training.ending import before_the_run
 from genscale.training.hooks import RunHooks
 from genscale.training.optimizers import make_optimizer
 from genscale.training.restoring import load_beside_weights
@@ -88,14 +89,12 @@ def train(config: Config, stop: StopSignal | None = None) -> RunResult:
 
 
 def _start(config: Config, stop: StopSignal) -> RunResult:
-    check_collapse(config.train)
-    check_guards(config)
-    check_patience(config)
-    check_not_masked(config.data, "data.")
-    plan = plan_parallel(config.parallel, config.train.precision, config.optimizer.name)
-    config.parallel.offload, config.train.precision = plan.offload, plan.precision
-    shape = derive_accumulation(config, plan.world_size)
-    folder = run_folder(config)
+    with before_the_run():
+        check_settings(config)
+        plan = plan_parallel(config.parallel, config.train.precision, config.optimizer.name)
+        config.parallel.offload, config.train.precision = plan.offload, plan.precision
+        shape = derive_accumulation(config, plan.world_size)
+        folder = run_folder(config)
     clear_launch_environment()
     processes = Processes(plan.needs_group, group_timeout_minutes(config.guards.hang_minutes))
     try:
@@ -105,6 +104,14 @@ def _start(config: Config, stop: StopSignal) -> RunResult:
             return result
     finally:
         processes.close()
+
+
+def check_settings(config: Config) -> None:
+    """What can be told of a config by itself. Raises UserError."""
+    check_collapse(config.train)
+    check_guards(config)
+    check_patience(config)
+    check_not_masked(config.data, "data.")
 
 
 def derive_accumulation(config: Config, world_size: int) -> tuple[int, int]:
@@ -242,7 +249,7 @@ def _resume_point(config: Config, processes: Processes, folder: Path, data: Data
         if objective.couples_samples:
             check_same_accumulation(config.train, found, accumulation, processes.world_size)
         for name, network in objective.networks.items():
-            _check_same_network(found, name, network)
+            check_same_network(found, name, network)
         set_later_checkpoints_aside(folder, found.step, log.warning)
         log.info("continuing from %s%s", found.path, f" with {'; '.join(changed)}" if changed else "")
         return found
@@ -250,7 +257,8 @@ def _resume_point(config: Config, processes: Processes, folder: Path, data: Data
     return processes.main_does(find)
 
 
-def _check_same_network(checkpoint: Checkpoint, name: str, network: torch.nn.Module) -> None:
+def check_same_network(checkpoint: Checkpoint, name: str, network: torch.nn.Module) -> None:
+    """Raises UserError where the checkpoint holds a network of other shapes."""
     stored = checkpoint.tensors("networks", name).shapes()
     wanted = {key: tuple(value.shape) for key, value in named_state(network)}
     for key in sorted(stored.keys() | wanted.keys()):

@@ -163,6 +163,21 @@ def latest_claim(run_folder: Path) -> int:
     return max(_numbers_in(run_folder / ".owner"), default=0)
 
 
+def who_has(run_folder: Path) -> str | None:
+    """The run that has the folder, in words, or None where none has: for those who only look. By this machine's clock."""
+    number = latest_claim(run_folder)
+    file = run_folder / ".owner" / f"{number:08d}.json"
+    other = _read(file) if number else None
+    if other is None or other.get("released"):
+        return None
+    here = _this_process()
+    if all(other[key] == here[key] for key in ("host", "boot", "pids")):
+        return _describe(other) if _lives(other["pid"], other["started"]) else None
+    with contextlib.suppress(FileNotFoundError):
+        return _describe(other) if abs(time.time() - file.stat().st_mtime) < STALE_SECONDS else None
+    return None
+
+
 def _numbers_in(folder: Path) -> list[int]:
     return [int(path.stem) for path in folder.glob("*.json") if path.stem.isdigit()]
 

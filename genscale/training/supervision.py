@@ -14,7 +14,7 @@ from genscale.errors import UserError
 from genscale.parallel.launcher import has_launcher
 from genscale.parallel.processes import Processes, lost_peer
 from genscale.tracking.run_logging import setup_logging
-from genscale.training.ending import Ending
+from genscale.training.ending import Ending, PeerLost
 from genscale.training.run_folder import create_run_folder
 from genscale.training.run_owner import RunOwner
 from genscale.training.signals import StopSignal
@@ -112,8 +112,8 @@ class Supervision:
                     raise SystemExit(exit_codes.of_signal(self.stop.received)) from None
                 time.sleep(0.1)
             if self._ending.said() is None:
-                gone = UserError(f"another process of the run is gone ({self.folder}/logs may say why); start the run again, "
-                                 "and it goes on from its latest checkpoint")
+                gone = PeerLost(f"another process of the run is gone ({self.folder}/logs may say why); start the run again, "
+                                "and it goes on from its latest checkpoint")
                 self._ending.failed(gone)
                 if self._ending.is_ours():
                     raise gone from None

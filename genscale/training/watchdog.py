@@ -165,7 +165,7 @@ class Watchdog:
     def _leave_with_the_others(self) -> None:
         """A process that waits for one that has failed may wait for long: in a library, or for a device."""
         said = self.ending.said()
-        if said is None or said["how"] not in ("failed", "hang"):
+        if said is None or said["how"] not in ("failed", "lost", "hang"):
             return
         self._left = self._left or time.monotonic()
         waited = time.monotonic() - self._left

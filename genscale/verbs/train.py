@@ -11,6 +11,7 @@ from genscale import exit_codes
 from genscale.config_parser import parse_config, take_number
 from genscale.masking import masked
 from genscale.objectives import FAMILIES
+from genscale.training.ending import before_the_run
 from genscale.training.run import RunResult, derive_accumulation, train
 from genscale.training.signals import StopSignal
 
@@ -29,7 +30,8 @@ DESCRIPTION = ("Train a model. A run is one YAML file; every setting in it is al
 def main(arguments: list[str], stop: StopSignal) -> int:
     processes, arguments = take_number(arguments, "--processes", least=1)
     audited, settings = take_number(arguments, "--audit", least=1)
-    config = parse_config(FAMILIES, settings, description=DESCRIPTION)
+    with before_the_run():
+        config = parse_config(FAMILIES, settings, description=DESCRIPTION)
     if processes is not None:
         from genscale.parallel.launcher import launch_processes
 

@@ -1,0 +1,266 @@
+"""A life of a job: what happens before and after the training in its script, and whether there is another one.
+
+    <run folder>/jobs/lives.json    every life: job, restart, nodes, when, the step it began and ended with, and how it ended
+    <run folder>/jobs/events.log    what was decided, a line each
+    <run folder>/jobs/exclude       nodes that the job is not to be given again
+    <run folder>/jobs/nodes/        what each node of the latest life said of itself
+
+Loads no torch: it stands before and after every life.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from genscale import exit_codes
+from genscale.cluster.checks import host_name
+from genscale.cluster.doctor import quick_check
+from genscale.errors import UserError
+from genscale.training.checkpoint_names import latest_step
+from genscale.training.run_owner import RunOwner
+
+NOTHING_TO_DO = 10
+"""Exit code of `begin`: an earlier life of the job has completed the run."""
+UNFIT = 11
+"""Exit code of `begin`: a node is not fit to train on."""
+AGAIN = 75
+"""Exit code of `end`: the job is to be requeued."""
+FRUITLESS_LIVES = 3
+"""So many in a row without a new checkpoint end a job."""
+NODES_SECONDS = 60.0
+"""For the job's nodes to report, after the first of them has."""
+
+
+@dataclass(frozen=True)
+class Life:
+    """A life of a job, from `begin` to `end`.
+
+    Attributes:
+        job: as Slurm's commands take it, `12` or `12_3` of an array.
+        restart: how often Slurm had requeued the job.
+        step, end_step: of the latest checkpoint as the life began and ended.
+        how: complete, stopped, failed or hang, as `ended.json` says; lost: a process or its machine was gone; killed: nothing
+            was said; unfit: a node was not fit. None while it goes on, and where the node has died that would say so.
+    """
+
+    job: str
+    restart: int
+    nodes: tuple[str, ...]
+    began: str
+    step: int
+    ended: str | None = None
+    end_step: int | None = None
+    how: str | None = None
+    code: int | None = None
+    reason: str | None = None
+    goes_on: bool = False
+
+
+def this_job() -> tuple[str, int]:
+    """(job, restart) of the environment. Raises UserError outside of a job."""
+    if "SLURM_JOB_ID" not in os.environ:
+        raise UserError("genscale slurm begin and end belong into the script of a job (SLURM_JOB_ID is not set); "
+                        "`genscale slurm render` writes one")
+    array, job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ["SLURM_JOB_ID"]
+    name = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job
+    return name, int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+
+def begin(run: Path, max_requeues: int) -> int:
+    """The beginning of a life, on each of the job's nodes: looks at the node, and on the first of them counts the life.
+
+    Returns: 0 to go on, NOTHING_TO_DO or UNFIT. Raises UserError where the run folder is another run's, or the job may not
+    begin once more.
+    """
+    job, restart = this_job()
+    first = os.environ.get("SLURM_PROCID", "0") == "0"
+    for part in ("jobs/nodes", "logs"):
+        (run / part).mkdir(parents=True, exist_ok=True)
+    lives = read_lives(run)
+    if first and lives and lives[-1].job == job and (read_ended(run) or {}).get("how") == "complete":
+        tell(run, job, f"nothing to do: the run is complete at step {latest_step(run)}")
+        return NOTHING_TO_DO
+    checks = quick_check(run)
+    failures = [f"{check.name}: {check.found}" for check in checks if check.state == "failure"]
+    at_fault = any(check.state == "failure" and check.of_node for check in checks)
+    report = {"job": job, "restart": restart, "failures": failures, "at_fault": at_fault}
+    _write(run / "jobs" / "nodes" / f"{host_name()}.json", report)
+    if not first:
+        return 0  # the first one reads what was said
+    count_life(run, job, restart, max_requeues)
+    return _judge_nodes(run, job, restart)
+
+
+def count_life(run: Path, job: str, restart: int, max_requeues: int) -> None:
+    """Claim the run folder for a moment, which ends whoever of an earlier life still writes there, and note the life.
+
+    Raises UserError where another run has the folder, or where the job is at its end.
+    """
+    lives = [_closed(run, life) if life.how is None else life for life in read_lives(run)]
+    mine = [life for life in lives if life.job == job]
+    if reason := why_no_more(mine, max_requeues):
+        raise UserError(f"{run}: {reason}")
+    RunOwner(run, lambda line: tell(run, job, line)).release()
+    (run / "ended.json").unlink(missing_ok=True)
+    (run / "jobs" / "exclude").unlink(missing_ok=True)
+    life = Life(job, restart, tuple(_nodes()), _now(), latest_step(run))
+    _write_lives(run, [*lives, life])
+    tell(run, job, f"life {len(mine) + 1} begins on {', '.join(life.nodes)} after step {life.step}")
+
+
+def _closed(run: Path, life: Life) -> Life:
+    """A life whose end nobody has told: its node has died, or Slurm has requeued the job over its head."""
+    said = read_ended(run) or {}
+    return replace(life, ended=_now(), end_step=latest_step(run), how=said.get("how", "killed"), code=said.get("exit_code"),
+                   reason=said.get("reason"), goes_on=True)
+
+
+def _judge_nodes(run: Path, job: str, restart: int) -> int:
+    """UNFIT where a node is not fit, or does not answer. A fault that all of them have is no node's own."""
+    nodes = _nodes()
+    reports = _reports(run, nodes, job, restart)
+    faults = {node: "; ".join(reports[node]["failures"]) for node in nodes if node in reports and reports[node]["failures"]}
+    silent = [node for node in nodes if node not in reports]
+    for node, fault in faults.items():
+        tell(run, job, f"{node} is not fit: {fault}")
+    for node in silent:
+        tell(run, job, f"{node} has not reported within {NODES_SECONDS:.0f} s: it could not start Python, or does not share "
+                       f"{run}")
+    if not faults and not silent:
+        return 0
+    excluded = sorted({*silent, *(node for node in faults if reports[node]["at_fault"])})
+    if excluded and (len(excluded) < len(nodes) or len(nodes) == 1):
+        (run / "jobs" / "exclude").write_text(",".join(excluded))
+    return UNFIT
+
+
+def _reports(run: Path, nodes: Sequence[str], job: str, restart: int) -> dict[str, dict[str, Any]]:
+    deadline = time.monotonic() + NODES_SECONDS
+    while True:
+        found = {}
+        for node in nodes:
+            report = _read(run / "jobs" / "nodes" / f"{node}.json")
+            if report and (report["job"], report["restart"]) == (job, restart):
+                found[node] = report
+        if len(found) == len(nodes) or time.monotonic() > deadline:
+            return found
+        time.sleep(0.2)
+
+
+def end(run: Path, code: int, max_requeues: int) -> int:
+    """The end of a life: says how it ended and whether there is another one.
+
+    Args:
+        code: the exit code of what has run, as srun gave it.
+
+    Returns: AGAIN, or the exit code of the job.
+    """
+    job, restart = this_job()
+    lives = read_lives(run)
+    if any(life.job == job and life.restart > restart for life in lives):
+        # This life's node was cut off, and Slurm has started the job elsewhere meanwhile.
+        tell(run, job, f"the life after restart {restart} ends, for a later one has the run")
+        return code or exit_codes.OUR_ERROR
+    if lives and (lives[-1].job, lives[-1].restart) == (job, restart):
+        life = _with_end(run, lives.pop(), read_ended(run), code)
+    elif code == exit_codes.USER_ERROR:
+        tell(run, job, "not requeued: it was refused at its beginning")
+        return code
+    else:  # stopped before it was counted
+        step = latest_step(run)
+        life = Life(job, restart, tuple(_nodes()), _now(), step, _now(), step, "killed", code)
+    mine = [each for each in lives if each.job == job] + [life]
+    stop = why_not_again(life, mine, max_requeues)
+    life = replace(life, goes_on=stop is None)
+    _write_lives(run, [*lives, life])
+    how = f"{life.how}{f' ({life.reason})' if life.reason and life.how != 'complete' else ''}"
+    tell(run, job, f"life {len(mine)} ended after step {life.end_step}: {how}; {stop or 'the job is requeued'}")
+    if stop is None:
+        return AGAIN
+    return exit_codes.DONE if life.how == "complete" else life.code or exit_codes.OUR_ERROR
+
+
+def _with_end(run: Path, life: Life, said: dict[str, Any] | None, code: int) -> Life:
+    how, reason = (said["how"], said.get("reason")) if said else ("killed", None)
+    if said is None and code == exit_codes.DONE:
+        how, reason = "failed", "the processes ended without a word"
+    elif said is None and code == UNFIT:
+        how, reason = "unfit", (run / "jobs" / "exclude").read_text() if (run / "jobs" / "exclude").exists() else None
+    elif said is None and code == exit_codes.USER_ERROR:
+        how = "failed"
+    elif said and said.get("signal"):
+        reason = said["signal"]
+    return replace(life, ended=_now(), end_step=latest_step(run), how=how, reason=reason,
+                   code=said["exit_code"] if said else code)
+
+
+def why_not_again(life: Life, lives: Sequence[Life], max_requeues: int) -> str | None:
+    """Why there is no life after this one, the last of `lives` of its job; None where there is."""
+    if life.how == "complete":
+        return "the run is complete"
+    if life.how == "failed" and life.code == exit_codes.USER_ERROR:
+        return "not requeued: it would fail again"
+    if life.how == "unfit" and life.reason is None:
+        return "not requeued: all nodes have the same fault"
+    return why_no_more(lives, max_requeues)
+
+
+def why_no_more(lives: Sequence[Life], max_requeues: int) -> str | None:
+    """Why a job with these lives behind it has no further one; None where it has."""
+    if len(lives) > max_requeues:
+        return f"not requeued: the job has had {len(lives)} lives (--max-requeues {max_requeues})"
+    last = lives[-FRUITLESS_LIVES:]
+    if len(last) == FRUITLESS_LIVES and all((life.end_step or 0) <= life.step for life in last):
+        return (f"not requeued: {FRUITLESS_LIVES} lives in a row have brought no new checkpoint (the latest is of step "
+                f"{last[-1].end_step})")
+    return None
+
+
+def read_lives(run: Path) -> list[Life]:
+    content = _read(run / "jobs" / "lives.json")
+    return [Life(**{**life, "nodes": tuple(life["nodes"])}) for life in content["lives"]] if content else []
+
+
+def _write_lives(run: Path, lives: Sequence[Life]) -> None:
+    _write(run / "jobs" / "lives.json", {"lives": [asdict(life) for life in lives]})
+
+
+def tell(run: Path, job: str, line: str) -> None:
+    """To the job's log, and to events.log."""
+    print(f"genscale: job {job}: {line}", flush=True)
+    with contextlib.suppress(OSError), (run / "jobs" / "events.log").open("a") as file:
+        file.write(f"{_now()} job {job}: {line}\n")
+
+
+def _nodes() -> list[str]:
+    """Of the job, as its script has found them."""
+    return os.environ.get("GENSCALE_NODES", "").split() or [host_name()]
+
+
+def read_ended(run: Path) -> dict[str, Any] | None:
+    return _read(run / "ended.json")
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads(file.read_text())
+        return content if isinstance(content, dict) else None
+    return None
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    temporary = file.with_name(f".{file.name}-{os.getpid()}-{host_name()}")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, file)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

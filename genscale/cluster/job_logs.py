@@ -1,0 +1,75 @@
+"""genscale slurm logs: what a run prints, as it does so."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from genscale.cluster import slurm_commands
+from genscale.cluster.job_records import jobs_of, runs_of, submitted
+from genscale.config_parser import parse_settings
+from genscale.errors import UserError
+
+POLL_SECONDS = 1.0
+QUEUE_SECONDS = 10.0
+"""Between two looks at the queue, of which the controller would not like more."""
+
+
+@dataclass
+class LogSettings:
+    """What to show of a run's logs."""
+
+    all: bool = False
+    """The log file of every rank, too."""
+    lines: int = 20
+    """Lines of each file to begin with."""
+
+
+def follow(folders: Sequence[Path], arguments: Sequence[str]) -> int:
+    """genscale slurm logs RUN: what its job prints (rank 0 speaks for all), until the job has ended. Raises UserError."""
+    settings = parse_settings(LogSettings, arguments, "genscale slurm logs RUN", "Follow what a run prints.")
+    if len(folders) != 1 or not folders[0].is_dir():
+        raise UserError("genscale slurm logs: name one run folder" + (f", not {folders[0]}" if folders else ""))
+    places: dict[Path, int] = {}
+    looked, goes_on = float("-inf"), True
+    while goes_on:
+        if time.monotonic() - looked > QUEUE_SECONDS:
+            looked, goes_on = time.monotonic(), bool(slurm_commands.active(jobs_of(folders[0])))
+        for file in files(folders[0], settings.all):
+            _show_news(file, places, settings.lines, named=settings.all or len(runs_of(folders)) > 1)
+        if goes_on:
+            time.sleep(POLL_SECONDS)
+    if not places:
+        raise UserError(f"genscale slurm logs: {folders[0]} has no logs yet, and no job in the queue")
+    return 0
+
+
+def files(folder: Path, ranks: bool) -> list[Path]:
+    """What the latest job of each of its runs prints; and, for `ranks`, the log of each rank."""
+    found: list[Path] = []
+    for run in runs_of([folder]):
+        logs = [entry.log for entry in submitted(run) if entry.log]
+        log = logs[-1] if logs else next(filter(None, map(slurm_commands.printed_to, reversed(jobs_of(run)))), None)
+        found += [Path(log)] if log and Path(log).is_file() else []
+        found += sorted((run / "logs").glob("rank-*.log")) if ranks else []
+    return found
+
+
+def _show_news(file: Path, places: dict[Path, int], lines: int, named: bool) -> None:
+    """Print what has come to the file since it was last looked at; at first, its last lines."""
+    try:
+        with file.open("rb") as opened:
+            if file not in places:
+                text = opened.read()
+                kept = text.splitlines(keepends=True)[-lines:] if lines else []
+                news, places[file] = b"".join(kept), len(text)
+            else:
+                opened.seek(places[file])
+                news = opened.read()
+                places[file] += len(news)
+    except OSError:
+        return
+    for line in news.decode(errors="replace").splitlines():
+        print(f"{file.name}: {line}" if named else line, flush=True)

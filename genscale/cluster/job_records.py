@@ -1,0 +1,82 @@
+"""Which jobs a run has: those that were submitted for it, and those that have begun in its folder.
+
+    <run folder>/jobs/0001/         a submission: job.sbatch and the resolved config.yaml
+    <run folder>/jobs/jobs.json     which job each became, where it prints to, and the runs that it trains
+
+An array has a folder of its own with the submission, <run.dir>/<run.name>, and its runs lie beside that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from genscale.cluster.job_life import read_lives
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job as it was submitted.
+
+    Attributes:
+        job: as Slurm's commands take it, `12`, or `12_3` of an array.
+        kept: folder with script and config.
+        log: what it prints; None of an array as a whole.
+        runs: folders of the runs that it trains.
+    """
+
+    job: str
+    kept: str
+    log: str | None
+    runs: tuple[str, ...]
+    time: str = ""
+
+
+def new_folder(run: Path) -> Path:
+    """An empty folder for what is submitted next: <run>/jobs/0001, and so on. Raises OSError."""
+    number = max((int(path.name) for path in (run / "jobs").glob("[0-9]*") if path.name.isdigit()), default=0)
+    while True:
+        number += 1
+        folder = run / "jobs" / f"{number:04d}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+
+
+def record(folder: Path, entry: Submitted) -> None:
+    """Note in that folder that the job was submitted. Raises OSError."""
+    file = folder / "jobs" / "jobs.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    jobs = [asdict(each) for each in [*submitted(folder), entry]]
+    temporary = file.with_name(f".{file.name}-{os.getpid()}")
+    temporary.write_text(json.dumps({"jobs": [*jobs[:-1], {**jobs[-1], "time": now}]}, indent=1) + "\n")
+    os.replace(temporary, file)
+
+
+def submitted(folder: Path) -> list[Submitted]:
+    """What was recorded in that folder, the oldest first."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        entries = json.loads((folder / "jobs" / "jobs.json").read_text())["jobs"]
+        return [Submitted(**{**entry, "runs": tuple(entry["runs"])}) for entry in entries]
+    return []
+
+
+def jobs_of(folder: Path) -> list[str]:
+    """Every job that may train the run, or the runs, of that folder, the oldest first."""
+    found = [entry.job for entry in submitted(folder)] + [life.job for life in read_lives(folder)]
+    return list(dict.fromkeys(found))
+
+
+def runs_of(folders: Sequence[Path]) -> list[Path]:
+    """The runs of those folders: themselves, or those of their arrays."""
+    found = []
+    for folder in folders:
+        entries = submitted(folder)
+        found += [Path(run) for entry in entries for run in entry.runs] or [folder]
+    return list(dict.fromkeys(found))

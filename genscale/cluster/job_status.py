@@ -1,0 +1,152 @@
+"""The jobs of runs: where they are, what the runs have come to, and when they will be done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import yaml
+
+from genscale.cluster import slurm_commands
+from genscale.cluster.job_life import Life, read_ended, read_lives
+from genscale.cluster.job_records import jobs_of, runs_of, submitted
+from genscale.cluster.slurm_commands import Queued
+from genscale.errors import UserError
+from genscale.tracking.metrics_file import read_metrics
+from genscale.training.checkpoint_names import latest_step
+
+RECENT = 20
+"""Logged steps that the speed is a mean of."""
+HEADINGS = ("RUN", "JOB", "STATE", "LIVES", "STEP", "LOSS", "SPEED", "TIME LEFT", "PREDICTED END", "NOTE")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is to know of a run and its latest job; None where there is nothing.
+
+    Attributes:
+        speed: units a second, with the unit.
+        time_left: of this life of the job.
+        predicted: seconds until the last step at the present speed, waits in the queue not counted.
+    """
+
+    run: Path
+    job: str | None
+    state: str
+    lives: int
+    step: int
+    steps: int | None
+    loss: float | None
+    speed: str | None
+    time_left: str | None
+    predicted: float | None
+    note: str
+
+
+def show(folders: Sequence[Path], arguments: Sequence[str]) -> int:
+    """genscale slurm status [RUN ...]. Raises UserError."""
+    runs = runs_of(_chosen(folders, arguments, "status"))
+    jobs = slurm_commands.queue()
+    print(table([row_of(run, jobs) for run in runs]))
+    return 0
+
+
+def cancel(folders: Sequence[Path], arguments: Sequence[str]) -> int:
+    """genscale slurm cancel RUN ... Raises UserError where none of them has a job."""
+    if not folders:
+        raise UserError("genscale slurm cancel: name the run folders whose jobs are to end")
+    numbers = [job for folder in _chosen(folders, arguments, "cancel") for job in jobs_of(folder)]
+    found = slurm_commands.active(numbers)
+    if not found:
+        raise UserError(f"genscale slurm cancel: no job of {', '.join(map(str, folders))} is in the queue")
+    slurm_commands.cancel([each.job for each in found])
+    for each in found:
+        print(f"cancelled job {each.job} ({each.state.lower()})")
+    return 0
+
+
+def _chosen(folders: Sequence[Path], arguments: Sequence[str], action: str) -> list[Path]:
+    """The folders given, or all in runs/ that have had a job."""
+    if arguments:
+        raise UserError(f"genscale slurm {action}: takes run folders, not '{arguments[0]}'")
+    found = list(folders) or sorted({path.parent.parent for path in Path("runs").glob("*/jobs/*.json")})
+    if not found:
+        raise UserError(f"genscale slurm {action}: no run in runs/ has a job; name a run folder")
+    for folder in found:
+        if not (folder / "jobs").is_dir():
+            raise UserError(f"{folder}: no job was submitted for it" if folder.is_dir() else f"{folder}: no such run folder")
+    return found
+
+
+def row_of(run: Path, jobs: Sequence[Queued]) -> Row:
+    """What is to know of a run.
+
+    Args:
+        jobs: the queue.
+    """
+    numbers, lives, metrics = jobs_of(run), read_lives(run), read_metrics(run / "metrics.jsonl")
+    job = next((each for each in jobs if each.job in numbers), None)
+    number = job.job if job else numbers[-1] if numbers else None
+    state, note = _state(run, job, [life for life in lives if life.job == number], number)
+    logged = [line for line in metrics if "step_seconds" in line]
+    steps, step = _steps(run), max(latest_step(run), logged[-1]["step"] if logged else 0)
+    predicted = None
+    if job and logged and steps and step < steps:
+        recent = [line["step_seconds"] for line in logged[-RECENT:]]
+        predicted = sum(recent) / len(recent) * (steps - step)
+    return Row(run, number, state, len(lives), step, steps, _loss(metrics), _speed(logged),
+               job.time_left if job and job.state == "RUNNING" else None, predicted, note)
+
+
+def _state(run: Path, job: Queued | None, lives: Sequence[Life], number: str | None) -> tuple[str, str]:
+    """In a word, and a note on it."""
+    if job is not None:
+        if job.state == "PENDING":
+            return ("requeued" if lives else "queued"), job.reason
+        return job.state.lower(), job.nodes
+    if lives and lives[-1].how and not lives[-1].goes_on:
+        last = lives[-1]
+        return "ended", f"{last.how}{f': {last.reason}' if last.reason and last.how != 'complete' else ''}"
+    ended = read_ended(run)
+    if ended and ended["how"] == "complete":
+        return "ended", "complete"
+    slurm = slurm_commands.last_state(number) if number else None
+    return "ended", (slurm or "Slurm has forgotten the job").lower().replace("_", " ")
+
+
+def _steps(run: Path) -> int | None:
+    """In all, as the latest submission says, or else as the run itself."""
+    for file in [*(Path(entry.kept) / "config.yaml" for entry in reversed(submitted(run))), run / "config.yaml"]:
+        if file.is_file():
+            return yaml.safe_load(file.read_text())["train"]["steps"]
+    return None
+
+
+def _loss(metrics: Sequence[dict]) -> float | None:
+    """The latest; of several phases that of the first."""
+    for line in reversed(metrics):
+        for name, value in line.items():
+            if (name == "loss" or name.endswith("/loss")) and value is not None:
+                return value
+    return None
+
+
+def _speed(logged: Sequence[dict]) -> str | None:
+    for name, value in logged[-1].items() if logged else ():
+        if name.endswith("_per_second") and name != "tflops_per_second":
+            return f"{value:,.0f} {name.removesuffix('_per_second')}/s"
+    return None
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Aligned columns; the note comes last, since it may be long."""
+    lines = [HEADINGS]
+    for row in rows:
+        step = f"{row.step}/{row.steps}" if row.steps else str(row.step)
+        end = f"{datetime.now() + timedelta(seconds=row.predicted):%a %d %b %H:%M}" if row.predicted is not None else "-"
+        lines.append((str(row.run), row.job or "-", row.state, str(row.lives), step,
+                      "-" if row.loss is None else f"{row.loss:.4f}", row.speed or "-", row.time_left or "-", end, row.note))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)

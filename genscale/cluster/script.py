@@ -1,0 +1,206 @@
+"""The script of a job, for sbatch and for people: what `slurm/*.sbatch` are, and `genscale slurm submit` submits."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from genscale.cluster.environment import communication
+from genscale.cluster.job import Job
+from genscale.cluster.site import Site
+
+FIRST_PORT, PORTS = 20000, 12000
+"""Below those that systems give to whoever asks for any."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a job trains.
+
+    Attributes:
+        config: the YAML file, as its path from where the job starts.
+        run: the run folder, or what the names of an array's run folders begin with.
+        settings: what overrides the file, as `genscale train` takes it.
+        collective_seconds: how long a collective of the run may wait.
+        goes_on: whether a life after the first goes on from the latest checkpoint as it is; False where `run.resume` says
+            otherwise, which is for the first only.
+    """
+
+    config: str
+    run: str
+    settings: Sequence[str] = ()
+    collective_seconds: int = 1800
+    goes_on: bool = True
+
+
+def render(job: Job, site: Site, training: Training, output: str | None = None) -> str:
+    """The script.
+
+    Args:
+        output: where Slurm writes what the job prints, with its own placeholders; None: beside where the job starts.
+    """
+    array = job.array
+    output = output or ("%x-%A_%a.log" if array else "%x-%j.log")
+    parts = [_head(job, site, output), _what_it_trains(job, training), _environment(job, site, training), _meeting(),
+             _life(job, _inside(job, site))]
+    return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
+
+
+def _head(job: Job, site: Site, output: str) -> list[str]:
+    tasks = job.processes_per_node if job.launcher == "srun" else 1
+    what = f"{job.nodes} node{'s' if job.nodes > 1 else ''}"
+    if job.array:
+        what = f"An array of runs, each on {what}"
+    else:
+        what = f"A run on {what}"
+    return [
+        "#!/bin/bash",
+        f"# {what}, as `genscale slurm render` writes it. Submit it with sbatch, in the folder that genscale was",
+        "# cloned into.",
+        "#",
+        "# -- to change: what it asks for (and below, what it trains)",
+        f"#SBATCH --job-name={shlex.quote(job.name)}",
+        f"#SBATCH --nodes={job.nodes}",
+        *([f"#SBATCH --gpus-per-node={job.gpus_per_node}"] if job.gpus_per_node else []),
+        f"#SBATCH --time={job.time}",
+        *([f"#SBATCH --array={job.array.for_sbatch()}"] if job.array else []),
+        _or_remark("partition", job.partition),
+        _or_remark("account", job.account),
+        *(f"#SBATCH {line}" for line in site.sbatch),
+        "#",
+        f"# -- one task a {'process' if tasks > 1 or job.launcher == 'srun' else 'node'}, with its CPU cores",
+        f"#SBATCH --ntasks-per-node={tasks}",
+        f"#SBATCH --cpus-per-task={job.processes_per_node * job.cpus_per_process // tasks}",
+        f"# -- {job.lead} s before the limit every training process is told (without B:, which would tell this shell only);",
+        "#    the run then writes a checkpoint and ends, and the job requeues itself",
+        f"#SBATCH --signal={job.signal}@{job.lead}",
+        "#SBATCH --requeue",
+        "# -- else a requeue would empty the log",
+        "#SBATCH --open-mode=append",
+        f"#SBATCH --output={shlex.quote(output)}",
+    ]
+
+
+def _or_remark(option: str, value: str | None) -> str:
+    """An option, or a line to make one of."""
+    return f"#SBATCH --{option}={value}" if value else f"##SBATCH --{option}=...  (take away a #; else it is the cluster's own)"
+
+
+def _what_it_trains(job: Job, training: Training) -> list[str]:
+    lines = [f"config={shlex.quote(training.config)}"]
+    array = job.array
+    if array is None:
+        lines += [f"run={shlex.quote(training.run)}", f"settings=({shlex.join(training.settings)})"]
+    else:
+        if array.is_range:
+            lines.append("value=$SLURM_ARRAY_TASK_ID")
+        else:
+            lines += [f"values=({shlex.join(array.values)})", "value=${values[SLURM_ARRAY_TASK_ID]}"]
+        lines += [f"run={shlex.quote(f'{training.run}-{array.short}')}${{value//[^A-Za-z0-9._+-]/-}}",
+                  f"settings=({shlex.join(training.settings)}{' ' if training.settings else ''}\"--{array.key}=$value\")"]
+    lines[-1] += '  # override those of the file'
+    lines.append('settings+=(--run.dir "$(dirname "$run")" --run.name "$(basename "$run")")')
+    if not training.goes_on:
+        lines.append('[ -z "$SLURM_RESTART_COUNT" ] || settings+=(--run.resume auto)  # from its latest checkpoint')
+    return lines
+
+
+def _environment(job: Job, site: Site, training: Training) -> list[str]:
+    lines = ["# -- the environment of the site", *site.setup_lines(job.container)]
+    exports = dict(site.environment)
+    if folder := site.scratch_folder():
+        exports.setdefault("HF_HOME", f"{folder}/huggingface")
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
+    threads = "$SLURM_CPUS_PER_TASK" if job.launcher == "srun" else "$((SLURM_CPUS_PER_TASK / LOCAL_WORLD_SIZE))"
+    lines += [
+        "",
+        "# -- the environment of the processes",
+        "export LOCAL_WORLD_SIZE=" + ("$SLURM_GPUS_ON_NODE  # on each node: one a GPU" if job.gpus_per_node
+                        else f"{job.processes_per_node}  # on each node"),
+        f"export OMP_NUM_THREADS={threads}  # each process has its own cores",
+    ]
+    if not job.gpus_per_node:
+        lines.append("export CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu  # on the CPU, whatever else the node has")
+    variables = communication('$run/logs', training.collective_seconds, site.network_interface)
+    width = max(len(f"export {each.name}={each.value}") for each in variables)
+    return lines + [f"{f'export {each.name}={each.value}':<{width}}  # {each.why}" for each in variables]
+
+
+def _meeting() -> list[str]:
+    return [
+        "# -- where the processes meet: on the first of the job's nodes, at a port of the job's own",
+        'nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST") && [ -n "$nodes" ] ||',
+        "    { echo \"error: scontrol show hostnames names no node of '$SLURM_JOB_NODELIST'\" >&2; exit 1; }",
+        f"export MASTER_ADDR=${{nodes%%$'\\n'*}} MASTER_PORT=$(({FIRST_PORT} + SLURM_JOB_ID % {PORTS}))",
+        "export GENSCALE_NODES=$nodes GENSCALE_RUN=$run",
+        "# In an array the last element's SLURM_JOB_ID is that of the whole array.",
+        "job=$SLURM_JOB_ID",
+        '[ -z "$SLURM_ARRAY_JOB_ID" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID',
+    ]
+
+
+def _inside(job: Job, site: Site) -> str:
+    """What a program is started with, in the job's container."""
+    if not job.container:
+        return ""
+    words = [*shlex.split(site.container_command), job.container]
+    # Double quotes, for a variable in it to be replaced, and since it stands between single ones.
+    return " ".join(word if re.fullmatch(r"[\w@%+=:,./-]+", word) else f'"{word}"' for word in words) + " "
+
+
+def _life(job: Job, inside: str) -> list[str]:
+    cap = f"--max-requeues {job.max_requeues}"
+    return [
+        "# -- one life of the job. A task that has ended leaves the others in peace for a while, however it ended: it may have",
+        "#    been the first to answer a signal",
+        'step=(srun --export=ALL --nodes="$SLURM_NNODES" --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0)',
+        "",
+        "# -- its beginning looks at every node and counts the life; 10: the run is complete",
+        '"${step[@]}" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --wait=180 \\',
+        f'    {inside}python -m genscale slurm begin "$run" {cap}',
+        "code=$?",
+        '[ "$code" = 10 ] && exit 0',
+        'if [ "$code" = 0 ]; then',
+        *(f"    {line}" for line in (_with_srun(inside) if job.launcher == "srun" else _with_accelerate(inside))),
+        "    code=$?",
+        "fi",
+        "",
+        "# -- its end, as the run folder tells it, for no exit code comes through a launcher; 75: there is to be another life",
+        f'{inside}python -m genscale slurm end "$run" --code "$code" {cap}',
+        "code=$?",
+        '[ "$code" = 75 ] || exit "$code"',
+        "trap '' TERM  # which the requeue sends to this shell",
+        "for try in {1..60}; do  # Slurm's controller may be away for minutes",
+        '    if scontrol requeue "$job"; then',
+        '        [ -s "$run/jobs/exclude" ] && scontrol update JobId="$job" ExcNodeList="$(cat "$run/jobs/exclude")"',
+        "        exit 0",
+        "    fi",
+        "    sleep 10",
+        "done",
+        "exit 1",
+    ]
+
+
+def _with_accelerate(inside: str) -> list[str]:
+    return [
+        '"${step[@]}" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpu-bind=cores --wait=60 bash -c \'',
+        "    # Signals are for the training processes. The launcher would die of them, and leave those behind.",
+        '    trap "" USR1 USR2 TERM INT; export PET_SIGNALS_TO_HANDLE=SIGQUIT',
+        f"    exec {inside}accelerate launch --config_file launch/ddp.yaml \\",
+        '        --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" --num_processes "$1" \\',
+        '        --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" --same_network \\',
+        '        --num_cpu_threads_per_process "$OMP_NUM_THREADS" --module genscale train "${@:2}"',
+        "' launch $((SLURM_NNODES * LOCAL_WORLD_SIZE)) --config \"$config\" \"${settings[@]}\"",
+    ]
+
+
+def _with_srun(inside: str) -> list[str]:
+    return [
+        '"${step[@]}" --ntasks=$((SLURM_NNODES * LOCAL_WORLD_SIZE)) --ntasks-per-node="$LOCAL_WORLD_SIZE" \\',
+        "    --cpu-bind=cores --wait=60 bash -c '",
+        "    export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID",
+        f"    exec {inside}python -m genscale train \"$@\"",
+        "' train --config \"$config\" \"${settings[@]}\"",
+    ]

@@ -1,0 +1,106 @@
+"""What is particular to a cluster: partition, account, modules, container, folders. One YAML for all the runs on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from genscale.errors import UserError, nearest
+
+OF_THE_REPOSITORY = Path("launch/site.yaml")
+
+
+@dataclass(frozen=True)
+class Site:
+    """The settings of `launch/site.yaml`."""
+
+    partition: str | None = None
+    """Partition of the jobs (default: the cluster's own)."""
+    account: str | None = None
+    """Account that pays for them (default: the user's own)."""
+    gpus_per_node: int = 8
+    """GPUs of a node; 0 where jobs train on the CPU."""
+    cpus_per_process: int = 8
+    """CPU cores for each training process, its loader workers included."""
+    sbatch: list[str] = field(default_factory=list)
+    """Further lines for sbatch, as [--qos=long, --mem=0, --exclusive]."""
+    modules: list[str] = field(default_factory=list)
+    """Modules to load (`module load`), as [cuda/12.8]."""
+    setup: list[str] | None = None
+    """Lines of shell after that (default: `source .venv/bin/activate`, or nothing with a container)."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables for all processes of a job, as {HF_HUB_OFFLINE: "1"}."""
+    container: str | None = None
+    """Image that Python runs in; it must have genscale installed."""
+    container_command: str = "apptainer exec --nv --bind $PWD"
+    """What starts a program in the image, as far as the image's name."""
+    scratch: str | None = None
+    """Folder on the disk that all nodes share: runs go to <scratch>/runs where run.dir is not set, and what the Hugging Face
+    libraries keep to <scratch>/huggingface."""
+    network_interface: str | None = None
+    """Network that the processes meet in, as ib0 (default: what NCCL and gloo choose)."""
+
+    def setup_lines(self, container: str | None) -> list[str]:
+        """The shell's part in it, for a job in that container."""
+        activate = [] if container else ["source .venv/bin/activate"]
+        return [*(f"module load {module}" for module in self.modules), *(activate if self.setup is None else self.setup)]
+
+    def scratch_folder(self) -> str | None:
+        return os.path.expandvars(os.path.expanduser(self.scratch)) if self.scratch else None
+
+
+def user_file() -> Path:
+    """Where a user keeps the site's settings for all their checkouts."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "genscale" / "site.yaml"
+
+
+def read_site(file: str | None = None) -> Site:
+    """The site's settings: of `file`, or else the user's own, or else those of `launch/site.yaml` here, or else the defaults.
+
+    Raises:
+        UserError: the file cannot be read, or a setting in it is not one.
+    """
+    if file is not None:
+        return _read(Path(file))
+    return next((_read(path) for path in (user_file(), OF_THE_REPOSITORY) if path.is_file()), Site())
+
+
+def _read(path: Path) -> Site:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"--site: cannot read '{path}' ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--site: '{path}' is not valid YAML: {error}") from None
+    if not isinstance(content or {}, dict):
+        raise UserError(f"--site: '{path}' must hold settings like 'partition: gpu', not a {type(content).__name__}")
+    kinds, defaults = get_type_hints(Site), {each.name: each for each in dataclasses.fields(Site)}
+    settings = {}
+    for key, value in (content or {}).items():
+        if key not in defaults:
+            raise UserError(f"site.{key}: unknown key in {path}{nearest(str(key), defaults)}")
+        settings[key] = _checked(str(key), value, kinds[key], path)
+    return Site(**settings)
+
+
+def _checked(key: str, value: Any, kind: Any, path: Path) -> Any:
+    kinds = get_args(kind) if type(None) in get_args(kind) else (kind,)
+    if value is None and type(None) in kinds:
+        return None
+    wanted = kinds[0]
+    if wanted is str and isinstance(value, str) and value and value.isprintable():
+        return value
+    if wanted is int and type(value) is int and value >= (0 if key == "gpus_per_node" else 1):
+        return value
+    if wanted == list[str] and isinstance(value, list) and all(isinstance(each, str) and each.isprintable() for each in value):
+        return value
+    if wanted == dict[str, str] and isinstance(value, dict) and all(str(name).isidentifier() for name in value):
+        return {name: str(each) for name, each in value.items()}
+    words = {str: "a text", int: "a whole number", list[str]: "a list of texts, as [a, b]",
+             dict[str, str]: "a mapping of variables, as {NAME: value}"}
+    raise UserError(f"site.{key}: must be {words[wanted]}, not {value!r} (in {path})")

@@ -1,0 +1,139 @@
+"""Slurm's own commands: what they are asked, and what they answer."""
+
+from __future__ import annotations
+
+import getpass
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from genscale.errors import UserError
+
+SECONDS = 60
+"""Longest wait for an answer: the controller may be busy, or away."""
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A job, or an element of an array (`12_3`), that is in the queue or runs.
+
+    Attributes:
+        reason: why it waits, where it does.
+        time_left: of this life, as Slurm writes it.
+    """
+
+    job: str
+    state: str
+    reason: str
+    nodes: str
+    time_left: str
+
+
+def need(command: str) -> None:
+    """Raises UserError where Slurm is not installed here."""
+    if shutil.which(command) is None:
+        raise UserError(f"{command}: not found on this machine; run this on a login node of the cluster (`genscale slurm "
+                        "render --config FILE --out job.sbatch` writes the script here)")
+
+
+def ask(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run one of Slurm's commands. Raises UserError where there is none, or no answer."""
+    need(command)
+    try:
+        return subprocess.run([command, *arguments], capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{command}: no answer from Slurm within {SECONDS} s; try again later") from None
+
+
+def queue() -> list[Queued]:
+    """The user's jobs that wait or run, elements of arrays one by one. Raises UserError."""
+    done = ask("squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%i|%T|%r|%N|%L")
+    if done.returncode:
+        raise UserError(f"squeue: {_words(done.stderr)}")
+    return [Queued(*line.split("|")) for line in done.stdout.splitlines() if line.count("|") == 4]
+
+
+def active(jobs: Iterable[str]) -> list[Queued]:
+    """Those of the queue that belong to one of the jobs: themselves, or elements of their arrays."""
+    wanted = set(jobs)
+    return [each for each in queue() if each.job in wanted or each.job.partition("_")[0] in wanted]
+
+
+def last_state(job: str) -> str | None:
+    """How Slurm says that a job ended, as CANCELLED; None where it has forgotten the job."""
+    accounting = ["--noheader", "--allocations", "--parsable2", "--format=State", "--jobs", job]
+    for command, arguments, pattern in (("scontrol", ["--oneliner", "show", "job", job], r"JobState=(\w+)"),
+                                        ("sacct", accounting, r"^(\w+)")):
+        if shutil.which(command):
+            done = ask(command, *arguments)
+            if not done.returncode and (match := re.search(pattern, done.stdout, re.MULTILINE)):
+                return match[1]
+    return None
+
+
+def printed_to(job: str) -> str | None:
+    """The file that a job prints to, while Slurm remembers it."""
+    done = ask("scontrol", "--oneliner", "show", "job", job)
+    match = re.search(r"StdOut=(\S+)", done.stdout) if not done.returncode else None
+    return match[1] if match else None
+
+
+def cancel(jobs: Iterable[str]) -> None:
+    """Raises UserError."""
+    done = ask("scancel", *jobs)
+    if done.returncode:
+        raise UserError(f"scancel: {_words(done.stderr)}")
+
+
+def submit(script: str, test_only: bool = False) -> str:
+    """Hand the script (a file) to sbatch. Returns the job's number, or what sbatch says of a job that it only tests.
+
+    Raises UserError with Slurm's words and the name of the setting that they are about.
+    """
+    done = ask("sbatch", *(["--test-only"] if test_only else ["--parsable"]), script)
+    if done.returncode:
+        raise UserError(explain(_words(done.stderr)))
+    if test_only:
+        return _words(done.stderr)
+    return done.stdout.strip().partition(";")[0]
+
+
+# Slurm's words, and the settings of ours they are about.
+ABOUT = (
+    (r"invalid partition", "--partition"),
+    (r"invalid account|account/partition|invalid qos", "--account"),
+    (r"time limit|time specification", "--time"),
+    (r"node configuration|more processors|node count|gres|too many|cpu count", "--nodes, --gpus-per-node, --cpus-per-process"),
+    (r"array", "--array"),
+    (r"memory|unrecognized option|invalid option|constraint|feature", "site.sbatch"),
+)
+
+
+def explain(words: str) -> str:
+    """Slurm's message as one of ours: the setting first."""
+    setting = next((setting for pattern, setting in ABOUT if re.search(pattern, words, re.IGNORECASE)), "sbatch")
+    return f"{setting}: refused by Slurm: {words}{_nearest(setting)}"
+
+
+def _nearest(setting: str) -> str:
+    """What this cluster has, where it can be told."""
+    if setting == "--partition":
+        return f" (it has {', '.join(partitions)})" if (partitions := _sinfo("%R")) else ""
+    if setting.startswith("--nodes"):
+        kinds = [row.split("|") for row in _sinfo("%R|%D|%c|%G")]
+        rows = [f"{name}: {nodes} nodes of {cpus} cores and {gres.replace('(null)', 'no GPUs')}"
+                for name, nodes, cpus, gres in kinds]
+        return f" (partition {'; '.join(rows)})" if rows else ""
+    return ""
+
+
+def _sinfo(form: str) -> list[str]:
+    done = ask("sinfo", "--noheader", f"--format={form}")
+    return sorted({line.strip() for line in done.stdout.splitlines()}) if not done.returncode else []
+
+
+def _words(text: str) -> str:
+    """What a command said, without its own name before each line."""
+    return " ".join(re.sub(r"^\w+: (error: )?", "", line) for line in text.splitlines() if line.strip())

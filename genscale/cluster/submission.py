@@ -1,0 +1,232 @@
+"""From a run's config to a job in the queue; whatever is wrong with either is found before that."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from genscale.cluster import slurm_commands
+from genscale.cluster.checks import run_checks
+from genscale.cluster.job import Job, JobSettings, settle
+from genscale.cluster.job_records import Submitted, jobs_of, new_folder, record
+from genscale.cluster.node_checks import check_versions
+from genscale.cluster.script import Training, render
+from genscale.cluster.site import Site, read_site
+from genscale.cluster.storage_checks import QUICK_BYTES, check_run_folder
+from genscale.config import Config, RunSettings
+from genscale.config_parser import parse_config, parse_settings
+from genscale.errors import UserError
+from genscale.masking import has_mask
+from genscale.objectives import FAMILIES
+from genscale.training.config_check import check_config
+from genscale.training.run_folder import config_dict, config_yaml, flatten, run_folder
+from genscale.training.run_owner import who_has
+from genscale.training.supervision import group_timeout_minutes
+
+LAUNCH_FILE = Path("launch/ddp.yaml")
+SETUP_SECONDS = 120
+
+
+@dataclass
+class RenderSettings(JobSettings):
+    """The script of a job."""
+
+    out: str | None = None
+    """File to write it to (default: it is printed)."""
+
+
+@dataclass
+class SubmitSettings(JobSettings):
+    """A job to submit."""
+
+    dry_run: bool = False
+    """Show the script, and have Slurm say when and where the job would start; submit nothing."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job with all that its script is made of.
+
+    Attributes:
+        folder: that of the run; of an array, what the names of its runs begin with.
+        configs: of every run, one for each value of an array.
+    """
+
+    job: Job
+    site: Site
+    training: Training
+    folder: Path
+    configs: list[Config]
+
+    def runs(self) -> list[Path]:
+        return [run_folder(config) for config in self.configs]
+
+
+def print_script(arguments: Sequence[str], settings: Sequence[str]) -> int:
+    """genscale slurm render. Raises UserError."""
+    asked = parse_settings(RenderSettings, arguments, "genscale slurm render", "Write the script of a job.")
+    prepared = _prepare(asked, settings)
+    script = render(prepared.job, prepared.site, prepared.training)
+    if asked.out is None:
+        print(script, end="")
+        return 0
+    try:
+        Path(asked.out).write_text(script)
+    except OSError as error:
+        raise UserError(f"--out: cannot write {asked.out} ({error.strerror})") from None
+    print(asked.out)
+    return 0
+
+
+def submit(arguments: Sequence[str], settings: Sequence[str]) -> int:
+    """genscale slurm submit. Raises UserError, and then nothing is submitted."""
+    asked = parse_settings(SubmitSettings, arguments, "genscale slurm submit", "Submit a run, or an array of runs, to Slurm.")
+    slurm_commands.need("sbatch")
+    prepared = _prepare(asked, settings)
+    _check(prepared)
+    if asked.dry_run:
+        script = render(prepared.job, prepared.site, prepared.training, _output(prepared))
+        print(script)
+        with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
+            file.write(script)
+            file.flush()
+            print(slurm_commands.submit(file.name, test_only=True))
+        return 0
+    _keep_and_submit(prepared)
+    return 0
+
+
+def _prepare(asked: JobSettings, settings: Sequence[str]) -> Prepared:
+    if not asked.config:
+        raise UserError("--config: name the YAML file of the run, as --config configs/gpt/demo.yaml")
+    site = read_site(asked.site)
+    words = ["--config", asked.config, *settings]
+    config = parse_config(FAMILIES, words)
+    if (scratch := site.scratch_folder()) and config.run.dir == RunSettings().dir:
+        config.run.dir = f"{scratch}/{config.run.dir}"
+    job = settle(asked, site, config.run.name)
+    folder = run_folder(config)
+    if not str(folder).isprintable() or "'" in str(folder):
+        raise UserError(f"run.dir: {str(folder)!r} is not a path that a job's script can hold; choose another")
+    configs = [config]
+    if array := job.array:
+        configs = []
+        for value in array.values:
+            one = parse_config(FAMILIES, [*words, f"--{array.key}={value}"])
+            one.run = replace(one.run, dir=config.run.dir, name=array.name_of(config.run.name, value))
+            configs.append(one)
+        if len(names := {each.run.name for each in configs}) < len(configs):
+            raise UserError(f"--array: its {len(configs)} runs would have {len(names)} names, for values look alike in the "
+                            "name of a folder")
+    training = Training(asked.config, str(folder), _without(settings, ("--run.name", "--run.dir")),
+                        int(60 * group_timeout_minutes(config.guards.hang_minutes)), config.run.resume == "auto")
+    return Prepared(job, site, training, folder, configs)
+
+
+def _without(settings: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """The settings without those flags, for which the script has its own."""
+    kept, words = [], iter(settings)
+    for word in words:
+        if word.partition("=")[0] not in flags:
+            kept.append(word)
+        elif "=" not in word:
+            next(words, None)
+    return kept
+
+
+def _check(prepared: Prepared) -> None:
+    """Raises UserError for what would go wrong on the cluster."""
+    job, site = prepared.job, prepared.site
+    if job.launcher == "accelerate" and not LAUNCH_FILE.is_file():
+        raise UserError(f"--launcher: accelerate reads {LAUNCH_FILE}, which is not in {Path.cwd()}; submit from the folder "
+                        "that genscale was cloned into, or with --launcher srun")
+    for run in prepared.runs():
+        _check_is_free(run)
+    check_config(prepared.configs[0], job.world_size)
+    for check in run_checks([("versions", check_versions),
+                             ("disk space", lambda: check_run_folder(prepared.folder, QUICK_BYTES))], SETUP_SECONDS):
+        if check.state == "failure":
+            raise UserError(f"{check.name}: {check.found}; {check.remedy}")
+        if check.state == "warning":
+            print(f"warning: {check.name}: {check.found}; {check.remedy}", file=sys.stderr)
+    if not job.container:
+        _check_setup(site)
+
+
+def _check_is_free(run: Path) -> None:
+    if shutil.which("squeue") and (waiting := slurm_commands.active(jobs_of(run))):
+        raise UserError(f"run.name: {run} has a job already: {waiting[0].job} ({waiting[0].state.lower()}); wait for it, "
+                        f"end it with `genscale slurm cancel {run}`, or choose another name (-- --run.name NAME)")
+    if owner := who_has(run):
+        raise UserError(f"run.name: {run} belongs to a run that goes on: {owner}; wait for it, stop it, or choose another name "
+                        "(-- --run.name NAME)")
+
+
+def _check_setup(site: Site) -> None:
+    """That the lines of the site lead to a Python that has genscale: on a node, it would be found out hours later."""
+    lines = ["set -e", *site.setup_lines(None), *(f"export {name}={shlex.quote(value)}" for name, value in
+                                                  site.environment.items()), "python -m genscale --version"]
+    try:
+        done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, timeout=SETUP_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"site.setup: Python does not start within {SETUP_SECONDS} s after "
+                        f"`{'; '.join(site.setup_lines(None))}`") from None
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["no word why"])[-1]
+        raise UserError(f"site.setup: `{'; '.join(site.setup_lines(None))}` does not lead to a Python that has genscale: "
+                        f"{said}; set modules and setup in launch/site.yaml")
+
+
+def _output(prepared: Prepared) -> str:
+    return f"{prepared.folder}/logs/slurm-{'%A_%a' if prepared.job.array else '%j'}.log"
+
+
+def _keep_and_submit(prepared: Prepared) -> None:
+    """Script and resolved config into the run folder, the job into the queue."""
+    job, folder, training = prepared.job, prepared.folder, prepared.training
+    config = prepared.configs[0]
+    for key, value in flatten(config_dict(config)).items():
+        if isinstance(value, str) and has_mask(value):
+            raise UserError(f"{key}={value}: an address with a token cannot be kept in the job's config; put the token where "
+                            "the library looks for it (HF_TOKEN, ~/.netrc), and leave it out here")
+    try:
+        kept = new_folder(folder)
+        (folder / "logs").mkdir(exist_ok=True)
+        (kept / "config.yaml").write_text(config_yaml(config))
+        script = kept / "job.sbatch"
+        script.write_text(render(job, prepared.site, replace(training, config=str(kept / "config.yaml"), settings=()),
+                                 _output(prepared)))
+    except OSError as error:
+        raise UserError(f"run.dir: cannot write to {folder} ({error.strerror}); set --run.dir to a folder you can write to") \
+            from None
+    try:
+        number = slurm_commands.submit(str(script))
+    except BaseException:
+        shutil.rmtree(kept, ignore_errors=True)
+        for path in (folder / "jobs", folder / "logs", folder):  # where there was nothing, there is nothing
+            if path.is_dir() and not os.listdir(path):
+                path.rmdir()
+        raise
+    _record(prepared, number, kept)
+    what = f"{len(prepared.configs)} runs {folder}-{job.array.short}*" if job.array else str(folder)
+    print(f"submitted job {number}: {what}, {job.nodes} node{'s' if job.nodes > 1 else ''} x {job.processes_per_node} "
+          f"process{'es' if job.processes_per_node > 1 else ''}\nscript and config: {kept}\n\nnext:\n"
+          f"  genscale slurm status {folder}\n  genscale slurm logs {folder}\n  genscale slurm cancel {folder}")
+
+
+def _record(prepared: Prepared, number: str, kept: Path) -> None:
+    folder, runs = prepared.folder, prepared.runs()
+    if prepared.job.array is None:
+        record(folder, Submitted(number, str(kept), f"{folder}/logs/slurm-{number}.log", (str(folder),)))
+        return
+    record(folder, Submitted(number, str(kept), None, tuple(map(str, runs))))
+    for run, index in zip(runs, prepared.job.array.indices(), strict=True):
+        element = f"{number}_{index}"
+        record(run, Submitted(element, str(kept), f"{folder}/logs/slurm-{element}.log", (str(run),)))

@@ -1,0 +1,86 @@
+"""genscale slurm render | submit | status | logs | cancel; and begin and end, for the scripts of jobs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from genscale import exit_codes
+from genscale.errors import UserError, nearest
+
+ACTIONS = {
+    "render": "print the script of a job (or write it with --out FILE)",
+    "submit": "check the run and the site, keep script and config in the run folder, and submit the job",
+    "status": "the jobs of runs: in the queue, running, requeued, ended; step, loss, speed, time left, predicted end",
+    "logs": "follow what rank 0 prints (--all: every rank)",
+    "cancel": "take the jobs of runs out of the queue, or end them",
+    "begin": "in the script of a job, before the training: look at the node, count this life of the job",
+    "end": "in the script of a job, after it: say how it ended, and whether it is to be requeued",
+}
+
+
+def main(arguments: list[str]) -> int:
+    action, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if action in ("-h", "--help"):
+        print(_usage())
+        return exit_codes.DONE if arguments else exit_codes.USER_ERROR
+    if action in ("begin", "end"):
+        return _life(action, rest)
+    if action in ("render", "submit"):
+        return _submit(action, rest)
+    if action in ("status", "logs", "cancel"):
+        return _look(action, rest)
+    raise UserError(f"genscale slurm: '{action}' is none of {', '.join(ACTIONS)}{nearest(action, ACTIONS)}")
+
+
+def _usage() -> str:
+    lines = ["usage: genscale slurm ACTION ...", "", "Trains on a cluster of Slurm. The actions:", ""]
+    lines += [f"  {action:<8}{meaning}" for action, meaning in ACTIONS.items()]
+    return "\n".join([*lines, "", "`genscale slurm ACTION --help` lists the settings of an action. What is particular to a "
+                      "cluster stands in launch/site.yaml, or in ~/.config/genscale/site.yaml."])
+
+
+@dataclass
+class LifeSettings:
+    """The part of a job's script that is genscale's."""
+
+    code: int = 0
+    """end: the exit code of what has run."""
+    max_requeues: int = 100
+    """Lives of the job after the first."""
+
+
+def _life(action: str, arguments: list[str]) -> int:
+    from genscale.cluster.job_life import begin, end
+    from genscale.config_parser import parse_settings
+
+    run, arguments = _runs(arguments)
+    settings = parse_settings(LifeSettings, arguments, f"genscale slurm {action} RUN", ACTIONS[action])
+    if len(run) != 1:
+        raise UserError(f"genscale slurm {action}: name one run folder")
+    if action == "begin":
+        return begin(run[0], settings.max_requeues)
+    return end(run[0], settings.code, settings.max_requeues)
+
+
+def _submit(action: str, arguments: list[str]) -> int:
+    from genscale.cluster.submission import print_script, submit
+
+    own, settings = (arguments[:cut], arguments[cut + 1:]) if "--" in arguments and (cut := arguments.index("--")) >= 0 \
+        else (arguments, [])
+    return print_script(own, settings) if action == "render" else submit(own, settings)
+
+
+def _look(action: str, arguments: list[str]) -> int:
+    from genscale.cluster import job_logs, job_status
+
+    runs, arguments = _runs(arguments)
+    if action == "logs":
+        return job_logs.follow(runs, arguments)
+    return job_status.show(runs, arguments) if action == "status" else job_status.cancel(runs, arguments)
+
+
+def _runs(arguments: list[str]) -> tuple[list[Path], list[str]]:
+    """The run folders, which stand first, and the flags."""
+    count = next((index for index, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    return [Path(word) for word in arguments[:count]], arguments[count:]
