@@ -26,7 +26,7 @@ def flip_a_byte(checkpoint: Path) -> None:
 
 
 def cut_short(checkpoint: Path) -> None:
-    file = checkpoint / "optimizers" / "gpt.safetensors"
+    file = min((checkpoint / "optimizers").iterdir())
     file.write_bytes(file.read_bytes()[:-1])
 
 

@@ -47,8 +47,8 @@ def close(values, expected):
 
 def weights(run, kind):
     checkpoint = run.checkpoint(30)
-    files = sorted((checkpoint.path / kind).glob("*.safetensors"))
-    tensors = {file.stem: checkpoint.tensors(kind, file.stem) for file in files}
+    tensors = {name: checkpoint.tensors(kind, name) for name in checkpoint.networks()
+               if kind == "networks" or checkpoint.has_average(name)}
     return {f"{name}.{key}": file(key) for name, file in tensors.items() for key in file.shapes()}
 
 
