@@ -126,10 +126,13 @@ def settle(settings: JobSettings, site: Site, name: str) -> Job:
     for flag, value in (("partition", settings.partition), ("account", settings.account)):
         if value is not None and not re.fullmatch(r"[\w.,+-]+", value):
             raise UserError(f"--{flag}: '{value}' is not a name that Slurm could have")
+    container = settings.container or site.container
+    if container and not re.fullmatch(r"[^'\"\\`]+", container):
+        raise UserError(f"--container: {container} is not a path that a job's script can hold (no quotes, no backslash)")
     return Job(name=name, nodes=settings.nodes, gpus_per_node=gpus, processes_per_node=processes,
                cpus_per_process=settings.cpus_per_process or site.cpus_per_process, time=settings.time,
                partition=settings.partition or site.partition, account=settings.account or site.account,
-               container=settings.container or site.container, array=_array(settings.array), launcher=settings.launcher,
+               container=container, array=_array(settings.array), launcher=settings.launcher,
                lead=settings.lead, signal=settings.signal, max_requeues=settings.max_requeues)
 
 

@@ -136,6 +136,9 @@ def _judge_nodes(run: Path, job: str, restart: int) -> int:
                        f"{run}")
     if not faults and not silent:
         return 0
+    if 1 < len(silent) == len(nodes) - 1:
+        tell(run, job, f"{run} is not on a file system that the nodes share; set run.dir to one")
+        return UNFIT
     excluded = sorted({*silent, *(node for node in faults if reports[node]["at_fault"])})
     if excluded and (len(excluded) < len(nodes) or len(nodes) == 1):
         (run / "jobs" / "exclude").write_text(",".join(excluded))

@@ -151,7 +151,7 @@ def _check(prepared: Prepared) -> None:
         _check_is_free(run)
     check_config(prepared.configs[0], job.world_size)
     for check in run_checks([("versions", check_versions),
-                             ("disk space", lambda: check_run_folder(prepared.folder, QUICK_BYTES))], SETUP_SECONDS):
+                             ("disk space", lambda: check_run_folder(prepared.folder, QUICK_BYTES, job.nodes))], SETUP_SECONDS):
         if check.state == "failure":
             raise UserError(f"{check.name}: {check.found}; {check.remedy}")
         if check.state == "warning":

@@ -11,7 +11,7 @@ from genscale import exit_codes
 from genscale.config_parser import parse_config, take_number
 from genscale.masking import masked
 from genscale.objectives import FAMILIES
-from genscale.training.ending import before_the_run
+from genscale.training.ending import RUN, before_the_run
 from genscale.training.run import RunResult, derive_accumulation, train
 from genscale.training.signals import StopSignal
 
@@ -68,9 +68,11 @@ def farewell(result: RunResult, settings: Sequence[str]) -> str:
     """What the run came to, where it lies, and what to type next."""
     folder = result.folder
     if result.stopped_by:
-        return (f"\nstopped by {result.stopped_by.name} after step {result.step}; "
-                f"a checkpoint was written to {folder}/checkpoints\n"
-                f"go on with: {command(settings, drop=['--run.resume'])}")
+        stopped = (f"\nstopped by {result.stopped_by.name} after step {result.step}; "
+                   f"a checkpoint was written to {folder}/checkpoints")
+        if RUN in os.environ:  # its job goes on by itself
+            return stopped
+        return f"{stopped}\ngo on with: {command(settings, drop=['--run.resume'])}"
     lines = [""]
     is_picture = isinstance(result.preview, Path)
     if is_picture:

@@ -1,0 +1,201 @@
+"""Lives of a job: which of them goes on, and which ends it. On run folders as runs leave them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from genscale.cluster.job_life import read_lives
+from genscale.training.run_owner import RunOwner
+
+GO_ON, COMPLETE, UNFIT, AGAIN = 0, 10, 11, 75
+
+
+@pytest.fixture
+def life(genscale, run, in_job):
+    """A life: begins, does `meanwhile`, and ends with the exit code; its exit codes at both ends."""
+
+    def live(restart, meanwhile=None, code=1, job="7", max_requeues=100):
+        in_job(job, restart)
+        begun = genscale("slurm", "begin", run, "--max-requeues", max_requeues)
+        if begun.code:
+            return begun.code, None
+        if meanwhile:
+            meanwhile()
+        return begun.code, genscale("slurm", "end", run, "--code", code, "--max-requeues", max_requeues).code
+
+    return live
+
+
+def events(run):
+    return (run / "jobs" / "events.log").read_text().splitlines()
+
+
+def test_a_run_that_was_stopped_goes_on_until_it_is_complete_and_then_no_more(life, run, say_ended, checkpoint_at):
+    def stopped():
+        checkpoint_at(4)
+        say_ended("stopped", 138, 4, signal="SIGUSR1")
+
+    def complete():
+        assert not (run / "ended.json").exists()  # what the first life said is not taken for the second's word
+        checkpoint_at(8)
+        say_ended("complete", 0, 8)
+
+    assert life(0, stopped) == (GO_ON, AGAIN)
+    assert life(1, complete, code=0) == (GO_ON, 0)
+    assert life(2) == (COMPLETE, None)  # Slurm had requeued it over its head
+    first, second = read_lives(run)
+    assert (first.job, first.restart, first.nodes, first.step, first.end_step, first.how, first.code) == \
+        ("7", 0, ("node0",), 0, 4, "stopped", 138)
+    assert (second.restart, second.step, second.end_step, second.how) == (1, 4, 8, "complete")
+    assert "life 1 ended after step 4: stopped (SIGUSR1); the job is requeued" in events(run)[1]
+    assert "life 2 ended after step 8: complete; the run is complete" in events(run)[3]
+
+
+def test_another_job_may_train_a_complete_run_on(life, say_ended, checkpoint_at):
+    def complete():
+        checkpoint_at(8)
+        say_ended("complete", 0, 8)
+
+    assert life(0, complete, job="7") == (GO_ON, 0)
+    assert life(0, job="8")[0] == GO_ON
+
+
+@pytest.mark.parametrize(("how", "code", "goes_on"), [
+    ("stopped", 138, True), ("hang", 75, True), ("lost", 2, True), ("failed", 1, True), (None, 137, True), (None, 1, True),
+    ("failed", 2, False), (None, 2, False), (None, 0, False),
+])  # fmt: skip
+def test_which_ends_are_followed_by_another_life(how, code, goes_on, life, say_ended, checkpoint_at):
+    """A mistake of the user's would only come again; a crash may have been the machine's."""
+
+    def end():
+        checkpoint_at(2)
+        if how:
+            say_ended(how, code, 2)
+
+    begun, ended = life(0, end, code)
+    assert begun == GO_ON
+    assert ended == AGAIN if goes_on else ended not in (0, AGAIN)
+
+
+def test_exit_codes_that_a_launcher_has_changed_are_read_from_the_run_folder(life, say_ended):
+    assert life(0, lambda: say_ended("failed", 2, reason="train.steps: wrong"), code=1) == (GO_ON, 2)
+
+
+def test_three_lives_without_a_new_checkpoint_end_the_job(life, run, checkpoint_at):
+    checkpoint_at(6)
+    assert [life(restart) for restart in range(3)] == [(GO_ON, AGAIN), (GO_ON, AGAIN), (GO_ON, 1)]
+    assert "3 lives in a row have brought no new checkpoint (the latest is of step 6)" in events(run)[-1]
+
+
+def test_lives_that_bring_the_run_on_do_not_count_as_fruitless(life, checkpoint_at):
+    for restart in range(8):
+        crash = (lambda step=restart: checkpoint_at(step)) if restart % 3 == 2 else None
+        assert life(restart, crash) == (GO_ON, AGAIN), restart
+
+
+def test_lives_that_ended_with_their_node_count_too(genscale, life, run, in_job):
+    """Slurm requeues a job whose node has died, and nobody says how that life ended."""
+    for restart in range(3):
+        in_job("7", restart)
+        assert genscale("slurm", "begin", run).code == GO_ON
+    in_job("7", 3)
+    refused = genscale("slurm", "begin", run)
+    assert refused.code == 2 and "3 lives in a row have brought no new checkpoint" in refused.err
+    assert genscale("slurm", "end", run, "--code", 2).code == 2
+    assert [each.how for each in read_lives(run)] == ["killed", "killed", None]
+
+
+def test_a_cap_on_requeues(life, run, checkpoint_at):
+    lives = [life(restart, lambda step=restart + 1: checkpoint_at(step), max_requeues=2) for restart in range(3)]
+    assert lives == [(GO_ON, AGAIN), (GO_ON, AGAIN), (GO_ON, 1)]
+    assert "the job has had 3 lives (--max-requeues 2)" in events(run)[-1]
+
+
+def test_a_life_that_was_ended_before_it_was_counted_counts(genscale, run, in_job):
+    run.mkdir(parents=True)
+    (run / "jobs").mkdir()
+    codes = []
+    for restart in range(3):
+        in_job("7", restart)
+        codes.append(genscale("slurm", "end", run, "--code", 138).code)
+    assert codes == [AGAIN, AGAIN, 138]
+
+
+def test_an_old_life_does_not_requeue_the_job_over_the_head_of_a_later_one(genscale, run, in_job):
+    in_job("7", 0)
+    assert genscale("slurm", "begin", run).code == GO_ON
+    in_job("7", 1)
+    assert genscale("slurm", "begin", run).code == GO_ON
+    in_job("7", 0)  # its node was cut off from the controller, and is back
+    late = genscale("slurm", "end", run, "--code", 1)
+    assert late.code == 1 and "a later one has the run" in late.out
+    assert read_lives(run)[-1].how is None
+
+
+def test_a_run_that_goes_on_elsewhere_is_refused_with_its_job(genscale, run, in_job, monkeypatch):
+    run.mkdir(parents=True)
+    script = ("import sys, pathlib, time; from genscale.training.run_owner import RunOwner; "
+              "RunOwner(pathlib.Path(sys.argv[1]), print); print('mine', flush=True); time.sleep(60)")
+    other = subprocess.Popen([sys.executable, "-c", script, str(run)], env={**os.environ, "SLURM_JOB_ID": "41"},
+                             stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "mine\n"
+        in_job("42")
+        message = genscale("slurm", "begin", run).message()
+        assert "belongs to a run that goes on" in message and "Slurm job 41" in message
+        assert genscale("slurm", "end", run, "--code", 2).code == 2
+        assert read_lives(run) == []
+    finally:
+        other.kill()
+        other.wait(10)
+
+
+def test_the_beginning_leaves_the_folder_to_the_training(genscale, run, in_job):
+    in_job("7")
+    assert genscale("slurm", "begin", run).code == GO_ON
+    owner = RunOwner(run, print)  # in a job it is another process, maybe on another machine
+    owner.release()
+
+
+def test_a_bad_node_is_named_and_not_to_be_given_again(genscale, run, in_job, monkeypatch):
+    """Two nodes: on one of them a file server does not answer, say; here, it lacks a package."""
+    in_job("7", GENSCALE_NODES="node0 node1", SLURMD_NODENAME="node1", SLURM_PROCID="1")
+    path = os.pathsep.join(sys.path)
+    bad = subprocess.run([sys.executable, "-S", "-m", "genscale", "slurm", "begin", str(run)], capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": f"{os.getcwd()}:{path}"}, timeout=120)
+    assert bad.returncode == 0, bad.stderr
+    report = run / "jobs" / "nodes" / "node1.json"
+    said = json.loads(report.read_text())
+    report.write_text(json.dumps({**said, "failures": ["open files: too few"], "at_fault": True}))
+    monkeypatch.setenv("SLURMD_NODENAME", "node0")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    begun = genscale("slurm", "begin", run)
+    assert begun.code == UNFIT and "node1 is not fit: open files: too few" in begun.out
+    assert (run / "jobs" / "exclude").read_text() == "node1"
+    assert genscale("slurm", "end", run, "--code", UNFIT).code == AGAIN
+    assert read_lives(run)[-1].how == "unfit"
+
+
+def test_a_node_that_says_nothing_is_named(genscale, run, in_job, monkeypatch):
+    from genscale.cluster import job_life
+
+    monkeypatch.setattr(job_life, "NODES_SECONDS", 0.5)
+    in_job("7", GENSCALE_NODES="node0 node1")
+    begun = genscale("slurm", "begin", run)
+    assert begun.code == UNFIT and "node1 has not reported" in begun.out
+    assert (run / "jobs" / "exclude").read_text() == "node1"
+
+
+def test_elements_of_an_array_are_called_as_slurm_takes_them(genscale, run, in_job):
+    in_job("12", array="10_2")
+    assert genscale("slurm", "begin", run).code == GO_ON
+    assert read_lives(run)[-1].job == "10_2"
+
+
+def test_outside_of_a_job_it_says_so(genscale, run):
+    assert "SLURM_JOB_ID is not set" in genscale("slurm", "begin", run).message()
