@@ -119,7 +119,10 @@ def settle(settings: JobSettings, site: Site, name: str) -> Job:
     if gpus and processes != gpus:
         raise UserError(f"--tasks-per-node: {processes} on {gpus} GPUs a node: there is one process a GPU; leave it out, or "
                         f"set --gpus-per-node to {processes} (0: train on the CPU)")
-    seconds = _seconds(settings.time)
+    seconds = seconds_of(settings.time)
+    if not seconds:
+        raise UserError(f"--time: '{settings.time}' is not a time limit; write [DAYS-]HOURS:MINUTES:SECONDS, as 24:00:00 or "
+                        "2-00:00:00, or whole minutes")
     if settings.lead >= seconds:
         raise UserError(f"--lead: {settings.lead} s before the limit is before the job begins, with --time {settings.time}; "
                         f"nearest allowed: below {seconds} s, say {max(1, seconds // 3)}")
@@ -136,18 +139,15 @@ def settle(settings: JobSettings, site: Site, name: str) -> Job:
                lead=settings.lead, signal=settings.signal, max_requeues=settings.max_requeues)
 
 
-def _seconds(time: str) -> int:
-    """Of a time limit in one of Slurm's formats. Raises UserError."""
+def seconds_of(time: str) -> int:
+    """Of a time limit in one of Slurm's formats; 0 for what is none."""
     match = TIME.fullmatch(time)
-    if match:
-        parts = [int(part) for part in match["parts"].split(":")]
-        # Without days, one number is minutes and two are minutes and seconds; after days the first number is hours.
-        units = (3600, 60, 1) if match["days"] or len(parts) == 3 else (60, 1)
-        seconds = 86400 * int(match["days"] or 0) + sum(part * unit for part, unit in zip(parts, units, strict=False))
-        if seconds:
-            return seconds
-    raise UserError(f"--time: '{time}' is not a time limit; write [DAYS-]HOURS:MINUTES:SECONDS, as 24:00:00 or 2-00:00:00, or "
-                    "whole minutes")
+    if match is None:
+        return 0
+    parts = [int(part) for part in match["parts"].split(":")]
+    # Without days, one number is minutes and two are minutes and seconds; after days the first number is hours.
+    units = (3600, 60, 1) if match["days"] or len(parts) == 3 else (60, 1)
+    return 86400 * int(match["days"] or 0) + sum(part * unit for part, unit in zip(parts, units, strict=False))
 
 
 def _array(text: str | None) -> Array | None:

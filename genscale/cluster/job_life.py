@@ -194,7 +194,7 @@ def end(run: Path, code: int, max_requeues: int) -> int:
 def _with_end(run: Path, life: Life, said: dict[str, Any] | None, code: int) -> Life:
     how, reason = (said["how"], said.get("reason")) if said else ("killed", None)
     if said is None and code == exit_codes.DONE:
-        how, reason = "failed", "the processes ended without a word"
+        how = "complete"  # on a full disk, say, it could not write so
     elif said is None and code == UNFIT:
         how, reason = "unfit", (run / "jobs" / "exclude").read_text() if (run / "jobs" / "exclude").exists() else None
     elif said is None and code == exit_codes.USER_ERROR:

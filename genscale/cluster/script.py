@@ -43,7 +43,7 @@ def render(job: Job, site: Site, training: Training, output: str | None = None) 
     """
     array = job.array
     output = output or ("%x-%A_%a.log" if array else "%x-%j.log")
-    parts = [_head(job, site, output), _what_it_trains(job, training), _environment(job, site, training), _meeting(),
+    parts = [_head(job, site, output), _what_it_trains(job, training), _environment(job, site, training), _meeting(job),
              _life(job, _inside(job, site))]
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
@@ -128,7 +128,7 @@ def _environment(job: Job, site: Site, training: Training) -> list[str]:
     return lines + [f"{f'export {each.name}={each.value}':<{width}}  # {each.why}" for each in variables]
 
 
-def _meeting() -> list[str]:
+def _meeting(job: Job) -> list[str]:
     return [
         "# -- where the processes meet: on the first of the job's nodes, at a port of the job's own",
         'nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST") && [ -n "$nodes" ] ||',
@@ -138,6 +138,9 @@ def _meeting() -> list[str]:
         "# In an array the last element's SLURM_JOB_ID is that of the whole array.",
         "job=$SLURM_JOB_ID",
         '[ -z "$SLURM_ARRAY_JOB_ID" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID',
+        "# When to stop, should the signal come while no process listens yet.",
+        'ends=$(date -d "$(squeue --noheader --jobs="$job" --format=%e)" +%s) && '
+        f"export GENSCALE_STOP_AT=$((ends - {job.lead}))",
     ]
 
 

@@ -56,9 +56,10 @@ def queue() -> list[Queued]:
 
 
 def active(jobs: Iterable[str]) -> list[Queued]:
-    """Those of the queue that belong to one of the jobs: themselves, or elements of their arrays."""
+    """Those of the queue that belong to one of the jobs, themselves or elements of their arrays, and are not at their end."""
     wanted = set(jobs)
-    return [each for each in queue() if each.job in wanted or each.job.partition("_")[0] in wanted]
+    return [each for each in queue()
+            if (each.job in wanted or each.job.partition("_")[0] in wanted) and each.state != "COMPLETING"]
 
 
 def last_state(job: str) -> str | None:
@@ -114,24 +115,14 @@ ABOUT = (
 def explain(words: str) -> str:
     """Slurm's message as one of ours: the setting first."""
     setting = next((setting for pattern, setting in ABOUT if re.search(pattern, words, re.IGNORECASE)), "sbatch")
-    return f"{setting}: refused by Slurm: {words}{_nearest(setting)}"
+    return f"{setting}: refused by Slurm: {words}{_partitions() if setting == '--partition' else ''}"
 
 
-def _nearest(setting: str) -> str:
-    """What this cluster has, where it can be told."""
-    if setting == "--partition":
-        return f" (it has {', '.join(partitions)})" if (partitions := _sinfo("%R")) else ""
-    if setting.startswith("--nodes"):
-        kinds = [row.split("|") for row in _sinfo("%R|%D|%c|%G")]
-        rows = [f"{name}: {nodes} nodes of {cpus} cores and {gres.replace('(null)', 'no GPUs')}"
-                for name, nodes, cpus, gres in kinds]
-        return f" (partition {'; '.join(rows)})" if rows else ""
-    return ""
-
-
-def _sinfo(form: str) -> list[str]:
-    done = ask("sinfo", "--noheader", f"--format={form}")
-    return sorted({line.strip() for line in done.stdout.splitlines()}) if not done.returncode else []
+def _partitions() -> str:
+    """Those that this cluster has, where it can be told."""
+    done = ask("sinfo", "--noheader", "--format=%R")
+    names = sorted({line.strip() for line in done.stdout.splitlines()})
+    return f" (it has {', '.join(names)})" if names and not done.returncode else ""
 
 
 def _words(text: str) -> str:

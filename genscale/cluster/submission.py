@@ -17,6 +17,7 @@ from genscale.cluster.checks import run_checks
 from genscale.cluster.job import Job, JobSettings, settle
 from genscale.cluster.job_records import Submitted, jobs_of, new_folder, record
 from genscale.cluster.node_checks import check_versions
+from genscale.cluster.partition import check_fits, find_partition
 from genscale.cluster.script import Training, render
 from genscale.cluster.site import Site, read_site
 from genscale.cluster.storage_checks import QUICK_BYTES, check_run_folder
@@ -147,6 +148,8 @@ def _check(prepared: Prepared) -> None:
     if job.launcher == "accelerate" and not LAUNCH_FILE.is_file():
         raise UserError(f"--launcher: accelerate reads {LAUNCH_FILE}, which is not in {Path.cwd()}; submit from the folder "
                         "that genscale was cloned into, or with --launcher srun")
+    if partition := find_partition(job.partition):
+        check_fits(job, partition)
     for run in prepared.runs():
         _check_is_free(run)
     check_config(prepared.configs[0], job.world_size)
@@ -161,7 +164,7 @@ def _check(prepared: Prepared) -> None:
 
 
 def _check_is_free(run: Path) -> None:
-    if shutil.which("squeue") and (waiting := slurm_commands.active(jobs_of(run))):
+    if waiting := slurm_commands.active(jobs_of(run)):
         raise UserError(f"run.name: {run} has a job already: {waiting[0].job} ({waiting[0].state.lower()}); wait for it, "
                         f"end it with `genscale slurm cancel {run}`, or choose another name (-- --run.name NAME)")
     if owner := who_has(run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -15,6 +16,9 @@ if TYPE_CHECKING:  # loads torch, and this module is the first to be read
     from genscale.parallel.processes import Processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_AT = "GENSCALE_STOP_AT"
+"""In a job of Slurm: when to stop, in seconds since 1970, should the signal be lost that says so. It is where it comes while a
+launcher, which must not heed it, has not started its processes yet."""
 IMPATIENCE = 5.0
 """Seconds after which one more Ctrl-C means: now."""
 START_SECONDS = 3.0
@@ -50,6 +54,7 @@ class StopSignal:
         self.agreed: signal.Signals | None = None
         self._starting, self._depth = starting, 0
         self._pipe: int | None = None
+        self._alarm: threading.Timer | None = None
         self._since = 0.0
         self._previous: dict[int, Any] = {}
 
@@ -68,12 +73,15 @@ class StopSignal:
             self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
             if self._starting:
                 self._listen()
+                self._set_alarm()
         self._depth += 1
         return self
 
     def __exit__(self, *_: object) -> None:
         self._depth -= 1
         if not self._depth:
+            if self._alarm is not None:
+                self._alarm.cancel()
             if self._pipe is not None:
                 signal.set_wakeup_fd(-1)
                 os.write(self._pipe, b"\0")
@@ -88,6 +96,14 @@ class StopSignal:
         os.set_blocking(self._pipe, False)
         signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
         threading.Thread(target=self._end_a_start_that_waits, args=(read,), name="signals", daemon=True).start()
+
+    def _set_alarm(self) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            seconds = float(os.environ[STOP_AT]) - time.time()
+            seconds = min(max(seconds, 1), threading.TIMEOUT_MAX)
+            self._alarm = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGUSR1))
+            self._alarm.daemon = True
+            self._alarm.start()
 
     def _end_a_start_that_waits(self, pipe: int) -> None:
         while (number := os.read(pipe, 1)[0]) != 0:

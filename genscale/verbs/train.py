@@ -11,6 +11,7 @@ from genscale import exit_codes
 from genscale.config_parser import parse_config, take_number
 from genscale.masking import masked
 from genscale.objectives import FAMILIES
+from genscale.parallel.launcher import has_launcher
 from genscale.training.ending import RUN, before_the_run
 from genscale.training.run import RunResult, derive_accumulation, train
 from genscale.training.signals import StopSignal
@@ -45,7 +46,10 @@ def main(arguments: list[str], stop: StopSignal) -> int:
     result = train(config, stop)
     if result.is_main:
         print(farewell(result, settings), flush=True)
-    return exit_codes.of_signal(result.stopped_by) if result.stopped_by else exit_codes.DONE
+    # A launcher takes the code of a signal for a failure: it ends the other processes within 30 seconds, and writes tracebacks
+    # into the log. In a job it is ended.json that says how the run ended.
+    silent = RUN in os.environ and has_launcher()
+    return exit_codes.of_signal(result.stopped_by) if result.stopped_by and not silent else exit_codes.DONE
 
 
 def command(settings: Sequence[str], drop: Sequence[str] = ()) -> str:

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from genscale.cluster.job import JobSettings, settle
 from genscale.cluster.job_records import Submitted, jobs_of, new_folder, record, runs_of, submitted
+from genscale.cluster.partition import Node, Partition, check_fits, gpus_in
+from genscale.cluster.site import Site
 from genscale.cluster.slurm_commands import explain
 from genscale.config_parser import load_config
 from genscale.errors import UserError
@@ -51,7 +54,7 @@ def check(tiny_config):
     (("--parallel.offload", "cpu"), "^parallel.offload: cpu needs ZeRO"),
     (("--train.precision", "fp16", "--parallel.strategy", "zero2"), "^train.precision: fp16 under parallel.strategy zero2"),
     (("--train.collapse", "stop"), "^train.collapse: stop goes by the evaluations"),
-    (("--data.source", "no-such-file.txt"), "^data.source: .*no-such-file.txt"),
+    (("--data.source", "no-such-file.txt"), "^data.source=no-such-file.txt: there is no such file"),
     (("--data.sequence_length", 64), "positions"),
     (("--optimizer.lr_of", "{generator: 1e-3}"), "^optimizer.lr_of: generator is no network"),
     (("--run.resume", "nowhere/step-00000002"), "^run.resume: 'nowhere/step-00000002' is not a checkpoint folder"),
@@ -109,7 +112,7 @@ def test_what_was_submitted_is_found_again(tmp_path):
     ("Batch job submission failed: Something new", "sbatch"),
 ])  # fmt: skip
 def test_slurms_words_are_passed_on_with_the_setting_they_are_about(words, setting, monkeypatch):
-    monkeypatch.setattr("genscale.cluster.slurm_commands._sinfo", lambda form: [])
+    monkeypatch.setattr("genscale.cluster.slurm_commands._partitions", str)
     assert explain(words).startswith(setting) and words in explain(words)
 
 
@@ -145,3 +148,26 @@ def test_a_site_can_say_where_runs_lie(genscale, tiny_settings, tmp_path):
     words = ["slurm", "render", "--config", tmp_path / "tiny.yaml", "--site", tmp_path / "site.yaml"]
     assert "run=/scratch/me/runs/tiny\n" in genscale(*words).out
     assert f"run={tmp_path}/tiny\n" in genscale(*words, "--", "--run.dir", Path(tmp_path)).out
+
+
+@pytest.mark.parametrize(("gres", "gpus"), [
+    ("(null)", 0), ("gpu:2", 2), ("gpu:a100:8(S:0-1)", 8), ("nvme:1,gpu:h100:4(S:0-3),gpu:h200:2", 6), ("gpu_mem:40", 0),
+])  # fmt: skip
+def test_gpus_of_a_node_as_sinfo_shows_them(gres, gpus):
+    assert gpus_in(gres) == gpus
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"gpus_per_node": 8}, "--gpus-per-node: 8 GPUs on a node, and no node of partition main has more than 4"),
+    ({"cpus_per_process": 9}, r"--cpus-per-process: 36 cores \(4 x 9\) on a node, and no node of partition main has more than 32"),
+    ({"nodes": 3}, "--nodes: 3 is more than the 2 nodes of partition main that have 4 GPUs and 32 cores"),
+    ({"time": "2-0"}, "--time: 2-0 is more than partition main allows; nearest allowed: 1-12:00:00"),
+])  # fmt: skip
+def test_what_a_partition_has_not_is_not_asked_of_it(settings, message):
+    """Slurm would let the job wait for ever, where it is not told to refuse it."""
+    main = Partition("main", "1-12:00:00", (Node("a", 32, 4), Node("b", 32, 4), Node("c", 32, 0)))
+    site = Site(gpus_per_node=4)
+    check_fits(settle(JobSettings(nodes=2, time="1-12"), site, "tiny"), main)
+    check_fits(settle(JobSettings(nodes=3, gpus_per_node=0), site, "tiny"), main)
+    with pytest.raises(UserError, match=message):
+        check_fits(settle(JobSettings(**settings), site, "tiny"), main)

@@ -63,3 +63,18 @@ def test_before_the_loop_a_signal_ends_what_goes_on_and_is_not_lost() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received == signal.SIGTERM
+
+
+@pytest.mark.parametrize("seconds", [-100, 1])
+def test_a_job_that_has_missed_the_signal_stops_at_its_time(seconds: float, monkeypatch) -> None:
+    monkeypatch.setenv("GENSCALE_STOP_AT", str(time.time() + seconds))
+    with StopSignal(starting=True) as stop, pytest.raises(Stopped):
+        time.sleep(20)
+    assert stop.received == signal.SIGUSR1
+
+
+def test_what_has_ended_before_its_time_is_left_in_peace(monkeypatch) -> None:
+    monkeypatch.setenv("GENSCALE_STOP_AT", str(int(time.time()) + 1))
+    with StopSignal(starting=True):
+        pass
+    time.sleep(1.5)  # SIGUSR1 would end this process

@@ -1,0 +1,67 @@
+"""What a partition has: a job that asks for more waits in the queue for ever, where Slurm is not told to refuse it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from genscale.cluster.job import Job, seconds_of
+from genscale.cluster.slurm_commands import ask
+from genscale.errors import UserError
+
+
+@dataclass(frozen=True)
+class Node:
+    name: str
+    cpus: int
+    gpus: int
+
+
+@dataclass(frozen=True)
+class Partition:
+    """As sinfo shows it. `time` is its longest limit, None for none."""
+
+    name: str
+    time: str | None
+    nodes: tuple[Node, ...]
+
+
+def find_partition(name: str | None) -> Partition | None:
+    """That of the name, or the cluster's default one; None where there is none, of which Slurm has its own words.
+
+    Raises UserError where there is no Slurm."""
+    chosen = ["--partition", name] if name else []
+    done = ask("sinfo", "--noheader", "--Node", *chosen, "--format=%P|%N|%c|%G|%l")
+    rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 4]
+    rows = [row for row in rows if name or row[0].endswith("*")]  # the default one
+    if done.returncode or not rows:
+        return None
+    nodes = tuple(Node(node.strip(), int(re.sub(r"\D", "", cpus) or 0), gpus_in(gres)) for _, node, cpus, gres, _ in rows)
+    limit = rows[0][4].strip()
+    return Partition(rows[0][0].strip().rstrip("*"), limit if seconds_of(limit) else None, nodes)
+
+
+def gpus_in(gres: str) -> int:
+    """`gpu:a100:8(S:0-1),nvme:1` has 8."""
+    return sum(int(count) for count in re.findall(r"(?:^|,)gpu(?::[^:,()]+)?:(\d+)", gres))
+
+
+def check_fits(job: Job, partition: Partition) -> None:
+    """Raises UserError for more nodes, GPUs, cores or time than the partition has."""
+    cores = job.processes_per_node * job.cpus_per_process
+    _check("--gpus-per-node", job.gpus_per_node, "GPUs", partition, lambda node: node.gpus)
+    _check("--cpus-per-process", cores, f"cores ({job.processes_per_node} x {job.cpus_per_process})", partition,
+           lambda node: node.cpus)
+    fitting = [node for node in partition.nodes if node.gpus >= job.gpus_per_node and node.cpus >= cores]
+    if len(fitting) < job.nodes:
+        raise UserError(f"--nodes: {job.nodes} is more than the {len(fitting)} nodes of partition {partition.name} that have "
+                        f"{job.gpus_per_node} GPUs and {cores} cores")
+    if partition.time and seconds_of(job.time) > seconds_of(partition.time):
+        raise UserError(f"--time: {job.time} is more than partition {partition.name} allows; nearest allowed: {partition.time}")
+
+
+def _check(flag: str, wanted: int, what: str, partition: Partition, has: Callable[[Node], int]) -> None:
+    most = max(map(has, partition.nodes))
+    if wanted > most:
+        raise UserError(f"{flag}: {wanted} {what} on a node, and no node of partition {partition.name} has more than {most}")
