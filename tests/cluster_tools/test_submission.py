@@ -159,7 +159,7 @@ def test_gpus_of_a_node_as_sinfo_shows_them(gres, gpus):
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"gpus_per_node": 8}, "--gpus-per-node: 8 GPUs on a node, and no node of partition main has more than 4"),
-    ({"cpus_per_process": 9}, r"--cpus-per-process: 36 cores \(4 x 9\) on a node, and no node of partition main has more than 32"),
+    ({"cpus_per_process": 9}, r"--cpus-per-process: 36 cores \(4 x 9\) on a node, and no node of .* has more than 32"),
     ({"nodes": 3}, "--nodes: 3 is more than the 2 nodes of partition main that have 4 GPUs and 32 cores"),
     ({"time": "2-0"}, "--time: 2-0 is more than partition main allows; nearest allowed: 1-12:00:00"),
 ])  # fmt: skip
