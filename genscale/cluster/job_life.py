@@ -90,6 +90,9 @@ def begin(run: Path, max_requeues: int) -> int:
         return NOTHING_TO_DO
     checks = quick_check(run)
     failures = [f"{check.name}: {check.found}" for check in checks if check.state == "failure"]
+    for check in checks:
+        if check.state == "warning":
+            print(f"genscale: {host_name()}: warning: {check.name}: {check.found}; {check.remedy}", flush=True)
     at_fault = any(check.state == "failure" and check.of_node for check in checks)
     report = {"job": job, "restart": restart, "failures": failures, "at_fault": at_fault}
     _write(run / "jobs" / "nodes" / f"{host_name()}.json", report)
