@@ -107,14 +107,18 @@ class RunOwner:
         if other is None and file.exists():  # it may just be being written, where there are no hard links
             time.sleep(EMPTY_SECONDS)
             other = _read(file)
-        if other is None or other.get("released"):
+        if other is None:
             return True
         mine = self._mine
+        restarts = int(mine["restart"]) - int(other["restart"]) if mine["job"] and other["job"] == mine["job"] else 0
+        if other.get("released") and restarts >= 0:
+            return True
         if all(other[key] == mine[key] for key in ("host", "boot", "pids")):
             # In a copy of a folder the file speaks of the run in the other one.
             return not _lives(other["pid"], other["started"]) or other["folder"] != mine["folder"]
-        if other["job"] and other["job"] == mine["job"] and other["restart"] != mine["restart"]:
-            return True  # Slurm has requeued the job, and does so only when the earlier processes are gone
+        if restarts > 0:
+            # Slurm has requeued the job. Where it only lost sight of a node, earlier processes live on there, and are fenced.
+            return True
         return self._waits_in_vain(file, other)
 
     def _waits_in_vain(self, file: Path, other: dict[str, Any]) -> bool:

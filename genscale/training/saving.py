@@ -146,6 +146,8 @@ class Saver:
 
     def _prune(self, best_step: int | None) -> None:
         try:
+            if self.may_commit is not None:  # a commit can take long, and what is deleted may be what the new owner reads
+                self.may_commit()
             prune(self.folder, self.keep, best_step, self.keep_every)
         except OSError as error:  # the new one is there all the same
             log.warning("earlier checkpoints could not be deleted: %s", _reason(error))

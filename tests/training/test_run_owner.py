@@ -140,6 +140,23 @@ def test_a_job_that_slurm_has_requeued_takes_over_at_once(tmp_path, monkeypatch)
     assert time.monotonic() - started < 2
 
 
+@pytest.mark.parametrize("released", [False, True])
+def test_an_earlier_life_of_a_requeued_job_takes_nothing_over(released, tmp_path, monkeypatch):
+    """It was starting on a node of which Slurm lost sight, and comes to claim the folder after the later one has; also where
+    that one has only begun, and its training is still to claim it."""
+    monkeypatch.setattr(run_owner, "STALE_SECONDS", 2.0)
+    file = forge(tmp_path, host="elsewhere", boot="x", job="17", restart="10", **({"released": True} if released else {}))
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "9")
+    toucher = subprocess.Popen(["/bin/sh", "-c", f"while sleep 0.3; do touch '{file}'; done"])
+    try:
+        with pytest.raises(UserError, match="on elsewhere, Slurm job 17"):
+            RunOwner(tmp_path, print)
+    finally:
+        toucher.kill()
+        toucher.wait()
+
+
 def test_the_one_taken_for_dead_is_fenced_and_frees_nothing(tmp_path):
     first = RunOwner(tmp_path, print)
     first.beat()

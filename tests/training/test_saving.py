@@ -118,6 +118,22 @@ def test_a_run_folder_that_is_another_run_s_by_now(alone: Processes, tmp_path: P
     assert names(tmp_path) == []
 
 
+def test_a_run_that_is_taken_over_while_it_commits_deletes_nothing(alone: Processes, tmp_path: Path) -> None:
+    looks = iter([None, None, None, UserError("run.name: taken over")])
+
+    def taken_over_at_the_last_look() -> None:
+        if error := next(looks):
+            raise error
+
+    saver = Saver(tmp_path, alone, keep=1, may_commit=taken_over_at_the_last_look)
+    saver.start(pieces(w=torch.ones(3)), contents(1))
+    assert saver.settle()
+    saver.start(pieces(w=torch.ones(3)), contents(2))
+    with pytest.raises(UserError, match="taken over"):
+        saver.settle()
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
 def test_two_saves_of_a_step_from_two_lives_of_a_run(alone: Processes, tmp_path: Path) -> None:
     first, second = Saver(tmp_path, alone, keep=3), Saver(tmp_path, alone, keep=3)
     first.start(pieces(w=torch.zeros(2_000_000)), contents(5))
