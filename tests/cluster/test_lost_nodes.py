@@ -1,0 +1,77 @@
+"""Nodes, networks and the controller go, and the run goes on."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from genscale.training.checkpoints import list_checkpoints
+
+BOTH = {"0", "1"}
+
+
+@pytest.fixture
+def whole(cluster):
+    """Whatever a test has broken is mended after it."""
+    yield cluster
+    cluster.mend()
+
+
+def test_power_cuts_in_a_step_and_in_a_save(whole, undisturbed, new_run, campaign):
+    """Each time of the node of rank 0, from where Slurm controls the job; a spare node takes its place."""
+    cluster, run = whole, new_run()
+    job = cluster.submit(run, "--nodes", "2", "--launcher", "srun", planted="hold@10/0,hold-save@15/1")
+    job.wait_for(lambda: run.left("hold") == BOTH, "both ranks are in step 10")
+    first = job.details()["BatchHost"]
+    cluster.do("cut-power", first)
+    job.wait_for(lambda: run.left("hold-save", 1) == {"0"}, "the next life saves step 15")
+    assert run.steps_saved() == [9, 12]
+    details = job.details()
+    assert details["NodeList"] == "node[1-2]" and first == "node0"
+    cluster.do("start-node", first)
+    cluster.do("cut-power", details["BatchHost"])
+    assert [name for name, _ in run.unfinished() if "step-00000015" in name]
+    details = job.end(seconds=180)
+    assert details["Restarts"] == "2" and details["BatchHost"] != "node1"
+    campaign.check_same(run, undisturbed)
+
+
+def test_a_split_network(whole, undisturbed, new_run, campaign):
+    """The node is out of Slurm's sight, not of the shared disk's: the old life of the job goes on in the middle of a step while
+    the new one takes over; then it writes nothing any more, ends by itself, and says why."""
+    cluster, run = whole, new_run()
+    job = cluster.submit(run, "--tasks-per-node", "2", "--launcher", "accelerate", planted="hold@11/0,hold@20/1")
+    job.wait_for(lambda: run.left("hold") == BOTH and len(run.processes()) == 2, "both ranks are in step 11")
+    node = job.details()["BatchHost"]
+    old = run.processes()
+    cluster.do("split", node)
+    job.wait_for(lambda: job.restarts == 1 and run.owner()["restart"] == "1", "the next life owns the run folder")
+    run.let_go(0)  # to step 12 and its checkpoint
+    job.wait_for(lambda: "was taken over by process" in job.output(), "the old life says why it ends")
+    job.wait_for(lambda: run.left("hold", 1) == BOTH, "the new life trains")
+    assert not [pid for _, pid in old if cluster.lives(node, pid)]
+    run.let_go(1)
+    details = job.end()
+    assert details["Restarts"] == "1" and details["BatchHost"] != node
+    writers = {checkpoint.manifest()["about"]["host"] for checkpoint in list_checkpoints(run.checkpoints)}
+    assert writers == {details["BatchHost"]}
+    campaign.check_same(run, undisturbed)
+
+
+def test_a_controller_that_is_away_while_the_job_wants_to_be_requeued(whole, undisturbed, new_run, campaign, jobs):
+    cluster, run = whole, new_run()
+    job = cluster.submit(run, "--nodes", "2", "--launcher", "srun", planted="hold@10/0")
+    job.wait_for(lambda: run.left("hold") == BOTH and len(run.processes()) == 2, "both ranks are in step 10")
+    cluster.do("kill-controller")
+    for host, pid in run.processes():
+        cluster.do("exec", host, "kill", "-USR1", str(pid))
+    run.let_go()
+    deadline = time.monotonic() + jobs.PATIENCE
+    while run.document("ended.json").get("how") != "stopped":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(8)  # in which the job asks for its requeue in vain
+    cluster.do("start-controller")
+    assert job.end()["Restarts"] == "1"
+    campaign.check_same(run, undisturbed)

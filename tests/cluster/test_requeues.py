@@ -1,0 +1,50 @@
+"""Which jobs are requeued, and which are not. All of them are submitted at once: they are of one process, and wait a lot."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def submitted(cluster, jobs, source, tmp_path_factory):
+    """Run and job by what is planted in them."""
+    found = {}
+    for name, planted, *flags in (("array", "hold@4/0", "--array", "seed=0-2"), ("die", "die@2"), ("mistake", "mistake@2")):
+        run = jobs.JobRun(tmp_path_factory.mktemp(name), source, **{"train.steps": 6})
+        found[name] = run, cluster.submit(run, "--launcher", "srun", *flags, planted=planted)
+    return found
+
+
+def test_an_element_of_an_array_is_requeued_alone(cluster, jobs, submitted):
+    """The last one, whose job id is that of the whole array. The others, which end by themselves, are not started again."""
+    run, array = submitted["array"]
+    elements = [jobs.Job(cluster, f"{array.id}_{number}") for number in range(3)]
+    members = [run.element(number) for number in range(3)]
+    for member, element in zip(members, elements, strict=True):
+        element.wait_for(lambda member=member: member.left("hold") == {"0"}, "it is in step 4")
+    for number in (0, 1):
+        members[number].let_go()
+        elements[number].end()
+    elements[2].signal("USR1")
+    elements[2].wait_for(lambda: members[2].left("SIGUSR1") == {"0"}, "it has got the signal")
+    members[2].let_go()
+    elements[2].end()
+    assert [element.details()["Restarts"] for element in elements] == ["0", "0", "1"]
+    assert [element.state for element in elements] == 3 * ["COMPLETED"]
+    assert [member.step() for member in members] == [6, 6, 6]
+    assert len({member.latest().digest() for member in members}) == 3
+
+
+def test_a_run_that_dies_in_the_same_step_each_time_stops_after_three_lives(submitted):
+    _, job = submitted["die"]
+    assert job.end("FAILED", 180)["Restarts"] == "2"
+    assert "not requeued: 3 lives in a row have brought no new checkpoint" in job.output().splitlines()[-1]
+
+
+def test_a_mistake_is_not_requeued(submitted):
+    _, job = submitted["mistake"]
+    details = job.end("FAILED")
+    assert details["Restarts"] == "0" and details["ExitCode"] == "2:0"
+    output = job.output().splitlines()
+    assert [line for line in output if line.startswith("error: ")] == ["error: data.source: a planted mistake"]
+    assert "not requeued" in output[-1]
