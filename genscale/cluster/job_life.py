@@ -35,8 +35,8 @@ AGAIN = 75
 """Exit code of `end`: the job is to be requeued."""
 FRUITLESS_LIVES = 3
 """So many in a row without a new checkpoint end a job."""
-NODES_SECONDS = 60.0
-"""For the job's nodes to report, after the first of them has."""
+NODES_SECONDS = 180.0
+"""For the job's nodes to report, after the first of them has: a file server that a thousand nodes read Python from is slow."""
 
 
 @dataclass(frozen=True)

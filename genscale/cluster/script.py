@@ -139,8 +139,8 @@ def _meeting(job: Job) -> list[str]:
         "job=$SLURM_JOB_ID",
         '[ -z "$SLURM_ARRAY_JOB_ID" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID',
         "# When to stop, should the signal come while no process listens yet.",
-        'ends=$(date -d "$(squeue --noheader --jobs="$job" --format=%e)" +%s) && '
-        f"export GENSCALE_STOP_AT=$((ends - {job.lead}))",
+        'ends=$(squeue --noheader --jobs="$job" --format=%e)',
+        f'[ -n "$ends" ] && ends=$(date -d "$ends" +%s 2>/dev/null) && export GENSCALE_STOP_AT=$((ends - {job.lead}))',
     ]
 
 
@@ -161,7 +161,7 @@ def _life(job: Job, inside: str) -> list[str]:
         'step=(srun --export=ALL --nodes="$SLURM_NNODES" --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0)',
         "",
         "# -- its beginning looks at every node and counts the life; 10: the run is complete",
-        '"${step[@]}" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --wait=180 \\',
+        '"${step[@]}" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --wait=300 \\',
         f'    {inside}python -m genscale slurm begin "$run" {cap}',
         "code=$?",
         '[ "$code" = 10 ] && exit 0',

@@ -61,11 +61,12 @@ def tell(render, tmp_path, *arguments, site_text="setup: []", **variables):
     """Run the script with programs in the place of Slurm's and of Python that only say what they were called with."""
     folder = tmp_path / "programs"
     folder.mkdir()
+    (folder / "squeue").write_text('#!/bin/bash\n[[ $* == *--jobs=12345* ]] && echo "$ENDS"\n')
     (folder / "scontrol").write_text('#!/bin/bash\n[ "$1" = show ] && printf "node3\\nnode4\\n"\n')
     (folder / "srun").write_text('#!/bin/bash\nwhile [[ $1 == --* ]]; do echo "srun $1"; shift; done\nexec "$@"\n')
     for name in ("python", "accelerate", "apptainer"):
         (folder / name).write_text('#!/bin/bash\nprintf "%s\\n" "call $(basename "$0")" "${@/#/  }"\n'
-                                   'env | grep -E "^(RANK|WORLD_SIZE|LOCAL_RANK|MASTER_|OMP_|CUDA_VIS|A=|HF_HOME|NCCL_SOCK)"\n')
+                                   'env | grep -E "^(RANK|WORLD_SIZE|LOCAL_RANK|MASTER_|OMP_|GENSCALE_|A=|HF_HOME|NCCL_SOCK)"\n')
     for file in folder.iterdir():
         file.chmod(0o755)
     environment = {"PATH": f"{folder}:/usr/bin:/bin", "HOME": "/home/me", "SLURM_JOB_ID": "12345",
@@ -96,6 +97,14 @@ def test_without_a_launcher_each_process_knows_its_rank(render, tmp_path):
     for line in ("RANK=5", "WORLD_SIZE=8", "LOCAL_RANK=1", "MASTER_ADDR=node3", "MASTER_PORT=20345", "OMP_NUM_THREADS=16"):
         assert line in train, train
     assert "srun --ntasks=8" in words and "srun --ntasks-per-node=4" in words
+
+
+@pytest.mark.parametrize(("ends", "stop"), [
+    ("2030-01-01T00:05:00", ["GENSCALE_STOP_AT=1893456000"]), ("N/A", []), ("", []),  # no limit; no answer
+])  # fmt: skip
+def test_the_training_knows_when_to_stop(ends, stop, render, tmp_path):
+    words = tell(render, tmp_path, "--launcher", "srun", ENDS=ends, TZ="UTC").stdout.splitlines()
+    assert sorted({word for word in words[words.index("  train"):] if word.startswith("GENSCALE_STOP_AT")}) == stop
 
 
 def test_an_element_of_an_array_has_its_own_value_and_folder(render, tmp_path):
