@@ -163,7 +163,7 @@ class TrackingSettings:
     """Where metrics go besides metrics.jsonl."""
 
     wandb: Literal["online", "offline", "disabled"] = "offline"
-    """Weights & Biases; offline runs lie in the run folder until `wandb sync`."""
+    """Weights & Biases; offline, it lies in the run folder until `genscale sync` uploads it."""
     project: str = "genscale"
     """Weights & Biases project."""
     entity: str | None = None

@@ -40,6 +40,8 @@ class RunRecord:
         self._metrics = MetricsFile(folder / "metrics.jsonl")
         self._metrics.truncate_after(done)
         self._trackers = Trackers(config.tracking, folder, resolved, warn=log.warning, first_step=done)
+        if config.tracking.wandb == "offline":
+            log.info("W&B is offline: `genscale sync %s` uploads the run, from a machine with internet", folder)
         self._progress = Progress(config.train.steps, done, unit)
 
     def step(self, step: int) -> None:

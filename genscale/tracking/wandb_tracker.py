@@ -7,6 +7,7 @@ import html
 import logging
 import os
 import secrets
+import shlex
 import string
 import sys
 import time
@@ -21,7 +22,7 @@ from genscale.masking import masked
 INIT_SECONDS = 8
 """Longest wait for the W&B server when a run starts online."""
 FINISH_SECONDS = 10
-"""Longest wait for the upload of what is left when a run ends online; the rest can be uploaded later with `wandb sync`."""
+"""Longest wait for the upload of what is left when a run ends online; the rest can be uploaded later with `genscale sync`."""
 
 
 class Unfinished(Exception):
@@ -98,8 +99,7 @@ class WandbTracker:
         except Exception:
             wandb.teardown(1)  # its service would be in the way of another start
             raise
-        also = "--no-skip-online " if mode == "online" else ""  # it passes over what was online once
-        self.sync = f"wandb sync {also}{Path(self._run.dir).parent}"
+        self.sync = f"genscale sync {shlex.quote(str(run_folder))}"
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics of a step; several calls for one step make one W&B row."""

@@ -92,7 +92,7 @@ def farewell(result: RunResult, settings: Sequence[str]) -> str:
     lines += [f"  two processes    genscale train --processes 2 {again} {sibling}-2",
               f"  a GPU            accelerate launch train.py {again} {sibling}-gpu --train.precision bf16"]
     if any(folder.glob("wandb/offline-run-*")):
-        lines.append(f"  see it in W&B    wandb login && wandb sync {folder}/wandb/offline-run-*")
+        lines.append(f"  see it in W&B    wandb login && genscale sync {folder}")
     else:
         lines.append(f"  see it in W&B    wandb login && genscale train {again} {sibling}-wandb --tracking.wandb online")
     return "\n".join(lines)

@@ -222,7 +222,7 @@ def tracker_unreachable(bench: Bench, draw: random.Random) -> float:
         seconds = time.monotonic() - life.started
         output = end(life, 0)
     assert "Traceback" not in output, output[-5000:]
-    assert re.search(r"wandb sync ", output), output[-5000:]
+    assert re.search(r"`genscale sync ", output), output[-5000:]
     check_same(run, bench.truth)
     return seconds
 
