@@ -25,6 +25,8 @@ VERBS = {
     "compare": "the first step at which two runs differ, and in what",
     "checkpoint": "list, verify, digest or consolidate checkpoints",
     "slurm": "train on a cluster: render, submit, status, logs, cancel",
+    "sync": "upload a run's offline W&B records, however many lives it had, as one W&B run",
+    "doctor": "what is wrong with this machine, or with the nodes of a job, before a run finds out",
 }
 
 
@@ -92,6 +94,10 @@ def _verb(verb: str) -> Callable[[list[str]], int]:
         from genscale.verbs.checkpoint import main as run
     elif verb == "slurm":
         from genscale.verbs.slurm import main as run
+    elif verb == "sync":
+        from genscale.verbs.sync import main as run
+    elif verb == "doctor":
+        from genscale.verbs.doctor import main as run
     else:
         raise UserError(f"'{verb}' is not a verb of genscale{nearest(verb, VERBS)}; verbs: {', '.join(VERBS)}")
     return run

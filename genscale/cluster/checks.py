@@ -108,5 +108,6 @@ def report(checks: Sequence[Check]) -> str:
         lines.append(f"{state:<7}  {name:<{width}}  {found}{place}")
         if remedy and state != "ok":
             lines.append(f"{'':<7}  {'':<{width}}  -> {remedy}")
-    counts = [f"{sum(key[0] == state for key in together)} {state}{'s' if state != 'ok' else ''}" for state in STATES]
+    numbers = {state: sum(key[0] == state for key in together) for state in STATES}
+    counts = [f"{numbers['ok']} ok", count_of(numbers["warning"], "warning"), count_of(numbers["failure"], "failure")]
     return masked("\n".join([*lines, "", ", ".join(counts)]))

@@ -65,39 +65,46 @@ def _faults_of(rows: list[dict[str, str]]) -> Iterator[Check]:
         yield Check("GPUs", "ok", found, host=host_name())
 
 
-def check_computing() -> Iterator[Check]:
-    """Each visible GPU multiplies two matrices whose product is known, and says how fast."""
+def check_computing(local_rank: int | None = None) -> Iterator[Check]:
+    """GPUs multiply matrices whose product is known, and it is said how fast.
+
+    Args:
+        local_rank: of this process among those of the node, each of which looks at its own GPU; None: all GPUs.
+    """
     import torch
 
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
             yield Check("torch", "failure", f"torch {torch.__version__} sees no GPU, and there is a driver",
                         "install the build of torch for this driver's CUDA", host_name(), of_node=True)
-        else:
-            yield Check("torch", "ok", f"{torch.__version__}, {count_of(torch.get_num_threads(), 'thread')}", host=host_name())
+        elif not local_rank:
+            yield Check("torch", "ok", f"{torch.__version__}, on the CPU", host=host_name())
         return
-    rates = []
-    for index in range(torch.cuda.device_count()):
-        device = torch.device("cuda", index)
-        ones = torch.ones(PRODUCT, PRODUCT, device=device, dtype=torch.float16)
-        product = ones @ ones
-        torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        for _ in range(10):
-            product = ones @ ones
-        torch.cuda.synchronize(device)
-        rates.append(10 * 2 * PRODUCT**3 / (time.perf_counter() - started) / 1e12)
-        if not bool((product == PRODUCT).all()):
-            yield _fault(f"GPU {index} ({torch.cuda.get_device_name(device)}) computes wrong products")
-            return
-    slowest = min(range(len(rates)), key=rates.__getitem__)
-    found = f"{torch.__version__}, CUDA {torch.version.cuda}, {count_of(len(rates), 'GPU')}, {min(rates):,.0f} to " \
-            f"{max(rates):,.0f} TFLOP/s in fp16"
-    if rates[slowest] < 0.7 * max(rates):
-        yield Check("torch", "warning", f"{found}; the slowest is GPU {slowest}", "look at its clocks and temperature "
-                    "(nvidia-smi -q -d PERFORMANCE)", host_name(), of_node=True)
-    else:
-        yield Check("torch", "ok", found, host=host_name())
+    count = torch.cuda.device_count()
+    for index in range(count) if local_rank is None else [local_rank % count]:
+        name = torch.cuda.get_device_name(index)
+        rate = _multiply(index)
+        if rate is None:
+            yield _fault(f"GPU {index} ({name}) computes wrong products")
+        else:
+            yield Check("torch", "ok", f"{torch.__version__}, CUDA {torch.version.cuda}, GPU {index} ({name}): {rate:,.0f} "
+                        "TFLOP/s in fp16", host=host_name())
+
+
+def _multiply(index: int) -> float | None:
+    """TFLOP/s of a GPU; None where a product is wrong."""
+    import torch
+
+    device = torch.device("cuda", index)
+    ones = torch.ones(PRODUCT, PRODUCT, device=device, dtype=torch.float16)
+    product = ones @ ones
+    torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    for _ in range(10):
+        torch.matmul(ones, ones, out=product)
+    torch.cuda.synchronize(device)
+    rate = 10 * 2 * PRODUCT**3 / (time.perf_counter() - started) / 1e12
+    return rate if bool((product == PRODUCT).all()) else None
 
 
 def _fault(found: str) -> Check:

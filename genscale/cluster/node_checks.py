@@ -72,7 +72,7 @@ def check_versions() -> Iterator[Check]:
 
 def check_cores(load: Load) -> Iterator[Check]:
     """CPU cores that this process may use, against processes, their loader workers and threads."""
-    cores = len(os.sched_getaffinity(0))
+    cores = max(len(os.sched_getaffinity(0)), _number("SLURM_CPUS_ON_NODE"))  # a task is bound to its own share
     wanted, threads = load.processes * (1 + load.workers), _number("OMP_NUM_THREADS")
     what = f"{count_of(cores, 'core')} for {count_of(load.processes, 'process')}"
     if load.workers:

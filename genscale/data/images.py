@@ -152,6 +152,13 @@ class ImageData(Data):
         """Nothing stays open between two images."""
 
 
+def image_specs(settings: ImageDataSettings) -> list[ImageSpec]:
+    """The source, and that of the validation set where it has its own."""
+    own = settings.validation_source
+    return [_spec("data.source", settings.source, settings),
+            *([_spec("data.validation_source", own, settings, split="validation")] if own is not None else [])]
+
+
 def _spec(key: str, source: Sequence[str] | str, settings: ImageDataSettings, split: str | None = None,
           classes: Sequence[str] | None = None) -> ImageSpec:
     locations = (source,) if isinstance(source, str) else tuple(source)
