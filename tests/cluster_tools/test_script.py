@@ -66,7 +66,7 @@ def tell(render, tmp_path, *arguments, site_text="setup: []", **variables):
     (folder / "srun").write_text('#!/bin/bash\nwhile [[ $1 == --* ]]; do echo "srun $1"; shift; done\nexec "$@"\n')
     for name in ("python", "accelerate", "apptainer"):
         (folder / name).write_text('#!/bin/bash\nprintf "%s\\n" "call $(basename "$0")" "${@/#/  }"\n'
-                                   'env | grep -E "^(RANK|WORLD_SIZE|LOCAL_RANK|MASTER_|OMP_|GENSCALE_|A=|HF_HOME|NCCL_SOCK)"\n')
+                                   'env | grep -E "^(RANK|WORLD_SIZE|LOCAL_RANK|MASTER_|OMP_|GENSCALE_|A=|HF_|NCCL_SOCK)"\n')
     for file in folder.iterdir():
         file.chmod(0o755)
     environment = {"PATH": f"{folder}:/usr/bin:/bin", "HOME": "/home/me", "SLURM_JOB_ID": "12345",
