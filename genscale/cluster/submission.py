@@ -27,7 +27,7 @@ from genscale.errors import UserError
 from genscale.masking import has_mask
 from genscale.objectives import FAMILIES
 from genscale.training.config_check import check_config
-from genscale.training.run_folder import config_dict, config_yaml, flatten, run_folder
+from genscale.training.run_folder import config_yaml, run_folder
 from genscale.training.run_owner import who_has
 from genscale.training.supervision import group_timeout_minutes
 
@@ -194,15 +194,14 @@ def _output(prepared: Prepared) -> str:
 def _keep_and_submit(prepared: Prepared) -> None:
     """Script and resolved config into the run folder, the job into the queue."""
     job, folder, training = prepared.job, prepared.folder, prepared.training
-    config = prepared.configs[0]
-    for key, value in flatten(config_dict(config)).items():
-        if isinstance(value, str) and has_mask(value):
-            raise UserError(f"{key}={value}: an address with a token cannot be kept in the job's config; put the token where "
-                            "the library looks for it (HF_TOKEN, ~/.netrc), and leave it out here")
+    config = config_yaml(prepared.configs[0])
+    if masked := next((line.strip() for line in config.splitlines() if has_mask(line)), None):
+        raise UserError(f"{masked}: an address with a token cannot be kept in a job's config; put the token where the library "
+                        "looks for it (HF_TOKEN, ~/.netrc), and leave it out here")
     try:
         kept = new_folder(folder)
         (folder / "logs").mkdir(exist_ok=True)
-        (kept / "config.yaml").write_text(config_yaml(config))
+        (kept / "config.yaml").write_text(config)
         script = kept / "job.sbatch"
         script.write_text(render(job, prepared.site, replace(training, config=str(kept / "config.yaml"), settings=()),
                                  _output(prepared)))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from genscale import exit_codes
-from genscale.config_parser import parse_config, take_number
+from genscale.config_parser import parse_config, split_flags, take_number
 from genscale.masking import masked
 from genscale.objectives import FAMILIES
 from genscale.parallel.launcher import has_launcher
@@ -61,6 +61,9 @@ def command(settings: Sequence[str], drop: Sequence[str] = ()) -> str:
                 next(words, None)
         else:
             kept.append(shlex.quote(word))
+    if RUN in os.environ:
+        own, rest = split_flags(kept, lambda name: name == "config")
+        return masked(" ".join(["genscale slurm submit --nodes", os.environ.get("SLURM_NNODES", "1"), *own, "--", *rest]))
     if PROCESSES in os.environ:
         start = f"genscale train --processes {os.environ[PROCESSES]}"
     else:

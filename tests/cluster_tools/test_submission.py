@@ -171,3 +171,13 @@ def test_what_a_partition_has_not_is_not_asked_of_it(settings, message):
     check_fits(settle(JobSettings(nodes=3, gpus_per_node=0), site, "tiny"), main)
     with pytest.raises(UserError, match=message):
         check_fits(settle(JobSettings(**settings), site, "tiny"), main)
+
+
+def test_what_to_type_next_after_a_job(monkeypatch):
+    from genscale.verbs.train import command
+
+    words = ["--config", "a b.yaml", "--run.name", "x", "--train.steps", "5"]
+    assert command(words) == "genscale train --config 'a b.yaml' --run.name x --train.steps 5"
+    monkeypatch.setenv("GENSCALE_RUN", "runs/x")
+    monkeypatch.setenv("SLURM_NNODES", "4")
+    assert command(words) == "genscale slurm submit --nodes 4 --config 'a b.yaml' -- --run.name x --train.steps 5"
