@@ -53,8 +53,13 @@ class Cluster:
         self._site = folder / "site.yaml"
         self.environment = {**os.environ, "SLURM_MINI_DIR": str(folder), "SLURM_CONF": str(folder / "etc" / "slurm.conf")}
         path = f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
+        folder.mkdir(parents=True, exist_ok=True)
         self._site.write_text(yaml.safe_dump({"gpus_per_node": 0, "cpus_per_process": 1, "setup": [path]}))
-        self.do("start")
+        try:
+            self.do("start")
+        except BaseException:
+            self.stop()
+            raise
 
     def do(self, *words: str) -> str:
         """A verb of mini-cluster.sh."""
@@ -83,17 +88,24 @@ class Cluster:
         assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
         return done.stdout
 
-    def submit(self, run: JobRun, *flags: str, planted: str = "", overrides: tuple[str, ...] = ()) -> Job:
-        """A job of the run: `genscale slurm submit`, with what happens to it."""
-        variables = {name: "" for name in os.environ if name.startswith((*FOREIGN, "SLURM_", "SBATCH_"))}
-        variables |= {"SLURM_CONF": self.environment["SLURM_CONF"], "OMP_NUM_THREADS": "1", "PLANTED": planted,
-                      "PLANTED_FOLDER": str(run.planted), "PYTHONPATH": f"{HERE / 'planted'}{os.pathsep}{ROOT}"}
-        words = ["slurm", "submit", "--config", str(run.config), "--site", str(self._site), *flags]
-        words += [] if "--time" in flags else ["--time", "10"]
-        said = self._submit([*words, *(["--", *overrides] if overrides else [])], variables)
+    def submit(self, run: JobRun, *flags: str, planted: str = "") -> Job:
+        """A job of the run, with what happens to it: `genscale slurm submit`."""
+        variables = {"PLANTED": planted, "PLANTED_FOLDER": str(run.planted),
+                     "PYTHONPATH": os.pathsep.join([str(HERE / "planted"), str(ROOT)])}
+        said = self._submit(self.words(run, *flags), self.variables() | variables)
         found = re.search(r"\bjob (\d+)", said)
         assert found, said
         return Job(self, found.group(1))
+
+    def words(self, run: JobRun, *flags: str) -> list[str]:
+        """Of `genscale`, to submit the run."""
+        limit = [] if "--time" in flags else ["--time", "10"]
+        return ["slurm", "submit", "--config", str(run.config), "--site", str(self._site), *limit, *flags]
+
+    def variables(self) -> dict[str, str]:
+        """The environment of a login node, as far as it differs from this one; what is empty is to be unset."""
+        unset = {name: "" for name in os.environ if name.startswith((*FOREIGN, "SLURM_", "SBATCH_"))}
+        return unset | {"SLURM_CONF": self.environment["SLURM_CONF"], "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def lives(self, node: str, pid: int) -> bool:
         """Whether that process of a node does."""

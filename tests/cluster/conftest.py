@@ -45,13 +45,23 @@ def cluster(jobs, genscale) -> Iterator:
         return done.out
 
     folder = Path(os.environ.get("SLURM_MINI_DIR") or tempfile.mkdtemp(prefix="genscale-cluster-"))
-    folder.mkdir(parents=True, exist_ok=True)
+    cluster = jobs.Cluster(folder, submit)
     try:
-        cluster = jobs.Cluster(folder, submit)
         yield cluster
     finally:
         cluster.stop()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def on_login_node(jobs, cluster, genscale) -> Callable:
+    """`genscale` in this process, as on a login node of the cluster."""
+
+    def run(*words: str):
+        with jobs.variables_set(cluster.variables()):
+            return genscale(*words)
+
+    return run
 
 
 @pytest.fixture(scope="session")
