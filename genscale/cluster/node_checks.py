@@ -3,6 +3,7 @@ loaded, so that it costs a job a second."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import shutil
@@ -58,9 +59,12 @@ def check_versions() -> Iterator[Check]:
     """Of genscale, Python and the packages that compute; all nodes must have the same."""
     found, missing = [f"genscale {genscale.__version__}", f"Python {'.'.join(map(str, sys.version_info[:3]))}"], []
     for package in PACKAGES:
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
+        number = None  # also of a package that is there in part
+        with contextlib.suppress(PackageNotFoundError):
+            number = version(package)
+        if number:
+            found.append(f"{package} {number}")
+        else:
             missing.append(package)
     if missing:
         yield Check("versions", "failure", f"{', '.join(found)}; not installed: {', '.join(missing)}",

@@ -1,9 +1,11 @@
-"""Nodes, networks and the controller go, and the run goes on."""
+"""Nodes, networks and the controller go, or were never fit, and the run goes on."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
+import accelerate
 import pytest
 
 from genscale.training.checkpoints import list_checkpoints
@@ -57,6 +59,22 @@ def test_a_split_network(whole, undisturbed, new_run, campaign):
     writers = {checkpoint.manifest()["about"]["host"] for checkpoint in list_checkpoints(run.checkpoints)}
     assert writers == {details["BatchHost"]}
     campaign.check_same(run, undisturbed)
+
+
+def test_a_node_that_is_not_fit_is_named_and_left_out(cluster, new_run):
+    """Of one package that all nodes have the first one has none."""
+    (package,) = Path(accelerate.__file__).parents[1].glob("accelerate-*.dist-info")
+    run = new_run(**{"train.steps": 6})
+    cluster.do("exec", "node0", "mount", "-t", "tmpfs", "none", str(package))
+    try:
+        job = cluster.submit(run, "--launcher", "srun")
+        details = job.end()
+    finally:
+        cluster.do("exec", "node0", "umount", str(package))
+    lives = run.document("jobs/lives.json")["lives"]
+    assert [life["nodes"] for life in lives] == [["node0"], [details["BatchHost"]]] and details["BatchHost"] != "node0"
+    assert "node0 is not fit: versions: " in job.output() and "not installed: accelerate" in job.output()
+    assert [life["how"] for life in lives] == ["unfit", "complete"] and run.step() == 6
 
 
 def test_a_controller_that_is_away_while_the_job_wants_to_be_requeued(whole, undisturbed, new_run, campaign, jobs):
