@@ -90,22 +90,14 @@ class Cluster:
 
     def submit(self, run: JobRun, *flags: str, planted: str = "") -> Job:
         """A job of the run, with what happens to it: `genscale slurm submit`."""
-        variables = {"PLANTED": planted, "PLANTED_FOLDER": str(run.planted),
-                     "PYTHONPATH": os.pathsep.join([str(HERE / "planted"), str(ROOT)])}
-        said = self._submit(self.words(run, *flags), self.variables() | variables)
+        variables = {name: "" for name in os.environ if name.startswith((*FOREIGN, "SLURM_", "SBATCH_"))}
+        variables |= {"SLURM_CONF": self.environment["SLURM_CONF"], "OMP_NUM_THREADS": "1", "PLANTED": planted,
+                      "PLANTED_FOLDER": str(run.planted), "PYTHONPATH": os.pathsep.join([str(HERE / "planted"), str(ROOT)])}
+        words = ["slurm", "submit", "--config", str(run.config), "--site", str(self._site), "--time", "10", *flags]
+        said = self._submit(words, variables)
         found = re.search(r"\bjob (\d+)", said)
         assert found, said
         return Job(self, found.group(1))
-
-    def words(self, run: JobRun, *flags: str) -> list[str]:
-        """Of `genscale`, to submit the run."""
-        limit = [] if "--time" in flags else ["--time", "10"]
-        return ["slurm", "submit", "--config", str(run.config), "--site", str(self._site), *limit, *flags]
-
-    def variables(self) -> dict[str, str]:
-        """The environment of a login node, as far as it differs from this one; what is empty is to be unset."""
-        unset = {name: "" for name in os.environ if name.startswith((*FOREIGN, "SLURM_", "SBATCH_"))}
-        return unset | {"SLURM_CONF": self.environment["SLURM_CONF"], "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def lives(self, node: str, pid: int) -> bool:
         """Whether that process of a node does."""

@@ -53,17 +53,6 @@ def cluster(jobs, genscale) -> Iterator:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture
-def on_login_node(jobs, cluster, genscale) -> Callable:
-    """`genscale` in this process, as on a login node of the cluster."""
-
-    def run(*words: str):
-        with jobs.variables_set(cluster.variables()):
-            return genscale(*words)
-
-    return run
-
-
 @pytest.fixture(scope="session")
 def campaign() -> ModuleType:
     """fault_campaign.py: runs held against each other."""
