@@ -403,9 +403,10 @@ def test_processes_that_do_not_come_are_named(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     monkeypatch.setattr("genscale.cluster.network_check.PASSING_SECONDS", 0.0)
-    answer = roll_call(0, 3, seconds=1)
+    answer, store = roll_call(0, 3, seconds=1)
+    del store
     assert answer.state == "failure" and "rank 1, 2" in answer.found
-    unreachable = roll_call(1, 3, seconds=1)
+    unreachable, _ = roll_call(1, 3, seconds=1)
     assert unreachable.state == "failure" and "rank 1 on" in unreachable.found and unreachable.of_node
 
 

@@ -27,7 +27,8 @@ SOURCE_SECONDS = 120.0
 """The same of a server that is tried again, or a hub."""
 ROLL_CALL_SECONDS = 60.0
 """For all processes of a group to come."""
-COLLECTIVE_MINUTES = 2.0
+COLLECTIVE_MINUTES = 4.0
+"""A collective may have to wait for a process that waits for a source."""
 
 
 def node_check(run_folder: Path, load: Load, size: int = QUICK_BYTES) -> list[Check]:
@@ -72,15 +73,15 @@ def job_check(run_folder: Path, workers: int = 0, seconds: float = 90) -> list[C
     return check_nodes(hosts, run_folder, workers, seconds) if len(hosts) > 1 else quick_check(run_folder, workers)
 
 
-def submission_check(config: Config, run_folder: Path, nodes: int = 1) -> list[Check]:
-    """What can be told on the login node, before a job is submitted: whether the run folder can be written and may be shared,
-    and whether the data and W&B are within reach.
+def submission_check(config: Config, run_folder: Path, nodes: int) -> list[Check]:
+    """What can be told on the login node before a job is submitted, besides what `check_config` finds: whether the run folder
+    takes what a run writes and may be shared, and whether W&B is within reach.
 
     Args:
         nodes: that the job will have.
     """
-    return run_checks([("versions", check_versions), ("run folder", lambda: check_run_folder(run_folder, QUICK_BYTES, nodes))],
-                      NODE_SECONDS) + run_checks(_reach(config), SOURCE_SECONDS)
+    return run_checks([("versions", check_versions), ("run folder", lambda: check_run_folder(run_folder, QUICK_BYTES, nodes)),
+                       ("W&B", lambda: _wandb(config))], NODE_SECONDS)
 
 
 def full_check(run_folder: Path, config: Config | None) -> list[Check]:
@@ -94,6 +95,7 @@ def full_check(run_folder: Path, config: Config | None) -> list[Check]:
 def group_check(run_folder: Path, config: Config | None, quick: bool) -> list[Check]:
     """Everything that the processes of a group find out, each of itself and all of them together. Called by every process of
     it (RANK and the rest are set); rank 0 gets all checks, the others only what rank 0 cannot hear of."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what its sockets complain of is reported, without stacks
     from genscale.cluster.network_check import roll_call
 
     rank, world_size, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -101,13 +103,14 @@ def group_check(run_folder: Path, config: Config | None, quick: bool) -> list[Ch
     if local_rank == 0:
         load = Load.of_environment(config.data.workers if config else 0)
         own += node_check(run_folder, load, QUICK_BYTES if quick else SPEED_BYTES)
-        if config and not quick:
-            own += run_checks([("data", lambda: _data(config))], SOURCE_SECONDS)
-    answer = roll_call(rank, world_size, ROLL_CALL_SECONDS)
+    answer, store = roll_call(rank, world_size, ROLL_CALL_SECONDS)
     if answer.state == "failure":
         return [*own, answer] if rank == 0 or answer.host == host_name() else []
     own += run_checks([("torch", lambda: check_computing(local_rank))], SOURCE_SECONDS)
+    if config and local_rank == 0 and not quick:
+        own += run_checks([("data", lambda: _data(config))], SOURCE_SECONDS)
     found = _together(run_folder, own, answer)
+    del store  # until now it was where they met
     if rank == 0 and not quick:
         found += run_checks([("W&B", lambda: _wandb(config))], SOURCE_SECONDS)
     return found

@@ -30,13 +30,14 @@ SLOW_GPU, SLOW_CPU = 2**30, 20 * 2**20
 """Bytes a second below which steps will wait for their all-reduce. (10 Gbit/s Ethernet gives NCCL about 1 GiB/s.)"""
 
 
-def roll_call(rank: int, world_size: int, seconds: float) -> Check:
+def roll_call(rank: int, world_size: int, seconds: float) -> tuple[Check, dist.TCPStore | None]:
     """Whether all processes reach rank 0, before a library waits for them; on rank 0 the answer names those that are missing,
     and is passed on: where it is a failure, nobody needs to go on.
 
-    The same address as the process group's is used, and the same server.
+    The same address as the process group's is used, and the same server: it lives as long as the store that is returned beside
+    the answer.
     """
-    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    address, port, store = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""), None
     try:
         serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         store = dist.TCPStore(address, int(port), world_size, serves, timedelta(seconds=seconds), wait_for_workers=False,
@@ -50,11 +51,11 @@ def roll_call(rank: int, world_size: int, seconds: float) -> Check:
         else:
             store.wait([f"{KEY}/answer"], timedelta(seconds=2 * seconds))
             answer = Check.from_dict(json.loads(store.get(f"{KEY}/answer")))
-        return answer
+        return answer, store
     except (RuntimeError, ValueError) as error:  # torch's own are RuntimeErrors
         return Check("rendezvous", "failure", f"rank {rank} on {host_name()} cannot reach rank 0 at {address}:{port} "
                      f"({_first_line(error)})", "look at the network between the nodes; where they have several, name the one "
-                     "to use (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)", host_name(), of_node=rank > 0)
+                     "to use (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)", host_name(), of_node=rank > 0), store
 
 
 def _who_came(store: dist.TCPStore, world_size: int, seconds: float) -> Check:
