@@ -59,7 +59,7 @@ def quick_check(run_folder: Path, workers: int = 0) -> list[Check]:
     return node_check(run_folder, Load.of_environment(workers))
 
 
-def job_check(run_folder: Path, workers: int = 0, seconds: float = 90) -> list[Check]:
+def job_check(run_folder: Path, workers: int = 0, seconds: float = 60) -> list[Check]:
     """The same of every node of the Slurm job that this process belongs to, asked at once, and what comes out only between
     them: whether all answer, their clocks, one shared folder. Of this node alone where there is no job of several.
 

@@ -13,14 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from genscale.cluster import slurm_commands
-from genscale.cluster.checks import run_checks
+from genscale.cluster.doctor import submission_check
 from genscale.cluster.job import Job, JobSettings, settle
 from genscale.cluster.job_records import Submitted, jobs_of, new_folder, record
-from genscale.cluster.node_checks import check_versions
 from genscale.cluster.partition import check_fits, find_partition
 from genscale.cluster.script import Training, render
 from genscale.cluster.site import Site, read_site
-from genscale.cluster.storage_checks import QUICK_BYTES, check_run_folder
 from genscale.config import Config, RunSettings
 from genscale.config_parser import parse_config, parse_settings
 from genscale.errors import UserError
@@ -153,8 +151,7 @@ def _check(prepared: Prepared) -> None:
     for run in prepared.runs():
         _check_is_free(run)
     check_config(prepared.configs[0], job.world_size)
-    for check in run_checks([("versions", check_versions),
-                             ("disk space", lambda: check_run_folder(prepared.folder, QUICK_BYTES, job.nodes))], SETUP_SECONDS):
+    for check in submission_check(prepared.configs[0], prepared.folder, job.nodes):
         if check.state == "failure":
             raise UserError(f"{check.name}: {check.found}; {check.remedy}")
         if check.state == "warning":
