@@ -296,6 +296,8 @@ def test_a_rank_that_nobody_ends_says_that_the_other_is_gone(genscale_start, gen
     genscale_finish(ranks[1])
     assert ended.code == 2 and "Traceback" not in ended.err, ended.err
     assert ended.err.splitlines()[-1].startswith("error: another process of the run is gone"), ended.err
+    said = json.loads((config.parent / "tiny" / "ended.json").read_text())
+    assert (said["how"], said["exit_code"]) == ("lost", 2)
 
 
 @pytest.mark.slow

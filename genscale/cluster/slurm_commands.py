@@ -6,7 +6,7 @@ import getpass
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from genscale.errors import UserError
@@ -55,10 +55,14 @@ def queue() -> list[Queued]:
     return [Queued(*line.split("|")) for line in done.stdout.splitlines() if line.count("|") == 4]
 
 
-def active(jobs: Iterable[str]) -> list[Queued]:
-    """Those of the queue that belong to one of the jobs, themselves or elements of their arrays, and are not at their end."""
+def active(jobs: Iterable[str], among: Sequence[Queued] | None = None) -> list[Queued]:
+    """Those of the queue that belong to one of the jobs, themselves or elements of their arrays, and are not at their end.
+
+    Args:
+        among: the queue, where it has been asked for already.
+    """
     wanted = set(jobs)
-    return [each for each in queue()
+    return [each for each in (queue() if among is None else among)
             if (each.job in wanted or each.job.partition("_")[0] in wanted) and each.state != "COMPLETING"]
 
 

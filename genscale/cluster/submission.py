@@ -19,6 +19,7 @@ from genscale.cluster.job_records import Submitted, jobs_of, new_folder, record
 from genscale.cluster.partition import check_fits, find_partition
 from genscale.cluster.script import Training, render
 from genscale.cluster.site import Site, read_site
+from genscale.cluster.slurm_commands import Queued
 from genscale.config import Config, RunSettings
 from genscale.config_parser import parse_config, parse_settings
 from genscale.errors import UserError
@@ -148,8 +149,9 @@ def _check(prepared: Prepared) -> None:
                         "that genscale was cloned into, or with --launcher srun")
     if partition := find_partition(job.partition):
         check_fits(job, partition)
+    waiting = slurm_commands.queue()
     for run in prepared.runs():
-        _check_is_free(run)
+        _check_is_free(run, waiting)
     check_config(prepared.configs[0], job.world_size)
     for check in submission_check(prepared.configs[0], prepared.folder, job.nodes):
         if check.state == "failure":
@@ -160,9 +162,9 @@ def _check(prepared: Prepared) -> None:
         _check_setup(site)
 
 
-def _check_is_free(run: Path) -> None:
-    if waiting := slurm_commands.active(jobs_of(run)):
-        raise UserError(f"run.name: {run} has a job already: {waiting[0].job} ({waiting[0].state.lower()}); wait for it, "
+def _check_is_free(run: Path, queue: Sequence[Queued]) -> None:
+    if own := slurm_commands.active(jobs_of(run), queue):
+        raise UserError(f"run.name: {run} has a job already: {own[0].job} ({own[0].state.lower()}); wait for it, "
                         f"end it with `genscale slurm cancel {run}`, or choose another name (-- --run.name NAME)")
     if owner := who_has(run):
         raise UserError(f"run.name: {run} belongs to a run that goes on: {owner}; wait for it, stop it, or choose another name "
