@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import statistics
 import sys
 import tempfile
@@ -49,8 +50,10 @@ def seconds(values: list[float | None]) -> dict[str, Any]:
 
 
 def campaign(run: Callable[..., list[Death]], family: str, strategy: str, kills: int, seed: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="genscale-faults-") as folder:
-        return tally(run(family, strategy, kills, seed, Path(folder) / "campaign"))
+    folder = Path(tempfile.mkdtemp(prefix="genscale-faults-"))  # which stays where something was not survived
+    found = tally(run(family, strategy, kills, seed, folder / "campaign"))
+    shutil.rmtree(folder)
+    return found
 
 
 def cases(names: list[str], family: str, strategy: str, times: int, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:

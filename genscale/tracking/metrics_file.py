@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +92,14 @@ class MetricsFile:
 
     def truncate_after(self, step: int) -> None:
         """Drop the lines with a step beyond `step`, which a resumed run is about to write again. Atomic: all or nothing."""
+        self.drop(lambda record: record["step"] > step)
+
+    def drop(self, dropped: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Drop the records of which it is true. Atomic: all or nothing."""
         os.close(self._descriptor)
         waiting = [(line, json.loads(line)) for line in self._waiting.decode().splitlines()]
         try:
-            self._rewrite([line for line, record in [*_read(self.path), *waiting] if record["step"] <= step])
+            self._rewrite([line for line, record in [*_read(self.path), *waiting] if not dropped(record)])
             self._waiting = b""
         finally:
             self._open()

@@ -64,6 +64,13 @@ class RunRecord:
         """The run goes on from that step: what follows it will be written again."""
         self._writes.attempt("metrics.jsonl", lambda: self._metrics.truncate_after(step))
 
+    def evaluated_anew(self, step: int) -> None:
+        """The step is about to be evaluated, as it may have been in a life that was killed before its next checkpoint."""
+        def before(record: Mapping[str, Any]) -> bool:
+            return record["step"] == step and any(name.startswith("validation_") for name in record)
+
+        self._writes.attempt("metrics.jsonl", lambda: self._metrics.drop(before))
+
     def sample(self, step: int, file: Path, sample: str | np.ndarray) -> None:
         """A text, or a picture, uint8 `(height, width, 3)`."""
         if isinstance(sample, str):

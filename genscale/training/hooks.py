@@ -169,6 +169,8 @@ class RunHooks:
         if not self._left_out or step >= train.steps:
             return
         self._left_out = False
+        if self.processes.is_main:
+            self.run_record.evaluated_anew(step)
         self.evaluate(StepReport(step))
         if train.checkpoint_every and step % train.checkpoint_every == 0:
             self.best = self._best_with(step)

@@ -157,7 +157,10 @@ def check_same(run: Run, truth: Run) -> None:
     expected = truth.metrics()
     steps = [line["step"] for line in training_lines(expected)]
     assert steps == list(range(1, run.settings["train.steps"] + 1))
-    assert run.metrics() == expected
+    found = run.metrics()
+    different = next(((line, true) for line, true in zip(found, expected, strict=False) if line != true), None)
+    assert different is None, f"{different[0]} of the disturbed run is {different[1]} of the undisturbed one"
+    assert len(found) == len(expected)
     latest = run.latest()
     assert latest is not None and latest.step == steps[-1]
     assert latest.digest() == truth.latest().digest()
