@@ -215,7 +215,7 @@ def why_not_again(life: Life, lives: Sequence[Life], max_requeues: int) -> str |
     if life.how == "failed" and life.code == exit_codes.USER_ERROR:
         return "not requeued: it would fail again"
     if life.how == "unfit" and life.reason is None:
-        return "not requeued: all nodes have the same fault"
+        return "not requeued: other nodes would do no better"
     return why_no_more(lives, max_requeues)
 
 

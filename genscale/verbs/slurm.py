@@ -58,9 +58,13 @@ def _life(action: str, arguments: list[str]) -> int:
     settings = parse_settings(LifeSettings, arguments, f"genscale slurm {action} RUN", ACTIONS[action])
     if len(run) != 1:
         raise UserError(f"genscale slurm {action}: name one run folder")
-    if action == "begin":
-        return begin(run[0], settings.max_requeues)
-    return end(run[0], settings.code, settings.max_requeues)
+    try:
+        if action == "begin":
+            return begin(run[0], settings.max_requeues)
+        return end(run[0], settings.code, settings.max_requeues)
+    except OSError as error:
+        raise UserError(f"run.dir: cannot write to {run[0]} ({error.strerror}); free some space, or set --run.dir to another "
+                        "folder") from None
 
 
 def _submit(action: str, arguments: list[str]) -> int:

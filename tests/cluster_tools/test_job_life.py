@@ -199,3 +199,22 @@ def test_elements_of_an_array_are_called_as_slurm_takes_them(genscale, run, in_j
 
 def test_outside_of_a_job_it_says_so(genscale, run):
     assert "SLURM_JOB_ID is not set" in genscale("slurm", "begin", run).message()
+
+
+def test_a_fault_that_other_nodes_would_have_too_ends_the_job(genscale, run, in_job, small_disk):
+    """Too little space, say."""
+    full = small_disk("2m")
+    in_job("7")
+    begun = genscale("slurm", "begin", full / "run")
+    assert begun.code == UNFIT and "node0 is not fit: " in begun.out, begun.out + begun.err
+    assert not (full / "run" / "jobs" / "exclude").exists()
+    ended = genscale("slurm", "end", full / "run", "--code", UNFIT)
+    assert ended.code == UNFIT and "not requeued: other nodes would do no better" in ended.out
+
+
+def test_a_run_folder_that_cannot_be_written_is_one_line(genscale, tmp_path, in_job):
+    (tmp_path / "file").write_text("")
+    in_job("7")
+    for words in (("begin",), ("end", "--code", 1)):
+        message = genscale("slurm", words[0], tmp_path / "file" / "run", *words[1:]).message()
+        assert message.startswith(f"run.dir: cannot write to {tmp_path}/file/run (Not a directory)")
