@@ -11,7 +11,7 @@ from genscale.errors import UserError, nearest
 ACTIONS = {
     "render": "print the script of a job (or write it with --out FILE)",
     "submit": "check the run and the site, keep script and config in the run folder, and submit the job",
-    "status": "the jobs of runs: in the queue, running, requeued, ended; step, loss, speed, time left, predicted end",
+    "status": "the jobs of runs (of all in runs/): queued, running, requeued, ended; step, loss, speed, predicted end",
     "logs": "follow what rank 0 prints (--all: every rank)",
     "cancel": "take the jobs of runs out of the queue, or end them",
     "begin": "in the script of a job, before the training: look at the node, count this life of the job",
@@ -79,6 +79,9 @@ def _look(action: str, arguments: list[str]) -> int:
     from genscale.cluster import job_logs, job_status
 
     runs, arguments = _runs(arguments)
+    if action != "logs" and {"-h", "--help"} & set(arguments):
+        print(f"usage: genscale slurm {action} {'[RUN ...]' if action == 'status' else 'RUN ...'}\n\n{ACTIONS[action]}")
+        return exit_codes.DONE
     if action == "logs":
         return job_logs.follow(runs, arguments)
     return job_status.show(runs, arguments) if action == "status" else job_status.cancel(runs, arguments)

@@ -130,6 +130,12 @@ def test_mistakes_on_the_command_line(arguments, message, genscale):
     assert message in genscale("slurm", *arguments).message()
 
 
+@pytest.mark.parametrize("action", ["", "render", "submit", "status", "logs", "cancel", "begin", "end"])
+def test_every_action_has_a_help(action, genscale):
+    shown = genscale("slurm", *action.split(), "--help")
+    assert shown.code == 0 and f"usage: genscale slurm {action}" in shown.out
+
+
 def test_settings_of_the_run_stand_after_two_dashes(genscale, tiny_config):
     script = genscale("slurm", "render", "--config", tiny_config, "--", "--train.steps", 9, "--run.name", "other").out
     assert "settings=(--train.steps 9)" in script and "/runs/other\n" in script
