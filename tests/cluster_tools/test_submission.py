@@ -72,7 +72,7 @@ def test_what_only_the_other_machine_can_tell_is_left_to_it(check):
 
 def test_a_run_is_checked_against_the_checkpoint_it_would_go_on_from(check, copied):
     before = sorted(copied.rglob("*"))
-    check("--train.steps", 50)
+    check("--train.steps", 50, "--train.precision", "auto")
     with pytest.raises(UserError, match=r"^run.resume: .* another config: optimizer.lr \(was 0.001, now 0.5\)"):
         check("--optimizer.lr", 0.5)
     assert sorted(copied.rglob("*")) == before
