@@ -89,7 +89,7 @@ def test_the_run_of_a_config_is_looked_at(genscale, tiny_config, tmp_path):
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--conifg", "x"], ["conifg"]), (["--processes", "0"], ["--processes", "at least 1"]),
-    (["--config", "none.yaml"], ["--config", "none.yaml"])])
+    (["--config", "none.yaml"], ["--config", "none.yaml"]), (["--processes", "2", "--quick"], ["--processes: 2", "--quick"])])
 def test_wrong_arguments_are_one_line(arguments, words, genscale):
     message = genscale("doctor", *arguments).message()
     assert all(word in message for word in words)
@@ -179,10 +179,15 @@ ROW = "{index}, NVIDIA H100 80GB HBM3, 560.35, 81559, {used}, {errors}"
     ([(0, 4, 0)], "2", "failure", ["Slurm gave 2 GPUs", "shows 1"]),
     ([(0, 4, 0), (1, 4, 12)], "2", "failure", ["uncorrected memory errors on GPU 1"]),
     ([(0, 30000, 0), (1, 4, "[N/A]")], "2", "warning", ["30000 MiB of GPU 0"]),
+    ([(0, 4, None)], "1", "ok", ["1 x NVIDIA H100"]),
 ])  # fmt: skip
 def test_what_the_driver_says(rows, promised, state, words, tools, monkeypatch):
     lines = [ROW.format(index=index, used=used, errors=errors) for index, used, errors in rows]
-    tool(tools, "nvidia-smi", "\n".join(f"echo '{line}'" for line in lines))
+    script = "\n".join(f"echo '{line}'" for line in lines)
+    if rows[0][2] is None:  # a driver that does not know the field
+        refusal = "case $* in *ecc*) echo 'Field \"ecc\" is not a valid field to query.'; exit 2;; esac"
+        script = f"{refusal}\n{script.replace(', None', '')}"
+    tool(tools, "nvidia-smi", script)
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", promised)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (check,) = check_driver()

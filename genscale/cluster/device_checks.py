@@ -30,13 +30,14 @@ def check_driver() -> Iterator[Check]:
             yield Check("GPUs", "ok", "none: a run computes on the CPU, over gloo", host=host_name())
         return
     try:
-        asked = subprocess.run([tool, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"], capture_output=True,
-                               text=True, timeout=DRIVER_SECONDS, check=False)
+        asked, fields = _ask(tool, QUERY), QUERY
+        if "not a valid field" in asked.stdout + asked.stderr:  # drivers differ in how they count memory errors
+            asked, fields = _ask(tool, QUERY[:-1]), QUERY[:-1]
     except subprocess.TimeoutExpired:
         yield _fault(f"nvidia-smi did not answer within {DRIVER_SECONDS} s")
         return
-    rows = [dict(zip(QUERY, map(str.strip, line.split(",")), strict=False)) for line in asked.stdout.splitlines()
-            if line.count(",") == len(QUERY) - 1]
+    rows = [dict(zip(fields, map(str.strip, line.split(",")), strict=True)) for line in asked.stdout.splitlines()
+            if line.count(",") == len(fields) - 1]
     if asked.returncode or not rows:
         yield _fault(f"nvidia-smi: {' '.join((asked.stderr or asked.stdout).split())[:200] or 'shows no GPU'}")
     elif len(rows) < promised:
@@ -45,11 +46,16 @@ def check_driver() -> Iterator[Check]:
         yield from _faults_of(rows)
 
 
+def _ask(tool: str, fields: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"], capture_output=True,
+                          text=True, timeout=DRIVER_SECONDS, check=False)
+
+
 def _faults_of(rows: list[dict[str, str]]) -> Iterator[Check]:
     names = sorted({f"{row['name']} ({int(row['memory.total']):,} MiB)" if row["memory.total"].isdigit() else row["name"]
                     for row in rows})
     found = f"{len(rows)} x {', '.join(names)}, driver {rows[0]['driver_version']}"
-    broken = [row["index"] for row in rows if row[QUERY[-1]] not in ("0", "[N/A]", "[Not Supported]", "N/A")]
+    broken = [row["index"] for row in rows if row.get(QUERY[-1], "0") not in ("0", "[N/A]", "[Not Supported]", "N/A")]
     if broken:
         yield _fault(f"{found}; uncorrected memory errors on GPU {', '.join(broken)}")
         return

@@ -14,6 +14,7 @@ from genscale.cluster.doctor import full_check, group_check, job_check
 from genscale.cluster.slurm_task import adopt_slurm_task
 from genscale.config import Config
 from genscale.config_parser import parse_settings, split_flags, take_number
+from genscale.errors import UserError
 
 UNWELL = 1
 """Exit code where there is a failure among the checks."""
@@ -48,6 +49,9 @@ def main(arguments: list[str]) -> int:
         own, run = ["--help"], []
     settings = parse_settings(DoctorSettings, own, "genscale doctor", DESCRIPTION)
     adopt_slurm_task()
+    if processes and (settings.quick or "RANK" in os.environ):
+        beside = "--quick, which starts none" if settings.quick else "a launcher that has started its own"
+        raise UserError(f"--processes: {processes} has no effect with {beside}; leave it out")
     config, folder = _run_of(run, settings)
     if "RANK" in os.environ:
         checks = group_check(folder, config, settings.quick)

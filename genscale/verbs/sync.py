@@ -1,4 +1,4 @@
-"""genscale sync RUN: upload to W&B what a run has kept for it, as one W&B run."""
+"""genscale sync RUN...: upload to W&B what a run has kept for it, as one W&B run."""
 
 from __future__ import annotations
 
@@ -23,10 +23,16 @@ def main(arguments: list[str]) -> int:
         "Upload to W&B what a run has kept for it in its folder: from a machine with internet, at any time, also while the run "
         "goes on. However often the run was stopped and started, it becomes one W&B run with every step once. Done again, it "
         "brings what has come since."))
-    parser.add_argument("run", type=str, help="A run folder.")
-    folder = Path(parse(parser, arguments).run)
+    parser.add_argument("runs", type=str, nargs="+", help="Run folders.")
+    for run in parse(parser, arguments).runs:
+        sync(Path(run))
+    return 0
+
+
+def sync(folder: Path) -> None:
+    """Upload a run, and say what was new. Raises UserError."""
     if not folder.is_dir():
-        raise UserError(f"run: {folder} is not a run folder; give one, like runs/demo")
+        raise UserError(f"{folder}: is not a run folder; give one, like runs/demo")
     joined = join_lives(folder)
     if joined.rows and who_has(folder):
         del joined.rows[max(joined.rows)]  # more may come to it
@@ -37,8 +43,7 @@ def main(arguments: list[str]) -> int:
     new = [step for step in joined.rows if step > have.step]
     rows = f"{len(new):,} row{'' if len(new) == 1 else 's'} up to step {max(new):,}" if new else "nothing new"
     lives = "1 life" if len(joined.lives) == 1 else f"{len(joined.lives)} lives"
-    print(f"{folder}: uploaded {rows}, from {lives} of the run{f': {shown}' if shown else ''}")
-    return 0
+    print(f"{folder}: uploaded {rows}, from {lives} of the run{f': {shown}' if shown else ''}", flush=True)
 
 
 def _server() -> str:
