@@ -95,6 +95,12 @@ def test_wrong_arguments_are_one_line(arguments, words, genscale):
     assert all(word in message for word in words)
 
 
+def test_half_a_launcher_is_refused_as_training_does(genscale, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    assert genscale("doctor").message().startswith("RANK: not set, although WORLD_SIZE is 2")
+
+
 def test_help_names_every_flag(genscale):
     done = genscale("doctor", "--help")
     assert done.code == 0 and all(flag in done.out for flag in ("--quick", "--json", "--folder", "--processes", "--config"))

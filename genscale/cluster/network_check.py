@@ -128,7 +128,12 @@ def check_shared_folder(processes: Processes, hosts: list[str], run_folder: Path
         except OSError as error:
             raise UserError(f"run.dir: cannot write to {folder} ({error.strerror})") from None
 
-    folder, token = processes.main_does(leave)
+    try:
+        folder, token = processes.main_does(leave)
+    except UserError as error:
+        if processes.is_main:
+            yield Check("shared folder", "failure", str(error), "set run.dir to a folder that can be written", host_name())
+        return
     own = hosts[processes.rank]
     sees = find_token(folder, token, own) if hosts.index(own) == processes.rank else None
     seen = {host: found for host, found in zip(hosts, processes.gather(sees), strict=True) if found is not None}

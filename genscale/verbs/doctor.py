@@ -15,6 +15,7 @@ from genscale.cluster.slurm_task import adopt_slurm_task
 from genscale.config import Config
 from genscale.config_parser import parse_settings, split_flags, take_number
 from genscale.errors import UserError
+from genscale.parallel.launch_request import read_launch_request
 
 UNWELL = 1
 """Exit code where there is a failure among the checks."""
@@ -49,11 +50,12 @@ def main(arguments: list[str]) -> int:
         own, run = ["--help"], []
     settings = parse_settings(DoctorSettings, own, "genscale doctor", DESCRIPTION)
     adopt_slurm_task()
-    if processes and (settings.quick or "RANK" in os.environ):
+    in_group = read_launch_request().world_size > 1
+    if processes and (settings.quick or in_group):
         beside = "--quick, which starts none" if settings.quick else "a launcher that has started its own"
         raise UserError(f"--processes: {processes} has no effect with {beside}; leave it out")
     config, folder = _run_of(run, settings)
-    if "RANK" in os.environ:
+    if in_group:
         checks = group_check(folder, config, settings.quick)
     elif settings.quick:
         checks = job_check(folder, config.data.workers if config else 0)
