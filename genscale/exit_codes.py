@@ -14,7 +14,8 @@ they end with 1 whatever a process ended with, and die of SIGUSR1 themselves. So
 the run starts again; where there is none, the run goes on, or was killed outright. `lost`: another process of the run was
 killed, or its machine is gone.
 
-A job of Slurm ends with 0 where its run is complete, and else with the exit code of its run's last life. In its script,
+A job of Slurm ends with 0 where its run is complete, and else with the exit code of its run's last life (under a launcher, its
+processes end with 0 after a signal, which is no failure that the launcher should act upon). In its script,
 `genscale slurm begin` ends with 0 for the training to start, 10 where the run is complete, 11 where a node is not fit; and
 `genscale slurm end` with 75 for the job to be requeued, else with the exit code of the job. It is requeued after a signal, a
 hang, a crash or the loss of a node, unless three lives in a row have brought no new checkpoint; not after a user's mistake (2).

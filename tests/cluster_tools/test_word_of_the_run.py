@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 
 import pytest
 
@@ -31,3 +33,20 @@ def test_what_another_process_has_said_stands(genscale, tiny_config, run, say_en
 def test_without_a_job_no_folder_is_made_for_a_mistake(genscale, tiny_config, tiny_run):
     assert genscale("train", "--config", tiny_config, "--train.stepz", 5).code == 2
     assert not tiny_run.exists()
+
+
+@pytest.mark.slow
+def test_a_launcher_in_a_job_is_not_told_of_a_signal(genscale_start, genscale_finish, tiny_config, tiny_run, logged_steps):
+    """It would take the code for a failure, end whoever still writes, and fill the job's log with tracebacks."""
+    words = ("train", "--processes", 2, "--config", tiny_config, "--train.steps", 100_000)
+    process = genscale_start(*words, GENSCALE_RUN=str(tiny_run))
+    deadline = time.monotonic() + 90
+    while len(logged_steps(tiny_run)) < 5:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGUSR1)
+    stopped = genscale_finish(process, 60)
+    assert stopped.code == 0 and "stopped by SIGUSR1 after step" in stopped.out and "Traceback" not in stopped.err
+    ended = json.loads((tiny_run / "ended.json").read_text())
+    assert (ended["how"], ended["exit_code"]) == ("stopped", 138)
+    assert (tiny_run / "checkpoints" / f"step-{ended['step']:08d}").is_dir()
