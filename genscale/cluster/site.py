@@ -98,6 +98,8 @@ def _checked(key: str, value: Any, kind: Any, path: Path) -> Any:
     if wanted is int and type(value) is int and value >= (0 if key == "gpus_per_node" else 1):
         return value
     if wanted == list[str] and isinstance(value, list) and all(isinstance(each, str) and each.isprintable() for each in value):
+        if key == "sbatch" and (others := [line for line in value if not line.startswith("--")]):
+            raise UserError(f"site.sbatch: must be options of sbatch, as --qos=long, not '{others[0]}' (in {path})")
         return value
     if wanted == dict[str, str] and isinstance(value, dict) and all(str(name).isidentifier() for name in value):
         return {name: str(each) for name, each in value.items()}

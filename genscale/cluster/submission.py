@@ -187,7 +187,8 @@ def _check_setup(site: Site) -> None:
 
 
 def _output(prepared: Prepared) -> str:
-    return f"{prepared.folder}/logs/slurm-{'%A_%a' if prepared.job.array else '%j'}.log"
+    folder = str(prepared.folder).replace("%", "%%")
+    return f"{folder}/logs/slurm-{'%A_%a' if prepared.job.array else '%j'}.log"
 
 
 def _keep_and_submit(prepared: Prepared) -> None:

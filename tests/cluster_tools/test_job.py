@@ -94,6 +94,7 @@ def test_the_site_file_of_the_repository_sets_nothing_and_names_every_setting():
     ("gpus_per_node: many", r"^site.gpus_per_node: must be a whole number, not 'many'"),
     ("gpus_per_node: true", r"^site.gpus_per_node: must be a whole number, not True"),
     ("cpus_per_process: 0", r"^site.cpus_per_process: must be a whole number, not 0"),
+    ("sbatch: [qos=long]", r"^site.sbatch: must be options of sbatch, as --qos=long, not 'qos=long'"),
     ("modules: cuda", r"^site.modules: must be a list of texts"),
     ("environment: [A]", r"^site.environment: must be a mapping of variables"),
     ("environment: {'A; rm': 1}", r"^site.environment: must be a mapping of variables"),
