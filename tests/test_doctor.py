@@ -22,6 +22,7 @@ from genscale.cluster.checks import Check, bad_nodes, report, run_checks
 from genscale.cluster.clocks import judge_clocks
 from genscale.cluster.device_checks import check_driver
 from genscale.cluster.doctor import job_check
+from genscale.cluster.links import judge_links
 from genscale.cluster.network_check import roll_call
 from genscale.cluster.node_checks import Load, check_cores, check_extension_builds, check_limits, check_shared_memory
 from genscale.cluster.shared_folder import answers, find_token, judge, leave_token
@@ -421,28 +422,42 @@ def test_processes_that_do_not_come_are_named(monkeypatch):
     assert unreachable.state == "failure" and "rank 1 on" in unreachable.found and unreachable.of_node
 
 
+def test_the_node_with_a_bad_network_has_two_slow_links():
+    rates = {("node0", "node1"): 9e9, ("node1", "node2"): 1e9, ("node2", "node3"): 2e9, ("node3", "node4"): 8e9,
+             ("node4", "node0"): 10e9}
+    bad = judge_links(rates)
+    assert (bad.state, bad.host) == ("warning", "node2") and "node1 to node2: 0.93 GiB/s" in bad.found
+    assert "node2 to node3: 1.86" in bad.found and "about 7.45" in bad.found
+    one_of_two = judge_links({**rates, ("node1", "node2"): 9e9})
+    assert one_of_two.host == "" and "node2 to node3" in one_of_two.found
+    assert judge_links(dict.fromkeys(rates, 5e9)).state == "ok"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_group_adds_up_right_and_looks_into_one_folder(shared, tmp_path, genscale_start, genscale_finish):
-    """As on two machines, one command a node, by torchrun, which sets RANK; the second node has a disk of its own there."""
+    """As on several machines, one command a node, by torchrun, which sets RANK: three that share a folder, or two of which the
+    second has a disk of its own there."""
     own_disk = ("unshare", "--mount", "bash", "-c", f'mount -t tmpfs tmpfs {tmp_path} && exec "$@"', "node1")
     if not shared and subprocess.run([*own_disk, "true"], check=False, capture_output=True).returncode:
         pytest.skip("no mount of its own for a process here")
-    port, started = free_port(), []
-    for node, before in enumerate([(), () if shared else own_disk]):
-        torchrun = (sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(node),
+    port, started, count = free_port(), [], 3 if shared else 2
+    for node, before in enumerate([()] * 3 if shared else [(), own_disk]):
+        torchrun = (sys.executable, "-m", "torch.distributed.run", "--nnodes", str(count), "--node_rank", str(node),
                     "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", str(port))
         started.append(genscale_start("--module", "genscale", "doctor", "--json", "--folder", tmp_path,
                                       command=(*before, *torchrun), SLURMD_NODENAME=f"node{node}", GLOO_SOCKET_IFNAME="lo"))
-    first, other = (genscale_finish(process) for process in started)
-    assert (first.code, other.code) == (0, 0), first.err + other.err
+    first, *others = (genscale_finish(process) for process in started)
+    assert {done.code for done in (first, *others)} == {0}, first.err + others[0].err
     (reduced,), (met,) = named(first.out, "all-reduce"), named(first.out, "rendezvous")
-    assert reduced["state"] != "failure" and "gloo, 2 processes, 16 MiB" in reduced["found"]
-    assert met["found"] == "2 processes on 2 nodes: node0, node1" and named(first.out, "clocks")[0]["state"] == "ok"
+    assert reduced["state"] != "failure" and f"gloo, {count} processes, 16 MiB" in reduced["found"]
+    assert met["found"].startswith(f"{count} processes on {count} nodes: node0, node1")
+    assert named(first.out, "clocks")[0]["state"] == "ok"
+    assert len(named(first.out, "links")) == (1 if shared else 0)
     (folder,) = named(first.out, "shared folder")
     assert folder["state"] == ("ok" if shared else "warning"), folder
-    assert {check["host"] for check in named(first.out, "disk speed")} == {"node0", "node1"}
-    assert not other.out and not list(tmp_path.iterdir())
+    assert {check["host"] for check in named(first.out, "disk speed")} == {f"node{node}" for node in range(count)}
+    assert not any(done.out for done in others) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -117,6 +117,7 @@ def group_check(run_folder: Path, config: Config | None, quick: bool) -> list[Ch
 
 
 def _together(run_folder: Path, own: list[Check], came: Check) -> list[Check]:
+    from genscale.cluster.links import check_links
     from genscale.cluster.network_check import check_all_reduce, check_clocks, check_shared_folder
     from genscale.parallel.processes import Processes
 
@@ -129,6 +130,7 @@ def _together(run_folder: Path, own: list[Check], came: Check) -> list[Check]:
         found = [check for checks in processes.gather(own) for check in checks]
         found += [*compare_versions(found), came]
         found += check_all_reduce(processes)
+        found += check_links(processes, hosts)
         found += check_clocks(processes, hosts)
         found += check_shared_folder(processes, hosts, run_folder)
         return found if processes.is_main else []

@@ -18,6 +18,7 @@ from genscale.cluster.checks import Check, count_of, host_name
 from genscale.cluster.clocks import judge_clocks
 from genscale.cluster.shared_folder import answers, clear_token, find_token, judge, leave_token
 from genscale.cluster.storage_checks import existing
+from genscale.cluster.timing import timed
 from genscale.errors import UserError
 from genscale.parallel.processes import Processes
 
@@ -84,10 +85,10 @@ def check_all_reduce(processes: Processes) -> Iterator[Check]:
     for _ in range(ROUNDS):
         tensor.fill_(processes.rank + 1)
         dist.barrier()
-        seconds.append(_timed(tensor))
+        seconds.append(timed(tensor, lambda: dist.all_reduce(tensor)))
         right = right and bool((tensor == want).all())
     small = torch.zeros(1, device=device)
-    latency = median(_timed(small) for _ in range(20))
+    latency = median(timed(small, lambda: dist.all_reduce(small)) for _ in range(20))
     wrong = [rank for rank, fine in enumerate(processes.gather(right)) if not fine]
     # What each link carries is 2 (n - 1) / n of the data, whatever the algorithm's number of processes (nccl-tests).
     rate = 2 * (count - 1) / count * size / min(processes.gather(median(seconds)))
@@ -140,16 +141,6 @@ def check_shared_folder(processes: Processes, hosts: list[str], run_folder: Path
     if processes.is_main:
         yield from judge(folder, own, seen, answers(folder, token, {host for host, found in seen.items() if found}))
         clear_token(folder, token)
-
-
-def _timed(tensor: torch.Tensor) -> float:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
-    started = time.perf_counter()
-    dist.all_reduce(tensor)
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
-    return time.perf_counter() - started
 
 
 def _first_line(error: Exception) -> str:
