@@ -426,8 +426,8 @@ def test_the_node_with_a_bad_network_has_two_slow_links():
     rates = {("node0", "node1"): 9e9, ("node1", "node2"): 1e9, ("node2", "node3"): 2e9, ("node3", "node4"): 8e9,
              ("node4", "node0"): 10e9}
     bad = judge_links(rates)
-    assert (bad.state, bad.host) == ("warning", "node2") and "node1 to node2: 0.93 GiB/s" in bad.found
-    assert "node2 to node3: 1.86" in bad.found and "about 7.45" in bad.found
+    assert (bad.state, bad.host) == ("warning", "node2") and "node1 to node2: 954 MiB/s" in bad.found
+    assert "node2 to node3: 1,907" in bad.found and "about 7,629" in bad.found
     one_of_two = judge_links({**rates, ("node1", "node2"): 9e9})
     assert one_of_two.host == "" and "node2 to node3" in one_of_two.found
     assert judge_links(dict.fromkeys(rates, 5e9)).state == "ok"

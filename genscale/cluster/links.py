@@ -53,14 +53,15 @@ def judge_links(rates: Mapping[tuple[str, str], float]) -> Check:
     usual = median(rates.values())
     slow = {link: rate for link, rate in rates.items() if rate < SLOW_SHARE * usual}
     if not slow:
-        return Check("links", "ok", f"{count_of(len(rates), 'link')} from node to node, {_gib(min(rates.values()))} to "
-                     f"{_gib(max(rates.values()))} GiB/s")
+        return Check("links", "ok", f"{count_of(len(rates), 'link')} from node to node, {_mib(min(rates.values()))} to "
+                     f"{_mib(max(rates.values()))} MiB/s")
     ends = [host for link in slow for host in link]
     odd = max(ends, key=ends.count) if len(slow) > 1 else ""
-    listed = ", ".join(f"{a} to {b}: {_gib(rate)} GiB/s" for (a, b), rate in slow.items())
-    return Check("links", "warning", f"{listed}; the others have about {_gib(usual)}", f"have the network of {odd or 'both'} "
-                 "looked at, and leave it out meanwhile (--exclude)", odd)
+    listed = ", ".join(f"{a} to {b}: {_mib(rate)} MiB/s" for (a, b), rate in slow.items())
+    remedy = f"have the network of {odd} looked at, and leave it out meanwhile (--exclude)" if odd else \
+        "have the network between the two looked at"
+    return Check("links", "warning", f"{listed}; the others have about {_mib(usual)}", remedy, odd)
 
 
-def _gib(rate: float) -> str:
-    return f"{rate / 2**30:,.2f}"
+def _mib(rate: float) -> str:
+    return f"{rate / 2**20:,.0f}"

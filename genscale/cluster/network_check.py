@@ -92,7 +92,7 @@ def check_all_reduce(processes: Processes) -> Iterator[Check]:
     wrong = [rank for rank, fine in enumerate(processes.gather(right)) if not fine]
     # What each link carries is 2 (n - 1) / n of the data, whatever the algorithm's number of processes (nccl-tests).
     rate = 2 * (count - 1) / count * size / min(processes.gather(median(seconds)))
-    found = f"{backend}, {count_of(count, 'process')}, {size // 2**20} MiB: {rate / 2**30:,.2f} GiB/s on each link, " \
+    found = f"{backend}, {count_of(count, 'process')}, {size // 2**20} MiB: {rate / 2**20:,.0f} MiB/s on each link, " \
             f"{1000 * latency:,.2f} ms for one number"
     if wrong:
         yield Check("all-reduce", "failure", f"{found}; the sum is wrong on rank {', '.join(map(str, wrong))}",
