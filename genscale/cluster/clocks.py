@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import secrets
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from statistics import median_low
 
 from genscale.cluster.checks import Check, count_of
 
 SKEW_SECONDS = 1.0
+
+
+def server_offset(folder: Path) -> float:
+    """Seconds by which this node's clock is ahead of that by which the folder's file server dates its files. Where the node
+    dates them itself, zero. Raises OSError."""
+    probe = folder / f".clock-{secrets.token_hex(4)}"
+    try:
+        probe.touch()
+        os.utime(probe)
+        return time.time() - probe.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def judge_clocks(offsets: Mapping[str, float], precision: float) -> Check:

@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from genscale import exit_codes
-from genscale.cluster.checks import host_name
+from genscale.cluster.checks import Check, host_name
+from genscale.cluster.clocks import server_offset
 from genscale.cluster.doctor import quick_check
+from genscale.cluster.job_nodes import compare_nodes
 from genscale.errors import UserError
 from genscale.training.checkpoint_names import latest_step
 from genscale.training.run_owner import RunOwner
@@ -94,7 +96,8 @@ def begin(run: Path, max_requeues: int) -> int:
         if check.state == "warning":
             print(f"genscale: {host_name()}: warning: {check.name}: {check.found}; {check.remedy}", flush=True)
     at_fault = any(check.state == "failure" and check.of_node for check in checks)
-    report = {"job": job, "restart": restart, "failures": failures, "at_fault": at_fault}
+    report = {"job": job, "restart": restart, "failures": failures, "at_fault": at_fault, "clock": server_offset(run),
+              "versions": [check.as_dict() for check in checks if check.name == "versions"]}
     _write(run / "jobs" / "nodes" / f"{host_name()}.json", report)
     if not first:
         return 0  # the first one reads what was said
@@ -130,6 +133,13 @@ def _judge_nodes(run: Path, job: str, restart: int) -> int:
     """UNFIT where a node is not fit, or does not answer. A fault that all of them have is no node's own."""
     nodes = _nodes()
     reports = _reports(run, nodes, job, restart)
+    versions = {node: [Check.from_dict(fields) for fields in report["versions"]] for node, report in reports.items()}
+    for check in compare_nodes(versions, {node: report["clock"] for node, report in reports.items()}):
+        if check.state == "failure":
+            reports[check.host]["failures"].append(f"{check.name}: {check.found}")
+            reports[check.host]["at_fault"] = True
+        elif check.state == "warning":
+            tell(run, job, f"warning: {check.name}: {check.found}; {check.remedy}")
     faults = {node: "; ".join(reports[node]["failures"]) for node in nodes if node in reports and reports[node]["failures"]}
     silent = [node for node in nodes if node not in reports]
     for node, fault in faults.items():

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -91,15 +91,25 @@ def check_nodes(hosts: Sequence[str], run_folder: Path, workers: int, seconds: f
         said = _ask(hosts, [sys.executable, "-m", "genscale.cluster.node_report", str(run_folder), str(folder), token,
                             str(seconds / 6), str(workers)], seconds)
         found = [check for host in hosts for check in said.checks.get(host, ())]
-        found += compare_versions(found)
+        found += compare_nodes(said.checks, said.offsets)
         found += _missing(hosts, said, seconds)
         if len(said.sees) > 1:
-            found.append(judge_clocks(said.offsets, ARRIVAL_SECONDS))
             found_it = {host for host, sees in said.sees.items() if sees}
             found += judge(folder, host_name(), said.sees, answers(folder, token, found_it))
         return found
     finally:
         clear_token(folder, token)
+
+
+def compare_nodes(checks: Mapping[str, Sequence[Check]], offsets: Mapping[str, float]) -> list[Check]:
+    """What comes out only between the nodes of a job: other versions, another time.
+
+    Args:
+        checks: by node.
+        offsets: of each node's clock from any common one, seconds.
+    """
+    clocks = [judge_clocks(offsets, ARRIVAL_SECONDS)] if len(offsets) > 1 else []
+    return compare_versions([check for each in checks.values() for check in each]) + clocks
 
 
 def compare_versions(checks: Sequence[Check]) -> list[Check]:

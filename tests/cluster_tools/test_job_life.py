@@ -181,6 +181,27 @@ def test_a_bad_node_is_named_and_not_to_be_given_again(genscale, run, in_job, mo
     assert read_lives(run)[-1].how == "unfit"
 
 
+def test_nodes_are_held_against_each_other(genscale, run, in_job, monkeypatch, tmp_path):
+    """node1 has another version of a package, and a clock that is 100 s ahead."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text("import time\nnow = time.time\ntime.time = lambda: now() + 100\n")
+    package = tmp_path / "site" / "wandb-0.1.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: wandb\nVersion: 0.1\n")
+    in_job("7", GENSCALE_NODES="node0 node1", SLURMD_NODENAME="node1", SLURM_PROCID="1")
+    path = os.pathsep.join([str(tmp_path / "site"), os.getcwd()])
+    other = subprocess.run([sys.executable, "-m", "genscale", "slurm", "begin", str(run)], capture_output=True, text=True,
+                           env={**os.environ, "PYTHONPATH": path}, timeout=120)
+    assert other.returncode == 0, other.stderr
+    monkeypatch.setenv("SLURMD_NODENAME", "node0")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    begun = genscale("slurm", "begin", run)
+    assert begun.code == UNFIT and "wandb 0.1: not those of the other nodes" in begun.out
+    assert "clocks: node1 is 100.0 s ahead of node0" in begun.out
+    assert (run / "jobs" / "exclude").read_text() == "node1"
+    assert not list(run.glob("**/.clock-*"))
+
+
 def test_a_node_that_says_nothing_is_named(genscale, run, in_job, monkeypatch):
     from genscale.cluster import job_life
 
