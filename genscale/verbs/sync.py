@@ -68,6 +68,7 @@ def upload(folder: Path) -> str:
     done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, errors="replace", check=False)
     said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)
     if done.returncode or re.search(r"\bERROR\b|Not authenticated|No runs to sync", said):
-        raise UserError(f"W&B did not take the run: {' '.join(said.split())[-400:]}")
+        reason = "; ".join(re.findall(r"\bERROR\b (.*)", said)) or " ".join(said.split())
+        raise UserError(f"W&B did not take the run: {reason[-400:]}")
     found = re.search(r"https?://\S+/runs/\S+", said)
     return found.group() if found else ""

@@ -21,7 +21,7 @@ class Server:
     there are when it resumes a run.
 
     Attributes:
-        mode: `fine`, `500` (every answer) or `hang` (no answer).
+        mode: `fine`, `500` (every answer), `hang` (no answer) or `403` (runs are not taken).
         runs: the lines of each run by file, as `runs["abc"]["wandb-history.jsonl"]`.
         files: names of all that was uploaded beside.
         key: that lets one in.
@@ -38,12 +38,13 @@ class Server:
                 body = self.rfile.read(int(self.headers.get("content-length") or 0))
                 if server.mode == "hang":
                     server.going.wait(120)
-                content = json.dumps(server.answer(self.path, body)).encode() if server.mode == "fine" else b""
+                code = 403 if server.mode == "403" and b"UpsertBucket" in body else 500 if server.mode == "500" else 200
+                answer = server.answer(self.path, body) if code == 200 else {"errors": [{"message": "permission denied"}]}
                 with contextlib.suppress(BrokenPipeError):  # the asker has gone
-                    self.reply(content)
+                    self.reply(code, json.dumps(answer).encode() if code != 500 else b"")
 
-            def reply(self, content: bytes) -> None:
-                self.send_response(200 if server.mode == "fine" else 500)
+            def reply(self, code: int, content: bytes) -> None:
+                self.send_response(code)
                 self.send_header("content-type", "application/json")
                 self.send_header("content-length", str(len(content)))
                 self.end_headers()

@@ -21,6 +21,7 @@ from genscale.tracking.wandb_log import read_records, write_records
 # killed. Life number n logs a loss of step + n / 10.
 LIFE = """
 import logging, os, signal, sys, time
+logging.basicConfig(level=logging.INFO)
 from pathlib import Path
 from genscale.config import Config, RunSettings, TrackingSettings
 from genscale.tracking.run_record import RunRecord
@@ -46,6 +47,7 @@ def live(folder: Path, number: int, done: int, last: int, how: str = "well", **v
     command = [sys.executable, "-c", LIFE, str(folder), str(number), str(done), str(last), how]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert ended.returncode == (-9 if how == "killed" else 0), ended.stderr
+    assert f"W&B is offline: `genscale sync {folder}` uploads the run" in ended.stderr
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +169,10 @@ def test_lives_that_are_uploaded_as_they_come_are_one_run_with_each_step_once(li
 
 
 @pytest.mark.slow
-def test_a_server_out_of_reach_is_one_line(lived, wandb_server, tmp_path):
+def test_a_server_that_refuses_or_is_out_of_reach_is_one_line(lived, wandb_server, tmp_path):
+    wandb_server.mode = "403"
+    rejected = sync(lived, wandb_server, tmp_path)
+    assert (rejected.returncode, rejected.stderr) == (2, "error: W&B did not take the run: permission denied\n")
     wandb_server.mode = "500"
     refused = sync(lived, wandb_server, tmp_path)
     assert refused.returncode == 2 and refused.stderr.startswith("error: W&B at ") and refused.stderr.count("\n") == 1
