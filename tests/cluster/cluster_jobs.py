@@ -197,7 +197,7 @@ class Job:
         """For good: a job that is to be requeued may be called failed for a moment."""
         if self.state not in ENDED:
             return False
-        time.sleep(2)
+        time.sleep(1)
         return self.state in ENDED
 
     def end(self, state: str = "COMPLETED", seconds: float = PATIENCE) -> dict[str, str]:
