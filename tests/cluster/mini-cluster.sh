@@ -191,7 +191,9 @@ start_node() { # by its number
     nsenter -t "$inside" -n sh -c "ip link set lo up; ip addr add $SUBNET.$((11 + $1))/24 dev eth0; ip link set eth0 up"
     touch "$DIR/run/$name.cable"
 }
-all_up() { [[ $(sinfo -h -p main -N -o %T | grep -cxE 'idle|mixed|allocated|completing') == "$NODES" ]]; }
+up() { # COUNT, of the nodes that sinfo has with these options
+    [[ $(sinfo -h -N -p main "${@:2}" -o %T | grep -cxE 'idle|mixed|allocated|completing') == "$1" ]]
+}
 number_of() {
     [[ ${1:-} =~ ^node([0-9]+)$ && ${BASH_REMATCH[1]} -lt $NODES ]] || die "no node '${1:-}'"
     echo "${BASH_REMATCH[1]}"
@@ -213,7 +215,7 @@ start() {
     alive munged >/dev/null || start_munged
     start_controller
     for ((i = 0; i < NODES; i++)); do start_node "$i"; done
-    until_true 60 all_up || die "not all nodes are up"
+    until_true 60 up "$NODES" || die "not all nodes are up"
     echo "export SLURM_CONF=$SLURM_CONF"
 }
 queued() { timeout 5 squeue -h -o %A 2>/dev/null | sort -u; }
@@ -237,7 +239,7 @@ case $verb in
     install | usable | start | stop) "$verb" ;;
     start-controller) start_controller ;;
     kill-controller) kill -KILL "$(alive controller)" ;;
-    start-node) start_node "$(number_of "$1")"; until_true 30 all_up || die "not all nodes are up" ;;
+    start-node) start_node "$(number_of "$1")"; until_true 30 up 1 -n "$1" || die "$1 does not come up" ;;
     cut-power) number=$(number_of "$1"); pid=$(process_of "$1"); ip link set "$(cable "$number")" down; kill -KILL "$pid" ;;
     split) ip link set "$(cable "$(number_of "$1")")" down ;;
     exec) pid=$(process_of "$1"); shift; exec nsenter -t "$pid" -n -u -m -p -- "$@" ;;
