@@ -100,8 +100,8 @@ class InitialWeights:
     """The initial value of every parameter and buffer of a network of these layers, a function of seed and name alone.
 
     Convolutions, linear layers and embeddings are normal, with deviation `std`, or (None) the square root of one over the
-    fan-in, times the layer's `initial_gain` where it has one. Biases are 0, norms 1 (BatchNorm with a deviation of `std`, as in
-    Radford et al. 2015).
+    fan-in, times the layer's `initial_gain` where it has one. Biases are normal with the layer's `initial_bias` as deviation
+    where it has one, else 0; norms are 1 (BatchNorm with a deviation of `std`, as in Radford et al. 2015).
 
     Args:
         network: on any device; its shapes are noted now, and later it may be sharded.
@@ -114,7 +114,8 @@ class InitialWeights:
         for name, tensor in network.state_dict(keep_vars=True).items():
             path, kind = name.rpartition(".")[::2]
             layer = modules[f".{path}".partition(".parametrizations.")[0][1:]]
-            self._tensors[name] = _Tensor(tensor.shape, path, kind, self._scale(layer, tensor.shape))
+            scale = getattr(layer, "initial_bias", 0.0) if kind == "bias" else self._scale(layer, tensor.shape)
+            self._tensors[name] = _Tensor(tensor.shape, path, kind, scale)
 
     def _scale(self, layer: nn.Module, shape: torch.Size) -> float:
         if isinstance(layer, BatchNorm):
@@ -131,10 +132,10 @@ class InitialWeights:
         tensor = self._tensors[name]
         if tensor.kind in ("u", "v"):
             return self._singular_vector(name, tensor)
-        if tensor.kind in ("bias", "running_mean"):
+        if tensor.kind == "running_mean":
             return torch.zeros(tensor.shape)
         normal = torch.randn(tensor.shape, generator=torch_generator(self._seed, "weights", name)) if tensor.scale else 0.0
-        if len(tensor.shape) > 1:
+        if tensor.kind == "bias" or len(tensor.shape) > 1:
             return normal * tensor.scale + torch.zeros(tensor.shape)
         return torch.ones(tensor.shape) + normal * (0.0 if tensor.kind == "running_var" else tensor.scale)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,16 +18,26 @@ RECTIFIED_GAIN = math.sqrt(2)
 """Of all layers: ReLU halves the variance of what it is given (He et al. 2015)."""
 
 
+def spread_kinks(layers: Iterable[nn.Linear], reach: float) -> None:
+    """Give biases an initial deviation, so that the kinks of the first layer lie all over inputs of deviation `reach`.
+
+    Without biases every kink passes through the origin, and inputs of few dimensions are told apart by their direction alone.
+    """
+    for index, layer in enumerate(layers):
+        layer.initial_bias = RECTIFIED_GAIN * layer.in_features**-0.5 * (reach if index == 0 else 1.0)
+
+
 class MLPGenerator(nn.Module):
     """Latents `(batch, latent)` to `(batch, *shape)`: images in [-1, 1], or points, which have no bounds.
 
     Args:
         settings: of family dcgan or points: latent, width, hidden_layers, generator_norm, classes.
+        signs: of so many of a latent's entries, the first ones, the sign alone counts.
     """
 
-    def __init__(self, settings: Any, shape: tuple[int, ...], bounded: bool = True) -> None:
+    def __init__(self, settings: Any, shape: tuple[int, ...], bounded: bool = True, signs: int = 0) -> None:
         super().__init__()
-        self.shape, self.bounded = shape, bounded
+        self.shape, self.bounded, self.signs = shape, bounded, signs
         self.embedding = nn.Embedding(settings.classes, settings.latent) if settings.classes else None
         inputs = settings.latent * (2 if settings.classes else 1)
         widths = [inputs, *[settings.width] * settings.hidden_layers]
@@ -37,6 +48,8 @@ class MLPGenerator(nn.Module):
             linear.initial_gain = RECTIFIED_GAIN
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        if self.signs:
+            latents = torch.cat([latents[:, : self.signs].sign(), latents[:, self.signs :]], 1)
         x = latents if self.embedding is None else torch.cat([latents, self.embedding(labels)], 1)
         for linear, norm in zip(self.hidden, self.norms, strict=True):
             x = torch.relu(norm(linear(x)))

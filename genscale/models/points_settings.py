@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from genscale.models.image_layers import Norm
 
@@ -18,6 +18,10 @@ class PointsGANSettings:
     """What is trained."""
     latent: PositiveInt = 2
     """Width of the latent vector."""
+    latent_signs: NonNegativeInt = 0
+    """How many of the latent's entries the generator takes the sign of: -1 or 1, and nothing between. What is drawn from a
+    connected space and mapped continuously has points between the modes; discrete entries (as in Brock et al. 2019,
+    appendix E) leave none there."""
     width: PositiveInt = 128
     """Width of each hidden layer."""
     discriminator_width: PositiveInt | None = None

@@ -15,7 +15,7 @@ from genscale.data.lanes import Data
 from genscale.data.packed import packed
 from genscale.data.points import MIXTURES, Mixture, PointsData, PointsDataSettings
 from genscale.errors import UserError
-from genscale.models.mlp_gan import MLPDiscriminator, MLPGenerator
+from genscale.models.mlp_gan import MLPDiscriminator, MLPGenerator, spread_kinks
 from genscale.models.points_settings import PointsGANSettings
 from genscale.objectives.base import Batch, Family, Networks
 from genscale.objectives.gan import GAN
@@ -98,16 +98,23 @@ def restore(config: Config, folder: Path | None = None) -> PointsGAN:
     """The objective of a run, trained or not.
 
     Raises:
-        UserError: losses that the networks do not suit.
+        UserError: losses that the networks do not suit; more signs than a latent has entries.
     """
     model, pack = config.model, config.data.pack
+    if model.latent_signs > model.latent:
+        raise UserError(f"model.latent_signs: {model.latent_signs} is more than model.latent, {model.latent}; nearest allowed: "
+                        f"{model.latent}")
     check_losses(config.objective, model.discriminator_norm, model.spectral_norm)
     if config.objective.augmentation:
         raise UserError(f"objective.augmentation: {', '.join(config.objective.augmentation)} is for images, and model.family "
                         "points has none; leave it empty")
     with torch.device("meta"):  # the engine fills the parameters, or its share of them, from `initial_weights`
-        networks = MLPGenerator(model, (2,), bounded=False), MLPDiscriminator(model, (2 * pack,))
-    return PointsGAN(*networks, mixture=MIXTURES[config.data.source], settings=config.objective, seed=config.run.seed,
+        generator = MLPGenerator(model, (2,), bounded=False, signs=model.latent_signs)
+        discriminator = MLPDiscriminator(model, (2 * pack,))
+    mixture = MIXTURES[config.data.source]
+    spread_kinks(generator.hidden, 1.0)
+    spread_kinks(discriminator.hidden, float(mixture.centers.std()))
+    return PointsGAN(generator, discriminator, mixture=mixture, settings=config.objective, seed=config.run.seed,
                      latent=model.latent, pack=pack, initial_std=None)
 
 

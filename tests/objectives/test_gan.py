@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -67,6 +69,32 @@ def test_both_phases_by_hand(name):
     torch.testing.assert_close(terms["adversarial"], generator_loss(name, fake, real))
     terms["adversarial"].backward()
     assert all(p.grad is not None for p in networks["generator"].parameters())
+
+
+@pytest.mark.parametrize("source", ["ring", "grid"])
+def test_first_kinks_lie_where_the_points_are(source):
+    config = Config(model=PointsGANSettings(width=500), data=PointsDataSettings(source=source),
+                    objective=GANObjectiveSettings())
+    networks = filled(FAMILIES["points"].build_objective(config, None)).networks
+    for name, reach in (("generator", 1.0), ("discriminator", {"ring": 0.5, "grid": 8.0}[source] ** 0.5)):
+        first = networks[name].hidden[0]
+        distances = first.bias.abs() / first.weight.norm(dim=1)  # from the origin to the line where the unit's input is 0
+        # A normal of deviation `reach` over a Rayleigh variable: P(distance < d) = d / sqrt(d^2 + reach^2).
+        assert distances.median().item() == pytest.approx(reach / 3**0.5, rel=0.15)
+
+
+def test_of_some_entries_of_a_latent_the_sign_alone_counts():
+    config = Config(model=PointsGANSettings(width=8, latent=5, latent_signs=3), data=PointsDataSettings(),
+                    objective=GANObjectiveSettings())
+    generator = filled(FAMILIES["points"].build_objective(config, None)).networks["generator"]
+    latents = torch.randn(50, 5)
+    longer = latents * torch.tensor([2.0, 0.1, 7.0, 1.0, 1.0])
+    assert torch.equal(generator(latents), generator(longer))
+    plain = filled(FAMILIES["points"].build_objective(replace(config, model=replace(config.model, latent_signs=0)), None))
+    signs = torch.cat([latents[:, :3].sign(), latents[:, 3:]], 1)
+    assert torch.equal(generator(latents), plain.networks["generator"](signs))
+    with pytest.raises(UserError, match="model.latent_signs: 6 is more than model.latent, 5; nearest allowed: 5"):
+        FAMILIES["points"].build_objective(replace(config, model=replace(config.model, latent_signs=6)), None)
 
 
 def test_the_discriminators_phase_gives_the_generator_no_gradient():
