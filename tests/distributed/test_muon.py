@@ -49,7 +49,8 @@ def test_its_state_is_sharded(strategy, spread):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.matrix), "fsdp2"])
+@pytest.mark.matrix
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_it_resumes_bit_for_bit(strategy, train, tmp_path):
     settings = {"optimizer.name": "muon", "train.checkpoint_every": 5, "train.micro_batch_size": 3}
     straight = train(tmp_path / "straight", strategy, **settings)

@@ -25,7 +25,8 @@ def test_equals_one_process_and_resumes_bit_for_bit(strategy, single, train, dif
     assert resumed.checkpoint(10).digest() == straight.checkpoint(10).digest()
 
 
-@pytest.mark.parametrize(("strategy", "workers"), [("ddp", 2), pytest.param("fsdp2", 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("strategy", "workers"), [
+    ("ddp", 2), pytest.param("fsdp2", 1, marks=[pytest.mark.slow, pytest.mark.matrix])])  # fmt: skip
 def test_loader_workers_change_nothing(strategy, workers, single, train, difference, tmp_path):
     run = train(tmp_path / "run", strategy, **{"data.workers": workers, "train.micro_batch_size": 2})
     assert run.data_digests() == single.data_digests()

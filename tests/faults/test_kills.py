@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-IN_CI = {("gpt", "ddp"): 10, ("dcgan", "fsdp2"): 3, ("vae", "zero2"): 3}
+IN_CI = {("gpt", "ddp"): 10, ("dcgan", "fsdp2"): 3, ("vae", "zero2"): 2}
 """Kills of each family in CI, each under another strategy; the whole table takes five times as long."""
 CELLS = [pytest.param(family, strategy, IN_CI.get((family, strategy), 10),
                       marks=() if (family, strategy) in IN_CI else pytest.mark.matrix)
