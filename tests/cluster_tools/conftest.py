@@ -1,20 +1,22 @@
-"""A run folder as jobs of Slurm leave it, without a Slurm."""
+"""A run folder as jobs of Slurm leave it, without a Slurm; programs in the place of its own."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import stat
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from genscale.cluster.checks import Check
+
 
 @pytest.fixture(autouse=True)
 def no_settings_of_this_machine(monkeypatch, tmp_path):
     """Whoever runs the tests may have a site of their own, or run them in a job."""
-    import os
-
     for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_", "GENSCALE_", "LOCAL_WORLD_SIZE"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
@@ -63,5 +65,31 @@ def checkpoint_at(run) -> Callable[[int], None]:
 
     def make(step: int) -> None:
         (run / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+
+    return make
+
+
+@pytest.fixture
+def one() -> Callable[[Iterable[Check], str], Check]:
+    """The only check of that name."""
+
+    def find(checks: Iterable[Check], name: str) -> Check:
+        (found,) = [check for check in checks if check.name == name]
+        return found
+
+    return find
+
+
+@pytest.fixture
+def tool(tmp_path, monkeypatch) -> Callable[[str, str], None]:
+    """`tool(name, script)`: a program in front of the PATH, in the place of one that this machine has not."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def make(name: str, script: str) -> None:
+        path = folder / name
+        path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
     return make
