@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -120,15 +121,21 @@ def test_another_machine_is_dead_after_a_minute_without_a_touch(tmp_path, monkey
     assert len(said) == 1 and "Slurm job 17" in said[0] and "elsewhere" in said[0]
 
 
-def test_another_machine_that_touches_its_file_has_the_folder(tmp_path):
-    file = forge(tmp_path, host="elsewhere", boot="x")
+@contextmanager
+def touched(file: Path) -> Iterator[None]:
+    """Its owner lives: somebody touches the file again and again."""
     toucher = subprocess.Popen(["/bin/sh", "-c", f"while sleep 0.3; do touch '{file}'; done"])
     try:
-        with pytest.raises(UserError, match="on elsewhere"):
-            RunOwner(tmp_path, print)
+        yield
     finally:
         toucher.kill()
         toucher.wait()
+
+
+def test_another_machine_that_touches_its_file_has_the_folder(tmp_path):
+    file = forge(tmp_path, host="elsewhere", boot="x")
+    with touched(file), pytest.raises(UserError, match="on elsewhere"):
+        RunOwner(tmp_path, print)
 
 
 def test_a_job_that_slurm_has_requeued_takes_over_at_once(tmp_path, monkeypatch):
@@ -148,13 +155,8 @@ def test_an_earlier_life_of_a_requeued_job_takes_nothing_over(released, tmp_path
     file = forge(tmp_path, host="elsewhere", boot="x", job="17", restart="10", **({"released": True} if released else {}))
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "9")
-    toucher = subprocess.Popen(["/bin/sh", "-c", f"while sleep 0.3; do touch '{file}'; done"])
-    try:
-        with pytest.raises(UserError, match="on elsewhere, Slurm job 17"):
-            RunOwner(tmp_path, print)
-    finally:
-        toucher.kill()
-        toucher.wait()
+    with touched(file), pytest.raises(UserError, match="on elsewhere, Slurm job 17"):
+        RunOwner(tmp_path, print)
 
 
 def test_the_one_taken_for_dead_is_fenced_and_frees_nothing(tmp_path):
