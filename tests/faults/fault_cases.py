@@ -47,10 +47,10 @@ def wait_for_step(run: Run, life: Life, step: int) -> None:
 def go_on(run: Run, shape: Shape, since: float, **variables: str) -> float:
     """Start the run again and let it end; the seconds until it trained a step."""
     done = run.latest().step
-    before = os.stat(run.metrics_file).st_ino
+    before = run.metrics_version()
     life = run.start(shape, **variables)
     try:
-        wait_for(lambda: os.stat(run.metrics_file).st_ino != before and run.step() > done, life, 0.005)
+        wait_for(lambda: run.metrics_version() != before and run.step() > done, life, 0.005)
         seconds = time.monotonic() - since
         end(life, 0)
         return seconds

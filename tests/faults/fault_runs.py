@@ -184,6 +184,13 @@ class Run:
         lines = [json.loads(line) for line in text.split("\n")[:-1]]
         return [{key: value for key, value in line.items() if not key.endswith(TIMES)} for line in lines]
 
+    def metrics_version(self) -> tuple[int, int]:
+        """Another one once metrics.jsonl is written anew; an inode alone may come back with the second of two rewrites."""
+        with suppress(FileNotFoundError):
+            found = os.stat(self.metrics_file)
+            return found.st_ino, found.st_mtime_ns
+        return 0, 0
+
     def step(self) -> int:
         """The last step of a whole training line; 0 without one."""
         with suppress(FileNotFoundError, ValueError, KeyError):
