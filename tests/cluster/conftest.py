@@ -35,6 +35,8 @@ def jobs() -> ModuleType:
 @pytest.fixture(scope="session")
 def cluster(jobs, genscale) -> Iterator:
     """A running cluster of three nodes: node0, node1, node2."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        pytest.skip("jobs are timed, and run alone: pytest -m cluster tests/cluster")
     if reason := jobs.why_not():
         pytest.skip(reason)
 
