@@ -100,11 +100,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
-    result = circumstances(["torch", "accelerate", "deepspeed"]) | {"seed": arguments.seed, "rows": []}
+    now = circumstances(["torch", "accelerate", "deepspeed"])
+    result = now | {"seed": arguments.seed, "rows": []}
     if arguments.out and arguments.out.exists():
-        result["rows"] = json.loads(arguments.out.read_text())["rows"]
+        former = json.loads(arguments.out.read_text())
+        result |= {key: former[key] for key in ("remark", "rows") if key in former}
     for row in rows(arguments, {(row["fault"], row["family"], row["strategy"]) for row in result["rows"]}):
-        result["rows"].append(row)
+        result["rows"].append(row | {"commit": now["commit"]})  # a file may hold rows of several
         print(row, file=sys.stderr, flush=True)
         write(result, arguments.out)
     if any(row["survived"] < row["times"] for row in result["rows"]):
