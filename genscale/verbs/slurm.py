@@ -69,9 +69,12 @@ def _life(action: str, arguments: list[str]) -> int:
 
 def _submit(action: str, arguments: list[str]) -> int:
     from genscale.cluster.submission import print_script, submit
+    from genscale.config_parser import split_flags
 
-    own, settings = (arguments[:cut], arguments[cut + 1:]) if "--" in arguments and (cut := arguments.index("--")) >= 0 \
-        else (arguments, [])
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    # A flag of a job has no dot: the run's settings are known as such before the -- too.
+    settings, own = split_flags(arguments[:cut], lambda name: "." in name)
+    settings += arguments[cut + 1:]
     return print_script(own, settings) if action == "render" else submit(own, settings)
 
 

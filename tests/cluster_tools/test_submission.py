@@ -136,8 +136,9 @@ def test_every_action_has_a_help(action, genscale):
     assert shown.code == 0 and f"usage: genscale slurm {action}" in shown.out
 
 
-def test_settings_of_the_run_stand_after_two_dashes(genscale, tiny_config):
+def test_settings_of_the_run_are_known_by_their_dots_and_after_two_dashes(genscale, tiny_config):
     script = genscale("slurm", "render", "--config", tiny_config, "--", "--train.steps", 9, "--run.name", "other").out
+    assert script == genscale("slurm", "render", "--train.steps", 9, "--config", tiny_config, "--run.name=other").out
     assert "settings=(--train.steps 9)" in script and "/runs/other\n" in script
     assert "train.stepz: unknown" in genscale("slurm", "render", "--config", tiny_config, "--", "--train.stepz", 9).message()
 
