@@ -74,9 +74,10 @@ class Life:
         """Its training processes by rank; fewer than there will be while it starts."""
         found: dict[int, psutil.Process] = {}
         for process in self.family():
-            with suppress(psutil.Error, ValueError):
-                found.setdefault(int(process.environ()["RANK"]) if "RANK" in process.environ() else -1, process)
-        found.pop(-1, None)
+            # Read once: it is another one between a fork and its exec.
+            with suppress(psutil.Error):
+                if rank := process.environ().get("RANK"):
+                    found.setdefault(int(rank), process)
         return [found[rank] for rank in sorted(found)]
 
     def family(self) -> list[psutil.Process]:
