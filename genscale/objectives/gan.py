@@ -13,7 +13,7 @@ from genscale.models.image_layers import InitialWeights
 from genscale.objectives.augmentation import augment
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.objectives.gan_losses import discriminator_loss, generator_loss, gradient_penalty, zero_centred_penalty
-from genscale.objectives.gan_settings import GANObjectiveSettings, regularisation_share
+from genscale.objectives.gan_settings import GANObjectiveSettings
 from genscale.rng import Draws
 
 INITIAL_STD = 0.02
@@ -105,9 +105,9 @@ class GAN(Objective):
         return {"adversarial": generator_loss(self.settings.loss, fake, real)}
 
     def regularisation_terms(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
-        """R1 on reals and R2 on fakes, times the steps that they stand for and what is left of them at this step."""
+        """R1 on reals and R2 on fakes, times the steps that they stand for."""
         labels, terms = self.labels(batch), {}
-        times = self.settings.regularise_every * regularisation_share(self.settings, draws.step)
+        times = self.settings.regularise_every
 
         def judge(x: Tensor) -> Tensor:
             return networks["discriminator"](x, labels)

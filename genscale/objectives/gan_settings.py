@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
 
 from genscale.config import TrainSettings
 from genscale.errors import UserError, refuse_unheeded
@@ -31,20 +31,8 @@ class GANObjectiveSettings:
     """The same at generated images."""
     regularise_every: PositiveInt = 16
     """Steps between updates by r1 and r2, which then count so many times (Karras et al. 2020)."""
-    regularisation_decay_steps: NonNegativeInt = 0
-    """Steps over which r1 and r2 fall, by an equal factor each, to regularisation_final_share of themselves, where they stay
-    (Huang et al. 2024, R3GAN, lower theirs tenfold); 0: they do not."""
-    regularisation_final_share: OpenUnitInterval = 0.1
-    """See regularisation_decay_steps."""
     augmentation: list[Augmentation] = field(default_factory=list)
     """Change what the discriminator sees: any of color, translation, cutout (Zhao et al. 2020). For few images."""
-
-
-def regularisation_share(settings: GANObjectiveSettings, step: int) -> float:
-    """What is left of r1 and r2 at a step: final_share ** (step / decay_steps), and final_share from decay_steps on."""
-    if not settings.regularisation_decay_steps:
-        return 1.0
-    return settings.regularisation_final_share ** min(1.0, step / settings.regularisation_decay_steps)
 
 
 def check_batch(train: TrainSettings, norms: Iterable[Norm]) -> None:
@@ -58,10 +46,7 @@ def check_batch(train: TrainSettings, norms: Iterable[Norm]) -> None:
 def check_losses(settings: GANObjectiveSettings, discriminator_norm: str, spectral_norm: bool) -> None:
     """Raises UserError for losses that the discriminator does not suit, and for a setting of none."""
     if not settings.r1 and not settings.r2:
-        refuse_unheeded("objective", settings, ["regularise_every", "regularisation_decay_steps"],
-                        "neither objective.r1 nor objective.r2")
-    if not settings.regularisation_decay_steps:
-        refuse_unheeded("objective", settings, ["regularisation_final_share"], "no objective.regularisation_decay_steps")
+        refuse_unheeded("objective", settings, ["regularise_every"], "neither objective.r1 nor objective.r2")
     for key in ("gradient_penalty", "r1", "r2"):
         if getattr(settings, key) and discriminator_norm == "batch":
             raise UserError(f"objective.{key}: {getattr(settings, key):g} is a penalty for each image alone, and with "

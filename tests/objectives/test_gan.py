@@ -135,17 +135,6 @@ def test_lazy_regularisation_counts_for_the_steps_between():
     assert len(points().phases) == 2 and points(discriminator_steps=5).phases[0].repeats == 5
 
 
-@pytest.mark.parametrize(("step", "share"), [(1, 0.01 ** (1 / 80)), (40, 0.1), (80, 0.01), (500, 0.01)])
-def test_regularisation_falls_by_an_equal_factor_each_step_to_its_final_share(step, share):
-    whole, falling = (points(r1=0.5, r2=0.25, **settings)
-                      for settings in ({}, {"regularisation_decay_steps": 80, "regularisation_final_share": 0.01}))
-    batch = {"point": torch.randn(6, 2), "sample": SAMPLES}
-    for name in ("r1", "r2"):
-        once, left = (objective.regularisation_terms(objective.networks, batch, draws("regularisation", step=step))[name]
-                      for objective in (whole, falling))
-        torch.testing.assert_close(left, share * once)
-
-
 def test_a_pack_is_seen_side_by_side():
     objective = points(pack=3)
     reals = torch.randn(2, 3, 2)
@@ -230,9 +219,6 @@ def test_a_perfect_generator_scores_near_zero_and_a_dead_one_far():
     ({"model": {"conditioning": "embedding"}}, "model.conditioning: embedding has no effect with no model.classes"),
     ({"model": {"hidden_layers": 3}}, "model.hidden_layers: 3 has no effect with model.architecture dcgan"),
     ({"objective": {"regularise_every": 4}}, "objective.regularise_every: 4 has no effect with neither objective.r1"),
-    ({"objective": {"regularisation_decay_steps": 4}}, "objective.regularisation_decay_steps: 4 has no effect with neither"),
-    ({"model": {"discriminator_norm": "none"}, "objective": {"r1": 1.0, "regularisation_final_share": 0.2}},
-     "objective.regularisation_final_share: 0.2 has no effect with no objective.regularisation_decay_steps"),
 ])
 def test_what_cannot_be_is_one_line(settings, message):
     with pytest.raises(UserError, match=message):
