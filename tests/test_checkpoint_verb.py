@@ -15,20 +15,31 @@ from safetensors.torch import load_file
 from genscale.training.checkpoints import Checkpoint
 from genscale.training.provenance import ROOT, commit, position_in_words
 
+SETTINGS = {"train.steps": 10, "train.checkpoint_every": 2, "train.evaluate_every": 4, "train.checkpoint_keep": 1,
+            "train.checkpoint_keep_every": 8, "train.checkpoint_best": "fd", "train.ema_half_life": 100,
+            "train.global_batch_size": 8, "data.source": "digits", "data.size": 16, "data.channels": 1,
+            "data.validation_images": 80, "model.width": 8, "tracking.wandb": "disabled",
+            "train.precision": "fp32"}  # fmt: skip
 
-@pytest.fixture(scope="module")
-def gan_run(genscale, tmp_path_factory) -> Path:
+
+def trained_gan(genscale, folder: Path, **changes) -> Path:
     """A DCGAN on digits with an average of its generator, that keeps one checkpoint, the best by fd, and every 8th step's."""
-    folder = tmp_path_factory.mktemp("gan")
-    settings = {"run.dir": folder, "run.name": "gan", "train.steps": 10, "train.checkpoint_every": 2, "train.evaluate_every": 4,
-                "train.checkpoint_keep": 1, "train.checkpoint_keep_every": 8, "train.checkpoint_best": "fd",
-                "train.ema_half_life": 100, "train.global_batch_size": 8, "data.source": "digits", "data.size": 16,
-                "data.channels": 1, "data.validation_images": 80, "model.width": 8, "tracking.wandb": "disabled",
-                "train.precision": "fp32"}  # fmt: skip
+    settings = {"run.dir": folder, "run.name": "gan", **SETTINGS, **changes}
     words = [word for key, value in settings.items() for word in (f"--{key}", value)]
     done = genscale("train", "--model.family", "dcgan", *words)
     assert done.code == 0, done.err
     return folder / "gan"
+
+
+@pytest.fixture(scope="module")
+def gan_run(genscale, tmp_path_factory) -> Path:
+    return trained_gan(genscale, tmp_path_factory.mktemp("gan"))
+
+
+def scores_of(run: Path, metric: str) -> dict[int, float]:
+    """By step, from the run's own metrics."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line[f"validation_{metric}"] for line in lines if f"validation_{metric}" in line}
 
 
 def listed(genscale, path: Path) -> list[dict]:
@@ -38,8 +49,7 @@ def listed(genscale, path: Path) -> list[dict]:
 
 
 def test_the_latest_the_best_and_every_eighth_are_kept_and_listed(genscale, gan_run):
-    scores = {record["step"]: record["validation_fd"] for record in
-              map(json.loads, (gan_run / "metrics.jsonl").read_text().splitlines()) if "validation_fd" in record}
+    scores = scores_of(gan_run, "fd")
     best = min(scores, key=scores.get)
     rows = listed(genscale, gan_run)
     assert [row["step"] for row in rows] == sorted({best, 8, 10})
@@ -51,14 +61,24 @@ def test_the_latest_the_best_and_every_eighth_are_kept_and_listed(genscale, gan_
     assert rows[-1]["bytes"] == sum(f.stat().st_size for f in (gan_run / "checkpoints/step-00000010").rglob("*") if f.is_file())
 
 
+def test_of_some_metrics_the_highest_is_the_best(genscale, tmp_path):
+    run = trained_gan(genscale, tmp_path, **{"train.checkpoint_best": "diversity", "train.evaluate_every": 2})
+    scores = scores_of(run, "diversity")
+    best = max(scores, key=scores.get)
+    assert scores[best] > min(scores.values())
+    assert [row["step"] for row in listed(genscale, run) if row["best"]] == [best]
+
+
 def test_the_table_has_columns_and_knows_no_time_zone(genscale, gan_run, monkeypatch):
     ages = []
     for zone in ("UTC", "Pacific/Kiritimati"):
         monkeypatch.setenv("TZ", zone)
         time.tzset()
         head, *rows = genscale("checkpoint", "list", gan_run).out.splitlines()
-        assert head.split() == ["CHECKPOINT", "SIZE", "AGE", "POSITION", "KEPT", "AS", "STATE"]
+        assert head.split() == ["CHECKPOINT", "SIZE", "AGE", "POSITION", "KEPT", "AS", "MADE", "BY", "STATE"]
+        made = f"1 x single, torch {torch.__version__}, commit {commit()[:8]}"
         assert all(row[head.index("STATE"):] == "valid" for row in rows)
+        assert all(row[head.index("MADE BY"):].startswith(made) for row in rows)
         assert all(row[head.index("POSITION"):].startswith("epoch 1, ") for row in rows)
         ages.append([row["age_seconds"] for row in listed(genscale, gan_run)])
     monkeypatch.undo()

@@ -52,6 +52,7 @@ class Objective(ABC):
     Attributes:
         unit, units_per_sample: the clock shown beside steps, and how much of it a sample is.
         loss_unit: of `summarise`'s `loss`, for the plot.
+        higher_is_better: metrics of `summarise` of which this is true.
         averaged: networks that samples are made with: `train.ema_half_life` averages their weights.
         couples_samples: a loss depends on which samples share a micro-batch (batch normalisation, packing): the number of
             micro-batches in a step is then part of the run.
@@ -62,6 +63,7 @@ class Objective(ABC):
     unit: str = "samples"
     units_per_sample: int = 1
     loss_unit: str = "nats per token"
+    higher_is_better: frozenset[str] = frozenset()
     averaged: Sequence[str] = ()
     couples_samples: bool = False
 

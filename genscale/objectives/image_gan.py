@@ -49,6 +49,7 @@ class ImageGAN(GAN):
 
     unit = "images"
     loss_unit = "Frechet distance, random features"
+    higher_is_better = frozenset({"diversity"})
 
     def __init__(self, generator: nn.Module, discriminator: nn.Module, settings: GANObjectiveSettings, *,
                  image_shape: tuple[int, int, int], class_names: list[str] | None = None, **options: Any) -> None:

@@ -32,6 +32,7 @@ class PointsGAN(GAN):
 
     unit = "points"
     loss_unit = "share of modes missed + share of points off"
+    higher_is_better = frozenset({"modes", "high_quality"})
 
     def __init__(self, *networks: torch.nn.Module, mixture: Mixture, **options: Any) -> None:
         super().__init__(*networks, **options)

@@ -55,6 +55,7 @@ class VAEObjective(Objective):
     unit = "images"
     averaged = ("vae",)
     loss_unit = "nats per image"
+    higher_is_better = frozenset({"active_units"})
     class_names = None
 
     def __init__(self, network: VAE, settings: VAESettings, objective: VAEObjectiveSettings, shape: tuple[int, int, int], *,

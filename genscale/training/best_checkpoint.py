@@ -19,10 +19,10 @@ def best_of(state: Mapping[str, Any], metric: str) -> Best | None:
     return best if best and best["metric"] == metric else None
 
 
-def better_of(best: Best | None, step: int, metric: str, evaluation: Mapping[str, float]) -> Best | None:
-    """The better one of the best so far and that of a step with its evaluation."""
+def better_of(best: Best | None, step: int, metric: str, evaluation: Mapping[str, float], higher: bool = False) -> Best | None:
+    """The better one of the best so far and that of a step with its evaluation: the lower value, or the higher one."""
     value = evaluation.get(metric, math.nan)
-    if math.isfinite(value) and (best is None or value < best["value"]):
+    if math.isfinite(value) and (best is None or (value > best["value"] if higher else value < best["value"])):
         return {"step": step, "metric": metric, "value": value}
     return best
 

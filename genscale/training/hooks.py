@@ -231,7 +231,7 @@ class RunHooks:
         """Copy the full state, each rank its part, and write it in the background. A failed write is a warning, except after
         the last step.
 
-        The best checkpoint is the one with the lowest `train.checkpoint_best` among those evaluated at their own step.
+        The best checkpoint is the one with the best `train.checkpoint_best` among those evaluated at their own step.
         """
         started = time.perf_counter()
         self.settle_save()
@@ -271,7 +271,8 @@ class RunHooks:
         """The best checkpoint so far, if there is now one of this step."""
         if self.evaluated_step != step:
             return self.best
-        return better_of(self.best, step, self.config.train.checkpoint_best, self.evaluation)
+        metric = self.config.train.checkpoint_best
+        return better_of(self.best, step, metric, self.evaluation, metric in self.objective.higher_is_better)
 
     def last_good(self) -> str:
         """Where a run that went wrong can be taken up again. Collective."""

@@ -10,7 +10,8 @@ from genscale.training.checkpoints import list_checkpoints
 
 def prune(folder: Path, keep: int, best_step: int | None, keep_every: int = 0) -> None:
     """Delete all but the last `keep` checkpoints, the best, and those of every `keep_every`-th step, and what killed writers
-    left behind. One that was damaged on the disk does not count: the last `keep` that have all their files are never deleted.
+    left behind. One that lacks a file, or a part of one, does not count: the last `keep` that have all their files are never
+    deleted.
     """
     clear_leftovers(folder)
     intact = 0

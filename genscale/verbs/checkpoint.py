@@ -109,17 +109,27 @@ def _or_nothing(read: Any) -> Any:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Aligned columns; the state comes last, since it may be long."""
-    lines = [("CHECKPOINT", "SIZE", "AGE", "POSITION", "KEPT AS", "STATE")]
+    lines = [("CHECKPOINT", "SIZE", "AGE", "POSITION", "KEPT AS", "MADE BY", "STATE")]
     for row in rows:
         marks = ", ".join(mark for mark, is_so in (("best", row["best"]), ("every", row["kept"])) if is_so)
         state = f"DAMAGED: {row['problem']}" if row["problem"] else "valid"
         lines.append((row["path"], f"{row['bytes'] / 2**20:,.1f} MiB", _age(row["age_seconds"]), row.get("position", "-"),
-                      marks or "-", state))
+                      marks or "-", _maker(row), state))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     right = (1, 2)
     return "\n".join("  ".join(cell.rjust(width) if column in right else cell.ljust(width)
                                for column, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
                      for line in lines)
+
+
+def _maker(row: dict[str, Any]) -> str:
+    """"2 x zero2, torch 2.13.0, commit 1a2b3c4d"; `--json` has all versions."""
+    known = [f"{row['world_size']} x {row['strategy']}"] if "strategy" in row else []
+    known += [f"torch {row['versions']['torch']}"] if "versions" in row else []
+    if row.get("commit"):
+        commit, _, dirty = row["commit"].partition("-")
+        known.append(f"commit {commit[:8]}{dirty and '-dirty'}")
+    return ", ".join(known) or "-"
 
 
 def _age(seconds: float) -> str:
