@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from genscale.data.tokenizers import Tokenizer
 from genscale.errors import UserError
 from genscale.evaluation.generation import GrowingText
+from genscale.evaluation.task_files import refuse_code, templates_in_a_sandbox
 from genscale.models.decoding import left_padded, stream
 from genscale.models.gpt import GPT
 from genscale.rng import torch_generator
@@ -187,13 +189,15 @@ def evaluate_tasks(model: GenscaleLM, tasks: Sequence[str], include_path: str | 
         limit: only so many documents of each task.
 
     Raises:
-        UserError: a task that is not known.
+        UserError: a task that is not known; one of `include_path` that has Python run.
     """
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     # The harness reads thousands of files, for some 20 s, to know its own tasks: not where only plain tasks of ours are wanted.
     try:
+        if include_path:
+            refuse_code(Path(include_path))
         manager = TaskManager(include_path=include_path, include_defaults=False)
         if not set(tasks) <= set(manager.all_subtasks):
             manager = TaskManager(include_path=include_path)
@@ -207,7 +211,8 @@ def evaluate_tasks(model: GenscaleLM, tasks: Sequence[str], include_path: str | 
             where = f" or of {include_path}" if include_path else ""
             raise UserError(f"--tasks: '{name}' is no task of lm-evaluation-harness{where}; {advice}")
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # the harness prints here and there; stdout is for the results
+        # The harness prints here and there; stdout is for the results.
+        with contextlib.redirect_stdout(sys.stderr), templates_in_a_sandbox():
             return simple_evaluate(model=model, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False)
     except OSError as error:  # what `datasets` and the hub client raise
         raise UserError(f"--tasks: the data of {', '.join(tasks)} cannot be read ({type(error).__name__}: {str(error)[:200]}); "

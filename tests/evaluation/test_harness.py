@@ -179,6 +179,32 @@ def test_limit(genscale, trained: Path, tasks: Path) -> None:
     assert json.loads(outcome.out)["n-samples"]["our_choice"]["effective"] == 3
 
 
+WITHIN = "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]"
+
+
+@pytest.mark.parametrize(("line", "words"), [
+    ("process_docs: !function planted.change", ["line 1", "'!function'", "lm-eval"]),
+    ("%TAG !x! !func\n---\nprocess_docs: !x!tion planted.change", ["'!function'"]),
+    ("include: below/common", ["below/common", "'!function'"]),
+    (WITHIN.replace("acc", "BESIDE/planted.py"), ["metric", "planted.py", "acc_norm"]),
+    (WITHIN.replace("acc,", "acc, hf_evaluate: true,"), ["metric acc"]),
+    ("doc_to_text: \"{{ ''.__class__.__mro__[1].__subclasses__() }}\"", ["template", "__class__"]),
+])  # fmt: skip
+def test_a_task_file_runs_no_code(line: str, words: list[str], genscale, trained: Path, tasks: Path) -> None:
+    mark = tasks.parent / "executed"
+    (tasks / "planted.py").write_text(f"import os\nos.mkdir({str(mark)!r})\ndef change(docs):\n    return docs\n")
+    (tasks / "below").mkdir()
+    (tasks / "below" / "common").write_text("process_docs: !function ../planted.change\n")
+    key = line.rpartition("---\n")[2].partition(":")[0]
+    settings = yaml.safe_load((tasks / "our_choice.yaml").read_text())
+    settings.pop(key, None)
+    head, mark_of_start, rest = line.replace("BESIDE", str(tasks)).rpartition("---\n")
+    (tasks / "our_choice.yaml").write_text(f"{head}{mark_of_start}{rest}\n{yaml.safe_dump(settings)}")
+    message = genscale("evaluate", trained, "--tasks", "our_choice", "--include_path", tasks).message_of_run()
+    assert all(word in message for word in words), message
+    assert not mark.exists()
+
+
 @pytest.mark.slow  # the harness reads all of its own tasks first
 def test_a_task_that_is_not_known_names_the_nearest(genscale, trained: Path, tasks: Path) -> None:
     message = genscale("evaluate", trained, "--tasks", "our_chioce", "--include_path", tasks).message_of_run()
