@@ -152,14 +152,36 @@ def _check(prepared: Prepared) -> None:
     waiting = slurm_commands.queue()
     for run in prepared.runs():
         _check_is_free(run, waiting)
-    check_config(prepared.configs[0], job.world_size)
-    for check in submission_check(prepared.configs[0], prepared.folder, job.nodes):
-        if check.state == "failure":
-            raise UserError(f"{check.name}: {check.found}; {check.remedy}")
-        if check.state == "warning":
-            print(f"warning: {check.name}: {check.found}; {check.remedy}", file=sys.stderr)
+    _check_configs(prepared)
+    for config in {each.tracking.wandb: each for each in prepared.configs}.values():  # of a config it asks for W&B alone
+        for check in submission_check(config, prepared.folder, job.nodes):
+            if check.state == "failure":
+                raise UserError(f"{check.name}: {check.found}; {check.remedy}")
+            if check.state == "warning":
+                print(f"warning: {check.name}: {check.found}; {check.remedy}", file=sys.stderr)
     if not job.container:
         _check_setup(site)
+
+
+def _check_configs(prepared: Prepared) -> None:
+    """Each run's; of runs that differ by their seed alone the first speaks for all, but for those that would go on."""
+    job, array = prepared.job, prepared.job.array
+    for number, (config, run) in enumerate(zip(prepared.configs, prepared.runs(), strict=True)):
+        if number and array.key == "run.seed" and not run.exists():
+            continue
+        try:
+            _check_has_no_token(config)
+            check_config(config, job.world_size)
+        except UserError as error:
+            if array is None:
+                raise
+            raise UserError(f"--array: {array.key}={array.values[number]}: {error}") from None
+
+
+def _check_has_no_token(config: Config) -> None:
+    if masked := next((line.strip() for line in config_yaml(config).splitlines() if has_mask(line)), None):
+        raise UserError(f"{masked}: an address with a token cannot be kept in a job's config; put the token where the library "
+                        "looks for it (HF_TOKEN, ~/.netrc), and leave it out here")
 
 
 def _check_is_free(run: Path, queue: Sequence[Queued]) -> None:
@@ -194,14 +216,10 @@ def _output(prepared: Prepared) -> str:
 def _keep_and_submit(prepared: Prepared) -> None:
     """Script and resolved config into the run folder, the job into the queue."""
     job, folder, training = prepared.job, prepared.folder, prepared.training
-    config = config_yaml(prepared.configs[0])
-    if masked := next((line.strip() for line in config.splitlines() if has_mask(line)), None):
-        raise UserError(f"{masked}: an address with a token cannot be kept in a job's config; put the token where the library "
-                        "looks for it (HF_TOKEN, ~/.netrc), and leave it out here")
     try:
         kept = new_folder(folder)
         (folder / "logs").mkdir(exist_ok=True)
-        (kept / "config.yaml").write_text(config)
+        (kept / "config.yaml").write_text(config_yaml(prepared.configs[0]))
         script = kept / "job.sbatch"
         script.write_text(render(job, prepared.site, replace(training, config=str(kept / "config.yaml"), settings=()),
                                  _output(prepared)))

@@ -1,0 +1,54 @@
+"""`genscale slurm submit` as far as Slurm's door: programs that note what they are asked stand in the place of Slurm's own."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+
+@pytest.fixture
+def submit(genscale, tool, tiny_config, tmp_path):
+    """`submit(*words)` of the tiny run to a Slurm that takes every job as number 12; `submit.jobs()`: how many it was given."""
+    given = tmp_path / "given"
+    tool("sbatch", f'cat "${{@: -1}}" >> {shlex.quote(str(given))}; echo "#END" >> {shlex.quote(str(given))}; echo 12')
+    tool("squeue", "exit 0")
+    tool("sinfo", "exit 1")
+    path = f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
+    site = tmp_path / "site.yaml"
+    site.write_text(yaml.safe_dump({"gpus_per_node": 0, "cpus_per_process": 1, "setup": [path]}))
+
+    def run(*words):
+        return genscale("slurm", "submit", "--config", tiny_config, "--site", site, "--launcher", "srun", *words)
+
+    run.jobs = lambda: given.read_text().count("#END\n") if given.exists() else 0
+    return run
+
+
+@pytest.mark.parametrize(("array", "message"), [
+    ("train.global_batch_size=4,3", "--array: train.global_batch_size=3: train.global_batch_size: 3 does not divide by 2"),
+    ("data.source={text},missing.txt", "--array: data.source=missing.txt: data.source=missing.txt: there is no such file"),
+    ("data.source={text},https://example.org/a?token=PlantedToken1", "--array: data.source=https://example.org/a?token=***: "
+     "source: https://example.org/a?token=***: an address with a token cannot be kept"),
+])  # fmt: skip
+def test_every_run_of_an_array_is_checked_before_it_is_submitted(array, message, submit, tiny_text, tiny_run):
+    said = submit("--tasks-per-node", 2, "--array", array.format(text=tiny_text)).message()
+    assert said.startswith(message)
+    assert submit.jobs() == 0 and not tiny_run.parent.exists()
+
+
+def test_an_array_without_a_mistake_is_submitted(submit, tiny_run):
+    done = submit("--array", "train.global_batch_size=4,8")
+    assert done.out.startswith(f"submitted job 12: 2 runs {tiny_run}-global_batch_size*"), done.err
+    assert submit.jobs() == 1 and (tiny_run / "jobs" / "0001" / "job.sbatch").is_file()
+
+
+def test_a_run_of_another_seed_that_would_go_on_is_checked_too(submit, copied, tiny_run):
+    """What was trained there had another config."""
+    copied.rename(tiny_run.parent / "tiny-seed1")
+    said = submit("--array", "seed=0-1", "--", "--optimizer.lr", 0.5).message()
+    assert said.startswith("--array: run.seed=1: run.resume: ") and "optimizer.lr (was 0.001, now 0.5)" in said
+    assert submit.jobs() == 0
