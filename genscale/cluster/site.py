@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -11,8 +12,14 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from genscale.errors import UserError, nearest
+from genscale.masking import SECRET_VARIABLES, has_mask, masked
 
 OF_THE_REPOSITORY = Path("launch/site.yaml")
+# TOKENIZERS_PARALLELISM is none, and HF_TOKEN_PATH says only where one is.
+_SECRET_NAME = re.compile(rf"(?:{'|'.join(SECRET_VARIABLES)}|\w*(?:TOKEN(?!IZ)|SECRET|PASSW|API_?KEY)\w*)(?<!_PATH)(?<!_FILE)",
+                          re.IGNORECASE)
+# A value that the shell finds out ($(cat file), $NAME) is not in the line.
+_SECRET_IN_LINE = re.compile(rf"\b(?P<name>{_SECRET_NAME.pattern})=(?!['\"]?[$`])['\"]?\w", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Site:
     setup: list[str] | None = None
     """Lines of shell after that (default: `source .venv/bin/activate`, or nothing with a container)."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Variables for all processes of a job, as {HF_HUB_OFFLINE: "1"}."""
+    """Variables for all processes of a job, as {HF_HUB_OFFLINE: "1"}. No tokens: a job's script is kept in its run folder."""
     container: str | None = None
     """Image that Python runs in; it must have genscale installed."""
     container_command: str = "apptainer exec --nv --bind $PWD"
@@ -63,7 +70,7 @@ def read_site(file: str | None = None) -> Site:
     """The site's settings: of `file`, or else the user's own, or else those of `launch/site.yaml` here, or else the defaults.
 
     Raises:
-        UserError: the file cannot be read, or a setting in it is not one.
+        UserError: the file cannot be read, or a setting in it is not one, or holds a token.
     """
     if file is not None:
         return _read(Path(file))
@@ -84,8 +91,21 @@ def _read(path: Path) -> Site:
     for key, value in (content or {}).items():
         if key not in defaults:
             raise UserError(f"site.{key}: unknown key in {path}{nearest(str(key), defaults)}")
+        _check_has_no_secret(str(key), value, path)
         settings[key] = _checked(str(key), value, kinds[key], path)
     return Site(**settings)
+
+
+def _check_has_no_secret(key: str, value: Any, path: Path) -> None:
+    """All of a site stands in the scripts of its jobs, which others may read."""
+    if isinstance(value, dict):
+        names = [name for name, each in value.items() if _SECRET_NAME.fullmatch(str(name)) or has_mask(masked(str(each)))]
+    else:
+        lines = map(str, value if isinstance(value, list) else [value])
+        names = [found["name"] for line in lines for found in _SECRET_IN_LINE.finditer(line)]
+    if names:
+        raise UserError(f"site.{key}: {names[0]} in {path} would be kept in the script of every job; take it out, and export "
+                        "it in your shell before `genscale slurm submit`: a job has its environment (for W&B, ~/.netrc does)")
 
 
 def _checked(key: str, value: Any, kind: Any, path: Path) -> Any:

@@ -149,3 +149,29 @@ def test_what_a_run_folder_was_given_without_secrets_is_read_as_it_was_written(t
     """Masking changes nothing where there is nothing to mask."""
     config = load_config(FAMILIES, trained / "config.yaml")
     assert config.data.source.endswith("/text.txt") and "***" not in (trained / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(("key", "value", "named"), [
+    ("environment", {"NCCL_DEBUG": "INFO", **PLANTED}, "HF_TOKEN"),
+    ("environment", {"my_password": TOKEN}, "my_password"),
+    ("environment", {"OPENAI_APIKEY": TOKEN}, "OPENAI_APIKEY"),
+    ("environment", {"https_proxy": f"http://me:{TOKEN}@proxy:3128"}, "https_proxy"),
+    ("setup", ["source .venv/bin/activate", f"export WANDB_API_KEY='{TOKEN}'"], "WANDB_API_KEY"),
+    ("sbatch", [f"--export=ALL,HF_TOKEN={TOKEN}"], "HF_TOKEN"),
+])  # fmt: skip
+def test_a_token_in_a_site_is_not_written_into_its_jobs(key, value, named, genscale, tiny_config, tmp_path) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text(yaml.safe_dump({key: value}))
+    refused = genscale("slurm", "render", "--config", tiny_config, "--site", site, "--out", tmp_path / "job.sbatch")
+    assert refused.message().startswith(f"site.{key}: {named} in {site} would be kept in the script of every job")
+    assert not any(secret in refused.out + refused.err for secret in (*PLANTED.values(), TOKEN))
+    assert not (tmp_path / "job.sbatch").exists()
+
+
+def test_what_only_sounds_like_a_token_may_stand_there(genscale, tiny_config, tmp_path) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text("environment: {TOKENIZERS_PARALLELISM: 'false', HF_TOKEN_PATH: /home/me/token}\n"
+                    "setup: [export HF_TOKEN=$(cat ~/.token), 'export WANDB_API_KEY=\"$KEY\"']\n")
+    script = genscale("slurm", "render", "--config", tiny_config, "--site", site).out
+    for line in ("TOKENIZERS_PARALLELISM=false", "HF_TOKEN_PATH=/home/me/token", "HF_TOKEN=$(cat ~/.token)"):
+        assert f"\nexport {line}\n" in script
