@@ -12,7 +12,9 @@ import yaml
 from genscale.cluster import slurm_commands
 from genscale.cluster.job_life import Life, read_ended, read_lives
 from genscale.cluster.job_records import jobs_of, runs_of, submitted
+from genscale.cluster.site import read_site
 from genscale.cluster.slurm_commands import Queued
+from genscale.config import RunSettings
 from genscale.errors import UserError
 from genscale.tracking.metrics_file import read_metrics
 from genscale.training.checkpoint_names import latest_step
@@ -68,12 +70,17 @@ def cancel(folders: Sequence[Path], arguments: Sequence[str]) -> int:
 
 
 def _chosen(folders: Sequence[Path], arguments: Sequence[str], action: str) -> list[Path]:
-    """The folders given, or all in runs/ that have had a job."""
+    """The folders given, or all that have had a job in runs/ here and on the site's scratch disk."""
     if arguments:
         raise UserError(f"genscale slurm {action}: takes run folders, not '{arguments[0]}'")
-    found = list(folders) or sorted({path.parent.parent for path in Path("runs").glob("*/jobs/*.json")})
+    found = list(folders)
     if not found:
-        raise UserError(f"genscale slurm {action}: no run in runs/ has a job; name a run folder")
+        scratch, runs = read_site().scratch_folder(), RunSettings().dir
+        places = [Path(runs), *([Path(scratch) / runs] if scratch else [])]
+        found = sorted({path.parent.parent for place in places for path in place.glob("*/jobs/*.json")})
+        if not found:
+            searched = " or ".join(f"{place}/" for place in places)
+            raise UserError(f"genscale slurm {action}: no run in {searched} has a job; name a run folder")
     for folder in found:
         if not (folder / "jobs").is_dir():
             raise UserError(f"{folder}: no job was submitted for it" if folder.is_dir() else f"{folder}: no such run folder")

@@ -11,7 +11,8 @@ from genscale.errors import UserError, nearest
 ACTIONS = {
     "render": "print the script of a job (or write it with --out FILE)",
     "submit": "check the run and the site, keep script and config in the run folder, and submit the job",
-    "status": "the jobs of runs (of all in runs/): queued, running, requeued, ended; step, loss, speed, predicted end",
+    "status": "the jobs of runs (of all in runs/ and <scratch>/runs): queued, running, requeued, ended; step, loss, speed, "
+              "predicted end",
     "logs": "follow what rank 0 prints (--all: every rank)",
     "cancel": "take the jobs of runs out of the queue, or end them",
     "begin": "in the script of a job, before the training: look at the node, count this life of the job",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import pytest
 
@@ -90,3 +91,19 @@ def test_logs_show_what_comes_and_nothing_twice(submitted, capsys):
         file.write("line 9\n")
     _show_news(log, places, lines=2, named=True)
     assert capsys.readouterr().out == "line 7\nline 8\nslurm-7.log: line 9\n"
+
+
+def test_runs_are_found_here_and_on_the_scratch_disk_of_the_site(genscale, tool, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("DISK", str(tmp_path / "disk"))
+    site = tmp_path / "config" / "genscale" / "site.yaml"
+    site.parent.mkdir(parents=True)
+    site.write_text("scratch: $DISK/me\n")
+    for name in ("squeue", "scontrol", "sacct"):
+        tool(name, "exit 0")
+    assert f"no run in runs/ or {tmp_path}/disk/me/runs/ has a job" in genscale("slurm", "status").message()
+    runs = [Path("runs/near"), tmp_path / "disk" / "me" / "runs" / "far"]
+    for run in runs:
+        record(run, Submitted("7", str(new_folder(run)), None, (str(run),)))
+    assert {line.split()[0] for line in genscale("slurm", "status").out.splitlines()[1:]} == set(map(str, runs))
