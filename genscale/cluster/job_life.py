@@ -76,8 +76,11 @@ def this_job() -> tuple[str, int]:
     return name, int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
-def begin(run: Path, max_requeues: int) -> int:
+def begin(run: Path, max_requeues: int, workers: int) -> int:
     """The beginning of a life, on each of the job's nodes: looks at the node, and on the first of them counts the life.
+
+    Args:
+        workers: `data.workers` of the run.
 
     Returns: 0 to go on, NOTHING_TO_DO or UNFIT. Raises UserError where the run folder is another run's, or the job may not
     begin once more.
@@ -90,7 +93,7 @@ def begin(run: Path, max_requeues: int) -> int:
     if first and lives and lives[-1].job == job and (read_ended(run) or {}).get("how") == "complete":
         tell(run, job, f"nothing to do: the run is complete at step {latest_step(run)}")
         return NOTHING_TO_DO
-    checks = quick_check(run)
+    checks = quick_check(run, workers)
     failures = [f"{check.name}: {check.found}" for check in checks if check.state == "failure"]
     for check in checks:
         if check.state == "warning":

@@ -23,9 +23,10 @@ class Training:
         config: the YAML file, as its path from where the job starts.
         run: the run folder, or what the names of an array's run folders begin with.
         settings: what overrides the file, as `genscale train` takes it.
-        collective_seconds: how long a collective of the run may wait.
+        collective_seconds: how long a collective of the run may wait; of the runs of an array, the longest.
         goes_on: whether a life after the first goes on from the latest checkpoint as it is; False where `run.resume` says
             otherwise, which is for the first only.
+        workers: `data.workers`; of the runs of an array, the most.
     """
 
     config: str
@@ -33,6 +34,7 @@ class Training:
     settings: Sequence[str] = ()
     collective_seconds: int = 1800
     goes_on: bool = True
+    workers: int = 0
 
 
 def render(job: Job, site: Site, training: Training, output: str | None = None) -> str:
@@ -44,7 +46,7 @@ def render(job: Job, site: Site, training: Training, output: str | None = None) 
     array = job.array
     output = output or ("%x-%A_%a.log" if array else "%x-%j.log")
     parts = [_head(job, site, output), _what_it_trains(job, training), _environment(job, site, training), _meeting(job),
-             _life(job, _inside(job, site))]
+             _life(job, _inside(job, site), training.workers)]
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 
@@ -153,7 +155,7 @@ def _inside(job: Job, site: Site) -> str:
     return " ".join(word if re.fullmatch(r"[\w@%+=:,./-]+", word) else f'"{word}"' for word in words) + " "
 
 
-def _life(job: Job, inside: str) -> list[str]:
+def _life(job: Job, inside: str, workers: int) -> list[str]:
     cap = f"--max-requeues {job.max_requeues}"
     return [
         "# -- one life of the job. A task that has ended leaves the others in peace for a while, however it ended: it may have",
@@ -162,7 +164,7 @@ def _life(job: Job, inside: str) -> list[str]:
         "",
         "# -- its beginning looks at every node and counts the life; 10: the run is complete",
         '"${step[@]}" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --wait=300 \\',
-        f'    {inside}python -m genscale slurm begin "$run" {cap}',
+        f'    {inside}python -m genscale slurm begin "$run" {cap} --workers {workers}  # data.workers',
         "code=$?",
         '[ "$code" = 10 ] && exit 0',
         'if [ "$code" = 0 ]; then',

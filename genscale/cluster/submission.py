@@ -126,7 +126,8 @@ def _prepare(asked: JobSettings, settings: Sequence[str]) -> Prepared:
             raise UserError(f"--array: its {len(configs)} runs would have {len(names)} names, for values look alike in the "
                             "name of a folder")
     training = Training(asked.config, str(folder), _without(settings, ("--run.name", "--run.dir")),
-                        int(60 * group_timeout_minutes(config.guards.hang_minutes)), config.run.resume == "auto")
+                        int(60 * max(group_timeout_minutes(each.guards.hang_minutes) for each in configs)),
+                        config.run.resume == "auto", max(each.data.workers for each in configs))
     return Prepared(job, site, training, folder, configs)
 
 

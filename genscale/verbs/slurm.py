@@ -49,6 +49,8 @@ class LifeSettings:
     """end: the exit code of what has run."""
     max_requeues: int = 100
     """Lives of the job after the first."""
+    workers: int = 0
+    """begin: `data.workers` of the run, which the node must have the cores, files and memory for."""
 
 
 def _life(action: str, arguments: list[str]) -> int:
@@ -61,7 +63,7 @@ def _life(action: str, arguments: list[str]) -> int:
         raise UserError(f"genscale slurm {action}: name one run folder")
     try:
         if action == "begin":
-            return begin(run[0], settings.max_requeues)
+            return begin(run[0], settings.max_requeues, settings.workers)
         return end(run[0], settings.code, settings.max_requeues)
     except OSError as error:
         raise UserError(f"run.dir: cannot write to {run[0]} ({error.strerror}); free some space, or set --run.dir to another "

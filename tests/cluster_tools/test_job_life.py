@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 
@@ -200,6 +201,19 @@ def test_nodes_are_held_against_each_other(genscale, run, in_job, monkeypatch, t
     assert "clocks: node1 is 100.0 s ahead of node0" in begun.out
     assert (run / "jobs" / "exclude").read_text() == "node1"
     assert not list(run.glob("**/.clock-*"))
+
+
+def test_a_node_is_held_against_the_loader_workers_of_the_run(genscale, run, in_job):
+    in_job("7")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (600, hard))  # too few for 80 loader workers, enough for none
+    try:
+        assert genscale("slurm", "begin", run).code == GO_ON
+        begun = genscale("slurm", "begin", run, "--workers", 80)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert begun.code == UNFIT and "node0 is not fit: open files: 600 may be open" in begun.out, begun.out + begun.err
+    assert "for 1 process and 80 loader workers" in begun.out
 
 
 def test_a_node_that_says_nothing_is_named(genscale, run, in_job, monkeypatch):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from genscale.training.supervision import group_timeout_minutes
+
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ("--config", "configs/gpt/demo.yaml")
 SHIPPED = {"single-node": (), "multi-node": ("--nodes", "2"), "array": ("--array", "seed=0-2")}
@@ -66,7 +68,8 @@ def tell(render, tmp_path, *arguments, site_text="setup: []", **variables):
     (folder / "srun").write_text('#!/bin/bash\nwhile [[ $1 == --* ]]; do echo "srun $1"; shift; done\nexec "$@"\n')
     for name in ("python", "accelerate", "apptainer"):
         (folder / name).write_text('#!/bin/bash\nprintf "%s\\n" "call $(basename "$0")" "${@/#/  }"\n'
-                                   'env | grep -E "^(RANK|WORLD_SIZE|LOCAL_RANK|MASTER_|OMP_|GENSCALE_|A=|HF_|NCCL_SOCK)"\n')
+                                   'env | grep -E -e "^(RANK|WORLD_SIZE|LOCAL_RANK|MASTER_|OMP_|GENSCALE_|A=)" '
+                                   '-e "^(HF_|NCCL_SOCK|TORCH_NCCL_H)"\n')
     for file in folder.iterdir():
         file.chmod(0o755)
     environment = {"PATH": f"{folder}:/usr/bin:/bin", "HOME": "/home/me", "SLURM_JOB_ID": "12345",
@@ -111,6 +114,19 @@ def test_an_element_of_an_array_has_its_own_value_and_folder(render, tmp_path):
     done = tell(render, tmp_path, "--array", "optimizer.lr=1e-3,3e-4", SLURM_ARRAY_JOB_ID="12340", SLURM_ARRAY_TASK_ID="1")
     assert "  --optimizer.lr=3e-4" in done.stdout and "  demo-lr3e-4" in done.stdout
     assert "  runs/demo-lr3e-4" in done.stdout
+
+
+@pytest.mark.parametrize(("arguments", "minutes", "workers"), [
+    (("--", "--guards.hang_minutes", 50, "--data.workers", 3), 50, 3),
+    (("--array", "data.workers=1,5,2", "--", "--guards.hang_minutes", 40), 40, 5),
+    (("--array", "guards.hang_minutes=30,70"), 70, 0),
+])  # fmt: skip
+def test_a_life_is_prepared_for_the_run_that_needs_most(arguments, minutes, workers, render, tmp_path):
+    words = tell(render, tmp_path, *arguments, SLURM_ARRAY_TASK_ID="0").stdout.splitlines()
+    begin = words[words.index("  begin"):]
+    assert begin[begin.index("  --workers") + 1] == f"  {workers}"
+    seconds = next(line for line in words if line.startswith("TORCH_NCCL_HEARTBEAT")).partition("=")[2]
+    assert int(seconds) == 60 * group_timeout_minutes(minutes)
 
 
 def test_a_later_life_goes_on_where_the_first_was_to_start_anew(render, tmp_path):
