@@ -244,8 +244,11 @@ def why_no_more(lives: Sequence[Life], max_requeues: int) -> str | None:
 
 
 def read_lives(run: Path) -> list[Life]:
-    content = _read(run / "jobs" / "lives.json")
-    return [Life(**{**life, "nodes": tuple(life["nodes"])}) for life in content["lives"]] if content else []
+    """The oldest first; none where the file cannot be understood."""
+    content = _read(run / "jobs" / "lives.json") or {}
+    with contextlib.suppress(TypeError, KeyError):
+        return [Life(**{**life, "nodes": tuple(life["nodes"])}) for life in content["lives"]]
+    return []
 
 
 def _write_lives(run: Path, lives: Sequence[Life]) -> None:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from genscale.cluster import slurm_commands
-from genscale.cluster.job_records import jobs_of, runs_of, submitted
+from genscale.cluster.job_records import all_jobs_of, jobs_of, runs_of, submitted
 from genscale.config_parser import parse_settings
 from genscale.errors import UserError
 
 POLL_SECONDS = 1.0
 QUEUE_SECONDS = 10.0
-"""Between two looks at the queue, of which the controller would not like more."""
+"""Between two looks at the queue and for new files, of which the controller would not like more."""
 
 
 @dataclass
@@ -36,8 +36,9 @@ def follow(folders: Sequence[Path], arguments: Sequence[str]) -> int:
     looked, goes_on = float("-inf"), True
     while goes_on:
         if time.monotonic() - looked > QUEUE_SECONDS:
-            looked, goes_on = time.monotonic(), bool(slurm_commands.active(jobs_of(folders[0])))
-        for file in files(folders[0], settings.all):
+            looked, goes_on = time.monotonic(), bool(slurm_commands.active(all_jobs_of(folders)))
+            found = files(folders[0], settings.all)  # for which Slurm may have to be asked as well
+        for file in found:
             _show_news(file, places, settings.lines, named=settings.all or len(runs_of(folders)) > 1)
         if goes_on:
             time.sleep(POLL_SECONDS)

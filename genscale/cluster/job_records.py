@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -60,16 +60,35 @@ def record(folder: Path, entry: Submitted) -> None:
 
 
 def submitted(folder: Path) -> list[Submitted]:
-    """What was recorded in that folder, the oldest first."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+    """What was recorded in that folder, the oldest first, with its paths as they are reached through the folder."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         entries = json.loads((folder / "jobs" / "jobs.json").read_text())["jobs"]
-        return [Submitted(**{**entry, "runs": tuple(entry["runs"])}) for entry in entries]
+        return [_reached(folder, Submitted(**{**entry, "runs": tuple(entry["runs"])})) for entry in entries]
     return []
 
 
+def _reached(folder: Path, entry: Submitted) -> Submitted:
+    """All its paths lie in run.dir, which may have been a relative one, or has another name by now."""
+    kept, now = Path(entry.kept), Path(os.path.normpath(folder / ".."))
+    before = Path(*kept.parts[:-3])
+
+    def moved(path: str) -> str:
+        return str(now / Path(path).relative_to(before)) if Path(path).is_relative_to(before) else path
+
+    if not Path(moved(entry.kept)).is_dir():  # the folder is a link from elsewhere
+        return entry
+    return replace(entry, kept=moved(entry.kept), log=entry.log and moved(entry.log), runs=tuple(map(moved, entry.runs)))
+
+
 def jobs_of(folder: Path) -> list[str]:
-    """Every job that may train the run, or the runs, of that folder, the oldest first."""
+    """Every job that was submitted for the run, or the array, of that folder, or that has begun there, the oldest first."""
     found = [entry.job for entry in submitted(folder)] + [life.job for life in read_lives(folder)]
+    return list(dict.fromkeys(found))
+
+
+def all_jobs_of(folders: Sequence[Path]) -> list[str]:
+    """Every job that may train a run of those folders: of an array also those that one of its runs was given later."""
+    found = [job for folder in [*folders, *runs_of(folders)] for job in jobs_of(folder)]
     return list(dict.fromkeys(found))
 
 

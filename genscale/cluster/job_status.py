@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from genscale.cluster import slurm_commands
 from genscale.cluster.job_life import Life, read_ended, read_lives
-from genscale.cluster.job_records import jobs_of, runs_of, submitted
+from genscale.cluster.job_records import all_jobs_of, jobs_of, runs_of, submitted
 from genscale.cluster.site import read_site
 from genscale.cluster.slurm_commands import Queued
 from genscale.config import RunSettings
@@ -59,8 +61,7 @@ def cancel(folders: Sequence[Path], arguments: Sequence[str]) -> int:
     """genscale slurm cancel RUN ... Raises UserError where none of them has a job."""
     if not folders:
         raise UserError("genscale slurm cancel: name the run folders whose jobs are to end")
-    numbers = [job for folder in _chosen(folders, arguments, "cancel") for job in jobs_of(folder)]
-    found = slurm_commands.active(numbers)
+    found = slurm_commands.active(all_jobs_of(_chosen(folders, arguments, "cancel")))
     if not found:
         raise UserError(f"genscale slurm cancel: no job of {', '.join(map(str, folders))} is in the queue")
     slurm_commands.cancel([each.job for each in found])
@@ -93,10 +94,11 @@ def row_of(run: Path, jobs: Sequence[Queued]) -> Row:
     Args:
         jobs: the queue.
     """
-    numbers, lives, metrics = jobs_of(run), read_lives(run), read_metrics(run / "metrics.jsonl")
+    numbers, lives, (metrics, damage) = jobs_of(run), read_lives(run), _metrics(run)
     job = next((each for each in jobs if each.job in numbers), None)
     number = job.job if job else numbers[-1] if numbers else None
     state, note = _state(run, job, [life for life in lives if life.job == number], number)
+    note = "; ".join(filter(None, (note, damage)))
     logged = [line for line in metrics if "step_seconds" in line]
     steps, step = _steps(run), max(latest_step(run), logged[-1]["step"] if logged else 0)
     predicted = None
@@ -117,17 +119,25 @@ def _state(run: Path, job: Queued | None, lives: Sequence[Life], number: str | N
         last = lives[-1]
         return "ended", f"{last.how}{f': {last.reason}' if last.reason and last.how != 'complete' else ''}"
     ended = read_ended(run)
-    if ended and ended["how"] == "complete":
+    if ended and ended.get("how") == "complete":
         return "ended", "complete"
     slurm = slurm_commands.last_state(number) if number else None
     return "ended", (slurm or "Slurm has forgotten the job").lower().replace("_", " ")
 
 
+def _metrics(run: Path) -> tuple[list[dict[str, Any]], str]:
+    """And what is wrong with them: it must not keep the other runs from being shown."""
+    try:
+        return read_metrics(run / "metrics.jsonl"), ""
+    except UserError as error:
+        return [], str(error)
+
+
 def _steps(run: Path) -> int | None:
     """In all, as the latest submission says, or else as the run itself."""
     for file in [*(Path(entry.kept) / "config.yaml" for entry in reversed(submitted(run))), run / "config.yaml"]:
-        if file.is_file():
-            return yaml.safe_load(file.read_text())["train"]["steps"]
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
+            return int(yaml.safe_load(file.read_text())["train"]["steps"])
     return None
 
 

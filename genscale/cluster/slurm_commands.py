@@ -80,8 +80,8 @@ def last_state(job: str) -> str | None:
 
 def printed_to(job: str) -> str | None:
     """The file that a job prints to, while Slurm remembers it."""
-    done = ask("scontrol", "--oneliner", "show", "job", job)
-    match = re.search(r"StdOut=(\S+)", done.stdout) if not done.returncode else None
+    done = ask("scontrol", "show", "job", job)
+    match = re.search(r"^\s*StdOut=(.+)$", done.stdout, re.MULTILINE) if not done.returncode else None
     return match[1] if match else None
 
 
