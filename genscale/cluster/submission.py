@@ -113,7 +113,7 @@ def _prepare(asked: JobSettings, settings: Sequence[str]) -> Prepared:
         config.run.dir = f"{scratch}/{config.run.dir}"
     job = settle(asked, site, config.run.name)
     folder = run_folder(config)
-    if not str(folder).isprintable() or "'" in str(folder):
+    if not str(folder).isprintable() or {"'", "\\"} & set(str(folder)):  # after a \ sbatch leaves %j as it is
         raise UserError(f"run.dir: {str(folder)!r} is not a path that a job's script can hold; choose another")
     configs = [config]
     if array := job.array:
@@ -235,7 +235,12 @@ def _keep_and_submit(prepared: Prepared) -> None:
             if path.is_dir() and not os.listdir(path):
                 path.rmdir()
         raise
-    _record(prepared, number, kept)
+    try:
+        _record(prepared, number, kept)
+    except OSError as error:
+        slurm_commands.cancel([number])
+        raise UserError(f"run.dir: cannot write to {error.filename or folder} ({error.strerror}), and job {number} was "
+                        "cancelled; set --run.dir to a folder you can write to") from None
     what = f"{len(prepared.configs)} runs {folder}-{job.array.short}*" if job.array else str(folder)
     print(f"submitted job {number}: {what}, {job.nodes} node{'s' if job.nodes > 1 else ''} x {job.processes_per_node} "
           f"process{'es' if job.processes_per_node > 1 else ''}\nscript and config: {kept}\n\nnext:\n"

@@ -52,3 +52,19 @@ def test_a_run_of_another_seed_that_would_go_on_is_checked_too(submit, copied, t
     said = submit("--array", "seed=0-1", "--", "--optimizer.lr", 0.5).message()
     assert said.startswith("--array: run.seed=1: run.resume: ") and "optimizer.lr (was 0.001, now 0.5)" in said
     assert submit.jobs() == 0
+
+
+def test_a_job_that_cannot_be_noted_is_taken_back(submit, tool, tiny_run, tmp_path):
+    """A file lies where a run of the array is to have its folder."""
+    tool("scancel", f'echo "$@" > {tmp_path}/cancelled')
+    tiny_run.parent.mkdir()
+    (tiny_run.parent / "tiny-log_every2").write_text("")
+    said = submit("--array", "train.log_every=1,2").message()
+    assert said.startswith(f"run.dir: cannot write to {tiny_run}-log_every2/jobs (Not a directory), and job 12 was cancelled;")
+    assert submit.jobs() == 1 and (tmp_path / "cancelled").read_text() == "12\n"
+
+
+def test_a_backslash_in_the_path_is_refused(submit):
+    """sbatch would replace no %j in the name of the log."""
+    said = submit("--", "--run.name", "a\\b").message()
+    assert said.startswith("run.dir: ") and "is not a path that a job's script can hold" in said and submit.jobs() == 0
