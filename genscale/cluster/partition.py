@@ -20,7 +20,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Partition:
-    """As sinfo shows it. `time` is its longest limit, None for none."""
+    """As sinfo shows it; or several of which a job takes any. `time` is the longest limit, None for none."""
 
     name: str
     time: str | None
@@ -28,7 +28,8 @@ class Partition:
 
 
 def find_partition(name: str | None) -> Partition | None:
-    """That of the name, or the cluster's default one; None where there is none, of which Slurm has its own words.
+    """That of the name (or those, with commas), or the cluster's default one; None where there is none, of which Slurm has its
+    own words.
 
     Raises UserError where there is no Slurm."""
     chosen = ["--partition", name] if name else []
@@ -37,9 +38,11 @@ def find_partition(name: str | None) -> Partition | None:
     rows = [row for row in rows if name or row[0].endswith("*")]  # the default one
     if done.returncode or not rows:
         return None
-    nodes = tuple(Node(node.strip(), int(re.sub(r"\D", "", cpus) or 0), gpus_in(gres)) for _, node, cpus, gres, _ in rows)
-    limit = rows[0][4].strip()
-    return Partition(rows[0][0].strip().rstrip("*"), limit if seconds_of(limit) else None, nodes)
+    nodes = {node.strip(): Node(node.strip(), int(re.sub(r"\D", "", cpus) or 0), gpus_in(gres))
+             for _, node, cpus, gres, _ in rows}  # of several partitions a node may be in each
+    names = dict.fromkeys(row[0].strip().rstrip("*") for row in rows)
+    limits = sorted({row[4].strip() for row in rows}, key=seconds_of)
+    return Partition(",".join(names), limits[-1] if all(map(seconds_of, limits)) else None, tuple(nodes.values()))
 
 
 def gpus_in(gres: str) -> int:

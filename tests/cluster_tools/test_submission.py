@@ -12,7 +12,7 @@ import yaml
 
 from genscale.cluster.job import JobSettings, settle
 from genscale.cluster.job_records import Submitted, jobs_of, new_folder, record, runs_of, submitted
-from genscale.cluster.partition import Node, Partition, check_fits, gpus_in
+from genscale.cluster.partition import Node, Partition, check_fits, find_partition, gpus_in
 from genscale.cluster.site import Site
 from genscale.cluster.slurm_commands import explain
 from genscale.config_parser import load_config
@@ -178,6 +178,16 @@ def test_what_a_partition_has_not_is_not_asked_of_it(settings, message):
     check_fits(settle(JobSettings(nodes=3, gpus_per_node=0), site, "tiny"), main)
     with pytest.raises(UserError, match=message):
         check_fits(settle(JobSettings(**settings), site, "tiny"), main)
+
+
+def test_of_several_partitions_a_job_takes_the_one_that_it_fits(tool):
+    tool("sinfo", 'echo "short*|a|32|gpu:4|1:00:00"; echo "long|a|32|gpu:4|7-00:00:00"; echo "long|b|32|gpu:4|7-00:00:00"')
+    both = find_partition("short,long")
+    assert both == Partition("short,long", "7-00:00:00", (Node("a", 32, 4), Node("b", 32, 4)))
+    assert find_partition(None) == Partition("short", "1:00:00", (Node("a", 32, 4),))
+    check_fits(settle(JobSettings(nodes=2, time="2-0"), Site(gpus_per_node=4), "tiny"), both)
+    tool("sinfo", 'echo "free|a|32|gpu:4|infinite"; echo "long|a|32|gpu:4|7-00:00:00"')
+    assert find_partition("free,long").time is None
 
 
 def test_what_to_type_next_after_a_job(monkeypatch):
