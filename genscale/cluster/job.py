@@ -8,10 +8,12 @@ from typing import Literal
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from genscale.cluster.site import Site
+from genscale.cluster.site import Site, is_slurm_name
 from genscale.errors import UserError
 
 SHORTHANDS = {"seed": "run.seed"}
+LARGEST_INDEX = 1000
+"""Of an array's element, where a cluster has Slurm's own MaxArraySize."""
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 
 
@@ -71,9 +73,10 @@ class Array:
 
     @property
     def is_range(self) -> bool:
-        """Whether the values are whole numbers in a row, which are their own indices."""
-        first = int(self.values[0]) if self.values[0].isdigit() else 0
-        return self.values == tuple(str(number) for number in range(first, first + len(self.values)))
+        """Whether the values are whole numbers in a row, and small enough, to be their own indices."""
+        first = int(self.values[0]) if self.values[0].isdecimal() else 0
+        row = range(first, first + len(self.values))
+        return row[-1] <= LARGEST_INDEX and self.values == tuple(map(str, row))
 
     def indices(self) -> list[int]:
         """Slurm's numbers of the elements, in the order of the values."""
@@ -127,7 +130,7 @@ def settle(settings: JobSettings, site: Site, name: str) -> Job:
         raise UserError(f"--lead: {settings.lead} s before the limit is before the job begins, with --time {settings.time}; "
                         f"nearest allowed: below {seconds} s, say {max(1, seconds // 3)}")
     for flag, value in (("partition", settings.partition), ("account", settings.account)):
-        if value is not None and not re.fullmatch(r"[\w.,+-]+", value):
+        if value is not None and not is_slurm_name(value):
             raise UserError(f"--{flag}: '{value}' is not a name that Slurm could have")
     container = settings.container or site.container
     if container and not re.fullmatch(r"[^'\"\\`]+", container):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -114,6 +115,7 @@ def _checked(key: str, value: Any, kind: Any, path: Path) -> Any:
         return None
     wanted = kinds[0]
     if wanted is str and isinstance(value, str) and value and value.isprintable():
+        _check_text(key, value, path)
         return value
     if wanted is int and type(value) is int and value >= (0 if key == "gpus_per_node" else 1):
         return value
@@ -121,8 +123,28 @@ def _checked(key: str, value: Any, kind: Any, path: Path) -> Any:
         if key == "sbatch" and (others := [line for line in value if not line.startswith("--")]):
             raise UserError(f"site.sbatch: must be options of sbatch, as --qos=long, not '{others[0]}' (in {path})")
         return value
-    if wanted == dict[str, str] and isinstance(value, dict) and all(str(name).isidentifier() for name in value):
+    if wanted == dict[str, str] and isinstance(value, dict) and all(
+            re.fullmatch(r"[A-Za-z_]\w*", str(name), re.ASCII) and isinstance(each, (str, int, float))
+            for name, each in value.items()):
         return {name: str(each) for name, each in value.items()}
     words = {str: "a text", int: "a whole number", list[str]: "a list of texts, as [a, b]",
              dict[str, str]: "a mapping of variables, as {NAME: value}"}
     raise UserError(f"site.{key}: must be {words[wanted]}, not {value!r} (in {path})")
+
+
+def _check_text(key: str, value: str, path: Path) -> None:
+    if key in ("partition", "account") and not is_slurm_name(value):
+        raise UserError(f"site.{key}: '{value}' is not a name that Slurm could have (in {path})")
+    if key == "container_command":
+        try:
+            broken = any(re.search(r"['\"\\`]", word) for word in shlex.split(value))
+        except ValueError:  # a quote that is not closed
+            broken = True
+        if broken:
+            raise UserError(f"site.container_command: {value} is no command that a job's script can hold: quotes only "
+                            f"around whole words, no backslash (in {path})")
+
+
+def is_slurm_name(word: str) -> bool:
+    """Of a partition (or several, with commas) or an account."""
+    return re.fullmatch(r"[\w.,+-]+", word) is not None

@@ -54,6 +54,9 @@ def test_a_flag_comes_before_the_site():
     ("seed=7,5", "run.seed", ("7", "5"), "0-1", "tiny-seed7"),
     ("optimizer.lr=1e-3,3e-4", "optimizer.lr", ("1e-3", "3e-4"), "0-1", "tiny-lr1e-3"),
     ("data.source=a/b.txt", "data.source", ("a/b.txt",), "0-0", "tiny-sourcea-b.txt"),
+    ("data.source=²", "data.source", ("²",), "0-0", "tiny-source-"),
+    ("seed=4", "run.seed", ("4",), "4-4", "tiny-seed4"),
+    ("seed=1000-1001", "run.seed", ("1000", "1001"), "0-1", "tiny-seed1000"),  # by default Slurm counts to 1000
 ])  # fmt: skip
 def test_arrays(text, key, values, for_sbatch, first_name):
     array = job(array=text).array
@@ -98,6 +101,13 @@ def test_the_site_file_of_the_repository_sets_nothing_and_names_every_setting():
     ("modules: cuda", r"^site.modules: must be a list of texts"),
     ("environment: [A]", r"^site.environment: must be a mapping of variables"),
     ("environment: {'A; rm': 1}", r"^site.environment: must be a mapping of variables"),
+    ("environment: {A: }", r"^site.environment: must be a mapping of variables"),
+    ("environment: {A: [b]}", r"^site.environment: must be a mapping of variables"),
+    ("environment: {Ä: 1}", r"^site.environment: must be a mapping of variables"),
+    ("partition: gpu low", r"^site.partition: 'gpu low' is not a name that Slurm could have \(in "),
+    ("account: a;b", r"^site.account: 'a;b' is not a name that Slurm could have \(in "),
+    ("container_command: run -v '$PWD", r"^site.container_command: run -v '\$PWD is no command that a job's script can hold"),
+    ("container_command: run -e A=\"'b'\"", r"^site.container_command: .* is no command that a job's script can hold"),
     ("[a]", r"must hold settings like"),
     ("a: b: c", r"is not valid YAML"),
 ])  # fmt: skip
