@@ -112,8 +112,11 @@ def _what_it_trains(job: Job, training: Training) -> list[str]:
 def _environment(job: Job, site: Site, training: Training) -> list[str]:
     lines = ["# -- the environment of the site", *site.setup_lines(job.container)]
     exports = dict(site.environment)
-    if folder := site.scratch_folder():
-        exports.setdefault("HF_HOME", f"{folder}/huggingface")
+    if (folder := site.scratch_folder()) and "HF_HOME" not in exports:
+        home = shlex.quote(f"{folder}/huggingface")
+        lines += [f"[ -e {home}/token ] ||  # else the user's own login, which is looked for in HF_HOME",
+                  "    export HF_TOKEN_PATH=${HF_TOKEN_PATH:-${HF_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/huggingface}/token}",
+                  f"export HF_HOME={home}"]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
     threads = "$SLURM_CPUS_PER_TASK" if job.launcher == "srun" else "$((SLURM_CPUS_PER_TASK / LOCAL_WORLD_SIZE))"
     lines += [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,24 @@ def test_everything_of_python_runs_in_the_container(render, tmp_path):
     assert lines.count("  /images/gen scale.sif") == 3 and f"  {tmp_path}" in lines  # --bind $PWD
     assert "A=b 'c' $d" in lines and "NCCL_SOCKET_IFNAME=ib0" in lines
     assert f"HF_HOME=/scratch/my {os.environ['HOME']}/huggingface" in lines
+
+
+@pytest.mark.parametrize(("own", "scratch"), [(True, True), (True, False), (False, True)])
+def test_who_has_logged_in_to_the_hub_is_logged_in_in_the_job(own, scratch, render, tmp_path):
+    """Though HF_HOME, where the token lies, is another folder there. As the Hub's own library finds it."""
+    places = {"own": (tmp_path / "home" / ".cache", own), "scratch": (tmp_path / "disk", scratch)}
+    for name, (above, has) in places.items():
+        folder = above / "huggingface"
+        folder.mkdir(parents=True)
+        if has:
+            (folder / "token").write_text(f"hf_{name}")
+    lines = tell(render, tmp_path, site_text=f"setup: []\nscratch: {tmp_path}/disk", HOME=str(tmp_path / "home")).stdout
+    variables = dict(line.split("=", 1) for line in lines.splitlines() if line.startswith("HF_"))
+    assert variables["HF_HOME"] == f"{tmp_path}/disk/huggingface"
+    found = subprocess.run([sys.executable, "-c", "import huggingface_hub; print(huggingface_hub.get_token())"], text=True,
+                           env={"HOME": str(tmp_path / "home"), "PATH": os.environ["PATH"], **variables}, capture_output=True,
+                           timeout=60, check=True)
+    assert found.stdout.strip() == ("hf_scratch" if scratch else "hf_own")
 
 
 def test_no_node_names_are_an_error_and_not_this_machine(render, tmp_path):
