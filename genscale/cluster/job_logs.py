@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from genscale.cluster import slurm_commands
-from genscale.cluster.job_records import all_jobs_of, jobs_of, runs_of, submitted
+from genscale.cluster.job_records import active_jobs, jobs_of, runs_of, submitted, with_runs
 from genscale.config_parser import parse_settings
 from genscale.errors import UserError
 
@@ -36,10 +36,10 @@ def follow(folders: Sequence[Path], arguments: Sequence[str]) -> int:
     looked, goes_on = float("-inf"), True
     while goes_on:
         if time.monotonic() - looked > QUEUE_SECONDS:
-            looked, goes_on = time.monotonic(), bool(slurm_commands.active(all_jobs_of(folders)))
+            looked, goes_on = time.monotonic(), bool(active_jobs(with_runs(folders)))
             found = files(folders[0], settings.all)  # for which Slurm may have to be asked as well
         for file in found:
-            _show_news(file, places, settings.lines, named=settings.all or len(runs_of(folders)) > 1)
+            _show_news(file, places, settings.lines, named=settings.all or len(runs_of(folders)) > 1, ended=not goes_on)
         if goes_on:
             time.sleep(POLL_SECONDS)
     if not places:
@@ -58,19 +58,21 @@ def files(folder: Path, ranks: bool) -> list[Path]:
     return found
 
 
-def _show_news(file: Path, places: dict[Path, int], lines: int, named: bool) -> None:
-    """Print what has come to the file since it was last looked at; at first, its last lines."""
+def _show_news(file: Path, places: dict[Path, int], lines: int, named: bool, ended: bool) -> None:
+    """Print the lines that have come to the file since it was last looked at; at first, its last ones.
+
+    Args:
+        ended: nothing more comes: a last line without an end is one.
+    """
     try:
         with file.open("rb") as opened:
-            if file not in places:
-                text = opened.read()
-                kept = text.splitlines(keepends=True)[-lines:] if lines else []
-                news, places[file] = b"".join(kept), len(text)
-            else:
-                opened.seek(places[file])
-                news = opened.read()
-                places[file] += len(news)
+            opened.seek(places.get(file, 0))
+            news = opened.read()
     except OSError:
         return
-    for line in news.decode(errors="replace").splitlines():
+    if not ended:
+        news = news[:news.rfind(b"\n") + 1]
+    new, places[file] = file not in places, places.get(file, 0) + len(news)
+    shown = news.decode(errors="replace").splitlines()
+    for line in shown[max(0, len(shown) - lines):] if new else shown:
         print(f"{file.name}: {line}" if named else line, flush=True)

@@ -16,7 +16,9 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from genscale.cluster import slurm_commands
 from genscale.cluster.job_life import read_lives
+from genscale.cluster.slurm_commands import Queued
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,19 @@ def jobs_of(folder: Path) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def all_jobs_of(folders: Sequence[Path]) -> list[str]:
-    """Every job that may train a run of those folders: of an array also those that one of its runs was given later."""
-    found = [job for folder in [*folders, *runs_of(folders)] for job in jobs_of(folder)]
-    return list(dict.fromkeys(found))
+def active_jobs(folders: Sequence[Path], queue: Sequence[Queued] | None = None) -> list[Queued]:
+    """The jobs of those folders that wait, run, or are on their way back into the queue. Raises UserError.
+
+    Args:
+        queue: where it has been asked for already.
+    """
+    returning = {life.job for folder in folders for life in read_lives(folder)[-1:] if life.goes_on}
+    return slurm_commands.active([job for folder in folders for job in jobs_of(folder)], queue, returning)
+
+
+def with_runs(folders: Sequence[Path]) -> list[Path]:
+    """The folders, and those of the runs of arrays among them, which may have been given jobs of their own later."""
+    return list(dict.fromkeys([*folders, *runs_of(folders)]))
 
 
 def runs_of(folders: Sequence[Path]) -> list[Path]:

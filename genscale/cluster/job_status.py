@@ -13,7 +13,7 @@ import yaml
 
 from genscale.cluster import slurm_commands
 from genscale.cluster.job_life import Life, read_ended, read_lives
-from genscale.cluster.job_records import all_jobs_of, jobs_of, runs_of, submitted
+from genscale.cluster.job_records import active_jobs, jobs_of, runs_of, submitted, with_runs
 from genscale.cluster.site import read_site
 from genscale.cluster.slurm_commands import Queued
 from genscale.config import RunSettings
@@ -61,7 +61,7 @@ def cancel(folders: Sequence[Path], arguments: Sequence[str]) -> int:
     """genscale slurm cancel RUN ... Raises UserError where none of them has a job."""
     if not folders:
         raise UserError("genscale slurm cancel: name the run folders whose jobs are to end")
-    found = slurm_commands.active(all_jobs_of(_chosen(folders, arguments, "cancel")))
+    found = active_jobs(with_runs(_chosen(folders, arguments, "cancel")))
     if not found:
         raise UserError(f"genscale slurm cancel: no job of {', '.join(map(str, folders))} is in the queue")
     slurm_commands.cancel([each.job for each in found])

@@ -6,7 +6,7 @@ import getpass
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from genscale.errors import UserError
@@ -55,15 +55,17 @@ def queue() -> list[Queued]:
     return [Queued(*line.split("|")) for line in done.stdout.splitlines() if line.count("|") == 4]
 
 
-def active(jobs: Iterable[str], among: Sequence[Queued] | None = None) -> list[Queued]:
+def active(jobs: Iterable[str], among: Sequence[Queued] | None = None, returning: Collection[str] = ()) -> list[Queued]:
     """Those of the queue that belong to one of the jobs, themselves or elements of their arrays, and are not at their end.
 
     Args:
         among: the queue, where it has been asked for already.
+        returning: jobs that are requeued, which Slurm shows as completing until their nodes are free.
     """
     wanted = set(jobs)
     return [each for each in (queue() if among is None else among)
-            if (each.job in wanted or each.job.partition("_")[0] in wanted) and each.state != "COMPLETING"]
+            if (each.job in wanted or each.job.partition("_")[0] in wanted)
+            and (each.state != "COMPLETING" or each.job in returning)]
 
 
 def last_state(job: str) -> str | None:

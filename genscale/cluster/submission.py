@@ -15,7 +15,7 @@ from pathlib import Path
 from genscale.cluster import slurm_commands
 from genscale.cluster.doctor import submission_check
 from genscale.cluster.job import Job, JobSettings, settle
-from genscale.cluster.job_records import Submitted, jobs_of, new_folder, record
+from genscale.cluster.job_records import Submitted, active_jobs, new_folder, record
 from genscale.cluster.partition import check_fits, find_partition
 from genscale.cluster.script import Training, render
 from genscale.cluster.site import Site, read_site
@@ -186,9 +186,9 @@ def _check_has_no_token(config: Config) -> None:
 
 
 def _check_is_free(run: Path, queue: Sequence[Queued]) -> None:
-    if own := slurm_commands.active(jobs_of(run), queue):
-        raise UserError(f"run.name: {run} has a job already: {own[0].job} ({own[0].state.lower()}); wait for it, "
-                        f"end it with `genscale slurm cancel {run}`, or choose another name (-- --run.name NAME)")
+    if own := active_jobs([run], queue):
+        raise UserError(f"run.name: {run} has a job already: {own[0].job} ({own[0].state.lower()}); wait for it, end it with "
+                        f"`genscale slurm cancel {shlex.quote(str(run))}`, or choose another name (-- --run.name NAME)")
     if owner := who_has(run):
         raise UserError(f"run.name: {run} belongs to a run that goes on: {owner}; wait for it, stop it, or choose another name "
                         "(-- --run.name NAME)")
@@ -242,9 +242,10 @@ def _keep_and_submit(prepared: Prepared) -> None:
         raise UserError(f"run.dir: cannot write to {error.filename or folder} ({error.strerror}), and job {number} was "
                         "cancelled; set --run.dir to a folder you can write to") from None
     what = f"{len(prepared.configs)} runs {folder}-{job.array.short}*" if job.array else str(folder)
+    word = shlex.quote(str(folder))
     print(f"submitted job {number}: {what}, {job.nodes} node{'s' if job.nodes > 1 else ''} x {job.processes_per_node} "
           f"process{'es' if job.processes_per_node > 1 else ''}\nscript and config: {kept}\n\nnext:\n"
-          f"  genscale slurm status {folder}\n  genscale slurm logs {folder}\n  genscale slurm cancel {folder}")
+          f"  genscale slurm status {word}\n  genscale slurm logs {word}\n  genscale slurm cancel {word}")
 
 
 def _record(prepared: Prepared, number: str, kept: Path) -> None:

@@ -55,6 +55,22 @@ def test_with_an_array_the_jobs_end_that_its_runs_were_given_later(array, gensca
     assert (tmp_path / "cancelled").read_text() == "20\n"
 
 
+def test_a_job_on_its_way_back_into_the_queue_is_not_at_its_end(run, genscale, tool, in_job, say_ended):
+    """Slurm shows one that is requeued as completing until its nodes are free."""
+    tool("squeue", "echo '7|COMPLETING|None|node0|0:00'")
+    tool("scancel", "exit 0")
+    for restart, how in ((0, "stopped"), (1, "complete")):
+        in_job("7", restart)
+        genscale("slurm", "begin", run)
+        say_ended(how, 0)
+        genscale("slurm", "end", run)
+        cancelled = genscale("slurm", "cancel", run)
+        if how == "stopped":
+            assert cancelled.out == "cancelled job 7 (completing)\n", cancelled.err
+        else:
+            assert f"no job of {run} is in the queue" in cancelled.message()
+
+
 @pytest.mark.parametrize(("file", "text"), [
     ("jobs/lives.json", '{"lives": [{"job": "12_0"}]}'), ("ended.json", '{"step": 3}'),
     ("config.yaml", "train: {steps: [\n"), ("config.yaml", "a\n"), ("metrics.jsonl", '{"step": 1, \n{"step": 2}\n'),

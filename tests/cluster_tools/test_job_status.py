@@ -85,12 +85,11 @@ def test_logs_show_what_comes_and_nothing_twice(submitted, capsys):
     assert files(submitted, ranks=False) == [log]
     assert files(submitted, ranks=True) == [log, submitted / "logs" / "rank-00001.log"]
     places = {}
-    _show_news(log, places, lines=2, named=False)
-    _show_news(log, places, lines=2, named=False)
-    with log.open("a") as file:
-        file.write("line 9\n")
-    _show_news(log, places, lines=2, named=True)
-    assert capsys.readouterr().out == "line 7\nline 8\nslurm-7.log: line 9\n"
+    for news in ("", "", "line", " 9\nli", "ne 10"):  # a line may come in parts, and the last one never end
+        with log.open("a") as file:
+            file.write(news)
+        _show_news(log, places, lines=2, named=news.startswith(" "), ended=news == "ne 10")
+    assert capsys.readouterr().out == "line 7\nline 8\nslurm-7.log: line 9\nline 10\n"
 
 
 def test_runs_are_found_here_and_on_the_scratch_disk_of_the_site(genscale, tool, tmp_path, monkeypatch):

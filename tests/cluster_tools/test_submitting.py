@@ -64,6 +64,11 @@ def test_a_job_that_cannot_be_noted_is_taken_back(submit, tool, tiny_run, tmp_pa
     assert submit.jobs() == 1 and (tmp_path / "cancelled").read_text() == "12\n"
 
 
+def test_what_to_type_next_can_be_typed(submit, tmp_path):
+    done = submit("--", "--run.dir", tmp_path / "my runs")
+    assert f"\n  genscale slurm logs '{tmp_path}/my runs/tiny'\n" in done.out, done.err
+
+
 def test_a_backslash_in_the_path_is_refused(submit):
     """sbatch would replace no %j in the name of the log."""
     said = submit("--", "--run.name", "a\\b").message()
