@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -128,7 +128,9 @@ def _prepare(asked: JobSettings, settings: Sequence[str]) -> Prepared:
     training = Training(asked.config, str(folder), _without(settings, ("--run.name", "--run.dir")),
                         int(60 * max(group_timeout_minutes(each.guards.hang_minutes) for each in configs)),
                         config.run.resume == "auto", max(each.data.workers for each in configs))
-    return Prepared(job, site, training, folder, configs)
+    prepared = Prepared(job, site, training, folder, configs)
+    _check_configs(prepared, _check_has_no_token)
+    return prepared
 
 
 def _without(settings: Sequence[str], flags: Sequence[str]) -> list[str]:
@@ -153,7 +155,7 @@ def _check(prepared: Prepared) -> None:
     waiting = slurm_commands.queue()
     for run in prepared.runs():
         _check_is_free(run, waiting)
-    _check_configs(prepared)
+    _check_configs(prepared, lambda config: check_config(config, job.world_size))
     for config in {each.tracking.wandb: each for each in prepared.configs}.values():  # of a config it asks for W&B alone
         for check in submission_check(config, prepared.folder, job.nodes):
             if check.state == "failure":
@@ -164,15 +166,14 @@ def _check(prepared: Prepared) -> None:
         _check_setup(site)
 
 
-def _check_configs(prepared: Prepared) -> None:
+def _check_configs(prepared: Prepared, check: Callable[[Config], None]) -> None:
     """Each run's; of runs that differ by their seed alone the first speaks for all, but for those that would go on."""
-    job, array = prepared.job, prepared.job.array
+    array = prepared.job.array
     for number, (config, run) in enumerate(zip(prepared.configs, prepared.runs(), strict=True)):
         if number and array.key == "run.seed" and not run.exists():
             continue
         try:
-            _check_has_no_token(config)
-            check_config(config, job.world_size)
+            check(config)
         except UserError as error:
             if array is None:
                 raise
@@ -181,7 +182,7 @@ def _check_configs(prepared: Prepared) -> None:
 
 def _check_has_no_token(config: Config) -> None:
     if masked := next((line.strip() for line in config_yaml(config).splitlines() if has_mask(line)), None):
-        raise UserError(f"{masked}: an address with a token cannot be kept in a job's config; put the token where the library "
+        raise UserError(f"{masked}: an address with a token cannot be kept with a job; put the token where the library "
                         "looks for it (HF_TOKEN, ~/.netrc), and leave it out here")
 
 

@@ -40,6 +40,15 @@ def test_every_run_of_an_array_is_checked_before_it_is_submitted(array, message,
     assert submit.jobs() == 0 and not tiny_run.parent.exists()
 
 
+def test_a_script_is_not_written_with_a_token(genscale, tiny_config, tmp_path):
+    words = ("slurm", "render", "--config", tiny_config, "--out", tmp_path / "job.sbatch")
+    for more in (("--array", "data.source=a,https://example.org/a?token=PlantedToken1"),
+                 ("--", "--data.source", "https://example.org/a?token=PlantedToken1")):
+        said = genscale(*words, *more).message()
+        assert "https://example.org/a?token=***: an address with a token cannot be kept" in said
+    assert not (tmp_path / "job.sbatch").exists()
+
+
 def test_an_array_without_a_mistake_is_submitted(submit, tiny_run):
     done = submit("--array", "train.global_batch_size=4,8")
     assert done.out.startswith(f"submitted job 12: 2 runs {tiny_run}-global_batch_size*"), done.err
