@@ -68,7 +68,8 @@ def test_one_process_of_two_that_runs_out_of_memory_ends_both(limited):
 @pytest.mark.parametrize(("error", "memory"), [
     (MemoryError(), True), (RuntimeError("CUDA error: out of memory"), True), (RuntimeError("shape mismatch"), False),
     (RuntimeError("NCCL Error 1: unhandled cuda error; Cuda failure 'out of memory'"), True),
-    (ValueError("out of memory"), False),
+    (ValueError("out of memory"), False), (RuntimeError("could not create a primitive"), True),
+    (RuntimeError("could not create a primitive descriptor for a convolution forward propagation primitive"), False),
 ])  # fmt: skip
 def test_what_is_about_memory(error, memory):
     assert is_out_of_memory(error) is memory

@@ -10,6 +10,8 @@ from genscale.parallel.strategies import SHARDS_MOST
 
 WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "defaultcpuallocator", "std::bad_alloc",
          "cublas_status_alloc_failed")
+ONEDNN = "could not create a primitive"
+"""All that oneDNN says; of a kind of operation that it has not, it says "could not create a primitive descriptor for ..."."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -20,7 +22,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         seen.add(id(cause))
         if isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
             return True
-        if isinstance(cause, RuntimeError) and any(word in str(cause).lower() for word in WORDS):
+        if isinstance(cause, RuntimeError) and (any(word in str(cause).lower() for word in WORDS) or str(cause) == ONEDNN):
             return True
         cause = cause.__cause__ or cause.__context__
     return False

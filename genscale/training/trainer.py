@@ -71,7 +71,7 @@ class Trainer:
         Raises:
             UserError: the run went wrong (NonFiniteLoss), or does not fit in memory.
         """
-        report, step = None, first_step
+        report, step, too_large = None, first_step, None
         with self.stop as stop:
             try:
                 if self.config.guards.dry_batch and step <= self.config.train.steps:
@@ -89,7 +89,9 @@ class Trainer:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                raise UserError(advice(self.config, self.engine)) from None
+                too_large = advice(self.config, self.engine)
+            if too_large is not None:  # said where the error is gone, whose frames hold the batch: the end takes memory too
+                raise UserError(too_large)
         return report
 
     def _run_hooks(self, report: StepReport) -> None:
