@@ -17,6 +17,7 @@ from fault_runs import wait_for
 from safetensors.torch import save_file
 
 from genscale.training.checkpoints import Checkpoint, list_checkpoints, sha256_of
+from genscale.training.tensor_files import names_in
 
 NEWER = ("accumulation", "collapse", "evaluation_left_out")
 """Parts of state.json that came after format 2."""
@@ -126,7 +127,7 @@ def damaged(bench: Bench, draw: random.Random) -> float:
         file = draw.choice(files)
         folder = f"{file.parent.name}/" if file.parent != checkpoint.path else ""
         reasons[checkpoint.path] = f"{folder}{damage(file)}"
-    cut_short(run.metrics_file)
+    run.metrics_file.write_bytes(run.metrics_file.read_bytes()[:-10])
     began = time.monotonic()
     with living(run, bench.shape) as life:
         before = run.metrics_version()
@@ -162,11 +163,11 @@ def make_old(checkpoint: Checkpoint) -> None:
     """Format 1: one file of whole tensors each, and nothing about what made it."""
     folder = checkpoint.path
     for kind in ("networks", "optimizers", "averages"):
-        for name in {file.name.split("-0")[0].removesuffix(".safetensors") for file in (folder / kind).glob("*.safetensors")}:
+        for name, parts in names_in(folder / kind).items():
             read = checkpoint.tensors(kind, name)
             whole = {key: read(key).clone() for key in read.keys()}  # noqa: SIM118 - no mapping
-            for file in (folder / kind).glob(f"{name}*.safetensors"):
-                file.unlink()
+            for part in parts:
+                part.unlink()
             save_file(whole, folder / kind / f"{name}.safetensors")
     state = {key: value for key, value in checkpoint.state().items() if key not in NEWER}
     (folder / "state.json").write_text(json.dumps(state, indent=1))
