@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 from genscale.data.columns import Spec
 from genscale.data.file_tables import At, open_parquet
 from genscale.data.image_labels import Label
+from genscale.data.image_paths import content_at
 from genscale.data.readers import Row, Shard, TableShard, damaged
 from genscale.data.source_file import SourceFile
 from genscale.errors import UserError, nearest
@@ -117,23 +118,21 @@ class ImageTableShard(TableShard):
                             f"image files; the columns are {', '.join(table.column_names)}")
         labels = rows[spec.label].to_pylist() if spec.label else [None] * len(rows)
         records = zip(rows[spec.image].to_pylist(), labels, strict=True)
-        return [Record(f"row {first + start + i * step} of {self.name}", _content(image), label)
-                for i, (image, label) in enumerate(records)]
+        names = (f"row {first + start + i * step} of {self.name}" for i in range(len(rows)))
+        return [Record(name, self._content(image, name), label) for name, (image, label) in zip(names, records, strict=True)]
 
-
-def _content(image: Mapping[str, Any] | bytes | None) -> bytes:
-    """What is in a cell: a file's bytes, or a struct of bytes and a path, of which one may be missing."""
-    if not isinstance(image, Mapping):
-        return image or b""
-    if image.get("bytes") is None and image.get("path"):
-        from datasets.utils.file_utils import xopen
-
-        try:
-            with xopen(image["path"], "rb") as file:
-                return file.read()
-        except FileNotFoundError:
-            return b""
-    return image.get("bytes") or b""
+    def _content(self, image: Mapping[str, Any] | bytes | None, row: str) -> bytes:
+        """What is in a cell: a file's bytes, or a struct of bytes and a path, of which one may be missing."""
+        if not isinstance(image, Mapping):
+            return image or b""
+        if image.get("bytes") is None and image.get("path"):
+            try:
+                return content_at(image["path"], self, row)
+            except UserError:
+                raise
+            except Exception as error:
+                raise damaged(self, error) from None
+        return image.get("bytes") or b""
 
 
 class Group(NamedTuple):

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import http.server
 import io
+import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from genscale.data import image_sources
-from genscale.data.image_shards import ImageSpec
+from genscale.data.image_shards import ImageSpec, ImageTableShard
 from genscale.data.image_sources import open_images
 from genscale.data.text import TextData, TextDataSettings
 from genscale.errors import UserError
@@ -77,3 +82,58 @@ def test_a_redirect_leads_to_no_file_of_this_machine(tmp_path: Path, serve, sche
     url, _ = serve(tmp_path, handler=Redirect)
     with pytest.raises(UserError, match=f"data.source={url}/a.jsonl: cannot be read"):
         TextData(TextDataSettings(source=f"{url}/a.jsonl", lanes=2), seed=1)
+
+
+def table_of(*paths: str) -> bytes:
+    """A parquet file that names images by their path."""
+    file = io.BytesIO()
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    pq.write_table(pa.table({"image": pa.array([{"bytes": None, "path": path} for path in paths], kind)}), file)
+    return file.getvalue()
+
+
+def test_a_table_at_a_url_leads_nowhere(tmp_path: Path, serve) -> None:
+    url, asked = serve(tmp_path)
+    (tmp_path / "0.png").write_bytes(png(0))
+    for path in (f"{url}/0.png", "0.png", str(tmp_path / "0.png")):
+        (tmp_path / "a.parquet").write_bytes(table_of(path))
+        with pytest.raises(UserError, match=f"data.source={url}/a.parquet: row 0 of .*a.parquet names the file {path}, which "
+                                            "is not read for a table at a URL"):
+            open_images(ImageSpec("data.source", f"{url}/a.parquet"), ORDER, 1)
+    assert {path for path, *_ in asked} == {"/a.parquet"}
+
+
+HUB_SCRIPT = """
+from genscale.data.image_shards import ImageSpec
+from genscale.data.image_sources import find_shards
+for shard in find_shards(ImageSpec("data.source", "someone/pictures"))[0]:
+    for row in shard.rows():
+        print(row.document.content.hex())
+"""
+
+
+@pytest.mark.parametrize("path", ["{}/secret.png", "hf://datasets/someone/private@main/0.png",
+                                  "hf://datasets/someone/pictures@main/../../private/resolve/main/0.png",
+                                  "hf://datasets/someone/pictures-private@main/0.png", "https://127.0.0.1:9/0.png",
+                                  "{}/secret.png::hf://datasets/someone/pictures@main/0.png", "0.png"])
+def test_a_table_of_the_hub_stays_in_its_dataset(tmp_path: Path, path: str) -> None:
+    (tmp_path / "secret.png").write_bytes(png(99))
+    path = path.format(tmp_path)
+    shard = ImageTableShard("someone/pictures@main", 0, ImageSpec("data.source", "someone/pictures"))
+    table = pq.read_table(io.BytesIO(table_of(path)))
+    with pytest.raises(UserError) as caught:
+        shard.documents(table, 0, 0, 1)
+    assert str(caught.value).startswith(f"data.source=someone/pictures: row 0 of someone/pictures@main names the file {path}, "
+                                        "which is not in the hub dataset someone/pictures")
+
+
+def test_a_table_of_the_hub_names_files_of_its_dataset(tmp_path: Path, serve_hub) -> None:
+    own = [f"hf://datasets/someone/pictures@{'c' * 40}/{name}" for name in ("0.png", "images/1.png")]
+    files = {"train-0.parquet": table_of(*own), "0.png": png(0), "images/1.png": png(1)}
+    environment = {**os.environ, "HF_ENDPOINT": serve_hub("someone/pictures", files), "HF_HOME": str(tmp_path),
+                   "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("HF_HUB_OFFLINE", None)
+    done = subprocess.run([sys.executable, "-c", HUB_SCRIPT], env=environment, capture_output=True, text=True, timeout=120,
+                          cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [bytes.fromhex(line) for line in done.stdout.split()] == [png(0), png(1)]
