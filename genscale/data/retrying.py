@@ -54,7 +54,7 @@ def persist(attempt: Callable[[], T], what: str, minutes: float) -> T:
     """What `attempt` returns, once it does so without `Passing`.
 
     Raises:
-        Passing: the last one, once `minutes` have gone by.
+        Passing: that of the last try, which is made as `minutes` have gone by, whatever the server asks to wait.
     """
     started, tries = time.monotonic(), 0
     while True:
@@ -63,9 +63,10 @@ def persist(attempt: Callable[[], T], what: str, minutes: float) -> T:
         except Passing as failure:
             # Not the run's own random numbers: those would differ from an undisturbed run's.
             delay = min(LONGEST_DELAY, FIRST_DELAY * 2**tries) * random.SystemRandom().uniform(0.5, 1.0)
-            delay = max(delay, failure.after)
-            if time.monotonic() - started + delay > 60 * minutes:
+            left = 60 * minutes - (time.monotonic() - started)
+            if left <= 0:
                 raise
+            delay = min(max(delay, failure.after), left)  # the last try is when patience ends
             retries.add(what, str(failure), delay)
             time.sleep(delay)
             tries += 1

@@ -1,8 +1,8 @@
 """Files over HTTP that outlive their server's bad moments: requests are tried again, and every byte is one of the same file.
 
-A time-out, a reset, a body that ends too early, 429 or 5xx is waited out with exponential back-off (longer where the server
-says `Retry-After`), up to `retry_minutes` without a byte. A file that is gone, or is not what it was when the run started
-(another size, `ETag` or `Last-Modified`), is an error at once.
+A time-out, a reset, a body that ends too early, 429 or 5xx (see `passes`) is waited out with exponential back-off (longer where
+the server says `Retry-After`), up to `retry_minutes` without a byte. A file that is gone, or is not what it was when the run
+started (another size, `ETag` or `Last-Modified`), is an error at once.
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ BLOCKS = 3
 """Blocks kept: archives and tables step back a little."""
 CONNECTIONS = 64
 """Kept for each server: there may be one for every lane."""
-PASSING = (408, 425, 429, 500, 502, 503, 504)
-"""Answers that another try may mend."""
 AGAIN = "a run goes on from its last checkpoint"
+
+
+def passes(status: int) -> bool:
+    """Whether another try may mend this answer; 501 and 505 say what the server cannot do."""
+    return status in (408, 425, 429) or (500 <= status < 600 and status not in (501, 505))
 
 
 def version_of(headers: Mapping[str, str]) -> str:
@@ -82,7 +85,7 @@ def answer_of(url: str, part: str | None, seconds: float | None = None) -> Itera
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={part}"} if part else {})}
     try:
         with _session().get(url, headers=headers, stream=True, timeout=seconds or SECONDS) as response:
-            if response.status_code in PASSING:
+            if passes(response.status_code):
                 raise Passing(f"the server answers {response.status_code} {response.reason}", retry_after(response.headers))
             yield response
     except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError,
@@ -136,8 +139,11 @@ class WebAddress:
             UserError: it is gone, or has changed.
         """
         if response.status_code != status:
+            advice = "put the file back"
+            if response.status_code in (401, 403):
+                advice = "it refuses: an expired signed address, or no right to read it; give an address or a right that holds"
             raise UserError(f"{self.where}: reading {self.url} broke off (the server answers {response.status_code} "
-                            f"{response.reason}); put the file back, and start again: {AGAIN}")
+                            f"{response.reason}); {advice}, and start again: {AGAIN}")
         headers = response.headers
         size = headers.get("Content-Range", "").rpartition("/")[2] if status == 206 else headers.get("Content-Length", "")
         found = [(str(self.size) if self.size else "", size if size.isdigit() else "", " bytes"),

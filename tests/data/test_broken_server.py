@@ -106,6 +106,42 @@ def test_retry_after_is_heeded(folder: Path, broken_server, answer: str) -> None
     assert time.monotonic() - started >= 0.9  # dates have whole seconds
 
 
+def test_a_retry_after_beyond_patience_leaves_a_last_try(folder: Path, broken_server) -> None:
+    url, server = broken_server(folder)
+    data = opened(f"{url}/a.jsonl", minutes=0.05)
+    server.faults = ["503 300"]
+    started = time.monotonic()
+    next(data.open_lane(0))
+    assert 2.9 <= time.monotonic() - started < 10 and server.met == ["503 300"]
+    server.faults = ["503 300"] * 3
+    started = time.monotonic()
+    with pytest.raises(UserError, match="broke off .the server answers 503 .*; tried for data.retry_minutes=0.05"):
+        next(data.open_lane(0))
+    assert 2.9 <= time.monotonic() - started < 10 and len(server.met) == 3
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 507, 520, 521, 522, 523, 524, 529])
+def test_answers_that_pass(folder: Path, broken_server, status: int) -> None:
+    url, server = broken_server(folder)
+    data = opened(f"{url}/a.jsonl")
+    server.faults = [f"{status}"] * 2
+    next(data.open_lane(0))
+    assert server.met[:2] == [f"{status}"] * 2
+
+
+@pytest.mark.parametrize(("status", "words"), [
+    (401, "it refuses: an expired signed address, or no right to read it"), (403, "it refuses: an expired signed address"),
+    (404, "put the file back"), (501, "put the file back"),
+])
+def test_answers_that_do_not_pass(folder: Path, broken_server, status: int, words: str) -> None:
+    url, server = broken_server(folder)
+    data = opened(f"{url}/a.jsonl")
+    server.faults = [f"{status}"] * 2
+    with pytest.raises(UserError, match=f"data.source={url}/a.jsonl: .*the server answers {status} .*; {words}.*checkpoint"):
+        next(data.open_lane(0))
+    assert len(server.met) == 1
+
+
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_count_reaches_the_trainer(folder: Path, broken_server, workers: int) -> None:
     url, server = broken_server(folder)
