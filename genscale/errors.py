@@ -23,6 +23,10 @@ class UserError(Exception):
         super().__init__(masked(" ".join(str(message).split())))
 
 
+class SourceLost(UserError):
+    """The server of a run's data, or the hub, has not answered for as long as the run waits; nothing is wrong with the run."""
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the choice closest to `word`, or an empty string when none is close."""
     found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)

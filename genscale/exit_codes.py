@@ -2,7 +2,8 @@
 
     0        done: every step up to train.steps
     1        an error of ours, with its traceback
-    2        a user's mistake, or a run that went wrong (a loss that is no number, a collapse), with one line that says what
+    2        a user's mistake, a run that went wrong (a loss that is no number, a collapse), or data whose server is down, with
+             one line that says what
     75       ended by the watchdog: no progress for guards.hang_minutes. Start it again, and it goes on
     130, 143, 138    stopped by SIGINT, SIGTERM or SIGUSR1 (128 + its number): the last step done is in a checkpoint on disk,
              or no step was done since the start. Start it again, and it goes on
@@ -12,13 +13,14 @@
 they end with 1 whatever a process ended with, and die of SIGUSR1 themselves. So the run folder says the same in `ended.json`
 (`how`: complete, stopped, failed, lost or hang; `signal`, `step`, `exit_code`, and the `time` in UTC), which is removed when
 the run starts again; where there is none, the run goes on, or was killed outright. `lost`: another process of the run was
-killed, or its machine is gone.
+killed, its machine is gone, or the server of its data does not answer.
 
 A job of Slurm ends with 0 where its run is complete, and else with the exit code of its run's last life (under a launcher, its
 processes end with 0 after a signal, which is no failure that the launcher should act upon). In its script,
 `genscale slurm begin` ends with 0 for the training to start, 10 where the run is complete, 11 where a node is not fit; and
 `genscale slurm end` with 75 for the job to be requeued, else with the exit code of the job. It is requeued after a signal, a
-hang, a crash or the loss of a node, unless three lives in a row have brought no new checkpoint; not after a user's mistake (2).
+hang, a crash or the loss of a node or of the data's server, unless three lives in a row have brought no new
+checkpoint; not after a user's mistake (2).
 """
 
 DONE = 0

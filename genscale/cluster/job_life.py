@@ -49,8 +49,9 @@ class Life:
         job: as Slurm's commands take it, `12` or `12_3` of an array.
         restart: how often Slurm had requeued the job.
         step, end_step: of the latest checkpoint as the life began and ended.
-        how: complete, stopped, failed or hang, as `ended.json` says; lost: a process or its machine was gone; killed: nothing
-            was said; unfit: a node was not fit. None while it goes on, and where the node has died that would say so.
+        how: complete, stopped, failed or hang, as `ended.json` says; lost: a process, its machine or the data's server was
+            gone; killed: nothing was said; unfit: a node was not fit. None while it goes on, and where the node has died that
+            would say so.
     """
 
     job: str

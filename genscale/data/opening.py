@@ -1,24 +1,28 @@
 """What stands at a location: files by their names, URLs by asking their server, and Hugging Face hub datasets.
 
-Whether a URL or the hub answers is asked first and once, for what is wrong with it must show before the first step.
+Whether a URL or the hub answers is asked first, for what is wrong with it must show before the first step. Silence is most
+likely a mistake in the address, and no reason to wait; but not where a run goes on, which has read from there before.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from genscale.data.columns import Spec
 from genscale.data.retrying import Passing, persist
 from genscale.data.source_file import SourceFile, is_url, url_path
-from genscale.data.web import answer_of, cause_of, innermost, version_of
-from genscale.errors import UserError
+from genscale.data.web import AGAIN, answer_of, cause_of, innermost, passes, version_of
+from genscale.errors import SourceLost, UserError
 
+T = TypeVar("T")
 BUILDERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 READABLE = "; .txt, .jsonl and .parquet are read, plain or compressed (.gz .zst .xz .bz2)"
@@ -31,6 +35,17 @@ PROBES = 16
 NO_ACCESS = "put the user and password of this server into ~/.netrc, or give an address that needs none"
 START_MINUTES = 1.0
 """Longest time to try a URL again before the first step, when a wrong address is likelier than a server in trouble."""
+_goes_on: ContextVar[bool] = ContextVar("goes_on", default=False)
+
+
+@contextmanager
+def of_a_run_that_goes_on(it_does: bool = True) -> Iterator[None]:
+    """Sources opened meanwhile have been read before: where one does not answer, `retry_minutes` count in full."""
+    before = _goes_on.set(it_does)
+    try:
+        yield
+    finally:
+        _goes_on.reset(before)
 
 
 def builder_of(path: str | Path) -> str | None:
@@ -66,7 +81,10 @@ def open_hub(spec: Spec) -> Any:
     """
     datasets = quiet_datasets()
     try:
-        return datasets.load_dataset(spec.name, spec.subset, split=spec.split, revision=spec.revision, streaming=True)
+        return _ask_hub(spec, lambda: datasets.load_dataset(spec.name, spec.subset, split=spec.split, revision=spec.revision,
+                                                            streaming=True))
+    except UserError:
+        raise
     except ValueError as error:
         setting, value = ("split", spec.split) if "split" in str(error).lower() else ("subset", spec.subset)
         raise UserError(f"{spec.setting(setting)}={value}: {spec.key}={spec.name}: {error}") from None
@@ -86,7 +104,9 @@ def hub_revision(spec: Spec) -> str:
 
     where = f"{spec.key}={spec.name}: there is no such path here, and"
     try:
-        return HfApi().dataset_info(spec.name, timeout=HUB_SECONDS).sha
+        return _ask_hub(spec, lambda: HfApi().dataset_info(spec.name, timeout=HUB_SECONDS).sha)
+    except UserError:
+        raise
     except GatedRepoError:
         raise UserError(f"{where} access to this hub dataset must be granted; accept its terms on the hub and set HF_TOKEN, "
                         f"or {spec.local_advice}") from None
@@ -98,15 +118,45 @@ def hub_revision(spec: Spec) -> str:
                         f"or the network down?); {spec.local_advice}") from None
 
 
+def _ask_hub(spec: Spec, ask: Callable[[], T]) -> T:
+    def attempt() -> T:
+        try:
+            return ask()
+        except Exception as error:
+            if _goes_on.get() and is_silence(error):
+                raise Passing(f"{type(error).__name__}: {error}") from error
+            raise
+
+    try:
+        return persist(attempt, f"{spec.key}={spec.name}: the Hugging Face hub", spec.retry_minutes)
+    except Passing as failure:
+        raise SourceLost(f"{spec.key}={spec.name}: the hub does not answer ({failure}; tried for data.retry_minutes="
+                         f"{spec.retry_minutes:g}); start again when it does: {AGAIN}") from None
+
+
+def is_silence(error: Exception) -> bool:
+    """Whether an error of the hub's client means that the hub does not answer, or not now."""
+    import requests
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.utils import httpx  # the one that this client uses: httpx or httpx2
+
+    if isinstance(error, HfHubHTTPError):
+        return error.response is not None and passes(error.response.status_code)
+    theirs = (httpx.HTTPError, requests.RequestException, ConnectionError, TimeoutError)
+    return isinstance(error, theirs) and not isinstance(error, OfflineModeIsEnabled)
+
+
 def find_urls(spec: Spec, urls: Sequence[str]) -> list[SourceFile]:
     """What stands at each URL.
 
     Raises:
         UserError: the first URL that does not answer, and why.
     """
+    patient = _goes_on.get()  # which the threads do not see
+
     def answer(url: str) -> SourceFile | UserError:
         try:
-            return _find_url(spec, url)
+            return _find_url(spec, url, patient)
         except UserError as error:
             return error
 
@@ -118,7 +168,7 @@ def find_urls(spec: Spec, urls: Sequence[str]) -> list[SourceFile]:
     return answers
 
 
-def _find_url(spec: Spec, url: str) -> SourceFile:
+def _find_url(spec: Spec, url: str, patient: bool) -> SourceFile:
     import requests
 
     where = f"{spec.key}={spec.name}"
@@ -129,15 +179,16 @@ def _find_url(spec: Spec, url: str) -> SourceFile:
             with answer_of(url, "0-0", URL_SECONDS) as response:
                 return _found(spec, url, where, response)
         except Passing as failure:
-            # Most likely a mistake in the address: no reason to wait.
-            if isinstance(failure.__cause__, OSError) and (refusal := _at_once(spec, url, innermost(failure))):
+            if not patient and isinstance(failure.__cause__, OSError) and (refusal := _at_once(spec, url, innermost(failure))):
                 raise refusal from None
             raise
 
     try:
-        return persist(attempt, f"{where}: {url}", min(spec.retry_minutes, START_MINUTES))
+        minutes = spec.retry_minutes if patient else min(spec.retry_minutes, START_MINUTES)
+        return persist(attempt, f"{where}: {url}", minutes)
     except Passing as failure:
-        raise _url_error(spec, url, str(failure), "try again later, or give a local copy") from None
+        error = _url_error(spec, url, f"{failure}; tried for {minutes:g} min", "try again later, or give a local copy")
+        raise SourceLost(str(error)) from None
     except requests.RequestException as error:
         raise _url_error(spec, url, cause_of(error), "mend the address, or give a local copy") from None
 

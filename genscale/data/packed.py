@@ -11,7 +11,7 @@ from jsonargparse.typing import PositiveInt
 
 from genscale.data.image_settings import ImageDataSettings
 from genscale.data.lanes import Cursor, Data, Sample
-from genscale.errors import UserError
+from genscale.errors import SourceLost, UserError
 from genscale.rng import permutation
 
 
@@ -54,6 +54,8 @@ class PackedData(Data):
     def check(self, global_batch_size: int) -> None:
         try:
             self._data.check(global_batch_size * self._count)
+        except SourceLost:
+            raise
         except UserError as error:
             raise UserError(f"{error} (divided by {self._count}: {self.key} takes {self._count} for each of the "
                             f"{global_batch_size} samples)") from None

@@ -22,10 +22,12 @@ from genscale.data.opening import (
     find_urls,
     hub_revision,
     is_plain_parquet,
+    is_silence,
     open_hub,
 )
 from genscale.data.source_file import SourceFile, is_url
-from genscale.errors import UserError, nearest
+from genscale.data.web import AGAIN
+from genscale.errors import SourceLost, UserError, nearest
 from genscale.masking import masked
 
 __all__ = ["Shard", "Spec", "TableShard", "TopicsShard", "damaged", "find_shards", "known_size", "split"]
@@ -157,6 +159,9 @@ def damaged(shard: TableShard, error: Exception) -> Exception:
 
     reason = f"({type(error).__name__}: {error}"[:300] + ")"
     where = f"{shard.spec.key}={shard.spec.name}: "
+    if shard.file is None and is_silence(error):
+        return SourceLost(f"{where}reading {shard.name} broke off: the hub does not answer {reason}; start again when it does: "
+                          f"{AGAIN}")
     theirs = (pa.ArrowException, ValueError, OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError,
               datasets.exceptions.DatasetsError)
     if not isinstance(error, theirs):

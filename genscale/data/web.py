@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from genscale.data.retrying import Passing, persist, retry_after
-from genscale.errors import UserError
+from genscale.errors import SourceLost, UserError
 
 T = TypeVar("T")
 SECONDS = 30.0
@@ -120,14 +120,14 @@ class WebAddress:
         return io.BufferedReader(WebFile(self) if self.ranges and self.size else WebStream(self), 2**16)
 
     def persist(self, attempt: Callable[[], T]) -> T:
-        """See `persist`. Raises UserError where it was all in vain."""
+        """See `persist`. Raises UserError where it was all in vain, SourceLost where it may not be later."""
         import requests
 
         try:
             return persist(attempt, f"{self.where}: {self.url}", self.retry_minutes)
         except Passing as failure:
-            raise UserError(f"{self.where}: reading {self.url} broke off ({failure}; tried for data.retry_minutes="
-                            f"{self.retry_minutes:g}); if it is whole, start again when the server answers: {AGAIN}") from None
+            raise SourceLost(f"{self.where}: reading {self.url} broke off ({failure}; tried for data.retry_minutes="
+                             f"{self.retry_minutes:g}); if it is whole, start again when the server answers: {AGAIN}") from None
         except requests.RequestException as error:
             raise UserError(f"{self.where}: reading {self.url} broke off ({cause_of(error)}); mend that, and start again: "
                             f"{AGAIN}") from None

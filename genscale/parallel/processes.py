@@ -125,10 +125,10 @@ class Processes:
         try:
             result = work()
         except UserError as error:
-            mistake = str(error)
-        for message in self.gather(mistake):
-            if message is not None:
-                raise UserError(message)
+            mistake = error
+        for first in self.gather(mistake):
+            if first is not None:
+                raise first
         return result  # type: ignore[return-value]
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from genscale import exit_codes
-from genscale.errors import UserError
+from genscale.errors import SourceLost, UserError
 from genscale.masking import masked
 from genscale.training.exclusive_file import give_name
 from genscale.training.run_owner import latest_claim
@@ -94,7 +94,7 @@ class Ending:
         if self._claimed:
             return
         number = error.signal if isinstance(error, Stopped) else None
-        how: How = "stopped" if number else "lost" if isinstance(error, PeerLost) else "failed"
+        how: How = "stopped" if number else "lost" if isinstance(error, (PeerLost, SourceLost)) else "failed"
         reason = masked(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
         # The root's handlers are the log file; what stands on the console is the caller's.
         logging.getLogger().error("%s", reason, exc_info=None if isinstance(error, (UserError, Stopped)) else error)

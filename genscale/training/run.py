@@ -18,7 +18,7 @@ from genscale.config_mistakes import check_not_masked
 from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader
 from genscale.errors import UserError
-from genscale.interop.starting import complete_from, keep_for_export, weights_from
+from genscale.interop.starting import keep_for_export, weights_from
 from genscale.objectives import FAMILIES
 from genscale.objectives.base import Objective
 from genscale.parallel.determinism import deterministic
@@ -41,7 +41,7 @@ from genscale.training.run_folder import (
     check_same_accumulation,
     config_yaml,
     find_resume_point,
-    recorded_in,
+    open_data,
     run_folder,
     set_later_checkpoints_aside,
 )
@@ -140,9 +140,7 @@ def derive_accumulation(config: Config, world_size: int) -> tuple[int, int]:
 def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tuple[int, int], folder: Path,
            supervision: Supervision) -> RunResult:
     micro_batch_size, accumulation = shape
-    family = FAMILIES[config.model.family]
-    data_settings = processes.all_do(lambda: complete_from(config, recorded_in(folder, config.run.resume)))
-    data = processes.all_do(lambda: family.build_data(data_settings, config.run.seed))
+    data = processes.all_do(lambda: open_data(config, folder))
     loader = None
     try:
         objective = open_objective(config, processes, plan, data)

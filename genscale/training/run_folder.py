@@ -17,8 +17,12 @@ import yaml
 
 from genscale.config import MAY_CHANGE_AT_RESUME, MUST_NOT_CHANGE_AT_RESUME, Config, TrainSettings
 from genscale.config_keys import as_key
+from genscale.data.lanes import Data
+from genscale.data.opening import of_a_run_that_goes_on
 from genscale.errors import UserError
+from genscale.interop.starting import complete_from
 from genscale.masking import masked
+from genscale.objectives import FAMILIES
 from genscale.training.checkpoint_writing import clear_leftovers
 from genscale.training.checkpoints import Checkpoint, latest_valid, list_checkpoints
 
@@ -160,6 +164,14 @@ def check_same_accumulation(train: TrainSettings, checkpoint: Checkpoint, accumu
                     f"{accumulation} micro-batch{'es' if accumulation > 1 else ''} of a step, and the checkpoint "
                     f"{checkpoint.path} was trained with {recorded}: samples of a micro-batch are normalised or judged "
                     f"together, so this would be another run; {instead}")
+
+
+def open_data(config: Config, folder: Path) -> Data:
+    """The run's data; also completes `config` from the model that it starts from. Raises UserError."""
+    recorded = recorded_in(folder, config.run.resume)
+    settings = complete_from(config, recorded)
+    with of_a_run_that_goes_on(recorded is not None or int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0):
+        return FAMILIES[config.model.family].build_data(settings, config.run.seed)
 
 
 def recorded_in(folder: Path, resume: str) -> Path | None:

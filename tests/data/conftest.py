@@ -22,6 +22,21 @@ import pytest
 COMMIT = "c" * 40
 
 
+class Server(http.server.ThreadingHTTPServer):
+    """Remembers its connections: those that are kept open outlive its end otherwise."""
+
+    daemon_threads = True
+
+    def __init__(self, *arguments: Any) -> None:
+        self.connections: list[socket.socket] = []
+        super().__init__(*arguments)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        self.connections.append(connection)
+        return connection, address
+
+
 class Handler(http.server.SimpleHTTPRequestHandler):
     """Serves a folder; answers `Range` unless `ranges` is off."""
 
@@ -73,8 +88,8 @@ def serve() -> Iterator[Callable[..., tuple[str, list]]]:
 
     def start(folder: Path, ranges: bool = True, handler: type = Handler) -> tuple[str, list]:
         chosen = type("Chosen", (handler,), {"ranges": ranges})
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(chosen, directory=str(folder)))
-        server.daemon_threads, server.asked = True, []
+        server = Server(("127.0.0.1", 0), functools.partial(chosen, directory=str(folder)))
+        server.asked = []
         server.faults, server.met, server.gone_until, server.etag, server.woken = [], [], 0.0, "", threading.Event()
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
@@ -143,12 +158,31 @@ class Cut:
 
 
 @pytest.fixture
-def broken_server(serve) -> Callable[..., tuple[str, http.server.ThreadingHTTPServer]]:
+def outage() -> Callable[[Server], Callable[[], Server]]:
+    """outage(server): connections are refused from now on; what it returns starts the server again at the same address."""
+    def end(server: Server) -> Callable[[], Server]:
+        server.shutdown()
+        server.server_close()
+        for connection in server.connections:
+            with contextlib.suppress(OSError):  # closed by now
+                connection.shutdown(socket.SHUT_RDWR)
+
+        def again() -> Server:
+            other = Server(server.server_address, server.RequestHandlerClass)
+            other.__dict__ |= {name: value for name, value in server.__dict__.items() if name not in other.__dict__}
+            threading.Thread(target=other.serve_forever, daemon=True).start()
+            return other
+        return again
+    return end
+
+
+@pytest.fixture
+def broken_server(serve) -> Callable[..., tuple[str, Server]]:
     """broken_server(folder, ranges=True) -> (its URL, the server). To be set on it at any time: `faults`, what the next
     requests meet, each one of "503", "429 SECONDS" or "503 @SECONDS" (Retry-After as a number or as a date), "reset", "silent",
     "truncated" and "none"; `gone_until`, a time.monotonic() up to which every connection is reset; `etag`. `met` are the faults
     that requests have met."""
-    def start(folder: Path, ranges: bool = True) -> tuple[str, http.server.ThreadingHTTPServer]:
+    def start(folder: Path, ranges: bool = True) -> tuple[str, Server]:
         url, _ = serve(folder, ranges, Broken)
         return url, serve.servers[-1]
     return start
@@ -202,11 +236,12 @@ def serve_hub() -> Iterator[Callable[[str, dict[str, bytes]], str]]:
     servers = []
 
     def start(dataset: str, files: dict[str, bytes]) -> str:
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Chosen", (Hub,), {"dataset": dataset, "files": files}))
+        server = Server(("127.0.0.1", 0), type("Chosen", (Hub,), {"dataset": dataset, "files": files}))
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
         return f"http://127.0.0.1:{server.server_port}"
 
+    start.servers = servers
     yield start
     for server in servers:
         server.shutdown()
