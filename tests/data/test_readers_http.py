@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import http.server
 import json
 import random
 import socket
@@ -67,6 +68,44 @@ def test_text_documents_of_a_url(tmp_path: Path, serve, document: str, monkeypat
     url, _ = serve(tmp_path)
     for location in (str(tmp_path / "a.txt"), f"{url}/a.txt", str(tmp_path / "dos.txt")):
         assert list(source_of(location, lanes=1, document=document).documents()) == expected
+
+
+class Endless(http.server.BaseHTTPRequestHandler):
+    """Says no size: the end of the file is that of the connection, as with HTTP/1.0, or is marked by the last chunk."""
+
+    def __init__(self, *arguments: object, directory: str) -> None:
+        self.folder = Path(directory)
+        super().__init__(*arguments)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        content = (self.folder / self.path.lstrip("/")).read_bytes()
+        if self.ranges == "chunked":
+            self.protocol_version = "HTTP/1.1"
+            content = b"%x\r\n%s\r\n0\r\n\r\n" % (len(content), content)
+        self.close_connection = True
+        self.send_response(200)
+        if self.ranges == "chunked":
+            self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.zst", "a.jsonl.gz"])
+def test_a_file_that_would_look_whole_when_cut_off_is_refused(folder: Path, serve, name: str) -> None:
+    url, _ = serve(folder, "chunked", Endless)
+    assert list(source_of(f"{url}/{name}").documents()) == TEXTS
+    url, _ = serve(folder, "closed", Endless)
+    if name.endswith(".gz"):
+        assert list(source_of(f"{url}/{name}").documents()) == TEXTS
+        (folder / name).write_bytes((folder / name).read_bytes()[:-1000])
+        with pytest.raises(UserError, match=f"{name} is damaged"):
+            source_of(f"{url}/{name}")
+        return
+    with pytest.raises(UserError, match=f"data.source={url}/{name}: cannot be read .the server does not say how long it is"):
+        source_of(f"{url}/{name}")
 
 
 def test_several_urls_and_files_are_one_source(folder: Path, serve) -> None:
