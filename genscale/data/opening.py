@@ -25,8 +25,8 @@ from genscale.errors import SourceLost, UserError
 T = TypeVar("T")
 BUILDERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
-MARKED_END = (".gz", ".tgz", ".xz", ".bz2")
-"""Compressed files that tell when they were cut off; .zst does not."""
+MARKED_END = (".tgz", *COMPRESSIONS)
+"""Files that tell when they were cut off."""
 READABLE = "; .txt, .jsonl and .parquet are read, plain or compressed (.gz .zst .xz .bz2)"
 HUB_SECONDS = 10.0
 """Longest wait for the hub's first answer."""
@@ -212,7 +212,7 @@ def _found(spec: Spec, url: str, where: str, response: Any) -> SourceFile:
     whole = size.isdigit() or "chunked" in headers.get("Transfer-Encoding", "").lower()
     if not whole and Path(url_path(url).lower()).suffix not in MARKED_END:
         raise _url_error(spec, url, "the server does not say how long it is, so that one cut off would look whole",
-                         "give a .gz one, or a local copy")
+                         "give a compressed one, or a local copy")
     return SourceFile(url, where, int(size) if size.isdigit() else 0, version_of(headers), ranges, spec.retry_minutes)
 
 

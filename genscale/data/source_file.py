@@ -32,9 +32,9 @@ def url_path(url: str) -> str:
 
 
 def _zstandard(file: BinaryIO) -> io.BufferedIOBase:
-    import zstandard
+    from genscale.data.zstandard_file import ZstandardFile
 
-    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
+    return io.BufferedReader(ZstandardFile(file), 2**17)
 
 
 DECOMPRESSORS = {".gz": gzip.open, ".tgz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": _zstandard}

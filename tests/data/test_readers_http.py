@@ -98,7 +98,7 @@ def test_a_file_that_would_look_whole_when_cut_off_is_refused(folder: Path, serv
     url, _ = serve(folder, "chunked", Endless)
     assert list(source_of(f"{url}/{name}").documents()) == TEXTS
     url, _ = serve(folder, "closed", Endless)
-    if name.endswith(".gz"):
+    if not name.endswith(".txt"):
         assert list(source_of(f"{url}/{name}").documents()) == TEXTS
         (folder / name).write_bytes((folder / name).read_bytes()[:-1000])
         with pytest.raises(UserError, match=f"{name} is damaged"):
