@@ -70,16 +70,16 @@ class TrainSettings:
     sample_every: NonNegativeInt = 0
     """Steps between generated samples (0 = only after the last step)."""
     checkpoint_every: NonNegativeInt = 0
-    """Steps between checkpoints (0 = only after the last step)."""
-    checkpoint_minutes: NonNegativeFloat = 0
+    """Steps between checkpoints (0 = after so many minutes, and after the last step)."""
+    checkpoint_minutes: NonNegativeFloat = 30
     """Most minutes between checkpoints, whatever the steps take (0 = no matter)."""
     checkpoint_keep: PositiveInt = 3
     """Latest checkpoints to keep; the best one is kept besides."""
     checkpoint_keep_every: NonNegativeInt = 0
     """Checkpoints of every so many steps are kept for ever (0 = none)."""
     checkpoint_best: str = "loss"
-    """Metric of the evaluations whose best value (of losses and distances the lowest) makes a checkpoint the best, as the last
-    line of a run names it."""
+    """Metric of the evaluations whose best value (of losses and distances the lowest) makes a checkpoint the best; a name that is
+    none is refused with those that are."""
     profile: NonNegativeInt = 0
     """Steps to trace with torch.profiler on rank 0, after ten steps of warm-up; writes <run folder>/profile/trace.json.gz and
     table.txt (0 = none)."""

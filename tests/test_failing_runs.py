@@ -118,7 +118,7 @@ def test_a_learning_rate_that_blows_up(policy, left_out, genscale, tiny_config, 
 
 
 def test_going_back_takes_checkpoints(refuse):
-    message = refuse("--guards.spikes", "rollback", "--train.checkpoint_every", 0)
+    message = refuse("--guards.spikes", "rollback", "--train.checkpoint_every", 0, "--train.checkpoint_minutes", 0)
     holds(message, "guards.spikes: rollback", "train.checkpoint_every", "guards.spikes to skip")
 
 

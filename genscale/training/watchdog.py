@@ -40,6 +40,8 @@ GRACE_SECONDS = 5.0
 """For a process to end by itself after another one has failed."""
 CLOSING_SECONDS = 25.0
 """For a process that has failed to close what it has open."""
+STACK_SECONDS = 10.0
+"""Longest wait for the stacks of a process that was stopped: much of its memory may have been swapped out since."""
 VERDICT_SECONDS = 30.0
 """Longest wait for the process that says where the run hangs."""
 
@@ -205,7 +207,7 @@ class Watchdog:
                 os.kill(pid, DUMP)
                 os.kill(pid, signal.SIGCONT)  # a stopped process answers first of all when it goes on
         if here:
-            self._wait_for_stacks(silent, 3)
+            self._wait_for_stacks(silent, STACK_SECONDS)
         reports = [self._report(rank, rank in silent, doing.get(rank)) for rank in range(self.processes.world_size)]
         seconds = f"{self.limit / 60:g} minutes" if self.limit >= 60 else f"{self.limit:g} seconds"
         line = (f"no progress for {seconds} (guards.hang_minutes): {verdict(reports)}; the stacks of all processes are in "
