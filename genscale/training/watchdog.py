@@ -40,8 +40,6 @@ GRACE_SECONDS = 5.0
 """For a process to end by itself after another one has failed."""
 CLOSING_SECONDS = 25.0
 """For a process that has failed to close what it has open."""
-STACK_SECONDS = 10.0
-"""Longest wait for the stacks of a process that was stopped: much of its memory may have been swapped out since."""
 VERDICT_SECONDS = 30.0
 """Longest wait for the process that says where the run hangs."""
 
@@ -98,12 +96,14 @@ class Watchdog:
     @staticmethod
     def clear(run_folder: Path) -> None:
         """Remove what an earlier run has left; on rank 0, before any process starts its watchdog."""
-        for pattern in (".hang", "heartbeat-*.json", "stacks-rank-*.txt"):
+        for pattern in (".hang", "heartbeat-*", "stacks-rank-*.txt"):
             for path in (run_folder / "logs").glob(pattern):
                 path.unlink(missing_ok=True)
 
     def start(self) -> None:
         faulthandler.register(DUMP, file=self._stacks, all_threads=True)
+        with contextlib.suppress(OSError):  # a full disk
+            self._beat()  # at once: the process may be stopped before the thread's first
         self._thread.start()
 
     def loop_begins(self) -> None:
@@ -162,7 +162,10 @@ class Watchdog:
     def _beat(self) -> None:
         heartbeat = {**self._identity, "doing": self.processes.doing, "beats": self._seen[0],
                      "since": self._since_when.isoformat(timespec="seconds")}
-        self._file("heartbeat", self.processes.rank, "json").write_text(json.dumps(heartbeat))
+        file = self._file("heartbeat", self.processes.rank, "json")
+        partial = file.with_suffix(".partial")  # a process that is stopped in the middle leaves the former one
+        partial.write_text(json.dumps(heartbeat))
+        partial.replace(file)
 
     def _leave_with_the_others(self) -> None:
         """A process that waits for one that has failed may wait for long: in a library, or for a device."""
@@ -207,7 +210,7 @@ class Watchdog:
                 os.kill(pid, DUMP)
                 os.kill(pid, signal.SIGCONT)  # a stopped process answers first of all when it goes on
         if here:
-            self._wait_for_stacks(silent, STACK_SECONDS)
+            self._wait_for_stacks(silent, 3)
         reports = [self._report(rank, rank in silent, doing.get(rank)) for rank in range(self.processes.world_size)]
         seconds = f"{self.limit / 60:g} minutes" if self.limit >= 60 else f"{self.limit:g} seconds"
         line = (f"no progress for {seconds} (guards.hang_minutes): {verdict(reports)}; the stacks of all processes are in "

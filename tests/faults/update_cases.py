@@ -23,15 +23,19 @@ LARGE = {
 """What takes some GiB a step, of which 400 MiB are allowed (planted/sitecustomize.py)."""
 
 
+def struck_at(step: int, run: Run, bench: Bench, what: str, rank: int) -> tuple[float, str]:
+    """Train to the end with that planted on a rank: the seconds from the step before to the one after, and what was printed."""
+    with living(run, bench.shape, **planted(what, rank, step)) as life:
+        wait_for_step(run, life, step - 1)
+        before = time.monotonic()
+        wait_for_step(run, life, step + 1)
+        return time.monotonic() - before, end(life, 0)
+
+
 def not_a_number(bench: Bench, draw: random.Random) -> float:
     """Fault 6: NaN in the gradient of one rank; all ranks leave the update out, say so once, and go on."""
     run, rank, step = bench.run(), draw.randrange(2), draw.randint(2, STEPS - 8)
-    with living(run, bench.shape, **planted("nan", rank, step)) as life:
-        wait_for_step(run, life, step - 1)
-        struck = time.monotonic()
-        wait_for_step(run, life, step + 1)
-        seconds = time.monotonic() - struck
-        end(life, 0)
+    seconds, _ = struck_at(step, run, bench, "nan", rank)
     lines = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
     skipped = {line["step"]: line.get("skipped_steps", 0) for line in lines if "data_digest" in line}
     assert skipped == {n: int(n >= step) for n in range(1, STEPS + 1)}, skipped
@@ -44,12 +48,7 @@ def rolled_back(bench: Bench, draw: random.Random) -> float:
     """Fault 6 with the policy rollback: the run goes back to its latest checkpoint and on without the offending batch."""
     run, rank = bench.run(**{"guards.non_finite": "rollback"}), draw.randrange(2)
     step = draw.randint(5, STEPS - 8)
-    with living(run, bench.shape, **planted("nan", rank, step)) as life:
-        wait_for_step(run, life, step - 1)
-        struck = time.monotonic()
-        wait_for_step(run, life, step + 1)
-        seconds = time.monotonic() - struck
-        output = end(life, 0)
+    seconds, output = struck_at(step, run, bench, "nan", rank)
     assert "Traceback" not in output, output[-5000:]
     lines = list(training_lines([json.loads(line) for line in run.metrics_file.read_text().splitlines()]))
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -79,12 +78,7 @@ def spike_skipped(bench: Bench, draw: random.Random) -> float:
     once, and training goes on. Where the trace has the weights of a step, they are those of the step before."""
     settings = {"train.steps": SPIKE_STEPS, "guards.spikes": "skip", "run.trace": "true"}
     run, rank, step = bench.run(**settings), draw.randrange(2), draw.randint(35, SPIKE_STEPS - 4)
-    with living(run, bench.shape, **planted("spike", rank, step)) as life:
-        wait_for_step(run, life, step - 1)
-        struck = time.monotonic()
-        wait_for_step(run, life, step + 1)
-        seconds = time.monotonic() - struck
-        output = end(life, 0)
+    seconds, output = struck_at(step, run, bench, "spike", rank)
     assert output.count("standard deviations above the mean") == output.count("is left out") == 1, output[-5000:]
     skipped = {line["step"]: line.get("skipped_steps", 0) for line in training_lines(run.metrics())}
     assert skipped == {n: int(n >= step) for n in range(1, SPIKE_STEPS + 1)}, skipped
@@ -98,12 +92,7 @@ def spike_rolled_back(bench: Bench, draw: random.Random) -> float:
     """Fault 6: the same with the policy rollback: back to the latest checkpoint, and on without the offending batch."""
     settings = {"train.steps": SPIKE_STEPS, "guards.spikes": "rollback"}
     run, rank, step = bench.run(**settings), draw.randrange(2), draw.randint(35, SPIKE_STEPS - 4)
-    with living(run, bench.shape, **planted("spike", rank, step)) as life:
-        wait_for_step(run, life, step - 1)
-        struck = time.monotonic()
-        wait_for_step(run, life, step + 1)
-        seconds = time.monotonic() - struck
-        output = end(life, 0)
+    seconds, output = struck_at(step, run, bench, "spike", rank)
     assert "Traceback" not in output and output.count("standard deviations above the mean") == 1, output[-5000:]
     lines = list(training_lines(run.metrics()))
     assert [line["step"] for line in lines] == list(range(1, SPIKE_STEPS + 1))
