@@ -78,8 +78,8 @@ class TrainSettings:
     checkpoint_keep_every: NonNegativeInt = 0
     """Checkpoints of every so many steps are kept for ever (0 = none)."""
     checkpoint_best: str = "loss"
-    """Metric of the evaluations whose best value (of losses and distances the lowest) makes a checkpoint the best; a name that is
-    none is refused with those that are."""
+    """Metric of the evaluations whose best value (of losses and distances the lowest) makes a checkpoint the best; a name
+    that is none is refused with those that are."""
     profile: NonNegativeInt = 0
     """Steps to trace with torch.profiler on rank 0, after ten steps of warm-up; writes <run folder>/profile/trace.json.gz and
     table.txt (0 = none)."""
