@@ -146,6 +146,7 @@ def test_a_weight_that_is_infinite(genscale, copied, tiny_config, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.matrix  # in CI: fault 5 of tests/faults/test_cases.py
 def test_two_processes_find_a_damaged_checkpoint(genscale_process, copied, tiny_config):
     newest = copied / "checkpoints" / "step-00000006"
     cut_short(newest)

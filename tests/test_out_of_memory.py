@@ -58,6 +58,7 @@ def test_without_a_dry_batch_it_is_found_in_the_first_step(limited):
 
 
 @pytest.mark.slow
+@pytest.mark.matrix  # in CI: fault 7 of tests/faults/test_cases.py
 def test_one_process_of_two_that_runs_out_of_memory_ends_both(limited):
     """(The fixture sees to it that they end, and leave nobody behind.)"""
     done = limited(rank=1, command=ACCELERATE)
