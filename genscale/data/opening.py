@@ -18,15 +18,13 @@ from urllib.parse import urlsplit
 
 from genscale.data.columns import Spec
 from genscale.data.retrying import Passing, persist
-from genscale.data.source_file import SourceFile, is_url, url_path
+from genscale.data.source_file import DECOMPRESSORS, SourceFile, is_url, url_path
 from genscale.data.web import AGAIN, answer_of, cause_of, innermost, passes, version_of
 from genscale.errors import SourceLost, UserError
 
 T = TypeVar("T")
 BUILDERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
-MARKED_END = (".tgz", *COMPRESSIONS)
-"""Files that tell when they were cut off."""
 READABLE = "; .txt, .jsonl and .parquet are read, plain or compressed (.gz .zst .xz .bz2)"
 HUB_SECONDS = 10.0
 """Longest wait for the hub's first answer."""
@@ -210,7 +208,7 @@ def _found(spec: Spec, url: str, where: str, response: Any) -> SourceFile:
         raise _url_error(spec, url, "the server does not give parts of a file",
                          "give a compressed one (.jsonl.zst), or a local copy")
     whole = size.isdigit() or "chunked" in headers.get("Transfer-Encoding", "").lower()
-    if not whole and Path(url_path(url).lower()).suffix not in MARKED_END:
+    if not whole and Path(url_path(url).lower()).suffix not in DECOMPRESSORS:  # those tell when they were cut off
         raise _url_error(spec, url, "the server does not say how long it is, so that one cut off would look whole",
                          "give a compressed one, or a local copy")
     return SourceFile(url, where, int(size) if size.isdigit() else 0, version_of(headers), ranges, spec.retry_minutes)

@@ -32,9 +32,10 @@ def url_path(url: str) -> str:
 
 
 def _zstandard(file: BinaryIO) -> io.BufferedIOBase:
-    from genscale.data.zstandard_file import ZstandardFile
+    import pyarrow as pa
 
-    return io.BufferedReader(ZstandardFile(file), 2**17)
+    # zstandard's own reader takes the place where a file was cut off for its end.
+    return io.BufferedReader(pa.CompressedInputStream(file, "zstd"), 2**17)
 
 
 DECOMPRESSORS = {".gz": gzip.open, ".tgz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": _zstandard}
