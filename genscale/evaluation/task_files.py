@@ -40,9 +40,12 @@ def _check(file: Path, seen: set[Path]) -> None:
                         f"as data, and Python that they name is not run; {ELSEWHERE}") from None
     for metric in _metrics(content):
         _check_metric(metric, file)
-    included = content.get("include", []) if isinstance(content, dict) else []
-    for name in [included] if isinstance(included, str) else included:
-        _check((file.parent / name).resolve(), seen)
+    included = content.get("include") if isinstance(content, dict) else None
+    for name in included if isinstance(included, list) else [included]:
+        if isinstance(name, str):
+            _check((file.parent / name).resolve(), seen)
+        elif name is not None:
+            raise UserError(f"--include_path: {file}: include: {name} is not the name of a file")
 
 
 def _metrics(content: Any) -> Iterator[dict[str, Any]]:

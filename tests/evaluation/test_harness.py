@@ -186,6 +186,8 @@ WITHIN = "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}
     ("process_docs: !function planted.change", ["line 1", "'!function'", "lm-eval"]),
     ("%TAG !x! !func\n---\nprocess_docs: !x!tion planted.change", ["'!function'"]),
     ("include: below/common", ["below/common", "'!function'"]),
+    ("include: [below/common, 5]", ["below/common", "'!function'"]),
+    ("include: 5", ["include: 5 is not the name of a file"]),
     (WITHIN.replace("acc", "BESIDE/planted.py"), ["metric", "planted.py", "acc_norm"]),
     (WITHIN.replace("acc,", "acc, hf_evaluate: true,"), ["metric acc"]),
     ("doc_to_text: \"{{ ''.__class__.__mro__[1].__subclasses__() }}\"", ["template", "__class__"]),
