@@ -3,128 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import reduce
-from typing import Any, ClassVar
+from typing import Any
 
-from genscale.errors import UserError, nearest
-
-COMPARISONS = {">=": "greater_equal", "<=": "less_equal", "!=": "not_equal", "==": "equal", ">": "greater", "<": "less"}
-COMPARISON = re.compile(r"(>=|<=|!=|==|>|<)\s*(.*)", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Filter:
-    """One condition on a row. `comparison` is a function of pyarrow.compute, or "in" with a tuple as `value`."""
-
-    column: str
-    comparison: str
-    value: Any
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What to read: one entry of the `data` section.
-
-    Attributes:
-        key: the setting that names the source, for messages.
-        name: the source, for messages; where there are several locations, the first of them and their number.
-        subset, split, column, document: see `TextDataSettings`.
-        revision: commit of a hub dataset.
-        locations: what to read one after the other, where the source is a list.
-        filters: conditions that a row must fulfil, all of them.
-        prompt, answer, messages: columns of prompt/answer pairs, in the place of `column`.
-        shortest, longest: characters of the documents that are read.
-        retry_minutes: how long a server that fails is tried again.
-    """
-
-    key: str
-    name: str
-    subset: str | None = None
-    split: str = "train"
-    column: str = "text"
-    document: str = "paragraph"
-    revision: str | None = None
-    locations: tuple[str, ...] = ()
-    filters: tuple[Filter, ...] = ()
-    prompt: str | None = None
-    answer: str | None = None
-    messages: str | None = None
-    shortest: int = 0
-    longest: int | None = None
-    retry_minutes: float = 5.0
-    local_advice: ClassVar[str] = "give the path of a local file or folder (.txt, .jsonl, .parquet), or python-docs"
-
-    def setting(self, name: str) -> str:
-        """Full key of another setting of the same entry."""
-        return f"{self.key.rpartition('.')[0]}.{name}"
-
-    @property
-    def pairs(self) -> bool:
-        """Whether the documents are prompt/answer pairs: a JSON list of messages each, never to be cut."""
-        return bool(self.messages or self.prompt)
-
-    @property
-    def content(self) -> dict[str, str]:
-        """Setting -> column of what a document is made of."""
-        if self.messages:
-            return {"messages_column": self.messages}
-        return {"prompt_column": self.prompt, "answer_column": self.answer} if self.prompt else {"column": self.column}
-
-    @property
-    def columns(self) -> list[str]:
-        """Every column that is looked at."""
-        return list(dict.fromkeys([*self.content.values(), *(rule.column for rule in self.filters)]))
-
-    def unknown_columns(self, where: str, columns: Sequence[str]) -> UserError | None:
-        """The error for a column that `where` does not have."""
-        named = [*self.content.items(), *((f"filters.{rule.column}", rule.column) for rule in self.filters)]
-        for setting, column in named:
-            if column not in columns:
-                purpose = "of the filter" if setting.startswith("filters.") else "that holds the text"
-                return UserError(f"{self.setting(setting)}={column}: {where} of {self.key}={self.name} has the columns "
-                                 f"{', '.join(columns)}{nearest(column, columns)}; set {self.setting(setting)} to the one "
-                                 f"{purpose}")
-        return None
-
-
-def parse_filters(key: str, filters: Mapping[str, Any] | None) -> tuple[Filter, ...]:
-    """The conditions that a `filters` setting means: column -> value, list of values, or text like ">=3" or ">=3, <5".
-
-    Raises:
-        UserError: a condition that is none.
-    """
-    if not isinstance(filters or {}, Mapping):
-        raise UserError(f"{key}={filters!r}: must be conditions by column, like {{language: en, score: \">=3\"}}")
-    found = []
-    for column, wanted in (filters or {}).items():
-        where = f"{key}.{column}={wanted!r}"
-        advice = "give a value, a list of values, or a comparison like \">=3\" or \">=3, <5\""
-        if isinstance(wanted, str) and COMPARISON.match(wanted):
-            for part in re.split(r",\s*(?=[<>!=])", wanted):
-                sign, text = COMPARISON.match(part).groups()
-                if not text.strip() and sign not in ("==", "!="):
-                    raise UserError(f"{where}: nothing stands after {sign}; {advice}")
-                found.append(Filter(column, COMPARISONS[sign], _number(text.strip())))
-        elif isinstance(wanted, list) and wanted and all(isinstance(value, (str, int, float)) for value in wanted):
-            found.append(Filter(column, "in", tuple(wanted)))
-        elif isinstance(wanted, (str, bool, int)) or (isinstance(wanted, float) and math.isfinite(wanted)):
-            found.append(Filter(column, "equal", wanted))
-        else:
-            raise UserError(f"{where}: is no condition; {advice}")
-    return tuple(found)
-
-
-def _number(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return {"true": True, "false": False}.get(text.lower(), text)
+from genscale.data.conversations import conversations
+from genscale.data.spec import Filter, Spec
+from genscale.errors import UserError
 
 
 def documents(table: Any, spec: Spec, where: str, first: int, start: int, step: int) -> list[str | None]:
@@ -153,7 +38,7 @@ def documents(table: Any, spec: Spec, where: str, first: int, start: int, step: 
     if kept is not None:
         kept = kept.to_pylist()
     if spec.pairs:
-        texts = _pairs(rows, spec, where, kept, lambda i: f"row {first + start + i * step} of {where}")
+        texts = conversations(_lists(rows, spec, where), spec, kept, lambda i: f"row {first + start + i * step} of {where}")
     else:
         texts = _texts(rows, spec, where, names)
     if kept is not None:
@@ -171,50 +56,18 @@ def _texts(rows: Any, spec: Spec, where: str, names: Sequence[str]) -> list[str 
     return [text if text is not None and text.strip() else None for text in column.to_pylist()]
 
 
-def _pairs(rows: Any, spec: Spec, where: str, kept: list[bool] | None,
-           row_of: Callable[[int], str]) -> list[str | None]:
+def _lists(rows: Any, spec: Spec, where: str) -> dict[str, list[Any]]:
+    """The columns of prompt/answer pairs or of messages as Python values."""
     import pyarrow as pa
 
-    if spec.messages:
-        kind = rows[spec.messages].type
-        if not (pa.types.is_null(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-            raise UserError(f"{spec.setting('messages_column')}={spec.messages}: in {where} it holds {kind}, not a list of "
-                            "messages with role and content; set prompt_column and answer_column for plain pairs")
-        conversations = rows[spec.messages].to_pylist()
-    else:
-        for setting, column in spec.content.items():
-            if not _is_text(rows[column].type):
-                raise UserError(f"{spec.setting(setting)}={column}: in {where} it holds {rows[column].type}, not text")
-        conversations = [None if prompt is None and answer is None else
-                         [{"role": "user", "content": prompt or ""}, {"role": "assistant", "content": answer}]
-                         for prompt, answer in zip(rows[spec.prompt].to_pylist(), rows[spec.answer].to_pylist(), strict=True)]
-    return [_conversation(messages, spec, row_of(i)) if messages and (kept is None or kept[i]) else None
-            for i, messages in enumerate(conversations)]
-
-
-def _conversation(messages: list[Any], spec: Spec, where: str) -> str | None:
-    """A document of a conversation; None where nobody answers, for there is nothing to learn in it."""
-    setting = "messages_column" if spec.messages else "answer_column"
-    key = f"{spec.setting(setting)}={spec.messages or spec.answer}"
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise UserError(f"{key}: {where} holds {str(message)[:80]!r}, not a message with role and content")
-        content = message.get("content")
-        if content is not None and not isinstance(content, str):
-            raise UserError(f"{key}: in {where} the content of a message is {str(content)[:80]!r}, not text")
-        if message["role"] == "assistant" and not (content or "").strip():
-            advice = f"; {spec.setting('filters')} with {spec.answer}: \"!=\" leaves such rows out" if spec.answer else ""
-            raise UserError(f"{key}: {where} has an empty answer; mend or remove it{advice}")
-    if all(message["role"] != "assistant" for message in messages):
-        return None
-    # Arrow gives every message the keys of all; the ones it does not have are None.
-    plain = [{name: value for name, value in message.items() if value is not None} for message in messages]
-    return json.dumps(plain, ensure_ascii=False, default=str)  # a message may carry its time
-
-
-def pair_text(document: str) -> str:
-    """What the messages of a prompt/answer document say, for learning a vocabulary from it."""
-    return "\n".join(message.get("content", "") for message in json.loads(document))
+    for setting, column in spec.content.items():
+        kind = rows[column].type
+        if spec.messages and not (pa.types.is_null(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+            raise UserError(f"{spec.setting(setting)}={column}: in {where} it holds {kind}, not a list of messages with role "
+                            "and content; set prompt_column and answer_column for plain pairs")
+        if not spec.messages and not _is_text(kind):
+            raise UserError(f"{spec.setting(setting)}={column}: in {where} it holds {kind}, not text")
+    return {column: rows[column].to_pylist() for column in spec.content.values()}
 
 
 def _fits(text: str, spec: Spec) -> bool:

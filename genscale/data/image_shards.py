@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from genscale.data.columns import Spec
 from genscale.data.file_tables import At, open_parquet
 from genscale.data.image_labels import Label
 from genscale.data.image_paths import content_at
 from genscale.data.readers import Row, Shard, TableShard, damaged
 from genscale.data.source_file import SourceFile
+from genscale.data.spec import Spec
 from genscale.errors import UserError, nearest
 
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from genscale.data.columns import Spec
 from genscale.data.retrying import Passing, persist
 from genscale.data.source_file import DECOMPRESSORS, SourceFile, is_url, url_path
+from genscale.data.spec import Spec
 from genscale.data.web import AGAIN, answer_of, cause_of, innermost, passes, version_of
 from genscale.errors import SourceLost, UserError
 

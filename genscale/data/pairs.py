@@ -10,9 +10,9 @@ from functools import cached_property
 import numpy as np
 
 from genscale.data.chat_template import ChatTemplate, Message
-from genscale.data.columns import Spec
 from genscale.data.lanes import Sample
 from genscale.data.packing import Place
+from genscale.data.spec import Spec
 from genscale.data.tokenizers import Tokenizer
 from genscale.data.windows import Source
 from genscale.errors import UserError

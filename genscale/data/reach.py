@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from genscale.data import image_sources, readers
-from genscale.data.columns import Spec
 from genscale.data.image_settings import DIGITS, ImageDataSettings
 from genscale.data.image_shards import ImageSpec
 from genscale.data.images import image_specs
 from genscale.data.source_file import is_url
+from genscale.data.spec import Spec
 from genscale.data.text_settings import TextDataSettings, readings, validation_reading
 from genscale.errors import UserError
 

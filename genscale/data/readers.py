@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from genscale.data.columns import Spec, documents
+from genscale.data.columns import documents
 from genscale.data.file_tables import ROWS, At, Rows, json_rows, open_parquet, parquet_rows, text_rows
 from genscale.data.opening import (
     READABLE,
@@ -26,6 +26,7 @@ from genscale.data.opening import (
     open_hub,
 )
 from genscale.data.source_file import SourceFile, is_url
+from genscale.data.spec import Spec
 from genscale.data.web import AGAIN
 from genscale.errors import SourceLost, UserError, nearest
 from genscale.masking import masked

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt
 
-from genscale.data.columns import Spec, parse_filters
+from genscale.data.spec import Spec, parse_filters
 from genscale.errors import UserError, nearest
 
 Document = Literal["paragraph", "line", "file"]

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from genscale.data.columns import Spec, pair_text
+from genscale.data.conversations import pair_text
 from genscale.data.encoded import open_encoded
 from genscale.data.lanes import Cursor, Sample
 from genscale.data.packing import Piece, Place, cut, pack, tokenise
 from genscale.data.pairs import PairEncoder, unpack
 from genscale.data.sources import open_source
+from genscale.data.spec import Spec
 from genscale.data.text_settings import Reading, TextDataSettings
 from genscale.data.tokenizers import Tokenizer
 from genscale.errors import UserError

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from genscale.cluster.job_life import Life, why_not_again
-from genscale.data.columns import Spec
 from genscale.data.readers import TableShard, damaged
+from genscale.data.spec import Spec
 from genscale.errors import SourceLost
 
 TEXTS = [f"document {i} of the server, with words to learn from" for i in range(200)]
@@ -110,7 +110,7 @@ import sys
 
 import datasets
 
-from genscale.data.columns import Spec
+from genscale.data.spec import Spec
 from genscale.data.opening import of_a_run_that_goes_on, open_hub
 from genscale.data.readers import find_shards
 from genscale.errors import UserError

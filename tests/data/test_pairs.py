@@ -15,8 +15,8 @@ from tokenizers import Tokenizer as Backend
 
 from genscale.data import sources
 from genscale.data.chat_template import ChatTemplate
-from genscale.data.columns import Spec
 from genscale.data.pairs import PairEncoder
+from genscale.data.spec import Spec
 from genscale.data.text import SourceSettings, TextData, TextDataSettings, train_tokenizer
 from genscale.data.tokenizers import load_tokenizer, train_bpe
 from genscale.errors import UserError

@@ -15,8 +15,9 @@ from tokenizers import Tokenizer as Backend
 
 from genscale.data import chat_template
 from genscale.data.chat_template import ChatTemplate
-from genscale.data.columns import Spec, documents
+from genscale.data.columns import documents
 from genscale.data.pairs import PairEncoder
+from genscale.data.spec import Spec
 from genscale.data.text import TextData, TextDataSettings
 from genscale.data.tokenizers import load_tokenizer
 from genscale.errors import UserError

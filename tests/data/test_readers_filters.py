@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from genscale.data import sources
-from genscale.data.columns import Spec, parse_filters
 from genscale.data.sources import Source, open_source
+from genscale.data.spec import Spec, parse_filters
 from genscale.data.text import TextData, TextDataSettings
 from genscale.errors import UserError
 

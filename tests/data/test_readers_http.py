@@ -17,8 +17,8 @@ import pytest
 import zstandard
 
 from genscale.data import file_tables, sources
-from genscale.data.columns import Spec
 from genscale.data.sources import open_source
+from genscale.data.spec import Spec
 from genscale.data.text import TextData, TextDataSettings
 from genscale.errors import UserError
 

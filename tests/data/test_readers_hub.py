@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from genscale.data.columns import Spec
 from genscale.data.readers import find_shards
 from genscale.data.sources import text_hash
+from genscale.data.spec import Spec
 from genscale.errors import UserError
 
 NAME = "someone/corpus"

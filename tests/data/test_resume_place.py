@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from genscale.data import file_tables, image_sources, sources, web
-from genscale.data.columns import Spec
 from genscale.data.image_shards import ImageSpec
+from genscale.data.spec import Spec
 from genscale.data.windows import Source
 
 BLOCK, WINDOW = 2048, 8
@@ -100,7 +100,7 @@ def test_a_block_is_the_same_wherever_reading_begins(folder: Path) -> None:
     rows = [{"text": f"{i} " * 20, "score": i if i < 300 else i + 0.0} | ({"kind": "x"} if i < 100 else {}) for i in range(600)]
     path = folder / "mixed.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    from genscale.data.columns import parse_filters
+    from genscale.data.spec import parse_filters
 
     spec = Spec("data.source", str(path), filters=parse_filters("data.filters", {"score": ">=7"}))
     source = sources.open_source(spec, fraction=0.0, window=WINDOW, seed=1, lanes=1)

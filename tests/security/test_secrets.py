@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from genscale.config_parser import load_config
-from genscale.data.columns import Spec
 from genscale.data.readers import find_shards
+from genscale.data.spec import Spec
 from genscale.errors import UserError
 from genscale.masking import masked
 from genscale.objectives import FAMILIES

@@ -1,0 +1,125 @@
+"""What to read from a source: its columns, and the conditions that a row must fulfil."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from genscale.errors import UserError, nearest
+
+COMPARISONS = {">=": "greater_equal", "<=": "less_equal", "!=": "not_equal", "==": "equal", ">": "greater", "<": "less"}
+COMPARISON = re.compile(r"(>=|<=|!=|==|>|<)\s*(.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Filter:
+    """One condition on a row. `comparison` is a function of pyarrow.compute, or "in" with a tuple as `value`."""
+
+    column: str
+    comparison: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What to read: one entry of the `data` section.
+
+    Attributes:
+        key: the setting that names the source, for messages.
+        name: the source, for messages; where there are several locations, the first of them and their number.
+        subset, split, column, document: see `TextDataSettings`.
+        revision: commit of a hub dataset.
+        locations: what to read one after the other, where the source is a list.
+        filters: conditions that a row must fulfil, all of them.
+        prompt, answer, messages: columns of prompt/answer pairs, in the place of `column`.
+        shortest, longest: characters of the documents that are read.
+        retry_minutes: how long a server that fails is tried again.
+    """
+
+    key: str
+    name: str
+    subset: str | None = None
+    split: str = "train"
+    column: str = "text"
+    document: str = "paragraph"
+    revision: str | None = None
+    locations: tuple[str, ...] = ()
+    filters: tuple[Filter, ...] = ()
+    prompt: str | None = None
+    answer: str | None = None
+    messages: str | None = None
+    shortest: int = 0
+    longest: int | None = None
+    retry_minutes: float = 5.0
+    local_advice: ClassVar[str] = "give the path of a local file or folder (.txt, .jsonl, .parquet), or python-docs"
+
+    def setting(self, name: str) -> str:
+        """Full key of another setting of the same entry."""
+        return f"{self.key.rpartition('.')[0]}.{name}"
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the documents are prompt/answer pairs: a JSON list of messages each, never to be cut."""
+        return bool(self.messages or self.prompt)
+
+    @property
+    def content(self) -> dict[str, str]:
+        """Setting -> column of what a document is made of."""
+        if self.messages:
+            return {"messages_column": self.messages}
+        return {"prompt_column": self.prompt, "answer_column": self.answer} if self.prompt else {"column": self.column}
+
+    @property
+    def columns(self) -> list[str]:
+        """Every column that is looked at."""
+        return list(dict.fromkeys([*self.content.values(), *(rule.column for rule in self.filters)]))
+
+    def unknown_columns(self, where: str, columns: Sequence[str]) -> UserError | None:
+        """The error for a column that `where` does not have."""
+        named = [*self.content.items(), *((f"filters.{rule.column}", rule.column) for rule in self.filters)]
+        for setting, column in named:
+            if column not in columns:
+                purpose = "of the filter" if setting.startswith("filters.") else "that holds the text"
+                return UserError(f"{self.setting(setting)}={column}: {where} of {self.key}={self.name} has the columns "
+                                 f"{', '.join(columns)}{nearest(column, columns)}; set {self.setting(setting)} to the one "
+                                 f"{purpose}")
+        return None
+
+
+def parse_filters(key: str, filters: Mapping[str, Any] | None) -> tuple[Filter, ...]:
+    """The conditions that a `filters` setting means: column -> value, list of values, or text like ">=3" or ">=3, <5".
+
+    Raises:
+        UserError: a condition that is none.
+    """
+    if not isinstance(filters or {}, Mapping):
+        raise UserError(f"{key}={filters!r}: must be conditions by column, like {{language: en, score: \">=3\"}}")
+    found = []
+    for column, wanted in (filters or {}).items():
+        where = f"{key}.{column}={wanted!r}"
+        advice = "give a value, a list of values, or a comparison like \">=3\" or \">=3, <5\""
+        if isinstance(wanted, str) and COMPARISON.match(wanted):
+            for part in re.split(r",\s*(?=[<>!=])", wanted):
+                sign, text = COMPARISON.match(part).groups()
+                if not text.strip() and sign not in ("==", "!="):
+                    raise UserError(f"{where}: nothing stands after {sign}; {advice}")
+                found.append(Filter(column, COMPARISONS[sign], _number(text.strip())))
+        elif isinstance(wanted, list) and wanted and all(isinstance(value, (str, int, float)) for value in wanted):
+            found.append(Filter(column, "in", tuple(wanted)))
+        elif isinstance(wanted, (str, bool, int)) or (isinstance(wanted, float) and math.isfinite(wanted)):
+            found.append(Filter(column, "equal", wanted))
+        else:
+            raise UserError(f"{where}: is no condition; {advice}")
+    return tuple(found)
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return {"true": True, "false": False}.get(text.lower(), text)
