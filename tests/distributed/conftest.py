@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from genscale.training.checkpoints import Checkpoint
 
@@ -124,15 +126,26 @@ def train_images() -> Callable[..., Run]:
     return run
 
 
+def once(factory: pytest.TempPathFactory, worker: Path, variants: dict[str, dict[str, Any]], processes: int,
+         extra: dict[str, str] | None) -> Path:
+    """The file with what a worker script measured of each variant, all in one start of processes. The same question is asked by
+    every process of pytest-xdist that has a test of a module: it is answered once for all of them."""
+    root = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    asked = json.dumps([worker.name, variants, processes, extra])
+    out = root / f"engines-{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
+    with FileLock(f"{out}.lock"):
+        if not out.exists():
+            command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
+            run_to_end([*command, str(worker), json.dumps(variants), str(out)], extra)
+    return out
+
+
 @pytest.fixture(scope="session")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
-    """`engines({"name": {setting: value}})`: what engine_worker.py measured of each variant, all in one start of processes."""
+    """`engines({"name": {setting: value}})`: what engine_worker.py measured of each variant."""
 
     def run(variants: dict[str, dict[str, Any]], processes: int = 2, extra: dict[str, str] | None = None) -> dict[str, Any]:
-        out = tmp_path_factory.mktemp("engines") / "results.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
-        run_to_end([*command, str(WORKER), json.dumps(variants), str(out)], extra)
-        return json.loads(out.read_text())
+        return json.loads(once(tmp_path_factory, WORKER, variants, processes, extra).read_text())
 
     return run
 
@@ -142,10 +155,7 @@ def image_engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dic
     """The same of image_engine_worker.py, whose results are tensors."""
 
     def run(variants: dict[str, dict[str, Any]], processes: int = 2) -> dict[str, Any]:
-        out = tmp_path_factory.mktemp("engines") / "results.pt"
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
-        run_to_end([*command, str(IMAGE_WORKER), json.dumps(variants), str(out)])
-        return torch.load(out, weights_only=True)
+        return torch.load(once(tmp_path_factory, IMAGE_WORKER, variants, processes, None), weights_only=True)
 
     return run
 
