@@ -147,6 +147,8 @@ def _opened(raw: bytes, picture: Picture) -> Image.Image:
 def _what_failed(error: Exception, picture: Picture) -> DamagedImage:
     if isinstance(error, Image.DecompressionBombError):
         return TooLarge(f"{error}; data.max_image_pixels={picture.max_pixels:,}")
+    if "too large for PngImagePlugin" in str(error):
+        return TooLarge("of its text or colour profile more is packed than Pillow takes")
     return DamagedImage(re.sub(r"<[^<>]* object at 0x[0-9a-f]+>", "the file", f"{type(error).__name__}: {error}"))
 
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from genscale.data.file_tables import At, open_parquet
+from genscale.data.file_tables import ROWS, At, Rows, open_parquet, parquet_rows
 from genscale.data.image_labels import Label, composed, label_of
 from genscale.data.image_paths import content_at
 from genscale.data.image_settings import ARRAY_BYTES, IMAGE_BYTES
@@ -27,6 +27,8 @@ from genscale.errors import UserError, nearest
 
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 TAR_FILES = (".tar", ".tar.gz", ".tgz")
+TABLE_BYTES = 2**29
+"""Of images in memory at a time, as they are in a table."""
 INTEGER = re.compile(r"[+-]?\d{1,18}")
 
 log = logging.getLogger("genscale")
@@ -40,6 +42,30 @@ def _names_of(metadata: bytes | None, column: str) -> tuple[str, ...] | None:
     except (ValueError, LookupError, TypeError, RecursionError):  # of a stranger's making, or of another kind of column
         return None
     return tuple(composed(str(name)) for name in names) if isinstance(names, list) else None
+
+
+@lru_cache
+def _rows_at_once(file: SourceFile, name: str, spec: ImageSpec) -> int:
+    """Rows of a parquet file that fit into memory whatever is in them: a value that is stored once may be in each.
+
+    Raises:
+        UserError: its images are too large.
+    """
+    largest = 1
+    with open_parquet(file) as opened:
+        schema, metadata = opened.schema_arrow, opened.metadata
+        kind = schema.field(spec.image).type if spec.image in schema.names else None
+        width = getattr(kind, "byte_width", 0) if str(kind).startswith("fixed_size_binary") else 0
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            columns = (group.column(i) for i in range(group.num_columns))
+            stored = sum(column.total_uncompressed_size for column in columns
+                         if column.path_in_schema.split(".")[0] == spec.image)
+            if max(width, stored / max(1, group.num_rows)) > spec.max_image_bytes:
+                raise UserError(f"{spec.where}: the images of {name} are too large: {stored:,} bytes in {group.num_rows:,} "
+                                f"rows, and data.max_image_bytes={spec.max_image_bytes:,}; raise that, or remove it")
+            largest = max(largest, width, stored)
+    return max(1, min(ROWS, TABLE_BYTES // largest))
 
 
 def _holds_images(kind: Any) -> bool:
@@ -137,6 +163,11 @@ class ImageTableShard(TableShard):
             raise
         except Exception as error:
             raise damaged(self, error) from None
+
+    def _file_tables(self, start: int, at: At | None) -> Iterator[Rows]:
+        group = self.part[0] if self.part[1] > 1 else None
+        at_once = _rows_at_once(self.file, self.name, self.spec)
+        return parquet_rows(self.file, self.spec.columns, self.check_columns, group, start, at_once)
 
     def documents(self, table: Any, first: int, start: int, step: int) -> list[Record]:
         import pyarrow as pa
