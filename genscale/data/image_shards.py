@@ -27,8 +27,9 @@ from genscale.errors import UserError, nearest
 
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 TAR_FILES = (".tar", ".tar.gz", ".tgz")
-TABLE_BYTES = 2**29
-"""Of images in memory at a time, as they are in a table."""
+TABLE_BYTES = 2**27
+"""Of images in memory at a time, as they are in a table of values that were packed to less than a `GROWTH`th."""
+GROWTH = 4
 INTEGER = re.compile(r"[+-]?\d{1,18}")
 
 log = logging.getLogger("genscale")
@@ -58,13 +59,14 @@ def _rows_at_once(file: SourceFile, name: str, spec: ImageSpec) -> int:
         width = getattr(kind, "byte_width", 0) if str(kind).startswith("fixed_size_binary") else 0
         for number in range(metadata.num_row_groups):
             group = metadata.row_group(number)
-            columns = (group.column(i) for i in range(group.num_columns))
-            stored = sum(column.total_uncompressed_size for column in columns
-                         if column.path_in_schema.split(".")[0] == spec.image)
+            columns = [column for column in (group.column(i) for i in range(group.num_columns))
+                       if column.path_in_schema.split(".")[0] == spec.image]
+            stored = sum(column.total_uncompressed_size for column in columns)
             if max(width, stored / max(1, group.num_rows)) > spec.max_image_bytes:
                 raise UserError(f"{spec.where}: the images of {name} are too large: {stored:,} bytes in {group.num_rows:,} "
                                 f"rows, and data.max_image_bytes={spec.max_image_bytes:,}; raise that, or remove it")
-            largest = max(largest, width, stored)
+            grows = stored > GROWTH * sum(column.total_compressed_size for column in columns)  # which images do not
+            largest = max(largest, width, stored if grows else 1)
     return max(1, min(ROWS, TABLE_BYTES // largest))
 
 

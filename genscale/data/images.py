@@ -124,8 +124,9 @@ class ImageData(Data):
         hashes = images.hashes()
         held = _held_out(hashes, settings.validation_fraction if hold_out else 0.0)
         if hold_out and held.all():
-            raise UserError(f"{self._spec.where}: its {len(images)} image(s) do not divide into a training and a validation "
-                            "set; set data.validation_source")
+            alike = ", all alike," if len(images) > 1 else ""
+            raise UserError(f"{self._spec.where}: its {len(images)} image(s){alike} do not divide into a training and a "
+                            "validation set; set data.validation_source")
         order = ShuffledImages(images, np.flatnonzero(~held), self._reader(picture), seed=self.seed, lanes=self.lane_count,
                                draws=picture.draws, labelled=settings.labels, identity=digest(images, hashes))
         if settings.labels and (unevenness := uneven(images.classes, order.class_counts())):

@@ -173,7 +173,8 @@ def test_a_number_is_called_what_it_is(settings, grey, per_dim, of_image):
     objective, data = real(**settings), batch(6, (1, 8, 8))
     if not grey:
         data["image"] = (data["image"] > 130).to(torch.uint8) * 255
-    metrics = objective.summarise({name: value.detach() for name, value in objective.evaluate(objective.networks, data).items()})
+    found = objective.evaluate(objective.networks, data)
+    metrics = objective.summarise({name: value.detach() for name, value in found.items()})
     assert {name for name in metrics if "per_dim" in name} == {per_dim}
     measures = objective.measures_of(data["image"])
     assert (measures.per_dim, measures.of_image) == (per_dim, of_image)
