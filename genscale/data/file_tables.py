@@ -148,11 +148,12 @@ def _cast(table: Any, name: str, wanted: Any) -> Any:
 
 
 def parquet_rows(file: SourceFile, columns: Sequence[str], check: Callable[[list[str]], None], group: int | None,
-                 start: int = 0) -> Iterator[Rows]:
+                 start: int = 0, at_once: int = ROWS) -> Iterator[Rows]:
     """The rows of a parquet file, or of one of its row groups, from the row group on in which row `start` is.
 
     Args:
         check: is given the names of all columns before `columns` are read.
+        at_once: rows of a table at most.
 
     Raises:
         pyarrow.ArrowException: it is damaged.
@@ -166,7 +167,7 @@ def parquet_rows(file: SourceFile, columns: Sequence[str], check: Callable[[list
             count = opened.metadata.row_group(number).num_rows
             if first + count > start:
                 at = first
-                for batch in opened.iter_batches(ROWS, [number], list(columns), use_threads=False):
+                for batch in opened.iter_batches(at_once, [number], list(columns), use_threads=False):
                     yield Rows(at, None, pa.Table.from_batches([batch]))
                     at += len(batch)
             first += count

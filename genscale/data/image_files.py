@@ -1,20 +1,16 @@
-"""Sets of images that are there as a whole: digits, .npz files and folders of image files."""
+"""Sets of images that are there as a whole: digits and folders of image files."""
 
 from __future__ import annotations
 
-import json
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from genscale.data.image_labels import Classes, classes_of, numbered
+from genscale.data.image_labels import Classes, classes_of, composed, numbered
 from genscale.data.image_sets import ArraySet, FileSet
 from genscale.data.image_settings import DIGITS
 from genscale.data.image_shards import IMAGE_FILES, ImageSpec, files_below
-from genscale.errors import UserError, nearest
-
-CLASSES_FILE = "classes.json"
+from genscale.errors import UserError
 
 
 def digits() -> ArraySet:
@@ -42,49 +38,11 @@ def image_files(spec: ImageSpec, root: Path, classes: list[str] | None) -> FileS
     names = [name for name, _ in files]
     labels, known = None, None
     if spec.label:
-        folders = [name.partition("/")[0] if "/" in name else None for name in names]
-        known = Classes(classes, spec.where) if classes else classes_of(folders, spec.where)
-        if known and len(known.names) == 1:
+        folders = [composed(name.partition("/")[0]) if "/" in name else None for name in names]
+        known = Classes(classes, spec.where) if classes else classes_of(folders, names, spec.where)
+        if len(known.names) == 1:
             raise UserError(f"data.labels=true: all images of {spec.where} lie in its folder {known.names[0]}; give the folder "
                             "that holds one folder for each class, or set data.labels to false")
-        labels = numbered(folders, names, known) if known else None
-    return FileSet(root, names, [size for _, size in files], labels, known.names if known else None, spec.where)
-
-
-def arrays(spec: ImageSpec, path: Path, classes: list[str] | None) -> ArraySet:
-    """A .npz file with `images` and perhaps `labels`; names of the classes may stand in a classes.json beside it.
-
-    Raises:
-        UserError: it cannot be read, or its arrays are of another kind.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files if name in ("images", "labels")}
-            names = file.files
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{spec.where}: {path.name} cannot be read ({type(error).__name__}: {error}); mend it") from None
-    if "images" not in found:
-        raise UserError(f"{spec.where}: {path.name} holds the arrays {', '.join(names)}{nearest('images', names)}; call the "
-                        "one with the pixels images")
-    images, labels = found["images"], found.get("labels")
-    pixels = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3, 4))
-    if images.dtype != np.uint8 or not pixels or not images.size:
-        raise UserError(f"{spec.where}: the array images of {path.name} is {images.dtype} {images.shape}; it must be uint8 "
-                        "(images, height, width) or (images, height, width, 1, 3 or 4)")
-    if labels is None or not spec.label:
-        return ArraySet(images, None, None, path.name)
-    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iuU":
-        raise UserError(f"{spec.where}: the array labels of {path.name} is {labels.dtype} {labels.shape}; it must hold whole "
-                        f"numbers or texts, one for each of the {len(images)} images")
-    given = labels.tolist()
-    known = Classes(classes or _beside(path) or classes_of(given, spec.where).names, spec.where)
-    found_names = [f"{path.name}[{i}]" for i in range(len(given))]
-    return ArraySet(images, numbered(given, found_names, known), known.names, path.name)
-
-
-def _beside(path: Path) -> list[str] | None:
-    try:
-        names = json.loads((path.parent / CLASSES_FILE).read_text())
-    except (OSError, ValueError):
-        return None
-    return [str(name) for name in names] if isinstance(names, list) else None
+        labels = numbered(folders, names, known)
+    return FileSet(root, names, [size for _, size in files], labels, known.names if known else None, spec.where,
+                   spec.max_image_bytes)

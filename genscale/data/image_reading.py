@@ -34,6 +34,8 @@ class ImageReader:
         self._picture, self._source, self._bad_share = picture, source, bad_share
         self.read = self.bad = 0
         self._named: set[str] = set()
+        self._kinds: set[str] = set()
+        self._last = ""
         self._kept: dict[int, np.ndarray] = {}
         self._room = KEPT_BYTES
 
@@ -55,9 +57,11 @@ class ImageReader:
             try:
                 pixels = scaled(decode(raw(), self._picture), self._picture)
             except DamagedImage as error:
+                self._kinds.add(error.kind)
+                self._last = f"{name} is {error.kind} ({error})"
                 if name not in self._named:
                     self._named.add(name)
-                    log.warning("%s: %s is damaged (%s); it is passed over", self._source, name, error)
+                    log.warning("%s: %s; it is passed over", self._source, self._last)
                 return None
             if keep is not None and self._room >= pixels.nbytes:
                 self._kept[keep] = pixels
@@ -75,12 +79,16 @@ class ImageReader:
             return
         self.bad += 1
         if self.read >= FIRST_JUDGED and self.bad > self._bad_share * self.read:
-            raise UserError(f"{self._source}: {self.bad} of {self.read} images read are damaged, the last {bad}; mend or "
-                            f"remove them, or set data.bad_share above {self.bad / self.read:.3g}")
+            raise UserError(f"{self._source}: {self.bad} of {self.read} images read {self._verdict}; mend or remove them, or "
+                            f"set data.bad_share above {self.bad / self.read:.3g}")
 
     def nothing_whole(self) -> UserError:
         """The error where no image is left to take a damaged one's place."""
-        return UserError(f"{self._source}: all of its images that were read are damaged; give another")
+        return UserError(f"{self._source}: all of its images that were read {self._verdict}; give another")
+
+    @property
+    def _verdict(self) -> str:
+        return f"{'are damaged' if self._kinds == {'damaged'} else 'cannot be used'}, the last: {self._last}"
 
 
 def labelled(pixels: np.ndarray, label: int) -> Sample:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from genscale.data.image_settings import IMAGE_BYTES
 from genscale.errors import UserError
 
 HASHED_BYTES = 2 * 2**30
@@ -74,19 +75,24 @@ class FileSet(ImageSet):
         root, names: the files' paths, below their root.
         sizes: bytes of each.
         where: the source, as `key=value`, for messages.
+        limit: bytes of a larger file that are read, and one more.
     """
 
     def __init__(self, root: Path, names: Sequence[str], sizes: Sequence[int], labels: np.ndarray | None,
-                 classes: list[str] | None, where: str) -> None:
+                 classes: list[str] | None, where: str, limit: int = IMAGE_BYTES) -> None:
         self._root, self._names, self._sizes, self._where = root, list(names), list(sizes), where
-        self.labels, self.classes = labels, classes
+        self.labels, self.classes, self._limit = labels, classes, limit
 
     def __len__(self) -> int:
         return len(self._names)
 
     def read(self, index: int) -> bytes:
+        path = self._root / self._names[index]
         try:
-            return (self._root / self._names[index]).read_bytes()
+            if self._sizes[index] <= self._limit:
+                return path.read_bytes()
+            with open(path, "rb") as file:
+                return file.read(self._limit + 1)
         except OSError as error:  # no damaged image, to be replaced: the same run would have other samples another time
             raise UserError(f"{self._where}: cannot be read ({error}); mend that, and start the run again") from None
 

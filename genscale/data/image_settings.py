@@ -8,6 +8,9 @@ from typing import Literal
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt
 
 DIGITS = "digits"
+IMAGE_PIXELS = 89_478_485
+IMAGE_BYTES = 2**28
+ARRAY_BYTES = 2**33
 HUB_SETTINGS = ["subset", "split"]
 TABLE_SETTINGS = ["image_column", "label_column"]
 """Settings that only hub datasets, and only tables, heed."""
@@ -30,10 +33,14 @@ class ImageDataSettings:
     """Height and width in pixels that images are brought to."""
     channels: Literal[1, 3] = 3
     """1: greyscale, 3: colour. Transparent images are laid on white."""
+    value_range: tuple[float, float] | None = None
+    """What is black and what is white in pictures of more than 8 bits (TIFF, 16-bit PNG, arrays), as in [0, 4095]; what lies
+    outside is cut off. Default: read off the values of the source, and said in the log, or refused where they do not tell."""
     labels: bool = False
     """Samples have a class label."""
     class_names: list[str] | None = None
-    """Names of the classes in the order of their numbers, where the source does not tell them."""
+    """Names of the classes in the order of their numbers, where the source does not tell them. A label that is none of them
+    counts them from 0, where none is called by a number."""
     image_column: str = "image"
     """Column of the images in parquet files and hub datasets."""
     label_column: str = "label"
@@ -52,6 +59,12 @@ class ImageDataSettings:
     """At most so many images of the validation set are used."""
     bad_share: ClosedUnitInterval = 0.01
     """Share of damaged images up to which others take their places; with more of them the run ends."""
+    max_image_pixels: PositiveInt = IMAGE_PIXELS
+    """An image of more pixels counts as damaged: it is not decoded."""
+    max_image_bytes: PositiveInt = IMAGE_BYTES
+    """An image whose file has more bytes counts as damaged."""
+    max_array_bytes: PositiveInt = ARRAY_BYTES
+    """Of a .npz file's array in memory; a larger one is refused before it is read."""
     lanes: PositiveInt = 48
     """Parallel streams that make up the sample order, whatever the number of processes; reading is cheapest where it is a
     multiple of processes x workers."""

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from genscale.data.file_tables import At, open_parquet
-from genscale.data.image_labels import Label
+from genscale.data.file_tables import ROWS, At, Rows, open_parquet, parquet_rows
+from genscale.data.image_labels import Label, composed, label_of
 from genscale.data.image_paths import content_at
+from genscale.data.image_settings import ARRAY_BYTES, IMAGE_BYTES
+from genscale.data.image_tars import LABEL_BYTES, LABELS, Archive, CheckedInfo, Group
 from genscale.data.readers import Row, Shard, TableShard, damaged
 from genscale.data.source_file import SourceFile
 from genscale.data.spec import Spec
@@ -22,6 +27,63 @@ from genscale.errors import UserError, nearest
 
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 TAR_FILES = (".tar", ".tar.gz", ".tgz")
+TABLE_BYTES = 2**27
+"""Of images in memory at a time, as they are in a table of values that were packed to less than a `GROWTH`th."""
+GROWTH = 4
+INTEGER = re.compile(r"[+-]?\d{1,18}")
+
+log = logging.getLogger("genscale")
+
+
+@lru_cache
+def _names_of(metadata: bytes | None, column: str) -> tuple[str, ...] | None:
+    """The names of a column's classes in what `datasets` writes about a table."""
+    try:
+        names = json.loads(metadata or b"{}")["info"]["features"][column]["names"]
+    except (ValueError, LookupError, TypeError, RecursionError):  # of a stranger's making, or of another kind of column
+        return None
+    return tuple(composed(str(name)) for name in names) if isinstance(names, list) else None
+
+
+@lru_cache
+def _rows_at_once(file: SourceFile, name: str, spec: ImageSpec) -> int:
+    """Rows of a parquet file that fit into memory whatever is in them: a value that is stored once may be in each.
+
+    Raises:
+        UserError: its images are too large.
+    """
+    largest = 1
+    with open_parquet(file) as opened:
+        schema, metadata = opened.schema_arrow, opened.metadata
+        kind = schema.field(spec.image).type if spec.image in schema.names else None
+        width = getattr(kind, "byte_width", 0) if str(kind).startswith("fixed_size_binary") else 0
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            columns = [column for column in (group.column(i) for i in range(group.num_columns))
+                       if column.path_in_schema.split(".")[0] == spec.image]
+            stored = sum(column.total_uncompressed_size for column in columns)
+            if max(width, stored / max(1, group.num_rows)) > spec.max_image_bytes:
+                raise UserError(f"{spec.where}: the images of {name} are too large: {stored:,} bytes in {group.num_rows:,} "
+                                f"rows, and data.max_image_bytes={spec.max_image_bytes:,}; raise that, or remove it")
+            grows = stored > GROWTH * sum(column.total_compressed_size for column in columns)  # which images do not
+            largest = max(largest, width, stored if grows else 1)
+    return max(1, min(ROWS, TABLE_BYTES // largest))
+
+
+def _holds_images(kind: Any) -> bool:
+    """Whether a column's type is that of an image file's bytes, or of a struct with them or a path."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
+        if "bytes" not in fields:
+            return False
+        return _holds_images(fields["bytes"]) and not (pa.types.is_null(fields["bytes"]) and "path" not in fields)
+    if pa.types.is_dictionary(kind):
+        return _holds_images(kind.value_type)
+    types = pa.types
+    tests = (types.is_null, types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
+    return any(test(kind) for test in tests)
 
 
 class Record(NamedTuple):
@@ -39,11 +101,15 @@ class ImageSpec(Spec):
     Attributes:
         image, label: columns of the images and of their labels; None: labels are not read.
         classes: names of the classes, where the settings give them.
+        max_image_bytes, max_array_bytes, value_range: see `ImageDataSettings`.
     """
 
     image: str = "image"
     label: str | None = None
     classes: tuple[str, ...] | None = None
+    max_image_bytes: int = IMAGE_BYTES
+    max_array_bytes: int = ARRAY_BYTES
+    value_range: tuple[float, float] | None = None
     local_advice: ClassVar[str] = "give the path of a local file or folder (.npz, .parquet, .tar, images), or digits"
 
     @property
@@ -87,22 +153,23 @@ class ImageTableShard(TableShard):
 
     def class_names(self) -> list[str] | None:
         """Names that the label column brings along."""
-        feature = self._features().get(self.spec.label)
-        return list(feature.names) if hasattr(feature, "names") else None
-
-    def _features(self) -> Mapping[str, Any]:
-        import datasets
-
         if self.file is None:
-            return self.open().features or {}
+            feature = (self.open().features or {}).get(self.spec.label)
+            return list(feature.names) if hasattr(feature, "names") else None
         try:
             with open_parquet(self.file) as opened:
                 self.check_columns(opened.schema_arrow.names)
-                return datasets.Features.from_arrow_schema(opened.schema_arrow)
+                names = _names_of((opened.schema_arrow.metadata or {}).get(b"huggingface"), self.spec.label)
+                return list(names) if names else None
         except UserError:
             raise
         except Exception as error:
             raise damaged(self, error) from None
+
+    def _file_tables(self, start: int, at: At | None) -> Iterator[Rows]:
+        group = self.part[0] if self.part[1] > 1 else None
+        at_once = _rows_at_once(self.file, self.name, self.spec)
+        return parquet_rows(self.file, self.spec.columns, self.check_columns, group, start, at_once)
 
     def documents(self, table: Any, first: int, start: int, step: int) -> list[Record]:
         import pyarrow as pa
@@ -112,14 +179,26 @@ class ImageTableShard(TableShard):
             raise error
         rows = table.take(pa.array(range(start, len(table), step), pa.int64()))
         kind = rows[spec.image].type
-        within = [kind.field(i).type for i in range(kind.num_fields) if kind.field(i).name == "bytes"] or [kind]
-        if not pa.types.is_null(kind) and not any(test(within[0]) for test in (pa.types.is_binary, pa.types.is_large_binary)):
+        if not _holds_images(kind):
             raise UserError(f"data.image_column={spec.image}: in {self.name} of {spec.where} it holds {kind}, not the bytes of "
                             f"image files; the columns are {', '.join(table.column_names)}")
-        labels = rows[spec.label].to_pylist() if spec.label else [None] * len(rows)
+        labels = self._labels(rows) if spec.label else [None] * len(rows)
         records = zip(rows[spec.image].to_pylist(), labels, strict=True)
         names = (f"row {first + start + i * step} of {self.name}" for i in range(len(rows)))
         return [Record(name, self._content(image, name), label) for name, (image, label) in zip(names, records, strict=True)]
+
+    def _labels(self, rows: Any) -> list[Label]:
+        """Numbers that the table itself has names for are these names, but where the classes are given by others: each table
+        counts its own."""
+        labels = [label_of(label) for label in rows[self.spec.label].to_pylist()]
+        names = _names_of((rows.schema.metadata or {}).get(b"huggingface"), self.spec.label)
+        if not names:
+            return labels
+        renamed = self.spec.classes and not {composed(name) for name in self.spec.classes}.intersection(names)
+        if renamed:
+            return [None if label == -1 else label for label in labels]
+        return [names[label] if isinstance(label, int) and 0 <= label < len(names) else None if label == -1 else label
+                for label in labels]
 
     def _content(self, image: Mapping[str, Any] | bytes | None, row: str) -> bytes:
         """What is in a cell: a file's bytes, or a struct of bytes and a path, of which one may be missing."""
@@ -135,19 +214,6 @@ class ImageTableShard(TableShard):
         return image.get("bytes") or b""
 
 
-class Group(NamedTuple):
-    """Members of an archive that share a key: the byte of the first one, and what they are by extension (lower case)."""
-
-    key: str
-    offset: int
-    members: dict[str, bytes | tarfile.TarInfo]
-
-    @property
-    def image(self) -> str | None:
-        """The extension of the image."""
-        return next((extension for extension in self.members if f".{extension}" in IMAGE_FILES), None)
-
-
 @dataclass(frozen=True)
 class TarShard(Shard):
     """A WebDataset: members `key.jpg` (or another image format) and `key.cls` or `key.json` stand beside each other."""
@@ -158,60 +224,54 @@ class TarShard(Shard):
     file: SourceFile
 
     def rows(self, start: int = 0, residue: int = 0, modulus: int = 1, at: At | None = None) -> Iterator[Row]:
-        offset, first = at or (0, 0)
+        offset, row = at or (0, 0)
+        whole = not (start or residue or at)
         theirs = (tarfile.TarError, OSError, EOFError, zlib.error)
         streamed = not self.file.seekable
-        mode = "r|" if streamed else "r:"
+        mode, base = ("r|", offset) if streamed else ("r:", 0)
+        where = f"{self.spec.where}: {self.name}"
         try:
-            with self.file.open(offset) as file, closing(tarfile.open(fileobj=file, mode=mode)) as archive:
-                for row, group in enumerate(_groups(archive, streamed), first):
-                    if row >= start and row % modulus == residue:
-                        begin = group.offset + (offset if streamed else 0)
-                        yield Row(row, self._record(archive, group), [begin, row])
+            with (self.file.open(offset) as file,
+                  closing(tarfile.open(fileobj=file, mode=mode, tarinfo=CheckedInfo)) as opened):
+                archive = Archive(opened, IMAGE_FILES, self.spec.max_image_bytes, where, streamed)
+                for begin, groups in archive.groups():
+                    place = [begin + base, row]
+                    for group in groups:
+                        if row >= start and row % modulus == residue:
+                            yield Row(row, self._record(archive, group), place)
+                        row += 1
         except theirs as error:
-            raise UserError(f"{self.spec.where}: {self.name} is damaged or not what its name says ({type(error).__name__}: "
-                            f"{error}); mend or remove it") from None
+            raise UserError(f"{where} is damaged or not what its name says ({type(error).__name__}: {error}); mend or remove "
+                            "it") from None
+        if whole and archive.left.count:
+            _say_once(f"{where}: {archive.left.count:,} of its files belong to no image, the first is {archive.left.first}; "
+                      "they are passed over")
 
-    def _record(self, archive: tarfile.TarFile, group: Group) -> Record:
-        content = {name: value if isinstance(value, bytes) else archive.extractfile(value).read()
-                   for name, value in group.members.items()
-                   if name == group.image or (self.spec.label and name in ("cls", "json"))}
-        return Record(f"{group.key} of {self.name}", content[group.image], self._label(content, group.key))
+    def _record(self, archive: Archive, group: Group) -> Record:
+        label = self._label(archive, group) if self.spec.label else None
+        return Record(f"{group.key} of {self.name}", archive.read(group.members[group.image]), label)
 
-    def _label(self, content: dict[str, bytes], key: str) -> Label:
-        if "cls" in content:
-            text = content["cls"].decode(errors="replace").strip()
-            return int(text) if text.isdecimal() else text
-        if "json" not in content:
+    def _label(self, archive: Archive, group: Group) -> Label:
+        kind = next((kind for kind in LABELS if kind in group.members), None)
+        if kind is None:
             return None
+        content = archive.read(group.members[kind])
+        where = f"{self.spec.where}: {group.key}.{kind} of {self.name}"
+        if len(content) > LABEL_BYTES:
+            raise UserError(f"{where} is too large for a label (more than {LABEL_BYTES:,} bytes); mend it")
+        if kind == "cls":
+            text = content.decode(errors="replace").strip()
+            return label_of(int(text) if INTEGER.fullmatch(text) else text)
         try:
-            fields = json.loads(content["json"])
-        except ValueError as error:
-            raise UserError(f"{self.spec.where}: {key}.json of {self.name} is no JSON ({error}); mend it") from None
-        label = fields.get(self.spec.label) if isinstance(fields, dict) else None
-        return label if isinstance(label, (int, str)) else None
+            fields = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where} is no JSON ({error}); mend it") from None
+        return label_of(fields.get(self.spec.label)) if isinstance(fields, dict) else None
 
 
-def _groups(archive: tarfile.TarFile, streamed: bool) -> Iterator[Group]:
-    """The samples of an archive: only those with an image. Links and devices are no files, and nothing is ever unpacked.
-
-    Where the archive is streamed, what was stepped over is gone: members are read at once.
-    """
-    group: Group | None = None
-    for member in archive:
-        archive.members = []  # tarfile keeps a list of all it has seen
-        folder, _, base = member.name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        if not member.isfile() or not stem:
-            continue
-        key = f"{folder}/{stem}" if folder else stem
-        if group is None or group.key != key:
-            if group and group.image:
-                yield group
-            group = Group(key, member.offset, {})
-        group.members[extension.lower()] = archive.extractfile(member).read() if streamed else member
-    if group and group.image:
-        yield group
+@lru_cache
+def _say_once(line: str) -> None:
+    log.warning(line)
 
 
 def shard_of(file: SourceFile, name: str, spec: ImageSpec) -> Shard | None:

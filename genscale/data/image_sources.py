@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from genscale.data.image_files import arrays, digits, image_files
+from genscale.data.image_arrays import arrays
+from genscale.data.image_files import digits, image_files
 from genscale.data.image_labels import Classes, classes_of, numbered
 from genscale.data.image_sets import ImageSet, PackedSet
 from genscale.data.image_settings import DIGITS
@@ -157,8 +159,11 @@ def pack(records: Iterable[Record], spec: ImageSpec, classes: Classes | None) ->
     """Records as a set. Without `classes` they are those that the labels stand for."""
     records = list(records)
     labels, names = [record.label for record in records], [record.name for record in records]
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise UserError(f"{spec.where}: {twice} comes up twice; give every image a name of its own, beside its label")
     if spec.label and classes is None:
-        classes = classes_of(labels, spec.where)
+        classes = classes_of(labels, names, spec.where)
     numbers = numbered(labels, names, classes) if spec.label and classes else None
     return PackedSet([(record.name, record.content) for record in records], numbers, classes.names if classes else None)
 

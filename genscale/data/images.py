@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from genscale.data.image_decoding import Picture
-from genscale.data.image_labels import Classes
+from genscale.data.image_decoding import Picture, Range
+from genscale.data.image_labels import Classes, uneven
 from genscale.data.image_order import ShuffledImages
+from genscale.data.image_ranges import LOOKED_AT, ranges_of, warn_of_blank
 from genscale.data.image_reading import ImageReader, labelled
 from genscale.data.image_sets import ImageSet, digest
 from genscale.data.image_settings import HUB_SETTINGS, TABLE_SETTINGS, ImageDataSettings
@@ -25,6 +29,8 @@ from genscale.rng import permutation
 __all__ = ["ImageData", "ImageDataSettings"]
 
 HASHES = 2**64
+
+log = logging.getLogger("genscale")
 
 
 class ImageData(Data):
@@ -57,18 +63,34 @@ class ImageData(Data):
                                  settings.validation_images, for_training)
         self.classes = opened.classes if settings.labels else None
         aside = self._other_validation_set() if own else opened.validation
-        if settings.labels:
-            _check_labels(opened.training, self._spec.where)
-            _check_labels(aside, f"data.validation_source={settings.validation_source}" if own else self._spec.where)
         self.order: ShuffledImages | StreamedImages | None = None
-        held = None if aside is None else (aside, np.arange(len(aside)))
+        held, whole = (None if aside is None else (aside, np.arange(len(aside)))), None
         if for_training or held is None:
-            self.order, out = self._ordered(opened.training, hold_out=held is None)
+            whole = self._picture(opened.training, self._spec.where, settings.crop, settings.flip)
+            self.order, out = self._ordered(opened.training, whole, hold_out=held is None)
             held = held or out
-        self._validation = self._validation_samples(*held)
+        crop = "none" if settings.crop == "none" else "center"
+        if aside is None:
+            picture = replace(whole, crop=crop, flip=False)
+        else:
+            where = f"data.validation_source={settings.validation_source}" if own else f"{self._spec.where}, validation set"
+            picture = self._picture(aside, where, crop, flip=False)
+            _check_alike(whole, picture, where)
+        self._validation = self._validation_samples(*held, picture)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_validation": []}  # worker processes read lanes
+
+    def _picture(self, images: ImageSet | ImageStream, where: str, crop: str, flip: bool) -> Picture:
+        """How images of this source are decoded, of which some are looked at."""
+        settings = self.settings
+        range_ = Range(*settings.value_range) if settings.value_range else None
+        picture = Picture(settings.size, settings.channels, crop, flip, settings.max_image_pixels, settings.max_image_bytes,
+                          range_)
+        if range_ is None:
+            picture = replace(picture, ranges=ranges_of(_some(images), picture, where))
+        warn_of_blank(_some(images), picture, where)
+        return picture
 
     def _stream_order(self, fraction: float) -> Order:
         return Order(fraction, self.settings.window, self.seed, self.lane_count)
@@ -89,11 +111,10 @@ class ImageData(Data):
             return first_images(held, settings.validation_images, spec, self._classes)
         return held
 
-    def _ordered(self, images: ImageSet | ImageStream,
+    def _ordered(self, images: ImageSet | ImageStream, picture: Picture,
                  hold_out: bool) -> tuple[ShuffledImages | StreamedImages, tuple[ImageSet, np.ndarray] | None]:
         """The lanes, and the images held out of them: a set, and which of its images."""
         settings = self.settings
-        picture = Picture(settings.size, settings.channels, settings.crop, settings.flip)
         if isinstance(images, ImageStream):
             order = StreamedImages(images, self._reader(picture), self._classes, self.seed, picture.draws)
             if not hold_out:
@@ -103,15 +124,17 @@ class ImageData(Data):
         hashes = images.hashes()
         held = _held_out(hashes, settings.validation_fraction if hold_out else 0.0)
         if hold_out and held.all():
-            raise UserError(f"{self._spec.where}: its {len(images)} image(s) do not divide into a training and a validation "
-                            "set; set data.validation_source")
+            alike = ", all alike," if len(images) > 1 else ""
+            raise UserError(f"{self._spec.where}: its {len(images)} image(s){alike} do not divide into a training and a "
+                            "validation set; set data.validation_source")
         order = ShuffledImages(images, np.flatnonzero(~held), self._reader(picture), seed=self.seed, lanes=self.lane_count,
                                draws=picture.draws, labelled=settings.labels, identity=digest(images, hashes))
+        if settings.labels and (unevenness := uneven(images.classes, order.class_counts())):
+            log.warning("%s: %s", self._spec.where, unevenness)
         return order, (images, np.flatnonzero(held))
 
-    def _validation_samples(self, images: ImageSet, indices: np.ndarray) -> list[Sample]:
-        settings = self.settings
-        reader = self._reader(Picture(settings.size, settings.channels, "none" if settings.crop == "none" else "center"))
+    def _validation_samples(self, images: ImageSet, indices: np.ndarray, picture: Picture) -> list[Sample]:
+        settings, reader = self.settings, self._reader(picture)
         # The same images for every seed, so that runs compare; spread over a set that is sorted by class.
         chosen = np.sort(indices[permutation(len(indices), 0, "validation")[: settings.validation_images]])
         samples = []
@@ -145,6 +168,8 @@ class ImageData(Data):
     def plan(self) -> dict[str, Any]:
         names = ("source", "subset", "split", "size", "channels", "labels", "image_column", "label_column", "crop", "flip",
                  "validation_source", "validation_fraction", "validation_images", "lanes")
+        # What was not always there stands in the plan where it is set alone: earlier runs go on.
+        names += tuple(name for name in ("value_range",) if getattr(self.settings, name) is not None)
         settings = masked_throughout({name: getattr(self.settings, name) for name in names})
         return {**settings, "seed": self.seed, **self.order.plan()}
 
@@ -169,7 +194,8 @@ def _spec(key: str, source: Sequence[str] | str, settings: ImageDataSettings, sp
     return ImageSpec(key, f"{locations[0]} and {len(several) - 1} more" if several else locations[0], settings.subset,
                      split or settings.split, locations=several, image=settings.image_column,
                      label=settings.label_column if settings.labels else None, classes=tuple(names) if names else None,
-                     retry_minutes=settings.retry_minutes)
+                     retry_minutes=settings.retry_minutes, max_image_bytes=settings.max_image_bytes,
+                     max_array_bytes=settings.max_array_bytes, value_range=settings.value_range)
 
 
 def _refuse_unheeded(settings: ImageDataSettings) -> None:
@@ -188,9 +214,21 @@ def _refuse_unheeded(settings: ImageDataSettings) -> None:
         refuse_unheeded("data", settings, names, f"{beside}, which has no columns")
 
 
-def _check_labels(images: ImageSet | ImageStream | None, where: str) -> None:
-    if isinstance(images, ImageSet) and images.labels is None:
-        raise UserError(f"data.labels=true: not all images of {where} have a label; label them, or set data.labels to false")
+def _some(images: ImageSet | ImageStream) -> list[tuple[str, Callable[[], bytes | np.ndarray]]]:
+    """A few images, from all over a set or from the beginning of a stream: (name, what reads it)."""
+    if isinstance(images, ImageStream):
+        return [(record.name, lambda record=record: record.content) for record in islice(images.documents(), LOOKED_AT)]
+    chosen = np.unique(np.linspace(0, len(images) - 1, min(LOOKED_AT, len(images))).astype(int)).tolist()
+    return [(images.name(index), partial(images.read, index)) for index in chosen]
+
+
+def _check_alike(training: Picture | None, validation: Picture, where: str) -> None:
+    """A line in the log where the same numbers are taken for other shades in the two sets."""
+    for mode, range_ in validation.ranges.items():
+        of_training = range_ if training is None else training.ranges.get(mode, range_)
+        if of_training != range_:
+            log.warning("%s: %g is taken for white in its pictures of mode %s, and %g in those to train on; set "
+                        "data.value_range", where, range_.white, mode, of_training.white)
 
 
 def _held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:

@@ -13,6 +13,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from PIL import Image
 from torch import Tensor
 
+from genscale.data.image_labels import composed
 from genscale.data.images import ImageData
 from genscale.errors import UserError, nearest
 from genscale.evaluation.image_generation import decoded, latents
@@ -92,10 +93,11 @@ def _class_number(run: TrainedRun, name: str | None) -> int | None:
     names = run.objective.class_names
     if names is None:
         raise UserError(f"--label: {name}, but the run is not conditional on classes; leave it out")
-    if name not in names:
+    known = [composed(each) for each in names]
+    if name not in names and composed(name) not in known:
         shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
         raise UserError(f"--label: '{name}' is no class of the run{nearest(name, names)}; it has {shown}")
-    return names.index(name)
+    return names.index(name) if name in names else known.index(composed(name))
 
 
 def _samples(run: TrainedRun, settings: ImageSampling, only: int | None) -> np.ndarray:

@@ -15,6 +15,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
+from genscale.data.image_labels import composed
 from genscale.data.images import ImageData, ImageDataSettings
 from genscale.data.lanes import Data, Sample
 from genscale.data.order import LaneReader
@@ -117,7 +118,7 @@ def _data_and_kind(run: TrainedRun, settings: ImageScoring) -> tuple[Data, str]:
 def _opened(settings: ImageDataSettings, class_names: list[str] | None) -> Data:
     """The images one by one; of a conditional run its classes, or what it generates of each would be another's."""
     data: Data = ImageData(settings, 0)
-    if class_names is not None and data.classes != class_names:
+    if class_names is not None and data.classes != [composed(name) for name in class_names]:
         raise UserError(f"data.source: {settings.source} has the classes {', '.join(data.classes)}, and the run was trained on "
                         f"{', '.join(class_names)}; give images of the same classes")
     return gan_images(data, dataclasses.replace(settings, pack=1)) if getattr(settings, "stack", 1) > 1 else data

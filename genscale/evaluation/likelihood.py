@@ -26,9 +26,11 @@ def check_likelihood(run: TrainedRun, importance_samples: int) -> None:
 
 
 def likelihood(run: TrainedRun, samples: list[Sample], importance_samples: int) -> dict[str, Any]:
-    """Mean log-likelihood in nats an image, with the standard error over images (Burda et al. 2016)."""
+    """Mean log-likelihood in nats an image, with the standard error over images (Burda et al. 2016); under another name where
+    it is none."""
     objective, nats = run.objective, []
-    with tqdm(total=len(samples), desc="log-likelihood", unit="image", disable=None, file=sys.stderr) as bar:
+    measures = objective.measures_of(torch.from_numpy(np.stack([sample["image"] for sample in samples])))
+    with tqdm(total=len(samples), desc=measures.of_image, unit="image", disable=None, file=sys.stderr) as bar:
         for start in range(0, len(samples), BATCH_SIZE):
             part = samples[start : start + BATCH_SIZE]
             batch = {"image": torch.from_numpy(np.stack([sample["image"] for sample in part])).to(run.device),
@@ -36,7 +38,7 @@ def likelihood(run: TrainedRun, samples: list[Sample], importance_samples: int) 
             nats.append(objective.log_likelihood(objective.networks, batch, importance_samples).cpu())
             bar.update(len(part))
     values = torch.cat(nats)
-    return {"log_likelihood": values.mean().item(),
-            "log_likelihood_standard_error": values.std().item() / math.sqrt(len(values)),
+    return {measures.of_image: measures.sign * values.mean().item(),
+            f"{measures.of_image}_standard_error": values.std().item() / math.sqrt(len(values)),
             "likelihood": run.config.model.likelihood, "binarise": run.config.objective.binarise,
             "importance_samples": importance_samples}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,19 @@ LOGISTIC_FLOOR = -7.0  # as in PixelCNN++
 HALF_BIN = 1 / 255  # of pixels in [-1, 1]
 
 
+class Measures(NamedTuple):
+    """What sums of nats are called.
+
+    Attributes:
+        of_image: of an image; `sign` x minus the nats.
+        per_dim: in bits, of a pixel and channel.
+    """
+
+    of_image: str
+    per_dim: str
+    sign: int = 1
+
+
 class Likelihood(ABC):
     """Of pixels that are independent given the latent.
 
@@ -25,6 +39,9 @@ class Likelihood(ABC):
 
     floor: float = 0.0
     nats_to_integers: float = 0.0
+
+    measures = Measures("log_likelihood", "bits_per_dim")
+    """Of grey levels."""
 
     @abstractmethod
     def observed(self, images: Tensor) -> Tensor:
@@ -40,8 +57,10 @@ class Likelihood(ABC):
 
 
 class Bernoulli(Likelihood):
-    """The location is a logit. Intensities between black and white count as probabilities (a cross-entropy, then no
-    likelihood)."""
+    """The location is a logit. Intensities between black and white count as probabilities: a cross-entropy, then, and no
+    likelihood of anything. Of black and white alone it is one."""
+
+    measures = Measures("cross_entropy", "cross_entropy_per_dim", sign=-1)
 
     def observed(self, images: Tensor) -> Tensor:
         return to_unit(images)
@@ -55,8 +74,10 @@ class Bernoulli(Likelihood):
 
 
 class Gaussian(Likelihood):
-    """A density of pixels in [-1, 1]; the scale is the standard deviation, half a grey level at least."""
+    """A density of pixels in [-1, 1]; the scale is the standard deviation, half a grey level at least. The pixels are whole
+    grey levels, so that it is no probability of them and its logarithm no length of a code (Theis et al. 2016)."""
 
+    measures = Measures("log_likelihood", "neg_log2_density_per_dim")
     floor = GAUSSIAN_FLOOR
     nats_to_integers = 4.848116402675055  # log(127.5)
 
@@ -94,4 +115,6 @@ class DiscretisedLogistic(Likelihood):
         return ((location + 1) / 2).clamp(0, 1)
 
 
+BLACK_AND_WHITE = Likelihood.measures
+"""What sums of nats of the Bernoulli distribution are called where all pixels are black or white."""
 LIKELIHOODS: dict[str, Likelihood] = {"bernoulli": Bernoulli(), "gaussian": Gaussian(), "logistic": DiscretisedLogistic()}

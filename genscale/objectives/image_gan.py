@@ -27,7 +27,7 @@ from genscale.models.residual_gan import ResidualDiscriminator, ResidualGenerato
 from genscale.objectives.base import Batch, Family, Networks
 from genscale.objectives.gan import GAN, INITIAL_STD
 from genscale.objectives.gan_settings import GANObjectiveSettings, check_batch, check_losses
-from genscale.objectives.sample_quality import check_enough_images, distance_or_infinity, diversity
+from genscale.objectives.sample_quality import distance, distance_units, diversity
 
 NETWORKS = {"dcgan": (DCGANGenerator, DCGANDiscriminator), "residual": (ResidualGenerator, ResidualDiscriminator),
             "mlp": (MLPGenerator, MLPDiscriminator)}
@@ -40,7 +40,7 @@ class ImageGAN(GAN):
 
     A batch holds `image`, uint8 `(batch, channels, size, size)` or `(batch, pack, channels, size, size)`, and where conditional
     `label`. Validation is by the Frechet distance of as many samples as there are validation images, in the features of a
-    random network (`loss` and `fd`), and by the diversity of the samples there.
+    random network (`loss` and `fd`; of few images another distance), and by the diversity of the samples there.
 
     Args:
         image_shape: `(channels, size, size)`.
@@ -74,11 +74,12 @@ class ImageGAN(GAN):
         return {"real_features": features(to_unit(batch["image"])), "fake_features": features(fakes)}
 
     def summarise(self, totals: Mapping[str, Any]) -> dict[str, float]:
-        """`loss` and `fd`: the Frechet distance, infinite where images are no numbers; `diversity`: 0 where all samples are
-        alike, about 1 for images as varied as real ones."""
+        """`loss` and `fd` (or `mmd`): see `distance`; `diversity`: 0 where all samples are alike, about 1 for images as varied
+        as real ones, left out where these do not vary."""
         real, fake = totals["real_features"], totals["fake_features"]
-        distance = distance_or_infinity(real, fake)
-        return {"loss": distance, "fd": distance, "diversity": diversity(real, fake) if math.isfinite(distance) else 0.0}
+        found = distance(real, fake)
+        variety = diversity(real, fake) if math.isfinite(found["loss"]) else 0.0
+        return found if variety is None else {**found, "diversity": variety}
 
     def preview(self, networks: Networks, seed: int, device: torch.device) -> np.ndarray:
         """A grid of samples, the same latents each time; a column for each class where conditional."""
@@ -96,16 +97,17 @@ class ImageGAN(GAN):
 
 
 def build(config: Config, data: Data) -> ImageGAN:
-    """The objective of a run. Raises UserError as `_build` does, and where labels or validation images are too few."""
+    """The objective of a run. Raises UserError as `_build` does, and where there are no such labels."""
     names = data.classes if config.model.classes else None
     if config.model.classes and (names is None or len(names) != config.model.classes):
         found = "no labels (data.labels true reads them)" if names is None else f"{len(names)} classes"
         raise UserError(f"model.classes: {config.model.classes}, but data.source {config.data.source} has {found}"
                         + (f"; set model.classes {len(names)}" if names else ""))
-    check_enough_images(len(data.validation()), RandomFeatures.width)
     if config.model.architecture == "mlp":
         check_batch(config.train, (config.model.generator_norm, config.model.discriminator_norm))
-    return _build(config, names)
+    objective = _build(config, names)
+    objective.loss_unit = distance_units(len(data.validation()), RandomFeatures.width)
+    return objective
 
 
 def restore(config: Config, folder: Path) -> ImageGAN:

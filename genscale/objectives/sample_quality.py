@@ -5,6 +5,7 @@ Every function takes feature tensors `(n, width)` from one feature network, and 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 from genscale.errors import UserError
 from genscale.rng import numpy_generator
 
+log = logging.getLogger("genscale")
 ROWS = 512
 EQUAL = 1e-12
 """Samples whose squared distance is less, relative to their lengths, are one and the same."""
@@ -79,16 +81,21 @@ def frechet_distance(real: Tensor | FeatureStatistics, fake: Tensor | FeatureSta
     return max(0.0, distance.item())
 
 
-def distance_or_infinity(real: Tensor, fake: Tensor) -> float:
-    """The Frechet distance; infinite, and so never the best, where generated samples are no numbers."""
-    return frechet_distance(real, fake) if fake.isfinite().all() else math.inf
+def distance_units(images: int, width: int) -> str:
+    """The unit of `distance`'s loss on a validation set of so many images, and a line in the log where they are few."""
+    if images > width:
+        return "Frechet distance, random features"
+    log.warning("data.validation_images: %d validation image(s) are too few for a Frechet distance of %d features, which takes "
+                "%d: evaluations give the squared maximum mean discrepancy (validation_mmd) instead", images, width, width + 1)
+    return "squared maximum mean discrepancy, random features"
 
 
-def check_enough_images(images: int, width: int) -> None:
-    """Raises UserError where a validation set of so many images is too small for a Frechet distance of `width` features."""
-    if images <= width:
-        raise UserError(f"data.validation_images: a Frechet distance of {width} features needs more than {width} validation "
-                        f"images, and there are {images}; set data.validation_images and data.validation_fraction higher")
+def distance(real: Tensor, fake: Tensor) -> dict[str, float]:
+    """`loss`, and what it is: `fd`, the Frechet distance, or of no more samples than features `mmd`, the squared maximum mean
+    discrepancy. Infinite, and so never the best, where generated samples are no numbers."""
+    name, measure = ("fd", frechet_distance) if len(real) > real.shape[1] else ("mmd", squared_discrepancy)
+    found = measure(real, fake) if fake.isfinite().all() else math.inf
+    return {"loss": found, name: found}
 
 
 def _factor(covariance: Tensor) -> Tensor:
@@ -97,20 +104,28 @@ def _factor(covariance: Tensor) -> Tensor:
     return vectors * values.clamp(min=0).sqrt()
 
 
+def _kernel(a: Tensor, b: Tensor) -> Tensor:
+    """(x.y / width + 1)^3 of each pair (Binkowski et al. 2018)."""
+    base = a @ b.T / a.shape[1] + 1
+    return base * base * base
+
+
+def squared_discrepancy(real: Tensor, fake: Tensor) -> float:
+    """The squared maximum mean discrepancy of the two sets themselves (the biased estimate of Gretton et al. 2012): of however
+    few samples, and never below 0."""
+    real, fake = real.double(), fake.double()
+    return max(0.0, (_kernel(real, real).mean() + _kernel(fake, fake).mean() - 2 * _kernel(real, fake).mean()).item())
+
+
 def squared_mmd(real: Tensor, fake: Tensor) -> float:
-    """Unbiased estimate of the squared maximum mean discrepancy under the kernel (x.y / width + 1)^3 (Binkowski et al.
-    2018)."""
+    """Unbiased estimate of the squared maximum mean discrepancy, under the kernel (x.y / width + 1)^3."""
     real, fake = real.double(), fake.double()
 
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        base = a @ b.T / a.shape[1] + 1
-        return base * base * base
-
     def within(a: Tensor) -> Tensor:
-        values = kernel(a, a)
+        values = _kernel(a, a)
         return (values.sum() - values.diagonal().sum()) / (len(a) * (len(a) - 1))
 
-    return (within(real) + within(fake) - 2 * kernel(real, fake).mean()).item()
+    return (within(real) + within(fake) - 2 * _kernel(real, fake).mean()).item()
 
 
 def kernel_distance(real: Tensor, fake: Tensor, subsets: int = 100, subset_size: int = 1000,
@@ -182,10 +197,12 @@ def memorisation_rate(training: Tensor, held_out: Tensor, fake: Tensor, quantile
     return (nearest_distances(fake, training) < threshold).double().mean().item()
 
 
-def diversity(real: Tensor, fake: Tensor) -> float:
+def diversity(real: Tensor, fake: Tensor) -> float | None:
     """Mean distance between two generated samples over that between two real ones: 0 where all are the same, about 1 where
-    they vary as real ones do."""
-    return _mean_distance(fake) / _mean_distance(real)
+    they vary as real ones do; None where real ones do not vary, or there is but one of either."""
+    if min(len(real), len(fake)) < 2 or not (apart := _mean_distance(real)):
+        return None
+    return _mean_distance(fake) / apart
 
 
 def _mean_distance(features: Tensor) -> float:

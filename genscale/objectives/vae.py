@@ -14,7 +14,7 @@ from genscale.config import Config
 from genscale.data.images import ImageData, ImageDataSettings
 from genscale.models.image_layers import InitialWeights
 from genscale.models.vae import VAE, latent_shape
-from genscale.models.vae_likelihoods import LIKELIHOODS
+from genscale.models.vae_likelihoods import BLACK_AND_WHITE, LIKELIHOODS, Measures
 from genscale.models.vae_settings import VAESettings
 from genscale.objectives.base import Batch, Family, Networks, Objective, Phase, Terms
 from genscale.objectives.vae_binarisation import binarised, content_keys
@@ -50,6 +50,7 @@ class VAEObjective(Objective):
         shape: `(channels, size, size)` of images.
         seed: the run's, for initial weights and for what is drawn in evaluations.
         examples: gives uint8 images to show reconstructions of, or nothing.
+        black_and_white: the images have no other pixels.
     """
 
     unit = "images"
@@ -59,13 +60,14 @@ class VAEObjective(Objective):
     class_names = None
 
     def __init__(self, network: VAE, settings: VAESettings, objective: VAEObjectiveSettings, shape: tuple[int, int, int], *,
-                 seed: int, examples: Callable[[], Tensor] | None = None) -> None:
+                 seed: int, examples: Callable[[], Tensor] | None = None, black_and_white: bool = False) -> None:
         self.networks = {"vae": network}
         self.settings, self.seed, self.image_shape, self._examples = objective, seed, shape, examples
         self.latent_shape = latent_shape(settings, shape[-1])
         self.likelihood = LIKELIHOODS[settings.likelihood]
         self._weights = InitialWeights(network, seed)
-        statistics = {"kl_nats", "bits_per_dim", "active_dimensions"}
+        self._per_dim = self._measures(black_and_white).per_dim
+        statistics = {"kl_nats", self._per_dim, "active_dimensions"}
         if objective.importance_samples > 1:
             statistics.add("reconstruction")
         self.phases = [Phase("vae", "vae", loss=self.loss, count=self.count, statistics=frozenset(statistics))]
@@ -82,8 +84,8 @@ class VAEObjective(Objective):
         """The phase's loss in nats, summed over the images: `reconstruction` and weighted `kl`; with several importance
         samples `negative_bound`.
 
-        Statistics, summed likewise: `kl_nats`, not weighted; `bits_per_dim` of the bound (beta 1); `active_dimensions`, whose
-        divergence is above 0.01 nats.
+        Statistics, summed likewise: `kl_nats`, not weighted; `bits_per_dim` of the bound (beta 1), under another name where the
+        likelihood is none of grey levels (`Measures`); `active_dimensions`, whose divergence is above 0.01 nats.
         """
         found = self._bound(networks, self.observed(batch["image"], draws), draws)
         kl = found["kl"].flatten(1)
@@ -93,7 +95,7 @@ class VAEObjective(Objective):
             terms = {"reconstruction": found["reconstruction"].sum(),
                      "kl": weighted_divergence(kl, self.settings, draws.step).sum()}
         terms["kl_nats"] = kl.detach().sum()
-        terms["bits_per_dim"] = self._bits(found["negative_bound"].detach()).sum()
+        terms[self._per_dim] = self._bits(found["negative_bound"].detach()).sum()
         terms["active_dimensions"] = (kl.detach() > ACTIVE).float().sum()
         return terms
 
@@ -130,21 +132,33 @@ class VAEObjective(Objective):
         """Bits a pixel and channel of nats an image; of a density, on the scale 0 to 255."""
         return nats / (math.prod(self.image_shape) * math.log(2)) + self.likelihood.nats_to_integers / math.log(2)
 
+    def _measures(self, black_and_white: bool) -> Measures:
+        """What sums of nats are called, of images of black and white alone or of others."""
+        bernoulli = self.likelihood is LIKELIHOODS["bernoulli"]
+        plain = bernoulli and (black_and_white or self.settings.binarise != "none")
+        return BLACK_AND_WHITE if plain else self.likelihood.measures
+
+    def measures_of(self, images: Tensor) -> Measures:
+        """What sums of nats are called, of these uint8 images."""
+        return self._measures(bool(_without_grey(images).all()))
+
     def _fixed_draws(self, batch: Batch) -> Draws:
         return Draws(self.seed, "validation", 0, batch["sample"], batch["image"].device)
 
     def evaluate(self, networks: Networks, batch: Batch) -> Terms:
         """By image: `negative_bound` (beta 1, with the importance samples of training), its parts `reconstruction` and `kl`,
-        and the posterior `mean`. Every draw belongs to the sample's number."""
+        the posterior `mean`, and whether it is `black_and_white` alone. Every draw belongs to the sample's number."""
         draws = self._fixed_draws(batch)
         found = self._bound(networks, self.observed(batch["image"], draws), draws)
-        return {**found, "kl": found["kl"].flatten(1).sum(1), "mean": found["mean"].flatten(1)}
+        return {**found, "kl": found["kl"].flatten(1).sum(1), "mean": found["mean"].flatten(1),
+                "black_and_white": _without_grey(batch["image"]).float()}
 
     def summarise(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
-        """`loss` (nats an image), its parts, bits per dimension, and the number of active units."""
+        """`loss` (nats an image), its parts, bits per dimension (see `loss`), and the number of active units."""
         means = {name: totals[name].double().mean() for name in ("negative_bound", "reconstruction", "kl")}
         return {"loss": means["negative_bound"].item(), "reconstruction": means["reconstruction"].item(),
-                "kl": means["kl"].item(), "bits_per_dim": self._bits(means["negative_bound"]).item(),
+                "kl": means["kl"].item(),
+                self._measures(bool(totals["black_and_white"].all())).per_dim: self._bits(means["negative_bound"]).item(),
                 "active_units": float(_active(totals["mean"]))}
 
     @torch.no_grad()
@@ -161,7 +175,8 @@ class VAEObjective(Objective):
     @torch.no_grad()
     def log_likelihood(self, networks: Networks, batch: Batch, samples: int, *, seed: int | None = None,
                        chunk: int = 100) -> Tensor:
-        """log p(x) of each image, fp64 `(batch,)` in nats, by importance sampling from the posterior (Burda et al. 2016).
+        """log p(x) of each image, fp64 `(batch,)` in nats, by importance sampling from the posterior (Burda et al. 2016); it is
+        to be called what `measures_of` says.
 
         An estimate from below (in expectation) that approaches log p(x) as `samples` grows; memory does not grow with them.
 
@@ -199,13 +214,19 @@ class VAEObjective(Objective):
         return preview_picture(self, networks, seed, device, self._examples, self._seen)
 
 
+def _without_grey(images: Tensor) -> Tensor:
+    """`(batch,)` whether a uint8 image has no pixels but black and white ones."""
+    return ((images == 0) | (images == 255)).flatten(1).all(1)
+
+
 def _active(means: Tensor) -> int:
     return int((means.double().var(0, correction=0) > ACTIVE).sum())
 
 
 def build(config: Config, data: ImageData) -> VAEObjective:
     """The objective of a run, its network initialised from the run's seed. Raises UserError for an impossible model."""
-    return _build(config, examples_of(data))
+    images = torch.from_numpy(np.stack([sample["image"] for sample in data.validation()]))
+    return _build(config, examples_of(data), bool(_without_grey(images).all()))
 
 
 def restore(config: Config, folder: Path) -> VAEObjective:
@@ -213,12 +234,13 @@ def restore(config: Config, folder: Path) -> VAEObjective:
     return _build(config, None)
 
 
-def _build(config: Config, examples: Callable[[], Tensor] | None) -> VAEObjective:
+def _build(config: Config, examples: Callable[[], Tensor] | None, black_and_white: bool = False) -> VAEObjective:
     check_objective(config.objective, config.model.likelihood)
     shape = (config.data.channels, config.data.size, config.data.size)
     with torch.device("meta"):  # the engine fills the parameters, or its share of them, from `initial_weights`
         network = VAE(config.model, config.data.size, config.data.channels)
-    return VAEObjective(network, config.model, config.objective, shape, seed=config.run.seed, examples=examples)
+    return VAEObjective(network, config.model, config.objective, shape, seed=config.run.seed, examples=examples,
+                        black_and_white=black_and_white)
 
 
 FAMILY = Family(model_settings=VAESettings, data_settings=ImageDataSettings, objective_settings=VAEObjectiveSettings,

@@ -20,7 +20,7 @@ from genscale.models.image_layers import InitialWeights, to_signed, to_unit
 from genscale.models.vae import Encoder
 from genscale.models.vae_gan import FeatureDiscriminator, ImageDecoder, VAEGANSettings, networks_settings
 from genscale.objectives.base import Batch, Family, Networks, Objective, Phase, Terms
-from genscale.objectives.sample_quality import check_enough_images, distance_or_infinity
+from genscale.objectives.sample_quality import distance, distance_units
 from genscale.objectives.vae_losses import divergence
 from genscale.objectives.vae_pictures import examples_of, preview_picture, validation_images
 from genscale.rng import Draws
@@ -128,11 +128,11 @@ class VAEGANObjective(Objective):
                 "fake_features": features(self.generate(networks, latents))}
 
     def summarise(self, totals: Mapping[str, Any]) -> dict[str, float]:
-        """`loss` and `fd`: the Frechet distance of samples in random features; `pixel_rmse` of reconstructions in [0, 1];
+        """`loss` and `fd` (or `mmd`, see `distance`) of samples in random features; `pixel_rmse` of reconstructions in [0, 1];
         `kl` in nats."""
-        distance = distance_or_infinity(totals["real_features"], totals["fake_features"])
         rmse = totals["squared_error"].double().mean().sqrt().item()
-        return {"loss": distance, "fd": distance, "pixel_rmse": rmse, "kl": totals["kl"].double().mean().item()}
+        return {**distance(totals["real_features"], totals["fake_features"]), "pixel_rmse": rmse,
+                "kl": totals["kl"].double().mean().item()}
 
     @torch.no_grad()
     def encode(self, networks: Networks, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,9 +160,10 @@ def _feature_nats(real: Tensor, seen: Tensor) -> Tensor:
 
 
 def build(config: Config, data: ImageData) -> VAEGANObjective:
-    """The objective of a run. Raises UserError for an impossible model, or too few validation images for a Frechet distance."""
-    check_enough_images(len(data.validation()), RandomFeatures.width)
-    return _build(config, examples_of(data))
+    """The objective of a run. Raises UserError for an impossible model."""
+    objective = _build(config, examples_of(data))
+    objective.loss_unit = distance_units(len(data.validation()), RandomFeatures.width)
+    return objective
 
 
 def restore(config: Config, folder: Path) -> VAEGANObjective:

@@ -206,7 +206,7 @@ def wrong(tmp_path: Path) -> Path:
     """Sources with something wrong about each."""
     images, labels = np.zeros((6, 4, 4), np.uint8), np.arange(6)
     np.savez(tmp_path / "names.npz", image=images)
-    np.savez(tmp_path / "float.npz", images=images / 2)
+    np.savez(tmp_path / "float.npz", images=images - 3000.5, labels=labels)
     np.savez(tmp_path / "labels.npz", images=images, labels=labels[:5])
     np.savez(tmp_path / "none.npz", images=images)
     np.savez(tmp_path / "good.npz", images=images, labels=labels)
@@ -229,7 +229,7 @@ def wrong(tmp_path: Path) -> Path:
     ("good.npz", {"validation_source": "{}/none.npz"}, ["not all images of data.validation_source={}/none.npz have a label"]),
     ("good.npz", {"validation_source": "digits"}, ["data.validation_source=digits: has the classes", "not 0, 1, 2, 3, 4, 5"]),
     ("names.npz", {}, ["holds the arrays image", "images"]),
-    ("float.npz", {}, ["float64", "must be uint8"]),
+    ("float.npz", {}, ["data.value_range=None: ", "float64", "from -3000.5 to"]),
     ("labels.npz", {}, ["the array labels", "one for each of the 6"]),
     ("none.npz", {}, ["data.labels=true: ", "data.labels to false"]),
     ("good.npz", {"class_names": ["a", "b"]}, ["the label 2", "none of the 2 classes a, b", "data.class_names"]),

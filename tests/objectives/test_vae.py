@@ -146,19 +146,38 @@ def test_the_terms_add_up_to_the_weighted_bound():
     assert weighted["kl"] == pytest.approx(1.5 * plain["kl"], rel=1e-6)
     assert weighted["reconstruction"] == plain["reconstruction"]
     nats = plain["reconstruction"] + plain["kl"]
-    assert plain["bits_per_dim"] == weighted["bits_per_dim"] == pytest.approx(nats / 64 / math.log(2), rel=1e-6)
+    name = "cross_entropy_per_dim"  # of grey levels
+    assert plain[name] == weighted[name] == pytest.approx(nats / 64 / math.log(2), rel=1e-6)
     validation = real()
     found = validation.evaluate(validation.networks, data)
     assert {value.shape[0] for value in found.values()} == {6}
     metrics = validation.summarise({name: value.detach() for name, value in found.items()})
     assert metrics["loss"] == pytest.approx(metrics["reconstruction"] + metrics["kl"], rel=1e-6)
-    assert metrics["bits_per_dim"] == pytest.approx(metrics["loss"] / 64 / math.log(2), rel=1e-6)
+    assert metrics[name] == pytest.approx(metrics["loss"] / 64 / math.log(2), rel=1e-6)
 
 
 def test_a_density_in_bits_is_one_on_the_scale_of_the_integers():
     objective, data = linear(importance_samples=4), batch()
     bits = -(exact_of(objective, data) - 16 * math.log(127.5)).sum() / 16 / math.log(2)
-    assert terms_of(objective, data)["bits_per_dim"] == pytest.approx(bits.item(), rel=1e-5)
+    assert terms_of(objective, data)["neg_log2_density_per_dim"] == pytest.approx(bits.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("settings", "grey", "per_dim", "of_image"), [
+    ({"likelihood": "bernoulli"}, True, "cross_entropy_per_dim", "cross_entropy"),
+    ({"likelihood": "bernoulli"}, False, "bits_per_dim", "log_likelihood"),
+    ({"likelihood": "bernoulli", "binarise": "dynamic"}, True, "bits_per_dim", "log_likelihood"),
+    ({"likelihood": "logistic"}, True, "bits_per_dim", "log_likelihood"),
+    ({"likelihood": "gaussian"}, True, "neg_log2_density_per_dim", "log_likelihood"),
+])
+def test_a_number_is_called_what_it_is(settings, grey, per_dim, of_image):
+    objective, data = real(**settings), batch(6, (1, 8, 8))
+    if not grey:
+        data["image"] = (data["image"] > 130).to(torch.uint8) * 255
+    found = objective.evaluate(objective.networks, data)
+    metrics = objective.summarise({name: value.detach() for name, value in found.items()})
+    assert {name for name in metrics if "per_dim" in name} == {per_dim}
+    measures = objective.measures_of(data["image"])
+    assert (measures.per_dim, measures.of_image) == (per_dim, of_image)
 
 
 def test_black_and_white_images_are_drawn_anew_or_once_for_ever():
