@@ -55,7 +55,7 @@ class PointsGAN(GAN):
         nearest mode; a mode is found where at least one point of high quality is nearest to it."""
         found, quality = modes_and_quality(totals["points"], self.mixture)
         missed = 1 - found / len(self.mixture.centers)
-        return {"loss": missed + 1 - quality, "modes": float(found), "high_quality": quality}
+        return {"loss": missed + 1 - quality, "modes": found, "high_quality": quality}
 
     def preview(self, networks: Networks, seed: int, device: torch.device) -> np.ndarray:
         """Generated points over the modes."""

@@ -145,7 +145,7 @@ class VAEObjective(Objective):
         means = {name: totals[name].double().mean() for name in ("negative_bound", "reconstruction", "kl")}
         return {"loss": means["negative_bound"].item(), "reconstruction": means["reconstruction"].item(),
                 "kl": means["kl"].item(), "bits_per_dim": self._bits(means["negative_bound"]).item(),
-                "active_units": float(_active(totals["mean"]))}
+                "active_units": _active(totals["mean"])}
 
     @torch.no_grad()
     def encode(self, networks: Networks, images: Tensor) -> tuple[Tensor, Tensor]:
