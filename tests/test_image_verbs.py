@@ -37,7 +37,8 @@ VAE = {"model": {"family": "vae", "architecture": "mlp", "latents": 5}}
 
 
 def train(genscale, folder: Path, sections: dict) -> Path:
-    settings = {**COMMON, **sections, "data": {**COMMON["data"], **sections.get("data", {})},
+    data = {} if sections["model"]["family"] == "points" else {**COMMON["data"], **sections.get("data", {})}
+    settings = {**COMMON, **sections, "data": data,
                 "run": {"name": sections["model"]["family"], "dir": str(folder)}}
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
     done = genscale("train", "--config", folder / "run.yaml")
@@ -203,6 +204,27 @@ def test_samples_as_files_and_arrays_are_those_of_the_picture(gan, genscale, tmp
     assert again.classes == list("0123456789") and len(samples) > 4
     assert all(known[sample["image"].tobytes()] == int(sample["label"]) for sample in samples)
     assert [file.name for file in arrays.parent.iterdir()] == [arrays.name]  # no draft is left
+
+
+@pytest.fixture(scope="module")
+def points(genscale, tmp_path_factory) -> Path:
+    return train(genscale, tmp_path_factory.mktemp("points"), {"model": {"family": "points"}})
+
+
+def test_points_as_a_picture_and_as_numbers(points, genscale, tmp_path):
+    picture, table, arrays = (tmp_path / "new" / name for name in ("points.png", "points.csv", "points.npz"))
+    for file, flags in ((picture, ()), (table, ()), (arrays, ("--batch_size", 7))):
+        outcome = genscale("sample", points, "--count", 50, "--seed", 3, "--out", file, *flags)
+        assert outcome.code == 0 and outcome.out.strip() == f"{file} (50 points)", outcome.err
+    objective = opened(points)
+    with torch.no_grad():
+        expected = objective.generate(objective.networks, latents(objective, 3, torch.arange(50))).numpy()
+    assert table.read_text().startswith("x,y\n")
+    assert np.allclose(np.loadtxt(table, delimiter=",", skiprows=1), expected, atol=1e-6)
+    found = np.load(arrays)
+    assert np.allclose(found["points"], expected, atol=1e-6) and found["arr_0"].dtype == np.float32
+    assert Image.open(picture).size == (400, 400)
+    assert "points.png" in genscale("sample", points, "--out", "points.what").message_of_run()
 
 
 def test_a_class_in_the_name_of_a_file_is_a_plain_name(tmp_path):

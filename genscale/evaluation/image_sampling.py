@@ -18,7 +18,7 @@ from torch import Tensor
 from genscale.data.images import ImageData
 from genscale.errors import UserError, nearest
 from genscale.evaluation.image_generation import decoded, latents
-from genscale.evaluation.sample_files import empty_folder, write_images_npz, write_pictures
+from genscale.evaluation.sample_files import empty_folder, write_images_npz, write_picture, write_pictures
 from genscale.evaluation.trained_run import TrainedRun
 from genscale.models.image_grid import grid, tile_scale
 from genscale.models.lettering import class_captions
@@ -102,7 +102,7 @@ def sample_images(run: TrainedRun, settings: ImageSampling) -> None:
         picture = {"sample": _samples, "interpolate": _walks, "reconstruct": _reconstructions,
                    "traverse": _traversals}[mode](run, settings, only)
         file = out or run.folder / "samples" / f"{mode}-seed{settings.seed}.png"
-        _write(picture, file)
+        write_picture(file, picture)
         height, width, _ = picture.shape
         print(f"{file} ({width} x {height} pixels)")
 
@@ -296,13 +296,3 @@ def _rows_and_columns(settings: ImageSampling) -> tuple[int, int]:
 def _drawn(run: TrainedRun, settings: ImageSampling, sheet: Sheet) -> np.ndarray:
     images = torch.cat(list(decoded(run, sheet.latents, sheet.labels, settings.batch_size)))
     return grid(images, sheet.columns, sheet.texts, settings.scale, sheet.rows)
-
-
-def _write(picture: np.ndarray, file: Path) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(file)
-    except ValueError:
-        raise UserError(f"--out: {file} has no ending that pillow knows; call it {file.with_suffix('.png').name}") from None
-    except OSError as error:
-        raise UserError(f"--out: {file} cannot be written ({error.strerror or error}); give another path") from None

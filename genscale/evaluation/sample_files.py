@@ -85,6 +85,20 @@ def write_images_npz(file: Path, batches: Iterable[Tensor], shape: tuple[int, in
                         np.lib.format.write_array(array, np.asarray(values), allow_pickle=False)
 
 
+def write_picture(file: Path, picture: np.ndarray) -> None:
+    """Write a picture, uint8 `(height, width, 3)`, in the format that the file's name says.
+
+    Raises:
+        UserError: pillow writes no such format, or the file cannot be written.
+    """
+    with _said("--out", file):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(file)
+        except ValueError:
+            raise UserError(f"--out: {file} has no ending that pillow knows; call it {file.with_suffix('.png').name}") from None
+
+
 def write_array(file: Path, name: str, values: np.ndarray) -> None:
     """Write one array: as .csv with the columns x, y where the file is called so, else as .npz under its name and as `arr_0`.
 

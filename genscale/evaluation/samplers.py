@@ -12,6 +12,7 @@ from typing import Any
 from genscale.errors import UserError
 from genscale.evaluation.generation import stream_texts
 from genscale.evaluation.image_sampling import ImageSampling, sample_images
+from genscale.evaluation.point_sampling import PointSampling, sample_points
 from genscale.evaluation.trained_run import TrainedRun
 
 
@@ -92,4 +93,5 @@ class Sampler:
 
 
 IMAGES = Sampler(ImageSampling, sample_images)
-SAMPLERS = {"gpt": Sampler(TextSampling, sample_gpt), "dcgan": IMAGES, "vae": IMAGES, "vae_gan": IMAGES}
+SAMPLERS = {"gpt": Sampler(TextSampling, sample_gpt), "dcgan": IMAGES, "vae": IMAGES, "vae_gan": IMAGES,
+            "points": Sampler(PointSampling, sample_points)}

@@ -15,7 +15,7 @@ from genscale.tracking.metrics_file import read_metrics
 COLOURS = {"training": "#3b76af", "validation": "#d1602b", "learning_rate": "#4d8f57", "grad_norm": "#8a6bb0"}
 PHASES = ("#3b76af", "#b8497a", "#8d8636", "#2f9c98", "#6b6b6b")
 RATES = ("-", "--", ":", "-.")
-TITLE_LETTERS = 80
+TITLE_LETTERS = 42
 """In a line."""
 SMOOTH_FROM = 120
 """With more points than this, a running median is drawn over a noisy curve."""
@@ -109,8 +109,9 @@ def _write_title(figure: Any, title: str) -> None:
         fontManager.addfont(file)
         families.append(FontProperties(fname=file).get_name())
     lines = [title[start : start + TITLE_LETTERS] for start in range(0, len(title), TITLE_LETTERS)]
-    figure.suptitle("\n".join(lines), fontsize=12, fontweight="bold", x=0.02, ha="left", parse_math=False,
-                    fontfamily=["DejaVu Sans", *families])
+    plain = set(families) <= {"DejaVu Sans"}
+    figure.suptitle("\n".join(lines), fontsize=12, fontweight="bold" if plain else "normal", x=0.02, ha="left",
+                    parse_math=False, fontfamily=["DejaVu Sans", *families])
 
 
 def _draw_losses(axes: Any, records: list[dict[str, Any]], wanted: Sequence[tuple[str, str, str]], heading: str) -> None:
