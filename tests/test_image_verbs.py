@@ -13,8 +13,10 @@ from PIL import Image
 
 from genscale.config_parser import load_config
 from genscale.data.images import ImageData, ImageDataSettings
+from genscale.errors import UserError
 from genscale.evaluation.classifier import RECIPE
 from genscale.evaluation.image_generation import as_uint8, latents
+from genscale.evaluation.image_scores import _opened as opened_images
 from genscale.evaluation.sample_files import write_pictures
 from genscale.models.feature_network import RandomFeatures
 from genscale.models.image_grid import grid
@@ -314,9 +316,23 @@ def test_likelihood_by_importance_samples(vae, genscale):
     ("gan", ["--importance_samples", 5], ["--importance_samples", "dcgan", "no likelihood"]),
     ("vae", ["--data.size", "16"], ["step-00000004", "network", "leave out", "data.size"]),
     ("gan", ["--tasks", "hellaswag"], ["--tasks", "dcgan", "no text"]),
+    ("vae", ["--model.latents", 7], ["model.latents: 7 is not that of", ", 5; leave it out"]),
     ("gan", ["--features", "other"], ["features", "one of", "other"]),
 ])  # fmt: skip
 def test_evaluate_refuses(which, arguments, words, request, genscale, monkeypatch):
     monkeypatch.setitem(RECIPE, "steps", 12)
     message = genscale("evaluate", request.getfixturevalue(which), *arguments).message()
     assert all(word in message for word in words), message
+
+
+def test_the_class_that_differs_is_shown_among_many(tmp_path):
+    names = [f"class {number:02}" for number in range(40)]
+    there = [*names[:30], "other", *names[31:]]
+    images = np.random.default_rng(0).integers(0, 256, (200, 8, 8), np.uint8)
+    np.savez(tmp_path / "x.npz", images=images, labels=np.array(there * 5))
+    settings = ImageDataSettings(str(tmp_path / "x.npz"), size=8, channels=1, labels=True, validation_fraction=0.5,
+                                 class_names=there)
+    with pytest.raises(UserError) as refused:
+        opened_images(settings, names)
+    message = str(refused.value)
+    assert "class 29, other, ..., and the run" in message and "class 29, class 30, ...; give" in message and len(message) < 500

@@ -15,7 +15,7 @@ from genscale.tracking.metrics_file import read_metrics
 COLOURS = {"training": "#3b76af", "validation": "#d1602b", "learning_rate": "#4d8f57", "grad_norm": "#8a6bb0"}
 PHASES = ("#3b76af", "#b8497a", "#8d8636", "#2f9c98", "#6b6b6b")
 RATES = ("-", "--", ":", "-.")
-TITLE_LETTERS = 42
+TITLE_LETTERS = 40
 """In a line."""
 SMOOTH_FROM = 120
 """With more points than this, a running median is drawn over a noisy curve."""

@@ -102,7 +102,7 @@ def test_limits_leave_out_the_first_steps_and_lone_spikes():
 @pytest.mark.parametrize(("title", "shown"), [
     ("a $x$ and $\\frac_{$", "a $x$ and $\\frac_{$"),
     ("\u043a\u043e\u0448\u043a\u0430 \U000f0123", "\u043a\u043e\u0448\u043a\u0430 \\U000f0123"),
-    ("W" * 100, "\n".join(["W" * 42, "W" * 42, "W" * 16])),
+    ("W" * 100, "\n".join(["W" * 40, "W" * 40, "W" * 20])),
 ])  # fmt: skip
 def test_the_title_is_the_name_of_the_run_without_boxes_or_formulas(title, shown, tmp_path, recwarn):
     figure = Figure(figsize=(8, 6), dpi=150)

@@ -7,6 +7,7 @@ import torch
 
 from genscale.config import Config, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
 from genscale.data.text_settings import TextDataSettings
+from genscale.errors import UserError, nearest
 from genscale.models.gpt_settings import GPTSettings
 from genscale.models.points_settings import PointsGANSettings
 from genscale.objectives.base import Objective, Phase
@@ -14,6 +15,7 @@ from genscale.parallel.precision import native_precision
 from genscale.parallel.strategies import ParallelPlan
 from genscale.training.guards import calmer
 from genscale.training.out_of_memory import smaller
+from genscale.training.run_folder import check_free_space
 
 
 def config(model=None, **sections) -> Config:
@@ -77,3 +79,16 @@ def test_batch_normalisation_is_not_left_with_one_value():
     assert smaller(config(model), plan, 4, NONE)[0] == "train.micro_batch_size 2"
     assert smaller(config(model), plan, 2, NONE)[0] == FSDP
     assert smaller(config(optimizer=OptimizerSettings(name="muon")), plan, 2, NONE)[1] == FSDP
+
+
+def test_the_nearest_of_what_there_is_is_not_the_word_itself():
+    assert nearest("0.0", ["0.0", "1.0"]) == " (did you mean '1.0'?)"
+    assert nearest("cat", ["cat", "dog"]) == ""
+
+
+@pytest.mark.parametrize(("keep", "words"), [(4, "free some space, lower train.checkpoint_keep (4), or set"),
+                                             (1, "free some space, or set --run.dir")])  # fmt: skip
+def test_fewer_checkpoints_are_no_advice_to_a_run_that_keeps_one(keep, words, tmp_path):
+    with pytest.raises(UserError) as refused:
+        check_free_space(tmp_path, 10**15, 0, TrainSettings(checkpoint_keep=keep), print)
+    assert words in str(refused.value)
