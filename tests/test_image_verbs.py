@@ -15,9 +15,10 @@ from genscale.config_parser import load_config
 from genscale.data.images import ImageData, ImageDataSettings
 from genscale.errors import UserError
 from genscale.evaluation.classifier import RECIPE
-from genscale.evaluation.image_generation import as_uint8, latents
+from genscale.evaluation.image_generation import as_uint8, decoded, latents
 from genscale.evaluation.image_scores import _opened as opened_images
 from genscale.evaluation.sample_files import write_pictures
+from genscale.evaluation.trained_run import TrainedRun
 from genscale.models.feature_network import RandomFeatures
 from genscale.models.image_grid import grid
 from genscale.objectives import FAMILIES
@@ -235,6 +236,15 @@ def test_a_class_in_the_name_of_a_file_is_a_plain_name(tmp_path):
     found = sorted(path.name for path in tmp_path.iterdir())
     assert [name[:5] for name in found] == [f"{i:05}" for i in range(6)]
     assert found[0] == "00000-a%2Fb.png" and found[2:4] == ["00002-\u732b.png", "00003-\u0939\u093f.png"]
+
+
+def test_images_that_are_no_numbers_are_no_black_ones(gan):
+    objective = opened(gan)
+    with torch.no_grad():
+        next(objective.networks["generator"].parameters()).fill_(torch.nan)
+    run = TrainedRun(objective, None, gan, torch.device("cpu"))
+    with pytest.raises(UserError, match="diverged"):
+        next(decoded(run, torch.zeros(2, 6), torch.zeros(2, dtype=torch.int64), 2))
 
 
 @pytest.mark.parametrize(("which", "arguments", "words"), [

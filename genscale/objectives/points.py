@@ -85,6 +85,8 @@ def draw_points(points: np.ndarray, mixture: Mixture) -> np.ndarray:
     axes.scatter(*points.T, s=3, alpha=0.5, color="#3b76af", linewidths=0)
     limit = 1.3 * np.abs(mixture.centers).max()
     axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    if outside := len(points) - int((np.abs(points) <= limit).all(1).sum()):
+        axes.set_title(f"{outside:,} of {len(points):,} points lie outside", fontsize="small")
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
