@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import threading
 
 import pytest
 
+from genscale.cli import main
 from genscale.evaluation.samplers import TextSampling, prompts_of
 
 
@@ -92,3 +95,11 @@ def test_a_prompt_that_is_no_text_or_no_file_is_one_line(genscale, trained):
 def test_a_setting_below_what_fp32_holds_takes_the_likeliest_token(settings, genscale, trained):
     likeliest = done(genscale("sample", trained, "--prompt", "The ", "--tokens", 12, "--temperature", 0))
     assert done(genscale("sample", trained, "--prompt", "The ", "--tokens", 12, *settings)) == likeliest
+
+
+def test_letters_that_the_terminal_does_not_know_are_escaped(trained):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        assert main(["sample", str(trained), "--prompt", "caf\u00e9", "--tokens", "1", "--temperature", "0"]) == 0
+    out.flush()
+    assert out.buffer.getvalue().startswith(rb"caf\xe9")
