@@ -28,8 +28,8 @@ class SourceLost(UserError):
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` for the choice closest to `word`, or an empty string when none is close."""
-    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    """`" (did you mean 'x'?)"` for the other choice closest to `word`, or an empty string when none is close."""
+    found = difflib.get_close_matches(word, [choice for choice in choices if choice != word], n=1, cutoff=0.5)
     return f" (did you mean '{found[0]}'?)" if found else ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from genscale.data.tokenizers import ByteTokenizer, load_tokenizer
 from genscale.models.gpt import GPT
 from genscale.objectives import FAMILIES
 from genscale.training.checkpoints import Checkpoint
+from genscale.training.run import RunResult
+from genscale.verbs.train import farewell
 
 LAST = Path("checkpoints") / "step-00000006"
 
@@ -178,7 +181,7 @@ def test_evaluate_on_other_data(genscale, trained, tmp_path):
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--data.validation_source", "nowhere.txt"], ["data.validation_source=nowhere.txt", "no such file"]),
     (["--data.sequence_length", 64], ["data.sequence_length", "64", "model.positions 32"]),
-    (["--model.layers", 1], ["model", "layers=1", "layers=2"]),
+    (["--model.layers", 1], ["model.layers: 1 is not that of", ", 2; leave it out"]),
     (["--data.validatoin_source", "x"], ["'data.validation_source'"]),
 ])  # fmt: skip
 def test_evaluate_refuses(arguments, words, genscale, trained):
@@ -256,3 +259,17 @@ def test_a_path_without_a_checkpoint(words, genscale, tmp_path):
 @pytest.mark.parametrize("arguments", [[], ["lst", "x"], ["list"], ["list", "a", "b"], ["--frobnicate"]])
 def test_checkpoint_refuses(arguments, genscale):
     assert genscale("checkpoint", *arguments).message()
+
+
+def test_what_to_type_next_can_be_typed(tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    metrics = {"loss": 1.5, "active_units": 16, "modes": 8, "fd": 1e-5}
+    folder = tmp_path / "a $b; c"
+    lines = farewell(RunResult(folder, 10, metrics, tmp_path / "x.png", None, True), ["--run.name", "a $b; c"]).splitlines()
+    assert "validation: loss 1.5000, active units 16, modes 8, fd 1e-05" in lines
+    commands = {line[2:19].strip(): shlex.split(line[19:]) for line in lines[lines.index("next:") + 1 :]}
+    assert commands["sample"][:3] == ["genscale", "sample", str(folder)]
+    assert commands["two processes"][5:8] == [f"{folder}/config.yaml", "--run.name", "a $b; c-2"]
+    assert f"{folder}/config.yaml" in commands["see it in W&B"]
+    monkeypatch.setenv("RANK", "0")
+    assert "two processes" not in farewell(RunResult(folder, 10, metrics, "text", None, True), [])

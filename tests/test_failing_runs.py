@@ -112,7 +112,7 @@ def test_a_learning_rate_that_blows_up(policy, left_out, genscale, tiny_config, 
     message = done.message_of_run()
     step = int(re.search(r"at step (\d+)", message).group(1))
     assert logged_steps(tiny_run) == list(range(1, step)) and step == 2 + left_out
-    why = "last good checkpoint: none" if policy == "stop" else "no checkpoint to go back to (set train.checkpoint_every)"
+    why = "last good checkpoint: none" if policy == "stop" else "no checkpoint to go back to yet (train.checkpoint_every is 1)"
     holds(message, "loss", "nan", "rank 0", why, "optimizer.lr")
     assert done.err.count("is left out") == left_out and not list((tiny_run / "checkpoints").iterdir())
 

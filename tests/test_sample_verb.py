@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import re
+import threading
 
 import pytest
+
+from genscale.cli import main
+from genscale.evaluation.samplers import TextSampling, prompts_of
 
 
 def done(outcome) -> str:
@@ -48,6 +55,7 @@ def test_text_shows_before_the_next_token_is_drawn(genscale_start, trained):
 
 @pytest.mark.parametrize(("content", "words"), [
     (None, ["cannot be read"]), (b"\n \n", ["holds no prompt"]), (b"\xff\xfe\xff", ["cannot be read", "UTF-8"]),
+    (b"", ["holds no prompt"]),
 ])  # fmt: skip
 def test_a_file_of_prompts_that_is_none_is_refused(content, words, genscale, trained, tmp_path):
     file = tmp_path / "prompts.txt"
@@ -60,3 +68,38 @@ def test_a_file_of_prompts_that_is_none_is_refused(content, words, genscale, tra
 def test_a_prompt_beside_a_file_of_prompts_is_refused(genscale, trained, tmp_path):
     message = genscale("sample", trained, "--prompts", tmp_path / "x", "--prompt", "The").message_of_run()
     assert "prompts" in message and "leave one out" in message
+
+
+def test_only_a_line_break_ends_a_prompt(tmp_path):
+    file = tmp_path / "prompts.txt"
+    lines = ["\ufeffbyte order mark", "line\u2028separator", "form\x0cfeed and\x0bvertical tab", "next\x85line", " \t", "a\rb"]
+    file.write_bytes("\r\n".join(lines[:3]).encode() + "\n".join(["", *lines[3:]]).encode())
+    expected = [lines[0][1:], *lines[1:4], lines[5]]
+    assert prompts_of(TextSampling(prompts=str(file))) == expected
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(file.read_bytes()))
+    writer.start()
+    assert prompts_of(TextSampling(prompts=str(pipe))) == expected
+    writer.join()
+
+
+def test_a_prompt_that_is_no_text_or_no_file_is_one_line(genscale, trained):
+    message = genscale("sample", trained, "--prompt", os.fsdecode(b"caf\xe9")).message_of_run()
+    assert "prompt: 'caf\\udce9' is not UTF-8 from character 4 on" in message
+    assert "'' names no file" in genscale("sample", trained, "--prompts", "").message_of_run()
+
+
+@pytest.mark.parametrize("settings", [("--top_p", "1e-50"), ("--temperature", "1e-46"), ("--temperature", "1e-300"),
+                                      ("--temperature", "1e-39", "--top_k", "5", "--top_p", "0.9")])  # fmt: skip
+def test_a_setting_below_what_fp32_holds_takes_the_likeliest_token(settings, genscale, trained):
+    likeliest = done(genscale("sample", trained, "--prompt", "The ", "--tokens", 12, "--temperature", 0))
+    assert done(genscale("sample", trained, "--prompt", "The ", "--tokens", 12, *settings)) == likeliest
+
+
+def test_letters_that_the_terminal_does_not_know_are_escaped(trained):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        assert main(["sample", str(trained), "--prompt", "caf\u00e9", "--tokens", "1", "--temperature", "0"]) == 0
+    out.flush()
+    assert out.buffer.getvalue().startswith(rb"caf\xe9")

@@ -19,6 +19,7 @@ from genscale.cluster.slurm_commands import Queued
 from genscale.config import RunSettings
 from genscale.errors import UserError
 from genscale.tracking.metrics_file import read_metrics
+from genscale.tracking.progress import figure
 from genscale.training.checkpoint_names import latest_step
 
 RECENT = 20
@@ -164,6 +165,6 @@ def table(rows: Sequence[Row]) -> str:
         step = f"{row.step}/{row.steps}" if row.steps else str(row.step)
         end = f"{datetime.now() + timedelta(seconds=row.predicted):%a %d %b %H:%M}" if row.predicted is not None else "-"
         lines.append((str(row.run), row.job or "-", row.state, str(row.lives), step,
-                      "-" if row.loss is None else f"{row.loss:.4f}", row.speed or "-", row.time_left or "-", end, row.note))
+                      "-" if row.loss is None else figure(row.loss), row.speed or "-", row.time_left or "-", end, row.note))
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)

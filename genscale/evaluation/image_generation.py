@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from genscale.errors import UserError
 from genscale.evaluation.trained_run import TrainedRun
 from genscale.objectives.base import Objective
 from genscale.rng import Draws
@@ -23,11 +24,17 @@ def decoded(run: TrainedRun, drawn: Tensor, labels: Tensor | None, batch_size: i
 
     Args:
         labels: int64 `(n,)`, where the run is conditional.
+
+    Raises:
+        UserError: they are no numbers.
     """
     for start in range(0, len(drawn), batch_size):
         part = drawn[start : start + batch_size].to(run.device)
         classes = None if labels is None else labels[start : start + batch_size].to(run.device)
         images = run.objective.generate(run.objective.networks, part, classes)
+        if not images.isfinite().all():
+            raise UserError("model: what the network generates is no number: its weights have diverged; take an earlier "
+                            "checkpoint (--step), or train with a lower optimizer.lr")
         yield as_uint8(images)
 
 

@@ -1,9 +1,10 @@
-"""`genscale sample` for the image families: one picture of samples, of walks between latents, or of what a VAE has learnt."""
+"""`genscale sample` for the image families: samples, or one picture of walks between latents or of what a VAE has learnt."""
 
 from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from genscale.data.image_labels import composed
 from genscale.data.images import ImageData
 from genscale.errors import UserError, nearest
 from genscale.evaluation.image_generation import decoded, latents
+from genscale.evaluation.sample_files import empty_folder, write_images_npz, write_picture, write_pictures
 from genscale.evaluation.trained_run import TrainedRun
-from genscale.models.image_grid import grid
+from genscale.models.image_grid import grid, tile_scale
+from genscale.models.lettering import class_captions
 from genscale.rng import permutation
 
 MOST_CLASS_COLUMNS = 16
@@ -26,6 +29,8 @@ MOST_CLASS_COLUMNS = 16
 TRAVERSED = 3.0
 """How far a latent dimension is moved to either side, in standard deviations of the prior."""
 EXAMPLES_FOR_ACTIVITY = 256
+MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS
+"""Of a picture; Pillow and others refuse to open larger ones."""
 
 
 @dataclass
@@ -33,21 +38,27 @@ class ImageSampling:
     """What to draw."""
 
     count: PositiveInt = 64
-    """Images in the picture, about, where it has whole rows."""
+    """Images in the picture, about, where it has whole rows; exactly, of files and .npz."""
     seed: NonNegativeInt = 0
     """Same seed, same images; image i depends on the seed and i alone."""
     out: str | None = None
-    """File to write, .png or what else pillow writes (default: <run folder>/samples/sample-seed<seed>.png)."""
+    """File to write: a picture, .png or what else pillow writes (default: <run folder>/samples/sample-seed<seed>.png), or .npz
+    with the samples as arrays (images, labels; the same as arr_0, arr_1 for other tools), which data.source reads."""
+    files: str | None = None
+    """Folder, new or empty, to write each sample into as a file: 00000.png, or 00000-<class>.png of a conditional run."""
     label: str | None = None
     """Draw this class only, by name (of a conditional run)."""
     columns: PositiveInt | None = None
     """Images in a row (default: a column for each class, or as square as can be)."""
+    scale: PositiveInt | None = None
+    """Each pixel of an image becomes a square of this side (default: the least that makes images of 32 pixels)."""
     interpolate: bool = False
     """Each row is a walk from one latent to another, along the sphere (White 2016)."""
     reconstruct: bool = False
     """Validation images, and below each what the autoencoder makes of it."""
     traverse: bool = False
-    """Each row moves one latent dimension of a validation image from -3 to 3, the most active dimension first."""
+    """Each row moves one latent dimension of a validation image from -3 to 3, beside the image with none moved, the most active
+    dimension first."""
     live: bool = False
     """The weights as trained, not their average."""
     batch_size: PositiveInt = 64
@@ -56,35 +67,97 @@ class ImageSampling:
 
 @dataclass(frozen=True)
 class Sheet:
-    """What a mode draws: latents and classes by tile, texts above the tiles, images that are there already."""
+    """What a mode draws: latents and classes by tile, texts above the tiles, names of the rows."""
 
     latents: Tensor
     columns: int
-    texts: list[str] | None = None
+    texts: Sequence[str] | None = None
     labels: Tensor | None = None
+    rows: Sequence[str] | None = None
 
 
 def sample_images(run: TrainedRun, settings: ImageSampling) -> None:
-    """Write the picture, and say where.
+    """Write the picture or the samples, and say where.
 
     Raises:
-        UserError: a mode that the family lacks, an unknown class, or a file that cannot be written.
+        UserError: a mode that the family lacks, an unknown class, settings that do not go together, or a file that cannot be
+            written.
     """
+    mode = _mode(run, settings)
+    only = _class_number(run, settings.label)
+    out = Path(settings.out) if settings.out else None
+    if settings.files:
+        folder = Path(settings.files)
+        empty_folder(folder)
+        numbers = _classes(run, settings, only)
+        write_pictures(folder, _batches(run, settings, numbers), settings.count, _names(run, numbers))
+        print(f"{folder} ({settings.count:,} images)")
+    if out is not None and out.suffix == ".npz":
+        numbers = _classes(run, settings, only)
+        write_images_npz(out, _batches(run, settings, numbers), (settings.count, *run.objective.image_shape),
+                         _names(run, numbers), None if numbers is None else numbers.numpy())
+        print(f"{out} ({settings.count:,} images)")
+    elif out is not None or not settings.files:
+        _check_size(run, settings)
+        picture = {"sample": _samples, "interpolate": _walks, "reconstruct": _reconstructions,
+                   "traverse": _traversals}[mode](run, settings, only)
+        file = out or run.folder / "samples" / f"{mode}-seed{settings.seed}.png"
+        write_picture(file, picture)
+        height, width, _ = picture.shape
+        print(f"{file} ({width} x {height} pixels)")
+
+
+def _mode(run: TrainedRun, settings: ImageSampling) -> str:
     modes = [mode for mode in ("interpolate", "reconstruct", "traverse") if getattr(settings, mode)]
     if len(modes) > 1:
         raise UserError(f"--{modes[0]}: cannot be joined with --{modes[1]}; leave one out")
-    mode = modes[0] if modes else "sample"
-    if mode in ("reconstruct", "traverse") and not hasattr(run.objective, "encode"):
-        raise UserError(f"--{mode}: a run of model.family {run.config.model.family} has no encoder; leave it out, or sample a "
-                        "run of family vae")
-    only = _class_number(run, settings.label)
-    picture = {"sample": _samples, "interpolate": _walks, "reconstruct": _reconstructions,
-               "traverse": _traversals}[mode](run, settings, only)
-    name = f"{mode}-seed{settings.seed}.png"
-    file = Path(settings.out) if settings.out else run.folder / "samples" / name
-    _write(picture, file)
-    height, width, _ = picture.shape
-    print(f"{file} ({width} x {height} pixels)")
+    if modes and modes[0] != "interpolate" and not hasattr(run.objective, "encode"):
+        raise UserError(f"--{modes[0]}: a run of model.family {run.config.model.family} has no encoder; leave it out, or "
+                        "sample a run of family vae")
+    arrays = settings.out is not None and Path(settings.out).suffix == ".npz"
+    if settings.files or arrays:
+        flag = f"--files {settings.files}" if settings.files else f"--out {settings.out}"
+        if modes:
+            raise UserError(f"--{modes[0]}: makes one picture, and {flag} asks for single samples; leave one of them out")
+        if arrays or not settings.out:
+            for name in ("columns", "scale"):
+                if (value := getattr(settings, name)) is not None:
+                    raise UserError(f"--{name}: {value} is about a picture, and {flag} makes none; leave it out, or add --out "
+                                    "picture.png")
+    return modes[0] if modes else "sample"
+
+
+def _check_size(run: TrainedRun, settings: ImageSampling) -> None:
+    """Raises UserError for a picture that nothing could show."""
+    _, height, width = run.objective.image_shape
+    scale = settings.scale or tile_scale(height, width)
+    most = MOST_PIXELS // (height * width * scale**2)
+    if settings.count > most:
+        smaller = math.isqrt(MOST_PIXELS // (settings.count * height * width))
+        fewer = [f"--count {most}"] if most else []
+        fewer += [f"--scale {smaller}"] if settings.scale and smaller else []
+        raise UserError(f"--count: {settings.count} images of {width * scale} x {height * scale} pixels make a picture of more "
+                        f"than {MOST_PIXELS:,} pixels, which programs refuse to open; nearest allowed: "
+                        f"{' or '.join(fewer)}, or single files (--files)")
+
+
+def _classes(run: TrainedRun, settings: ImageSampling, only: int | None) -> Tensor | None:
+    """Number of the class of each sample, in turn where none was asked for, int64 `(count,)`; None where there are none."""
+    if run.objective.class_names is None:
+        return None
+    numbers = torch.arange(settings.count)
+    return numbers % len(run.objective.class_names) if only is None else torch.full_like(numbers, only)
+
+
+def _names(run: TrainedRun, numbers: Tensor | None) -> list[str] | None:
+    return None if numbers is None else [run.objective.class_names[number] for number in numbers.tolist()]
+
+
+def _batches(run: TrainedRun, settings: ImageSampling, labels: Tensor | None) -> Iterator[Tensor]:
+    """The samples, a batch at a time, uint8 `(batch, channels, height, width)`."""
+    for numbers in torch.arange(settings.count).split(settings.batch_size):
+        yield from decoded(run, latents(run.objective, settings.seed, numbers), None if labels is None else labels[numbers],
+                           settings.batch_size)
 
 
 def _class_number(run: TrainedRun, name: str | None) -> int | None:
@@ -100,18 +173,26 @@ def _class_number(run: TrainedRun, name: str | None) -> int | None:
     return names.index(name) if name in names else known.index(composed(name))
 
 
+def _captions(run: TrainedRun) -> list[str]:
+    """What stands for each class; what cannot be drawn is said."""
+    captions, problem = class_captions(run.objective.class_names)
+    if problem:
+        print(f"warning: {problem}", file=sys.stderr)
+    return captions
+
+
 def _samples(run: TrainedRun, settings: ImageSampling, only: int | None) -> np.ndarray:
-    names, numbers = run.objective.class_names, torch.arange(settings.count)
+    labels, numbers = _classes(run, settings, only), torch.arange(settings.count)
     drawn = latents(run.objective, settings.seed, numbers)
-    if names is None:
+    if labels is None:
         return _drawn(run, settings, Sheet(drawn, _columns(settings)))
+    captions = _captions(run)
     if only is not None:
-        texts = [names[only]] + [""] * (settings.count - 1)
-        return _drawn(run, settings, Sheet(drawn, _columns(settings), texts, torch.full_like(numbers, only)))
-    labels = numbers % len(names)
-    by_column = settings.columns in (None, len(names)) and len(names) <= MOST_CLASS_COLUMNS
-    columns = len(names) if by_column else _columns(settings)
-    texts = [names[label] if i < columns or not by_column else "" for i, label in enumerate(labels.tolist())]
+        texts = [captions[only]] + [""] * (settings.count - 1)
+        return _drawn(run, settings, Sheet(drawn, _columns(settings), texts, labels))
+    by_column = settings.columns in (None, len(captions)) and len(captions) <= MOST_CLASS_COLUMNS
+    columns = len(captions) if by_column else _columns(settings)
+    texts = [captions[label] if i < columns or not by_column else "" for i, label in enumerate(labels.tolist())]
     return _drawn(run, settings, Sheet(drawn, columns, texts, labels))
 
 
@@ -120,7 +201,13 @@ def _walks(run: TrainedRun, settings: ImageSampling, only: int | None) -> np.nda
     ends = latents(run.objective, settings.seed, torch.arange(2 * rows))
     shares = torch.linspace(0, 1, columns)
     points = torch.cat([spherical(ends[2 * row], ends[2 * row + 1], shares) for row in range(rows)])
-    return _drawn(run, settings, Sheet(points, columns, *_labels_by_row(run, rows, columns, only)))
+    texts = [f"{share:.2f}" for share in shares.tolist()] + [""] * ((rows - 1) * columns)
+    if run.objective.class_names is None:
+        return _drawn(run, settings, Sheet(points, columns, texts))
+    captions = _captions(run)
+    classes = [row % len(captions) if only is None else only for row in range(rows)]
+    return _drawn(run, settings, Sheet(points, columns, texts, torch.tensor(classes).repeat_interleave(columns),
+                                       [captions[label] for label in classes]))
 
 
 def spherical(start: Tensor, end: Tensor, shares: Tensor) -> Tensor:
@@ -136,29 +223,20 @@ def spherical(start: Tensor, end: Tensor, shares: Tensor) -> Tensor:
     return points.float().view(-1, *start.shape)
 
 
-def _labels_by_row(run: TrainedRun, rows: int, columns: int, only: int | None) -> tuple[list[str] | None, Tensor | None]:
-    names = run.objective.class_names
-    if names is None:
-        return None, None
-    classes = [row % len(names) if only is None else only for row in range(rows)]
-    texts = [names[label] if column == 0 else "" for label in classes for column in range(columns)]
-    return texts, torch.tensor(classes).repeat_interleave(columns)
-
-
 @torch.no_grad()
 def _reconstructions(run: TrainedRun, settings: ImageSampling, only: int | None) -> np.ndarray:
     inputs, labels = _validation_images(run, settings, max(1, settings.count // 2), only)
     means, _ = _encoded(run, inputs, settings.batch_size)
     outputs = torch.cat(list(decoded(run, means, labels, settings.batch_size)))
     columns = min(settings.columns or _even_columns(2 * len(inputs)), len(inputs))
-    tiles, texts = [], []
+    tiles, rows = [], []
     for start in range(0, len(inputs), columns):
-        for word, images in (("input", inputs), ("", outputs)):  # the word's room keeps the pairs apart
+        for word, images in (("input", inputs), ("output", outputs)):
             row = images[start : start + columns]
             blank = torch.full((columns - len(row), *row.shape[1:]), 255, dtype=torch.uint8)
             tiles.append(torch.cat([row, blank]))
-            texts += [word] + [""] * (columns - 1)
-    return grid(torch.cat(tiles), columns, texts)
+            rows.append(word)
+    return grid(torch.cat(tiles), columns, scale=settings.scale, rows=rows)
 
 
 @torch.no_grad()
@@ -168,17 +246,18 @@ def _traversals(run: TrainedRun, settings: ImageSampling, only: int | None) -> n
     means = means.flatten(1)
     activity, order = means.var(0, correction=0).sort(descending=True)
     rows, columns = _rows_and_columns(settings)
-    rows = min(rows, len(order))
+    rows, values = min(rows, len(order)), max(3, columns - 1 | 1)  # an odd number has 0 in its middle
+    columns = 1 + values
     points = means[:1].repeat(rows * columns, 1)
-    moved = torch.linspace(-TRAVERSED, TRAVERSED, columns)
+    moved = torch.linspace(-TRAVERSED, TRAVERSED, values)
     for row, dimension in enumerate(order[:rows].tolist()):
-        points[row * columns : (row + 1) * columns, dimension] = moved
-    texts = [f"z{order[row]}" if column == 0 else f"{moved[column]:+.1f}" if row == 0 else ""
-             for row in range(rows) for column in range(columns)]
+        points[row * columns + 1 : (row + 1) * columns, dimension] = moved
+    texts = ["not moved", *(f"{value:+.1f}" if value else "0.0" for value in moved.tolist())] + [""] * ((rows - 1) * columns)
     active = (activity > 0.01).sum().item()
     print(f"{active} of {len(order)} latent dimensions are active", file=sys.stderr)
     labels = None if labels is None else labels[:1].repeat(rows * columns)
-    return _drawn(run, settings, Sheet(points.view(-1, *run.objective.latent_shape), columns, texts, labels))
+    names = [f"z{dimension}" for dimension in order[:rows].tolist()]
+    return _drawn(run, settings, Sheet(points.view(-1, *run.objective.latent_shape), columns, texts, labels, names))
 
 
 def _validation_images(run: TrainedRun, settings: ImageSampling, count: int,
@@ -216,14 +295,4 @@ def _rows_and_columns(settings: ImageSampling) -> tuple[int, int]:
 
 def _drawn(run: TrainedRun, settings: ImageSampling, sheet: Sheet) -> np.ndarray:
     images = torch.cat(list(decoded(run, sheet.latents, sheet.labels, settings.batch_size)))
-    return grid(images, sheet.columns, sheet.texts)
-
-
-def _write(picture: np.ndarray, file: Path) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(file)
-    except ValueError:
-        raise UserError(f"--out: {file} has no ending that pillow knows; call it {file.with_suffix('.png').name}") from None
-    except OSError as error:
-        raise UserError(f"--out: {file} cannot be written ({error.strerror or error}); give another path") from None
+    return grid(images, sheet.columns, sheet.texts, settings.scale, sheet.rows)

@@ -43,6 +43,7 @@ TRAINING_IMAGES = 10_000
 """Training images at most that generated ones are compared with for memorisation."""
 MEMORISATION_QUANTILE = 0.05
 SHOWN_AFTER_SECONDS = 2.0
+SHOWN_CLASSES = 12
 FeatureNetwork = Classifier | RandomFeatures | InceptionFeatures
 
 
@@ -118,9 +119,15 @@ def _data_and_kind(run: TrainedRun, settings: ImageScoring) -> tuple[Data, str]:
 def _opened(settings: ImageDataSettings, class_names: list[str] | None) -> Data:
     """The images one by one; of a conditional run its classes, or what it generates of each would be another's."""
     data: Data = ImageData(settings, 0)
-    if class_names is not None and data.classes != [composed(name) for name in class_names]:
-        raise UserError(f"data.source: {settings.source} has the classes {', '.join(data.classes)}, and the run was trained on "
-                        f"{', '.join(class_names)}; give images of the same classes")
+    class_names = class_names and [composed(name) for name in class_names]
+    if class_names is not None and data.classes != class_names:
+        first = next((number for number, pair in enumerate(zip(data.classes, class_names, strict=False))
+                      if pair[0] != pair[1]), min(len(data.classes), len(class_names)))
+        start = max(0, first - SHOWN_CLASSES + 1)
+        found, known = (("..., " if start else "") + ", ".join(names[start : start + SHOWN_CLASSES])
+                        + (", ..." if len(names) > start + SHOWN_CLASSES else "") for names in (data.classes, class_names))
+        raise UserError(f"data.source: {settings.source} has the classes {found}, and the run was trained on {known}; give "
+                        "images of the same classes")
     return gan_images(data, dataclasses.replace(settings, pack=1)) if getattr(settings, "stack", 1) > 1 else data
 
 

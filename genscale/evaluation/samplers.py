@@ -12,6 +12,7 @@ from typing import Any
 from genscale.errors import UserError
 from genscale.evaluation.generation import stream_texts
 from genscale.evaluation.image_sampling import ImageSampling, sample_images
+from genscale.evaluation.point_sampling import PointSampling, sample_points
 from genscale.evaluation.trained_run import TrainedRun
 
 
@@ -43,7 +44,7 @@ def sample_gpt(run: TrainedRun, settings: TextSampling) -> None:
     Raises:
         UserError: a setting out of range, or prompts that cannot be read.
     """
-    prompts, objective = _prompts(settings), run.objective
+    prompts, objective = prompts_of(settings), run.objective
     started, shown, drawn, total = time.perf_counter(), -1, 0, len(prompts) * settings.count
     for piece in stream_texts(objective.networks["gpt"], objective.tokenizer, prompts, tokens=settings.tokens,
                               temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p,
@@ -58,17 +59,26 @@ def sample_gpt(run: TrainedRun, settings: TextSampling) -> None:
     print(f"{drawn:,} tokens in {seconds:.3f} s, {drawn / seconds:,.0f} tokens/s", file=sys.stderr)
 
 
-def _prompts(settings: TextSampling) -> list[str]:
+def prompts_of(settings: TextSampling) -> list[str]:
+    """What to go on from. Raises UserError."""
     if settings.prompts is None:
+        try:
+            settings.prompt.encode()
+        except UnicodeEncodeError as error:  # bytes of the command line that are no characters
+            raise UserError(f"prompt: {settings.prompt[:80]!r} is not UTF-8 from character {error.start + 1} on; give it as "
+                            "UTF-8") from None
         return [settings.prompt]
     if settings.prompt:
         raise UserError(f"prompts: {settings.prompts} and prompt '{settings.prompt}' are both given; leave one out")
+    if not settings.prompts:
+        raise UserError("prompts: '' names no file; give a UTF-8 file of one prompt a line, or leave it out")
     try:
-        lines = Path(settings.prompts).read_text(encoding="utf-8").splitlines()
+        text = Path(settings.prompts).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts: {settings.prompts} cannot be read ({getattr(error, 'strerror', None) or error}); give a "
                         "UTF-8 file of one prompt a line") from None
-    prompts = [line for line in lines if line.strip()]
+    # Not splitlines, which also ends a line at a form feed, U+2028 and others that may stand in a text.
+    prompts = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
     if not prompts:
         raise UserError(f"prompts: {settings.prompts} holds no prompt; give a file of one prompt a line, or use --prompt")
     return prompts
@@ -83,4 +93,5 @@ class Sampler:
 
 
 IMAGES = Sampler(ImageSampling, sample_images)
-SAMPLERS = {"gpt": Sampler(TextSampling, sample_gpt), "dcgan": IMAGES, "vae": IMAGES, "vae_gan": IMAGES}
+SAMPLERS = {"gpt": Sampler(TextSampling, sample_gpt), "dcgan": IMAGES, "vae": IMAGES, "vae_gan": IMAGES,
+            "points": Sampler(PointSampling, sample_points)}

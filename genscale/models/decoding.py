@@ -11,7 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genscale.errors import UserError
 from genscale.models.attention import KeyValueCache
+
+LEAST_DIVISOR = 1e-30
+"""Logits over a lower temperature may leave fp32."""
 
 
 def filter_logits(logits: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:
@@ -30,16 +34,26 @@ def filter_logits(logits: Tensor, top_k: int | None = None, top_p: float | None 
         probabilities = ordered.softmax(-1)
         # A token stays while those before it have not filled the nucleus; before the likeliest there is nothing.
         outside = probabilities.cumsum(-1) - probabilities >= top_p
+        outside[:, 0] = False  # also where top_p is below what fp32 holds
         logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
     return logits
 
 
 def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
            generators: Sequence[torch.Generator]) -> Tensor:
-    """The next token of each row `(batch,)` for logits `(batch, vocab_size)`; temperature 0 takes the likeliest."""
+    """The next token of each row `(batch,)` for logits `(batch, vocab_size)`; temperature 0 takes the likeliest.
+
+    Raises:
+        UserError: the logits are no numbers.
+    """
+    if not logits.isfinite().all():
+        raise UserError("model: what the network predicts is no number: its weights have diverged; take an earlier checkpoint "
+                        "(--step), or train with a lower optimizer.lr")
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = filter_logits(logits / temperature, top_k, top_p).softmax(-1)
+    if temperature < LEAST_DIVISOR:
+        logits = (logits - logits.amax(-1, keepdim=True)).double()
+    probabilities = filter_logits((logits / temperature).float(), top_k, top_p).softmax(-1)
     return torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(probabilities, generators, strict=True)])
 
 

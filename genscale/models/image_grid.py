@@ -6,25 +6,30 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
+
+from genscale.models.lettering import Pen
 
 LEAST_TILE = 32
 MARGIN = 2
 PAPER = 255
 INK = 40
+WIDEST_NAME = 120
+"""Pixels for the name of a row; a longer one takes several lines."""
 
 
 def grid(images: Tensor | np.ndarray, columns: int | None = None, labels: Sequence[str] | None = None,
-         scale: int | None = None) -> np.ndarray:
+         scale: int | None = None, rows: Sequence[str] | None = None) -> np.ndarray:
     """The images side by side on white, row by row.
 
     Args:
         images: `(n, channels, height, width)` with 1 or 3 channels; in [0, 1], or uint8.
         columns: images in a row (default: as square as can be).
-        labels: one text an image, drawn above it where it is not empty; a text too long for its tile is cut, and a row without
-            any takes no room for them.
+        labels: one text an image, drawn above it where it is not empty, on as many lines as its tile is too narrow for; a row
+            without any takes no room for them.
         scale: every pixel becomes a square of this side (default: the least that makes tiles of 32 pixels).
+        rows: one text a row, drawn on its left.
 
     Returns:
         uint8 `(height, width, 3)`.
@@ -32,21 +37,33 @@ def grid(images: Tensor | np.ndarray, columns: int | None = None, labels: Sequen
     pixels = _as_uint8(images)
     n, height, width, _ = pixels.shape
     columns = min(columns or math.ceil(math.sqrt(n)), n)
-    scale = scale or max(1, math.ceil(LEAST_TILE / min(height, width)))
-    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+    scale = scale or tile_scale(height, width)
     height, width = height * scale, width * scale
-    font = ImageFont.load_default(size=max(9, min(16, height // 5)))
-    line, labels = math.ceil(font.getbbox("Ag")[3]) + 2, list(labels or [""] * n)
-    captions = [line if any(labels[first : first + columns]) else 0 for first in range(0, n, columns)]
-    tops = np.cumsum([MARGIN] + [caption + height + MARGIN for caption in captions]).tolist()
-    sheet = Image.new("RGB", (columns * (width + MARGIN) + MARGIN, tops[-1]), (PAPER,) * 3)
+    labels, rows = list(labels or [""] * n), list(rows or [""] * math.ceil(n / columns))
+    pen = Pen(max(9, min(16, height // 5)), [*labels, *rows])
+    names = [pen.wrapped(text, WIDEST_NAME) for text in rows]
+    left = MARGIN + max((pen.width(line) + 2 * MARGIN for name in names for line in name), default=0)
+    wrapped = {text: pen.wrapped(text, width - 1) for text in dict.fromkeys(labels)}  # a pixel keeps neighbours apart
+    lines = [len(wrapped[text]) for text in labels]
+    captions = [pen.line * max(lines[first : first + columns]) for first in range(0, n, columns)]
+    heights = [max(caption + height, pen.line * len(name)) for caption, name in zip(captions, names, strict=True)]
+    tops = np.cumsum([MARGIN] + [row + MARGIN for row in heights]).tolist()
+    sheet = Image.new("RGB", (left + columns * (width + MARGIN), tops[-1]), (PAPER,) * 3)
     draw = ImageDraw.Draw(sheet)
+    for row, name in enumerate(names):
+        middle = tops[row] + captions[row] + max(0, height - pen.line * len(name)) // 2
+        pen.write(draw, MARGIN, min(middle, tops[row + 1] - MARGIN - pen.line * len(name)), name, INK)
     for i, tile in enumerate(pixels):
-        row, left = i // columns, MARGIN + i % columns * (width + MARGIN)
-        if labels[i]:
-            draw.text((left, tops[row]), _fitted(labels[i], font, width), fill=(INK,) * 3, font=font)
-        sheet.paste(Image.fromarray(tile), (left, tops[row] + captions[row]))
+        row, x = i // columns, left + i % columns * (width + MARGIN)
+        bottom = tops[row] + captions[row]
+        pen.write(draw, x, bottom - pen.line * len(wrapped[labels[i]]), wrapped[labels[i]], INK)
+        sheet.paste(Image.fromarray(tile.repeat(scale, axis=0).repeat(scale, axis=1)), (x, bottom))
     return np.asarray(sheet)
+
+
+def tile_scale(height: int, width: int) -> int:
+    """How much images of so many pixels are enlarged where nobody says."""
+    return max(1, math.ceil(LEAST_TILE / min(height, width)))
 
 
 def _as_uint8(images: Tensor | np.ndarray) -> np.ndarray:
@@ -58,9 +75,3 @@ def _as_uint8(images: Tensor | np.ndarray) -> np.ndarray:
         values = (np.nan_to_num(values, nan=0.0).clip(0, 1) * 255).round().astype(np.uint8)
     values = values.transpose(0, 2, 3, 1)
     return values.repeat(3, axis=-1) if values.shape[-1] == 1 else values
-
-
-def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    while len(text) > 1 and font.getlength(text) > width:
-        text = text[:-1]
-    return text

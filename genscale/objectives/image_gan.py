@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,15 @@ from genscale.models.feature_network import RandomFeatures
 from genscale.models.gan_settings import GANSettings, check_gan
 from genscale.models.image_grid import grid
 from genscale.models.image_layers import to_signed, to_unit
+from genscale.models.lettering import class_captions
 from genscale.models.mlp_gan import MLPDiscriminator, MLPGenerator
 from genscale.models.residual_gan import ResidualDiscriminator, ResidualGenerator
 from genscale.objectives.base import Batch, Family, Networks
 from genscale.objectives.gan import GAN, INITIAL_STD
 from genscale.objectives.gan_settings import GANObjectiveSettings, check_batch, check_losses
 from genscale.objectives.sample_quality import distance, distance_units, diversity
+
+log = logging.getLogger("genscale")
 
 NETWORKS = {"dcgan": (DCGANGenerator, DCGANDiscriminator), "residual": (ResidualGenerator, ResidualDiscriminator),
             "mlp": (MLPGenerator, MLPDiscriminator)}
@@ -87,13 +92,20 @@ class ImageGAN(GAN):
         labels, columns = None, None
         if self.class_names is not None:
             labels, columns = numbers.to(device) % len(self.class_names), min(len(self.class_names), 10)
-        names = None if labels is None else [self.class_names[label] for label in labels.tolist()]
+        names = None if labels is None else [self._captions[label] for label in labels.tolist()]
         return grid(self.generate(networks, self.latents("preview", numbers, device), labels), columns, names)
+
+    @cached_property
+    def _captions(self) -> list[str]:
+        captions, problem = class_captions(self.class_names)
+        if problem:
+            log.warning("%s", problem)
+        return captions
 
     def save_assets(self, folder: Path) -> None:
         """The names of the classes."""
         if self.class_names is not None:
-            (folder / CLASSES_FILE).write_text(json.dumps(self.class_names, ensure_ascii=False))
+            (folder / CLASSES_FILE).write_text(json.dumps(self.class_names, ensure_ascii=False), encoding="utf-8")
 
 
 def build(config: Config, data: Data) -> ImageGAN:
@@ -113,8 +125,9 @@ def build(config: Config, data: Data) -> ImageGAN:
 def restore(config: Config, folder: Path) -> ImageGAN:
     """The objective of a trained run."""
     file = folder / CLASSES_FILE
-    names = json.loads(file.read_text()) if file.exists() else [str(i) for i in range(config.model.classes or 0)]
-    return _build(config, names if config.model.classes else None)
+    count = config.model.classes
+    names = json.loads(file.read_text(encoding="utf-8")) if file.exists() else [str(number) for number in range(count or 0)]
+    return _build(config, names if count else None)
 
 
 def _build(config: Config, class_names: list[str] | None) -> ImageGAN:

@@ -55,7 +55,7 @@ class PointsGAN(GAN):
         nearest mode; a mode is found where at least one point of high quality is nearest to it."""
         found, quality = modes_and_quality(totals["points"], self.mixture)
         missed = 1 - found / len(self.mixture.centers)
-        return {"loss": missed + 1 - quality, "modes": float(found), "high_quality": quality}
+        return {"loss": missed + 1 - quality, "modes": found, "high_quality": quality}
 
     def preview(self, networks: Networks, seed: int, device: torch.device) -> np.ndarray:
         """Generated points over the modes."""
@@ -85,6 +85,8 @@ def draw_points(points: np.ndarray, mixture: Mixture) -> np.ndarray:
     axes.scatter(*points.T, s=3, alpha=0.5, color="#3b76af", linewidths=0)
     limit = 1.3 * np.abs(mixture.centers).max()
     axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    if outside := len(points) - int((np.abs(points) <= limit).all(1).sum()):
+        axes.set_title(f"{outside:,} of {len(points):,} points lie outside", fontsize="small")
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 

@@ -159,7 +159,7 @@ class VAEObjective(Objective):
         return {"loss": means["negative_bound"].item(), "reconstruction": means["reconstruction"].item(),
                 "kl": means["kl"].item(),
                 self._measures(bool(totals["black_and_white"].all())).per_dim: self._bits(means["negative_bound"]).item(),
-                "active_units": float(_active(totals["mean"]))}
+                "active_units": _active(totals["mean"])}
 
     @torch.no_grad()
     def encode(self, networks: Networks, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -55,12 +55,12 @@ def picture(samples: Tensor, inputs: Tensor | None = None, outputs: Tensor | Non
     """uint8 `(height, width, 3)`: inputs above their reconstructions, where there are some, and samples below; all `(n,
     channels, size, size)` in [0, 1]."""
     parts = {"input": inputs, "output": outputs, "sample": samples}
-    rows, labels = [], []
+    rows, names = [], []
     for word, images in parts.items():
         if images is None:
             continue
         images = images.float().cpu()
         missing = -len(images) % EXAMPLES  # a row that is not full ends in white
         rows.append(torch.cat([images, images.new_ones(missing, *images.shape[1:])]))
-        labels += [word] + [""] * (len(rows[-1]) - 1)
-    return grid(torch.cat(rows), EXAMPLES, labels)
+        names += [word] * (len(rows[-1]) // EXAMPLES)
+    return grid(torch.cat(rows), EXAMPLES, rows=names)

@@ -172,7 +172,8 @@ def _read_deepspeed() -> tuple[str, str | None]:
                         "DeepSpeed up; use zero_stage instead (as in launch/zero2.yaml)")
     stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")  # Accelerate's own default
     if stage not in ("1", "2", "3"):
-        raise UserError(f"zero_stage of the launcher: {stage} is not a ZeRO stage; nearest allowed: 1, or launch/ddp.yaml")
+        raise UserError(f"zero_stage of the launcher: {stage} is not a ZeRO stage; nearest allowed: "
+                        f"{'3' if stage > '3' else '1'}, or launch/ddp.yaml")
     optimizer = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none")
     weights = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
     if optimizer not in ("none", "cpu"):

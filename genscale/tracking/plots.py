@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from genscale.models.lettering import font_files, missing_letters
 from genscale.tracking.metrics_file import read_metrics
 
 COLOURS = {"training": "#3b76af", "validation": "#d1602b", "learning_rate": "#4d8f57", "grad_norm": "#8a6bb0"}
 PHASES = ("#3b76af", "#b8497a", "#8d8636", "#2f9c98", "#6b6b6b")
 RATES = ("-", "--", ":", "-.")
+TITLE_LETTERS = 40
+"""In a line."""
 SMOOTH_FROM = 120
 """With more points than this, a running median is drawn over a noisy curve."""
 
@@ -79,7 +82,7 @@ def plot_losses(metrics_path: str | Path, out_png: str | Path, title: str, loss_
     figure = Figure(figsize=(8, 7.5 if apart else 6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     top, *between, bottom = figure.subplots(3 if apart else 2, 1, sharex=True, height_ratios=(3, 2, 1.3) if apart else (3, 1))
-    figure.suptitle(title, fontsize=12, fontweight="bold", x=0.02, ha="left")
+    _write_title(figure, title)
     training = [(f"{phase}/loss", phase, colour) for phase, colour in zip(phases, cycle(PHASES), strict=False)]
     validation = ("validation_loss", "validation", COLOURS["validation"])
     if apart:
@@ -93,6 +96,22 @@ def plot_losses(metrics_path: str | Path, out_png: str | Path, title: str, loss_
     out_png = Path(out_png)
     out_png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out_png)
+
+
+def _write_title(figure: Any, title: str) -> None:
+    """The name of a run as it is: no formulas between dollars, in fonts that have its letters, in as many lines as it takes."""
+    from matplotlib.font_manager import FontProperties, fontManager
+
+    for letter in missing_letters(title):
+        title = title.replace(letter, letter.encode("ascii", "backslashreplace").decode())
+    families = []
+    for file in font_files(title):
+        fontManager.addfont(file)
+        families.append(FontProperties(fname=file).get_name())
+    lines = [title[start : start + TITLE_LETTERS] for start in range(0, len(title), TITLE_LETTERS)]
+    plain = set(families) <= {"DejaVu Sans"}
+    figure.suptitle("\n".join(lines), fontsize=12, fontweight="bold" if plain else "normal", x=0.02, ha="left",
+                    parse_math=False, fontfamily=["DejaVu Sans", *families])
 
 
 def _draw_losses(axes: Any, records: list[dict[str, Any]], wanted: Sequence[tuple[str, str, str]], heading: str) -> None:

@@ -17,6 +17,13 @@ BAR_COLUMNS = 24
 """Of it without the numbers of steps and the description, with the least of a bar."""
 
 
+def figure(value: float) -> str:
+    """A count as the whole number it is; any other with four decimals, or in powers of ten where those would not show it."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e9 else f"{value:.4g}"
+
+
 def describe(metrics: Mapping[str, float | None], unit: str, width: int | None = None) -> str:
     """The metrics a person watches, in one line: losses, learning rate, gradient norm, speed; those that are there.
 
@@ -29,7 +36,7 @@ def describe(metrics: Mapping[str, float | None], unit: str, width: int | None =
     """
     if any(name.endswith("/loss") for name in metrics):
         return _describe_phases(metrics, unit, width)
-    parts = [f"{name} {value:.4f}" for name, value in metrics.items() if name.endswith("loss") and value is not None]
+    parts = [f"{name} {figure(value)}" for name, value in metrics.items() if name.endswith("loss") and value is not None]
     speed = "{:,.0f} " + f"{unit}/s"
     for name, text in (("learning_rate", "lr {:.1e}"), ("grad_norm", "grad {:.2f}"), (f"{unit}_per_second", speed)):
         if metrics.get(name) is not None:

@@ -212,7 +212,8 @@ def _in_step(step: int, a: dict[str, Any], b: dict[str, Any], limit: float, scal
     for name in norms:
         yield _number(step, name, numbers, limit, scales)
     for name in rates:
-        yield Difference(step, f"{name.replace('_', ' ').replace('/', ' of ')} {numbers[0][name]:g} and {numbers[1][name]:g}")
+        yield Difference(step, f"{name.replace('_', ' ').replace('/', ' of ')} "
+                         f"{numbers[0][name]:.9g} and {numbers[1][name]:.9g}")
     yield from _networks(step, "weights", a, b, ROUNDING_OF_UPDATES)
 
 

@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+from genscale.config import Config
 from genscale.errors import UserError
+from genscale.parallel.precision import native_precision
+from genscale.parallel.processes import on_cpu
 
 
 class NonFiniteLoss(UserError):
     """The loss or the gradient became NaN or infinite: a matter of settings or data, so one line for the user."""
+
+
+def calmer(config: Config) -> str:
+    """What to try with a run of these settings that has become NaN or infinite; nothing that it has already."""
+    train, tries = config.train, ["a lower optimizer.lr"]
+    if config.schedule.warmup_steps < train.steps:
+        tries.append("a longer schedule.warmup_steps")
+    tries.append("a lower train.clip" if train.clip else "train.clip 1")
+    safer = {"fp16": native_precision(on_cpu()), "fp8": "bf16", "bf16": "fp32"}.get(train.precision)
+    if safer:
+        tries.append(f"train.precision {safer} instead of {train.precision}")
+    return f"try {', '.join(tries[:-1])}, or {tries[-1]}"

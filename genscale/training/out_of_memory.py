@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from genscale.config import Config
-from genscale.parallel.engine import Engine
-from genscale.parallel.strategies import SHARDS_MOST
+from genscale.errors import UserError
+from genscale.objectives.base import Objective
+from genscale.parallel.engine import Engine, blocks_of
+from genscale.parallel.strategies import SHARDS_MOST, ParallelPlan, check_combination, check_objective
 
 WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "defaultcpuallocator", "std::bad_alloc",
          "cublas_status_alloc_failed")
@@ -28,19 +32,43 @@ def is_out_of_memory(error: BaseException) -> bool:
     return False
 
 
-def advice(config: Config, engine: Engine) -> str:
+def advice(config: Config, engine: Engine, objective: Objective) -> str:
     """One line: where memory ran out, the settings that decide how much of it is needed, and what to try first."""
-    processes, strategy, micro_batch_size = engine.processes, engine.strategy, engine.micro_batch_size
-    checkpointing = config.parallel.activation_checkpointing
-    facts = [f"train.micro_batch_size is {micro_batch_size}"]
+    processes = engine.processes
+    facts = [f"train.micro_batch_size is {engine.micro_batch_size}"]
     sizes = [name for name in ("sequence_length", "size") if hasattr(config.data, name)]
     facts += [f"data.{name} is {getattr(config.data, name)}" for name in sizes]
-    facts += [f"parallel.activation_checkpointing is {checkpointing}", f"parallel.strategy is {strategy}"]
-    smaller = max((size for size in range(1, micro_batch_size) if micro_batch_size % size == 0), default=None)
-    tries = [f"train.micro_batch_size {smaller}"] if smaller else []
-    tries += ["parallel.activation_checkpointing full"] if checkpointing != "full" else []
-    tries += [f"parallel.strategy {SHARDS_MOST} on more processes"] if strategy != SHARDS_MOST else []
-    tries += ["a smaller model"]
+    facts += [f"parallel.activation_checkpointing is {config.parallel.activation_checkpointing}",
+              f"parallel.strategy is {engine.strategy}"]
     where = "the host" if processes.device.type == "cpu" else str(processes.device)
+    plan = ParallelPlan(engine.strategy, config.parallel.offload, engine.precision, processes.world_size)
+    tries = smaller(config, plan, engine.micro_batch_size, objective)
     return (f"out of memory on {where}, rank {processes.rank}, at {processes.doing}: {', '.join(facts)}; try "
             f"{', then '.join(tries)}")
+
+
+def smaller(config: Config, plan: ParallelPlan, micro_batch_size: int, objective: Objective) -> list[str]:
+    """What makes a run need less memory, the cheapest first: nothing that it has already, or that would be refused."""
+    model = config.model
+    norms = [getattr(model, name, None) for name in ("generator_norm", "discriminator_norm")]
+    least = 2 if "batch" in norms and getattr(model, "architecture", "mlp") == "mlp" else 1  # one value has no deviation
+    divisors = [size for size in range(least, micro_batch_size) if micro_batch_size % size == 0]
+    tries = [f"train.micro_batch_size {divisors[-1]}"] if divisors else []
+    recomputable = any(blocks_of(network) for network in objective.networks.values())
+    if recomputable and config.parallel.activation_checkpointing != "full":
+        tries.append("parallel.activation_checkpointing full")
+    sharded = replace(plan, strategy=SHARDS_MOST, offload="none", world_size=max(2, plan.world_size))
+    if plan.strategy == SHARDS_MOST:
+        tries.append("more processes")
+    elif _is_allowed(sharded, config, objective):
+        tries.append(f"parallel.strategy {SHARDS_MOST} on more processes")
+    return [*tries, "a smaller model"]
+
+
+def _is_allowed(plan: ParallelPlan, config: Config, objective: Objective) -> bool:
+    try:
+        check_combination(plan, config.optimizer.name)
+        check_objective(plan, config.parallel, objective)
+    except UserError:
+        return False
+    return True

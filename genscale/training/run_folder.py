@@ -73,9 +73,9 @@ def check_free_space(folder: Path, parameters: int, averages: int, train: TrainS
     size, free = 12 * parameters + 4 * averages, shutil.disk_usage(folder).free
     wanted = size * max(1, keep + 1 - len(steps)) + 2**20
     if free < wanted:
+        fewer = f"lower train.checkpoint_keep ({keep}), " if keep > max(1, len(steps)) else ""
         raise UserError(f"run.dir: disk full: {folder} has {free / 2**20:,.0f} MiB free, checkpoints need "
-                        f"{wanted / 2**20:,.0f} MiB; "
-                        f"free some space, lower train.checkpoint_keep ({keep}), or set --run.dir to another disk")
+                        f"{wanted / 2**20:,.0f} MiB; free some space, {fewer}or set --run.dir to another disk")
     if train.checkpoint_every and train.checkpoint_keep_every:
         every = math.lcm(train.checkpoint_every, train.checkpoint_keep_every)
         more = size * (train.steps // every - max(steps, default=0) // every)

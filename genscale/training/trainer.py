@@ -26,7 +26,7 @@ from genscale.training.outcome import PhaseOutcome
 from genscale.training.schedules import average_decay, learning_rate_share
 from genscale.training.signals import StopSignal
 from genscale.training.step_report import Hook, StepReport
-from genscale.training.update_guard import ADVICE, RollBack, UpdateGuard
+from genscale.training.update_guard import RollBack, UpdateGuard
 
 log = logging.getLogger("genscale")
 MicroBatches = list[dict[str, Tensor]]
@@ -52,7 +52,7 @@ class Trainer:
         self.processes = engine.processes
         self.last_good, self.go_back = last_good, go_back
         self.stop = stop or StopSignal()
-        self.guard = UpdateGuard(config.guards, self.processes, config.train.global_batch_size, last_good, guard_state)
+        self.guard = UpdateGuard(config, self.processes, last_good, guard_state)
         self.make_draws: Callable[..., Draws] = Draws
         self._runs_ahead = self.processes.device.type != "cpu"
         self._unsettled: list[tuple[StepReport, PhaseOutcome]] = []
@@ -89,7 +89,7 @@ class Trainer:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                too_large = advice(self.config, self.engine)
+                too_large = advice(self.config, self.engine, self.objective)
             if too_large is not None:  # said where the error is gone, whose frames hold the batch: the end takes memory too
                 raise UserError(too_large)
         return report
@@ -121,7 +121,7 @@ class Trainer:
             return True
         what = f"a weight became infinite or no number by step {report.step}"
         if report.last:
-            raise NonFiniteLoss(f"{what}; last good checkpoint: {self.last_good()}; {ADVICE}")
+            raise NonFiniteLoss(f"{what}; last good checkpoint: {self.last_good()}; {self.guard.advice}")
         log.warning("%s: no checkpoint is written of it, and nothing evaluated", what)
         return False
 
@@ -131,7 +131,9 @@ class Trainer:
         batches = self.guard.batches | trouble.batches
         found = self.go_back(batches) if self.go_back is not None else None
         if found is None:
-            raise NonFiniteLoss(f"{trouble.what}; no checkpoint to go back to (set train.checkpoint_every); {ADVICE}")
+            every = self.config.train.checkpoint_every
+            setting = f"train.checkpoint_every is {every}" if every else "set train.checkpoint_every"
+            raise NonFiniteLoss(f"{trouble.what}; no checkpoint to go back to yet ({setting}); {self.guard.advice}")
         step, state = found
         self.guard.rolled_back(batches, state)
         self._unsettled.clear()

@@ -8,15 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from genscale.config import Config, GuardSettings
+from genscale.config import Config
 from genscale.errors import UserError
 from genscale.parallel.processes import Processes
-from genscale.training.guards import NonFiniteLoss
+from genscale.training.guards import NonFiniteLoss, calmer
 from genscale.training.outcome import PhaseOutcome
 from genscale.training.spikes import LossWindow
 
 log = logging.getLogger("genscale")
-ADVICE = "try a lower optimizer.lr, a longer schedule.warmup_steps, a lower train.clip, or train.precision bf16 instead of fp16"
 
 
 class RollBack(NonFiniteLoss):
@@ -28,8 +27,8 @@ class RollBack(NonFiniteLoss):
         batches: numbers of the global batches, as the loader counts them.
     """
 
-    def __init__(self, what: str, batches: Iterable[int]) -> None:
-        super().__init__(f"{what}; {ADVICE}")
+    def __init__(self, what: str, batches: Iterable[int], advice: str) -> None:
+        super().__init__(f"{what}; {advice}")
         self.what, self.batches = what, frozenset(batches)
 
 
@@ -49,21 +48,21 @@ class UpdateGuard:
     """Judges every update of a run; all ranks come to the same verdict.
 
     Args:
-        settings: the `guards` section.
-        global_batch_size: for saying which samples a batch holds.
+        config: of the run; `guards` is what is heeded here.
         last_good: says where the last good checkpoint is. Collective.
         state: what `state` gave when the checkpoint was written that the run goes on from.
 
     Attributes:
+        advice: what to try with a run that went wrong.
         left_out: updates that were not made.
         rollbacks: how often the run has gone back.
         batches: the global batches that are left out of the data since.
     """
 
-    def __init__(self, settings: GuardSettings, processes: Processes, global_batch_size: int, last_good: Callable[[], str],
+    def __init__(self, config: Config, processes: Processes, last_good: Callable[[], str],
                  state: dict[str, Any] | None = None) -> None:
-        self.settings, self.processes, self.last_good = settings, processes, last_good
-        self.global_batch_size = global_batch_size
+        self.settings, self.processes, self.last_good = config.guards, processes, last_good
+        self.global_batch_size, self.advice = config.train.global_batch_size, calmer(config)
         state = state or {}
         self.left_out: int = state.get("left_out", 0)
         self.rollbacks: int = state.get("rollbacks", 0)
@@ -121,7 +120,7 @@ class UpdateGuard:
             return
         what, policy = outcome.what(), self.settings.spikes if outcome.spike else self.settings.non_finite
         if policy == "stop":
-            raise NonFiniteLoss(f"{what}; last good checkpoint: {self.last_good()}; {ADVICE}")
+            raise NonFiniteLoss(f"{what}; last good checkpoint: {self.last_good()}; {self.advice}")
         self.left_out += 1
         row = self._rows.setdefault(name, [])
         row.append(outcome.batch)
@@ -130,8 +129,8 @@ class UpdateGuard:
                 what = f"{what}, the {_ordinal(len(row))} update of {outcome.phase.network} in a row to be left out"
             if self.rollbacks >= self.settings.rollbacks:
                 raise NonFiniteLoss(f"{what}, after going back to a checkpoint {self.rollbacks} times (guards.rollbacks); last "
-                                    f"good checkpoint: {self.last_good()}; {ADVICE}")
-            raise RollBack(what, row)
+                                    f"good checkpoint: {self.last_good()}; {self.advice}")
+            raise RollBack(what, row, self.advice)
         first = outcome.batch * self.global_batch_size
         log.warning("%s: the update of %s is left out (samples %d to %d; %d in a row, %d so far)", what, outcome.phase.network,
                     first, first + self.global_batch_size - 1, len(row), self.left_out)

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from genscale.config import Config
+from genscale.config_keys import as_key
 from genscale.config_parser import parse_config, parse_settings, split_flags, take_number, take_text
 from genscale.data.lanes import Sample
 from genscale.errors import UserError
@@ -71,7 +72,10 @@ def main(arguments: list[str]) -> int:
         settings = parse_settings(scorer.settings, flags, IMAGE_USAGE.format(families=trained.model.family), IMAGE_DESCRIPTION)
     config = config_of(checkpoint, rest)
     if config.model != trained.model:
-        raise UserError(f"model: {config.model} is not the model of {checkpoint.path}, {trained.model}; leave model.* out")
+        key = next(field.name for field in dataclasses.fields(trained.model)
+                   if getattr(config.model, field.name) != getattr(trained.model, field.name))
+        raise UserError(f"model.{as_key(key)}: {getattr(config.model, key)} is not that of {checkpoint.path}, "
+                        f"{getattr(trained.model, key)}; leave it out")
     report = {"checkpoint": str(checkpoint.path), "step": checkpoint.step}
     if scorer is not None:
         if tasks is not None:

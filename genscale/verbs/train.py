@@ -12,6 +12,8 @@ from genscale.config_parser import parse_config, split_flags, take_number
 from genscale.masking import masked
 from genscale.objectives import FAMILIES
 from genscale.parallel.launcher import has_launcher
+from genscale.parallel.processes import on_cpu
+from genscale.tracking.progress import figure
 from genscale.training.ending import RUN, before_the_run
 from genscale.training.run import RunResult, derive_accumulation, train
 from genscale.training.signals import StopSignal
@@ -73,7 +75,7 @@ def command(settings: Sequence[str], drop: Sequence[str] = ()) -> str:
 
 def farewell(result: RunResult, settings: Sequence[str]) -> str:
     """What the run came to, where it lies, and what to type next."""
-    folder = result.folder
+    folder, quoted = result.folder, shlex.quote(str(result.folder))
     if result.stopped_by:
         stopped = (f"\nstopped by {result.stopped_by.name} after step {result.step}; "
                    f"a checkpoint was written to {folder}/checkpoints")
@@ -86,16 +88,20 @@ def farewell(result: RunResult, settings: Sequence[str]) -> str:
         lines += [f"sample: {result.preview}"]
     elif result.preview:
         lines += ["sample:", *(f"  | {line}" for line in result.preview.splitlines()), ""]
-    scores = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.metrics.items())
+    scores = ", ".join(f"{name.replace('_', ' ')} {figure(value)}" for name, value in result.metrics.items())
     longer = command([*settings, "--train.steps", str(2 * result.step)], drop=["--run.resume"])
     lines += [f"validation: {scores}", f"run folder: {folder}", f"loss curve: {folder}/plots/loss.png", "", "next:",
               f"  train on         {longer}",
-              f"  sample           genscale sample {folder} {SAMPLE_PICTURES if is_picture else SAMPLE_TEXT}"]
-    again, sibling = f"--config {folder}/config.yaml", f"--run.name {folder.name}"
-    lines += [f"  two processes    genscale train --processes 2 {again} {sibling}-2",
-              f"  a GPU            accelerate launch train.py {again} {sibling}-gpu --train.precision bf16"]
+              f"  sample           genscale sample {quoted} {SAMPLE_PICTURES if is_picture else SAMPLE_TEXT}"]
+    again = f"--config {shlex.quote(f'{folder}/config.yaml')} --run.name"
+    if PROCESSES not in os.environ and "RANK" not in os.environ:
+        lines.append(f"  two processes    genscale train --processes 2 {again} {shlex.quote(f'{folder.name}-2')}")
+    if on_cpu():
+        lines.append(f"  a GPU            accelerate launch train.py {again} {shlex.quote(f'{folder.name}-gpu')} "
+                     "--train.precision bf16")
     if any(folder.glob("wandb/offline-run-*")):
-        lines.append(f"  see it in W&B    wandb login && genscale sync {folder}")
+        lines.append(f"  see it in W&B    wandb login && genscale sync {quoted}")
     else:
-        lines.append(f"  see it in W&B    wandb login && genscale train {again} {sibling}-wandb --tracking.wandb online")
+        lines.append(f"  see it in W&B    wandb login && genscale train {again} {shlex.quote(f'{folder.name}-wandb')} "
+                     "--tracking.wandb online")
     return "\n".join(lines)

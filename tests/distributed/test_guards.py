@@ -74,7 +74,7 @@ def test_a_run_that_goes_wrong_again_and_again_stops(guarded: Any) -> None:
                     {"name": "early", "bad": [2], "settings": settings}])
     for name, words in (("lost", "NonFiniteLoss: discriminator/adversarial became nan at step 6 on rank 1, after going back to "
                                  "a checkpoint 2 times (guards.rollbacks); last good checkpoint: "),
-                        ("early", "at step 3 on rank 1; no checkpoint to go back to (set train.checkpoint_every)")):
+                        ("early", "at step 3 on rank 1; no checkpoint to go back to yet (train.checkpoint_every is 4)")):
         said = [error for error in runs[name]["errors"] if error != "exit code 2"]  # one process speaks for both
         assert len(said) == 1 and words in said[0]
     assert "step-00000004" in str(runs["lost"]["errors"])

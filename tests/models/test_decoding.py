@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, TopKLogitsWarper, TopPLogitsWarper
 
+from genscale.errors import UserError
 from genscale.models.attention import KeyValueCache
 from genscale.models.decoding import choose, filter_logits, generate, left_padded, stream
 from genscale.models.gpt import GPT, GPTSettings
@@ -48,6 +49,20 @@ def test_top_k_equals_transformers(top_k: int) -> None:
 def test_top_p_equals_transformers(top_p: float) -> None:
     logits = torch.randn(50, 90, generator=torch.Generator().manual_seed(2)) * 3
     assert torch.equal(filter_logits(logits, top_p=top_p), TopPLogitsWarper(top_p)(None, logits))
+
+
+def test_the_likeliest_token_stays_where_top_p_or_the_temperature_is_below_what_fp32_holds() -> None:
+    logits = torch.randn(50, 90, generator=torch.Generator().manual_seed(4)) * 300
+    likeliest = logits.argmax(-1)
+    assert torch.equal(filter_logits(logits, top_p=1e-50).isfinite().nonzero()[:, 1], likeliest)
+    for temperature in (1e-36, 1e-46, 1e-300, 5e-324):
+        assert torch.equal(choose(logits, temperature, None, None, generators(*range(50))), likeliest)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_is_no_number_is_no_token(temperature: float) -> None:
+    with pytest.raises(UserError, match="diverged"):
+        choose(torch.tensor([[0.0, float("nan")]]), temperature, None, None, generators(0))
 
 
 def test_top_k_then_top_p_equals_transformers() -> None:

@@ -45,6 +45,26 @@ def test_labels_stand_above_their_images_and_no_wider():
     assert (heading[:, MARGIN : MARGIN + 32] < 128).any()
     assert (heading[:, MARGIN + 34 :] == 255).all()
     assert (tile(labelled, 0, 0, 32, caption) == 0).all() and (tile(labelled, 0, 1, 32, caption) == 0).all()
+    line = grid(images, labels=["x", ""]).shape[0] - plain.shape[0]
+    assert caption >= 4 * line  # nothing of the name is cut
     rows = grid(images, columns=1, labels=["", "x"])  # only the second row has a caption
-    assert rows.shape[0] == grid(images, columns=1).shape[0] + caption
+    assert rows.shape[0] == grid(images, columns=1).shape[0] + line
     assert (tile(rows, 0, 0, 32) == 0).all() and (rows[-MARGIN - 32 : -MARGIN, MARGIN:-MARGIN] == 0).all()
+
+
+def test_names_that_begin_alike_are_told_apart():
+    names = [f"class_{number:02}" for number in range(40)]
+    sheet = grid(torch.zeros(40, 1, 8, 8), columns=40, labels=names)
+    caption = sheet.shape[0] - 32 - 2 * MARGIN
+    headings = {sheet[MARGIN : MARGIN + caption, MARGIN + 34 * i : MARGIN + 34 * i + 33].tobytes() for i in range(40)}
+    assert len(headings) == 40
+
+
+def test_names_of_rows_stand_left_of_them():
+    images = torch.zeros(4, 1, 32, 32)
+    named, plain = grid(images, columns=2, rows=["input", "output"]), grid(images, columns=2)
+    left = named.shape[1] - plain.shape[1]
+    assert np.array_equal(named[:, left + MARGIN :], plain[:, MARGIN:])
+    tops = (MARGIN, MARGIN + 34)
+    words = [named[top : top + 32, :left] for top in tops]
+    assert all((word < 128).any() for word in words) and not np.array_equal(*words)

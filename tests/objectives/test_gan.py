@@ -182,6 +182,9 @@ def test_the_mixtures_are_the_published_ones():
     collapsed = torch.zeros(100, 2) + torch.tensor([0.0, 1.0])
     assert modes_and_quality(collapsed, MIXTURES["ring"]) == (1, 1.0)
     assert modes_and_quality(torch.zeros(10, 2), MIXTURES["ring"]) == (0, 0.0)
+    within = draw_points(np.zeros((3, 2)), MIXTURES["ring"])
+    for far in (9.0, np.nan):  # what the picture does not show, it says
+        assert not np.array_equal(draw_points(np.array([[0, 0], [0, 0], [0, far]]), MIXTURES["ring"])[:30], within[:30])
 
 
 def test_previews_are_pictures():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from genscale.tracking.metrics_file import MetricsFile
-from genscale.tracking.plots import COLOURS, PHASES, plot_losses, robust_limits
+from genscale.tracking.plots import COLOURS, PHASES, _write_title, plot_losses, robust_limits
 
 TRAINING = {"loss": 3.0, "learning_rate": 1e-3, "grad_norm": 1.0}
 
@@ -96,3 +97,18 @@ def test_limits_leave_out_the_first_steps_and_lone_spikes():
     assert robust_limits([np.array([np.nan]), np.array([])]) is None
     low, high = robust_limits([np.array([5.0, 1.0])])  # short: everything is shown
     assert low < 1 and high > 5
+
+
+@pytest.mark.parametrize(("title", "shown"), [
+    ("a $x$ and $\\frac_{$", "a $x$ and $\\frac_{$"),
+    ("\u043a\u043e\u0448\u043a\u0430 \U000f0123", "\u043a\u043e\u0448\u043a\u0430 \\U000f0123"),
+    ("W" * 100, "\n".join(["W" * 40, "W" * 40, "W" * 20])),
+])  # fmt: skip
+def test_the_title_is_the_name_of_the_run_without_boxes_or_formulas(title, shown, tmp_path, recwarn):
+    figure = Figure(figsize=(8, 6), dpi=150)
+    _write_title(figure, title)
+    assert figure.get_suptitle() == shown
+    figure.savefig(tmp_path / "title.png")
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+    pixels = np.asarray(Image.open(tmp_path / "title.png").convert("L"))
+    assert (pixels[:, -5:] == 255).all() and (pixels < 100).any()

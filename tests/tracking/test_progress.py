@@ -11,7 +11,9 @@ import subprocess
 import sys
 import termios
 
-from genscale.tracking.progress import describe
+import pytest
+
+from genscale.tracking.progress import describe, figure
 
 METRICS = "{'loss': 3.21449, 'learning_rate': 2.9e-4, 'grad_norm': 0.834, 'tokens_per_second': 12345.2, 'step_seconds': 1.0}"
 
@@ -101,3 +103,11 @@ def test_several_phases_on_a_terminal_fit_its_width():
 def test_a_terminal_without_a_width_gets_lines():
     screen = _on_terminal(_loop(0, "[10, 1000]"), 0)
     assert [line.split()[1] for line in screen.splitlines()] == ["10/1000", "1000/1000"]
+
+
+@pytest.mark.parametrize(("value", "words"), [
+    (16, "16"), (123456, "123,456"), (16.0, "16.0000"), (2.34567, "2.3457"), (0.0, "0.0000"), (1.5e-5, "1.5e-05"),
+    (float("inf"), "inf"), (1e300, "1e+300"),
+])  # fmt: skip
+def test_counts_are_whole_numbers_and_no_number_is_hidden(value, words):
+    assert figure(value) == words

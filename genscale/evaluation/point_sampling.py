@@ -1,0 +1,52 @@
+"""`genscale sample` for the family `points`: a picture of generated points over the modes, or their numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
+from genscale.evaluation.image_generation import latents
+from genscale.evaluation.sample_files import write_array, write_picture
+from genscale.evaluation.trained_run import TrainedRun
+from genscale.objectives.points import draw_points
+
+
+@dataclass
+class PointSampling:
+    """What to draw."""
+
+    count: PositiveInt = 1000
+    """Points."""
+    seed: NonNegativeInt = 0
+    """Same seed, same points; point i depends on the seed and i alone."""
+    out: str | None = None
+    """File to write: a picture, .png or what else pillow writes (default: <run folder>/samples/sample-seed<seed>.png), .csv
+    with columns x and y, or .npz with the array points (and the same as arr_0)."""
+    live: bool = False
+    """The weights as trained, not their average."""
+    batch_size: PositiveInt = 4096
+    """Points in one forward pass."""
+
+
+@torch.no_grad()
+def sample_points(run: TrainedRun, settings: PointSampling) -> None:
+    """Write the points, and say where.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    objective, parts = run.objective, []
+    for numbers in torch.arange(settings.count).split(settings.batch_size):
+        drawn = latents(objective, settings.seed, numbers).to(run.device)
+        parts.append(objective.generate(objective.networks, drawn).cpu().numpy())
+    points = np.concatenate(parts)
+    file = Path(settings.out) if settings.out else run.folder / "samples" / f"sample-seed{settings.seed}.png"
+    if file.suffix in (".npz", ".csv"):
+        write_array(file, "points", points)
+    else:
+        write_picture(file, draw_points(points, objective.mixture))
+    print(f"{file} ({settings.count:,} points)")

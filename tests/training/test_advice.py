@@ -1,0 +1,94 @@
+"""What a run that went wrong is told to try: nothing that it has already, and nothing that would be refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from genscale.config import Config, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
+from genscale.data.text_settings import TextDataSettings
+from genscale.errors import UserError, nearest
+from genscale.models.gpt_settings import GPTSettings
+from genscale.models.points_settings import PointsGANSettings
+from genscale.objectives.base import Objective, Phase
+from genscale.parallel.precision import native_precision
+from genscale.parallel.strategies import ParallelPlan
+from genscale.training.guards import calmer
+from genscale.training.out_of_memory import smaller
+from genscale.training.run_folder import check_free_space
+
+
+def config(model=None, **sections) -> Config:
+    return Config(model=model or GPTSettings(), data=TextDataSettings(source="x"), **sections)
+
+
+@pytest.mark.parametrize(("train", "warmup", "words"), [
+    ({"precision": "fp32"}, 0, "try a lower optimizer.lr, a longer schedule.warmup_steps, or a lower train.clip"),
+    ({"precision": "fp32", "clip": 0.0}, 100, "try a lower optimizer.lr, or train.clip 1"),
+    ({"precision": "bf16"}, 100, "try a lower optimizer.lr, a lower train.clip, or train.precision fp32 instead of bf16"),
+    ({"precision": "fp8"}, 100, "try a lower optimizer.lr, a lower train.clip, or train.precision bf16 instead of fp8"),
+    ({"precision": "fp16"}, 100, "try a lower optimizer.lr, a lower train.clip, or train.precision "
+                                 f"{native_precision(not torch.cuda.is_available())} instead of fp16"),
+])  # fmt: skip
+def test_a_run_that_diverged_is_told_what_it_has_not_tried(train, warmup, words):
+    settings = config(train=TrainSettings(steps=100, **train), schedule=ScheduleSettings(warmup_steps=warmup))
+    assert calmer(settings) == words
+
+
+class Stack(torch.nn.Module):
+    def blocks(self):
+        return [self]
+
+
+class Plain(Objective):
+    unit = "samples"
+
+    def __init__(self, network: torch.nn.Module, second_order: bool = False) -> None:
+        self.networks = {"net": network}
+        self.phases = [Phase("net", "net", self.loss, self.count, second_order=second_order)]
+
+    def loss(self, *_): ...
+
+    def count(self, *_): ...
+
+    evaluate = summarise = preview = initial_weights = loss
+
+
+FULL = ParallelSettings(activation_checkpointing="full")
+BLOCKS, NONE = Plain(Stack()), Plain(torch.nn.Linear(1, 1))
+FSDP = "parallel.strategy fsdp2 on more processes"
+
+
+@pytest.mark.parametrize(("objective", "parallel", "strategy", "precision", "size", "expected"), [
+    (BLOCKS, ParallelSettings(), "single", "fp32", 64,
+     ["train.micro_batch_size 32", "parallel.activation_checkpointing full", FSDP, "a smaller model"]),
+    (BLOCKS, FULL, "ddp", "fp32", 1, [FSDP, "a smaller model"]),
+    (BLOCKS, FULL, "fsdp2", "fp32", 1, ["more processes", "a smaller model"]),
+    (NONE, ParallelSettings(), "ddp", "fp32", 15, ["train.micro_batch_size 5", FSDP, "a smaller model"]),
+    (NONE, ParallelSettings(), "single", "fp16", 1, ["a smaller model"]),  # which fsdp2 refuses
+    (Plain(Stack(), True), FULL, "ddp", "bf16", 1, ["a smaller model"]),  # so it does a penalty in bf16
+    (Plain(Stack(), True), FULL, "ddp", "fp32", 1, [FSDP, "a smaller model"]),
+])  # fmt: skip
+def test_a_run_too_large_for_memory_is_told_what_helps(objective, parallel, strategy, precision, size, expected):
+    assert smaller(config(parallel=parallel), ParallelPlan(strategy, "none", precision, 1), size, objective) == expected
+
+
+def test_batch_normalisation_is_not_left_with_one_value():
+    model = PointsGANSettings(generator_norm="batch")
+    plan = ParallelPlan("single", "none", "fp32", 1)
+    assert smaller(config(model), plan, 4, NONE)[0] == "train.micro_batch_size 2"
+    assert smaller(config(model), plan, 2, NONE)[0] == FSDP
+    assert smaller(config(optimizer=OptimizerSettings(name="muon")), plan, 2, NONE)[1] == FSDP
+
+
+def test_the_nearest_of_what_there_is_is_not_the_word_itself():
+    assert nearest("0.0", ["0.0", "1.0"]) == " (did you mean '1.0'?)"
+    assert nearest("cat", ["cat", "dog"]) == ""
+
+
+@pytest.mark.parametrize(("keep", "words"), [(4, "free some space, lower train.checkpoint_keep (4), or set"),
+                                             (1, "free some space, or set --run.dir")])  # fmt: skip
+def test_fewer_checkpoints_are_no_advice_to_a_run_that_keeps_one(keep, words, tmp_path):
+    with pytest.raises(UserError) as refused:
+        check_free_space(tmp_path, 10**15, 0, TrainSettings(checkpoint_keep=keep), print)
+    assert words in str(refused.value)
