@@ -32,6 +32,7 @@ class Tokenizer(ABC):
     Attributes:
         vocab_size: number of ids (the largest id + 1).
         end_of_text: id of the token that ends every document.
+        end_text: the text of that token; empty where no text spells it.
         digest: SHA-256 of the canonical tokenizer file, or "bytes": equal digests mean equal ids for every text.
         name: where it came from, for messages.
         companions: what the files beside it say.
@@ -40,6 +41,7 @@ class Tokenizer(ABC):
 
     vocab_size: int
     end_of_text: int
+    end_text: str = ""
     digest: str
     name: str = "bytes"
     companions: Companions = ALONE
@@ -57,6 +59,10 @@ class Tokenizer(ABC):
         """(ids, first character and stop of each) of texts in which special tokens are spelled out, as chat templates write
         them."""
         raise NotImplementedError(f"{self.name} has no chat template")
+
+    def texts_of(self, ids: Iterable[int]) -> list[str]:
+        """The texts of tokens, as the vocabulary has them."""
+        return []
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
@@ -135,6 +141,7 @@ class FileTokenizer(Tokenizer):
         self.vocab_size = max(vocabulary.values()) + 1
         self.special_texts = [token["content"] for token in self._content.get("added_tokens", []) if token["special"]]
         self.end_of_text = _end_of_text(vocabulary, companions, name)
+        self.end_text = self._backend.id_to_token(self.end_of_text)
         # Sorted keys and no spaces: reformatting the file does not make it another tokenizer.
         self._canonical = json.dumps(self._content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         # Where another file names the end of text, it belongs to the tokenizer.
@@ -164,6 +171,9 @@ class FileTokenizer(Tokenizer):
     def encode_chats(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         encodings = self._chat_backend.encode_batch(list(texts), add_special_tokens=False)
         return [(encoding.ids, encoding.offsets) for encoding in encodings]
+
+    def texts_of(self, ids: Iterable[int]) -> list[str]:
+        return [text for i in ids if (text := self._backend.id_to_token(i))]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
