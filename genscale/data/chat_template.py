@@ -31,6 +31,8 @@ TODAY = datetime(2024, 7, 26)
 """The day it is for every template (Llama 3's default): a run must see the same tokens on whatever day it is resumed."""
 THOUGHTS = re.compile(r"[<\[◁]/?[^<>\[\]◁▷]*?(?:think|thought|reason)[^<>\[\]◁▷]*[>\]▷]", re.IGNORECASE)
 """A tag around thoughts: `<think>`, `[THINK]`, `<|START_THINKING|>`."""
+THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
+"""Under which messages carry thoughts beside their content; templates read the first or the second."""
 QUESTION = [{"role": "user", "content": "question"}]
 
 
@@ -81,9 +83,9 @@ class ChatTemplate:
                  ends: Sequence[str] = ()) -> None:
         self._special_tokens, self._name, self._special = dict(special_tokens), name, tuple(filter(None, special_texts))
         ends = [end for end in (special_tokens.get("eos_token"), *ends) if end]
-        self._ends = re.compile(rf"\s*(?:{'|'.join(map(re.escape, ends))})") if ends else None
+        self._ends = re.compile(rf"\s*({'|'.join(map(re.escape, ends))})") if ends else None
         special = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))
-        self._specials = re.compile(rf"((?:\s*(?:{special}))+)\s*") if special else None
+        self._specials = re.compile(rf"\s*((?:(?:{special})\s*)*(?:{special}))\s*") if special else None
         self._next_special = re.compile(rf"\s*(?:{special})") if special else None
         self._sandbox = Sandbox()
         self._sandbox.add_filter("tojson", _to_json)
@@ -123,13 +125,12 @@ class ChatTemplate:
         for number, message in enumerate(messages):
             if message["role"] == "assistant":
                 for start, stop in _own(written, number):
-                    span = self._answer(written, start, stop, number, messages, tools)
-                    spans += [span] if span[0] < span[1] else []
-        return written.text, spans
+                    spans += self._answer(written, start, stop, number, messages, tools)
+        return written.text, [(start, stop) for start, stop in spans if start < stop]
 
     def _answer(self, written: Written, start: int, stop: int, number: int, messages: Sequence[Message],
-                tools: list[Any] | None) -> Span:
-        """The part of a turn that the assistant writes."""
+                tools: list[Any] | None) -> list[Span]:
+        """The part of a turn that the assistant writes, and what ends it."""
         turn, last = written.text[start:stop], number == len(messages) - 1
         begin = start + self._beginning(turn, start, number, last, messages, tools)
         closed = turn.rstrip().endswith(self._special)
@@ -138,11 +139,11 @@ class ChatTemplate:
         elif (after := self._around(last).after) and turn.endswith(after):
             stop -= len(after) - len(after.rstrip())
         rest = written.text[stop:]
-        if last:
-            beyond = self._specials.fullmatch(rest) if self._specials else None
-            return begin, stop + (beyond.end(1) if beyond else 0)
-        beyond = self._ends.match(rest) if self._ends and not closed else None
-        return begin, stop + (beyond.end() if beyond else 0)
+        if closed:  # a template may end the conversation with another token
+            beyond = self._specials.fullmatch(rest) if self._specials and last else None
+            return [(begin, stop), *([(stop + beyond.start(1), stop + beyond.end(1))] if beyond else [])]
+        beyond = self._specials.fullmatch(rest) if self._specials and last else self._ends.match(rest) if self._ends else None
+        return [(begin, stop + (beyond.end(1) if beyond else 0))]
 
     def _beginning(self, turn: str, start: int, number: int, last: bool, messages: Sequence[Message],
                    tools: list[Any] | None) -> int:
@@ -257,7 +258,9 @@ class ChatTemplate:
     def _write(self, messages: Sequence[Message], tools: list[Any] | None, add_generation_prompt: bool) -> Written:
         turns, size = [], 0
         for number, message in enumerate(messages):
-            turn = Turn(message)
+            turn = Turn({key: value for key, value in message.items() if value is not None})  # as transformers does
+            if thought := next((turn[key] for key in THOUGHT_KEYS if key in turn), None):
+                turn.update({**dict.fromkeys(THOUGHT_KEYS[:2], thought), **turn, THOUGHT_KEYS[0]: thought})
             turn.number = number
             turns.append(turn)
             size += len(str(message))

@@ -28,8 +28,8 @@ def conversations(columns: Mapping[str, list[Any]], spec: Spec, kept: list[bool]
         columns: the values of the columns that `spec.content` and `spec.tools` name, by column.
         kept: which rows the filters keep; None where all are.
         row_of: what to call a row in messages.
-        padded: the values come from Arrow, which gives every message and every tool call the keys of all, None where there is
-            no value. Else None is what the row says.
+        padded: the values come from Arrow, which gives every tool call the arguments of all, None where there is no value. Else
+            None is what the row says. (Of a message itself, None is left out in either case, as transformers does.)
 
     Raises:
         UserError: too many rows are no conversations that can be learnt from.
@@ -72,8 +72,7 @@ def _message(message: Any, spec: Spec, where: str, padded: bool) -> dict[str, An
         shape = isinstance(message, dict) and {"from", "value"} <= message.keys()
         advice = "; it has from and value, as ShareGPT: write them as role and content, human as user, gpt as assistant"
         raise UserError(f"{where} holds {str(message)[:80]!r}, not a message with role and content{advice if shape else ''}")
-    if padded:
-        message = {name: _unpadded(value) for name, value in message.items() if value is not None or name == "content"}
+    message = {name: _unpadded(value) if padded else value for name, value in message.items() if value is not None}
     content, answers = message.get("content"), message["role"] in spec.answer_roles
     if not spec.messages:
         answers = message["role"] == "assistant"
@@ -94,8 +93,6 @@ def _message(message: Any, spec: Spec, where: str, padded: bool) -> dict[str, An
     elif message["role"] == "assistant":  # who answers are others
         raise UserError(f"{where} has the role assistant, which {spec.setting('answer_roles')}={list(spec.answer_roles)} does "
                         "not name, though the template gives it the assistant's turns; name it too, or rename it")
-    elif padded and content is None:
-        message = {name: value for name, value in message.items() if name != "content"}
     return message
 
 

@@ -63,13 +63,23 @@ class Rendering(threading.local):
         self.inner: list[tuple[int, int, int]] = []
         self.generated: list[tuple[int, int]] = []
         self._open: dict[int, tuple[int, int]] = {}
+        self._counting: set[int] = set()
 
     def enter(self, loop: int, item: Any) -> None:
         self.leave(loop)
         if type(item) is Turn:
             self._open[loop] = item.number, self.position
+        else:
+            self._counting.add(loop)
+
+    def choose(self, loop: int, item: Any) -> None:
+        """The first message that a variable is set to in a turn of a loop over numbers is what the turn is about."""
+        if type(item) is Turn and loop in self._counting:
+            self._counting.discard(loop)
+            self._open[loop] = item.number, self.position
 
     def leave(self, loop: int) -> None:
+        self._counting.discard(loop)
         if loop in self._open:
             number, start = self._open.pop(loop)
             self.last, around = self.position, {other for other, _ in self._open.values()}
@@ -97,12 +107,12 @@ class _Generation(Extension):
 
 
 class _Generator(CodeGenerator):
-    """Compiles what makes long values, and every turn of a loop, to go through the environment's bounds."""
+    """Compiles what makes long values, and every turn of a loop, so that the environment hears of it."""
 
     def visit_ExprStmt(self, node: nodes.ExprStmt, frame: Any) -> None:  # only `_instrumented` makes them
-        loop, *item = node.node.items
-        self.writeline(f"environment.{'enter' if item else 'leave'}({loop.value}", node)
-        for name in item:
+        method, loop, *names = node.node.items
+        self.writeline(f"environment.{method.value}({loop.value}", node)
+        for name in names:
             self.write(", ")
             self.visit(name, frame)
         self.write(")")
@@ -167,6 +177,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.filters = {name: self._bounded_filter(name, call) for name, call in self.filters.items() if name != "random"}
         self.tests.update({name: self._bounded_filter(name, self.tests[name]) for name in COMPARING})
         del self.globals["lipsum"]
+        self.globals["dict"] = _dict  # the class has methods that change messages
         self.finalize = self._shown
 
     def add_filter(self, name: str, call: Callable[..., Any]) -> None:
@@ -213,6 +224,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def enter(self, loop: int, item: Any = None) -> None:
         self._spend(0)
         self.rendering.enter(loop, item)
+
+    def choose(self, loop: int, item: Any) -> None:
+        self.rendering.choose(loop, item)
 
     def leave(self, loop: int) -> None:
         self.rendering.leave(loop)
@@ -308,6 +322,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return checked
 
 
+def _dict(*items: Any, **named: Any) -> dict[Any, Any]:
+    return dict(*items, **named)
+
+
 def _size(value: Any, most: int) -> int:
     """Characters and values that a value is made of, or a little more than `most`. Messages count as one: they are as they
     came, and nothing in them was made by the template."""
@@ -329,28 +347,37 @@ def _size(value: Any, most: int) -> int:
     return size
 
 
-def _instrument(node: nodes.Node, numbers: Iterator[int], written: bool) -> None:
-    """Let every loop tell the environment of its turns.
+def _instrument(node: nodes.Node, numbers: Iterator[int], written: bool, loop: int | None = None) -> None:
+    """Let every loop tell the environment of its turns, and of what a variable is set to in them.
 
     Args:
         numbers: for the loops.
         written: whether what stands here goes straight into the text. What is kept in a variable, or is a macro's, may be
             written anywhere: which message it is of is not asked.
+        loop: the loop that this stands in.
     """
     written = written and not isinstance(node, (nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock))
     for _, value in node.iter_fields():
-        for child in value if isinstance(value, list) else [value]:
-            if isinstance(child, nodes.Node):
-                _instrument(child, numbers, written and not (isinstance(child, nodes.For) and child.recursive))
         if isinstance(value, list):
-            value[:] = [part for child in value for part in _with_turns(child, numbers, written)]
+            value[:] = [part for child in value for part in _instrumented(child, numbers, written, loop)]
+        elif isinstance(value, nodes.Node):
+            _instrument(value, numbers, written, loop)
 
 
-def _with_turns(child: Any, numbers: Iterator[int], written: bool) -> list[Any]:
-    if not isinstance(child, nodes.For):
-        return [child]
-    loop = nodes.Const(next(numbers))
-    tracked = written and not child.recursive and isinstance(child.target, nodes.Name)
-    item = nodes.Name(child.target.name, "load") if tracked else nodes.Const(None)
-    child.body.insert(0, nodes.ExprStmt(nodes.Tuple([loop, item], "load"), lineno=child.lineno))
-    return [child, nodes.ExprStmt(nodes.Tuple([loop], "load"), lineno=child.lineno)] if tracked else [child]
+def _instrumented(child: Any, numbers: Iterator[int], written: bool, loop: int | None) -> list[Any]:
+    if isinstance(child, nodes.For):
+        number, tracked = next(numbers), written and not child.recursive and isinstance(child.target, nodes.Name)
+        _instrument(child, numbers, tracked, number if tracked else None)
+        child.body.insert(0, _call("enter", number, child.target.name if tracked else None))
+        return [child, _call("leave", number)] if tracked else [child]
+    if isinstance(child, nodes.Node):
+        _instrument(child, numbers, written, loop)
+    if isinstance(child, nodes.Assign) and written and loop is not None and isinstance(child.target, nodes.Name):
+        return [child, _call("choose", loop, child.target.name)]
+    return [child]
+
+
+def _call(method: str, loop: int, name: str | None = None) -> nodes.ExprStmt:
+    """`environment.method(loop, name)`, as `_Generator` writes it."""
+    items = [nodes.Const(method), nodes.Const(loop), *([nodes.Name(name, "load")] if name else [])]
+    return nodes.ExprStmt(nodes.Tuple(items, "load"), lineno=1)
