@@ -19,11 +19,14 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-WORK = 2_000_000
-"""Turns of loops and calls in a rendering; so many of `CHARACTERS` that are handled count as one of them."""
+WORK = 1_000_000
+"""Turns of loops and calls in a rendering, beyond what a long conversation takes."""
 CHARACTERS = 64
+"""So many that are handled count as a turn."""
 LARGEST = 2**23
-"""Characters of one text, or values in one list, beyond some times the conversation."""
+"""Characters of one text, beyond some times the conversation."""
+VALUE = 32
+"""A text or list in a list counts as so many characters more than its own."""
 SOURCE = 2**18
 """Characters of a template: ten times the longest that is published."""
 BITS = 2**14
@@ -56,8 +59,9 @@ class Rendering(threading.local):
     def __init__(self) -> None:
         self.begin(0)
 
-    def begin(self, size: int) -> None:
-        self.left, self.largest = WORK + size, LARGEST + 8 * size
+    def begin(self, size: int, messages: int = 0) -> None:
+        # Templates look back and ahead from each message.
+        self.left, self.largest = WORK + size + 4 * messages * min(messages, 1000), LARGEST + 8 * size
         self.position = self.last = 0
         self.shown: dict[int, list[tuple[int, int]]] = {}
         self.inner: list[tuple[int, int, int]] = []
@@ -200,7 +204,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         Raises:
             TooMuch: a bound is passed.
         """
-        self.rendering.begin(size)
+        self.rendering.begin(size, len(variables["messages"]))
         pieces = []
         for piece in template.generate(**variables):
             pieces.append(piece)
@@ -327,23 +331,24 @@ def _dict(*items: Any, **named: Any) -> dict[Any, Any]:
 
 
 def _size(value: Any, most: int) -> int:
-    """Characters and values that a value is made of, or a little more than `most`. Messages count as one: they are as they
-    came, and nothing in them was made by the template."""
+    """Characters that a value is made of, or a little more than `most`. Messages count as one: they are as they came, and
+    nothing in them was made by the template."""
     if isinstance(value, str):
         return len(value)
-    if isinstance(value, int):
-        return 1
-    size, rest = 0, [value]
+    size, rest = 1, [value]
     while rest and size <= most:
         each = rest.pop()
-        size += 1 + (len(each) if isinstance(each, (str, bytes)) else 0)
-        if type(each) is dict:
-            rest.extend(each)
-            rest.extend(each.values())
-        elif type(each) in (list, tuple, set):
-            rest.extend(each)
+        if type(each) in (list, tuple, set):
+            parts = each
+        elif type(each) is dict:
+            parts = [*each, *each.values()]
         elif isinstance(each, Namespace):
-            rest.extend(each._Namespace__attrs.values())  # no other way to them
+            parts = each._Namespace__attrs.values()  # no other way to them
+        else:
+            size += VALUE + (len(each) if isinstance(each, (str, bytes)) else 0)
+            continue
+        size += VALUE + 8 * len(parts)
+        rest.extend(part for part in parts if type(part) not in (Turn, int, bool, float))
     return size
 
 

@@ -125,6 +125,6 @@ def as_sample(block: np.ndarray, coded: bool, masked: bool) -> Sample:
 
 def _pieces(documents: Iterable[str]) -> Iterator[Piece]:
     for text in documents:
-        *body, last = cut(text)
-        yield from (Piece(part, False, {}) for part in body)
-        yield Piece(last, True, {})
+        parts = cut(text)
+        for number, part in enumerate(parts):
+            yield Piece(part, number == len(parts) - 1, {}, number == 0)

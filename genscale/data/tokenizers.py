@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from genscale.data.companions import Companions, read_companions
+from genscale.data.companions import LARGEST_ID, Companions, read_companions
 from genscale.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -22,6 +26,11 @@ END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<|end▁of▁sentence|>", 
 SMALLEST_VOCABULARY = 257
 """A byte-level vocabulary holds every byte and the end of text, so that no text is out of vocabulary."""
 
+
+PROBES = ("Hello, world! 12,345.67 it's\n\n  x", *(letter * 64 + end for letter in "aAé1- \n" for end in ("", "!")))
+"""Texts on which a pattern shows whether it takes forever."""
+GROWTH = 1000
+"""Times as long as a text that a normalizer may make it."""
 
 ALONE = Companions()
 
@@ -37,6 +46,8 @@ class Tokenizer(ABC):
         name: where it came from, for messages.
         companions: what the files beside it say.
         special_texts: texts of its special tokens.
+        continued: the tokenizer for a text that goes on in the middle of a document: this one, unless it writes a space of its
+            own before every text.
     """
 
     vocab_size: int
@@ -46,6 +57,10 @@ class Tokenizer(ABC):
     name: str = "bytes"
     companions: Companions = ALONE
     special_texts: Sequence[str] = ()
+
+    @property
+    def continued(self) -> Tokenizer:
+        return self
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -127,18 +142,26 @@ class FileTokenizer(Tokenizer):
 
         self.name, self.companions = name, companions
 
-        try:
+        advice = "make one with `genscale tokenizer train`, or set data.tokenizer=bytes"
+        with _quiet(), _named(f"data.tokenizer={name}: not a tokenizer.json of the tokenizers library, or damaged", advice):
             self._backend = tokenizers.Tokenizer.from_str(text)
             self._content = json.loads(text)
-        except Exception as error:  # the library raises bare Exception for everything that is wrong with a file
-            raise UserError(f"data.tokenizer={name}: not a tokenizer.json of the tokenizers library, or damaged ({error}); "
-                            "make one with `genscale tokenizer train`, or set data.tokenizer=bytes") from None
         self._backend.no_padding()
         self._backend.no_truncation()
         # A document that happens to spell a special token must not end there.
         self._backend.encode_special_tokens = True
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
+        word, largest = max(vocabulary.items(), key=lambda item: item[1], default=("", -1))
+        if largest >= LARGEST_ID:
+            raise UserError(f"data.tokenizer={name}: the token {word[:40]!r} has the id {largest}, of {len(vocabulary)} "
+                            f"tokens; ids below {LARGEST_ID} are taken: number them one after the other")
+        if self._content["model"].get("dropout"):
+            raise UserError(f"data.tokenizer={name}: has dropout={self._content['model']['dropout']}, with which a text is "
+                            "other tokens each time it is read; set dropout to null in its model")
+        if (times := _growth(self._content.get("normalizer"))) > GROWTH:
+            raise UserError(f"data.tokenizer={name}: its normalizer makes a text up to {times} times as long, more than "
+                            f"{GROWTH}; mend its Replace steps")
+        self.vocab_size = largest + 1
         self.special_texts = [token["content"] for token in self._content.get("added_tokens", []) if token["special"]]
         self.end_of_text = _end_of_text(vocabulary, companions, name)
         self.end_text = self._backend.id_to_token(self.end_of_text)
@@ -148,9 +171,22 @@ class FileTokenizer(Tokenizer):
         self._ends_elsewhere = not _named_ends(vocabulary)
         named = f" ends with {self.end_of_text}" if self._ends_elsewhere else ""
         self.digest = hashlib.sha256(f"{self._canonical}{named}".encode()).hexdigest()
+        with _quiet():  # a pattern that fails on such texts ends the run now
+            self.encode_batch(PROBES)
+
+    @cached_property
+    def continued(self) -> Tokenizer:
+        text = json.dumps({**self._content, "normalizer": _without_prefix(self._content.get("normalizer")),
+                           "pre_tokenizer": _without_prefix(self._content.get("pre_tokenizer"))})
+        return self if json.loads(text) == self._content else FileTokenizer(text, self.name, self.companions)
+
+    def _working(self) -> AbstractContextManager[None]:
+        return _named(f"data.tokenizer={self.name}: fails on a text", "mend its patterns, or give another tokenizer")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with self._working():
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def encode_documents(self, texts: Sequence[str], ends: Sequence[bool]) -> list[np.ndarray]:
         documents = self.encode_batch(texts)
@@ -169,7 +205,8 @@ class FileTokenizer(Tokenizer):
         return backend
 
     def encode_chats(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        encodings = self._chat_backend.encode_batch(list(texts), add_special_tokens=False)
+        with self._working():
+            encodings = self._chat_backend.encode_batch(list(texts), add_special_tokens=False)
         return [(encoding.ids, encoding.offsets) for encoding in encodings]
 
     def texts_of(self, ids: Iterable[int]) -> list[str]:
@@ -208,6 +245,72 @@ class FileTokenizer(Tokenizer):
             companions = replace(companions, special_tokens={**companions.special_tokens, "eos_token": end})
         companions.save(path.parent)
         return path
+
+
+@contextmanager
+def _named(what: str, advice: str) -> Iterator[None]:
+    """The library's errors, and the panics of its Rust, as the user's."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, UserError):
+        raise
+    except BaseException as error:  # a panic is no Exception
+        raise UserError(f"{what} ({str(error)[:200]}); {advice}") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """While a panic would print its own lines: the error says it."""
+    try:
+        before, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # there is no standard error
+        yield
+        return
+    try:
+        sys.stderr.flush()
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nothing)
+
+
+def _without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A normalizer or pre-tokenizer that puts nothing before a text."""
+    if step is None or step.get("type") == "Prepend":
+        return None
+    if step.get("type") in ("Metaspace", "ByteLevel"):
+        never = {"add_prefix_space": False, "prepend_scheme": "never"}
+        return {key: never.get(key, value) for key, value in step.items()}
+    for steps in ("normalizers", "pretokenizers"):
+        if steps in step:
+            return {**step, steps: [part for part in map(_without_prefix, step[steps]) if part is not None]}
+    return step
+
+
+def _growth(step: dict[str, Any] | None) -> int:
+    """Times as long as a text that a normalizer may make it, at most."""
+    if step is None:
+        return 1
+    own = len(step.get("content") or "") if step.get("type") == "Replace" else 1
+    return prod([max(1, own), *map(_growth, step.get("normalizers", []))])
+
+
+def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[tuple[str, bool, bool]]) -> list[np.ndarray]:
+    """Ids of pieces of documents, int32 `(time,)`.
+
+    Args:
+        pieces: (text, whether the document begins with it, whether it ends with it: the end of text follows).
+    """
+    if tokenizer.continued is tokenizer or all(begins for _, begins, _ in pieces):
+        return tokenizer.encode_documents([text for text, _, _ in pieces], [ends for _, _, ends in pieces])
+    found: dict[int, np.ndarray] = {}
+    for chosen, wanted in ((tokenizer, True), (tokenizer.continued, False)):
+        own = [number for number, (_, begins, _) in enumerate(pieces) if begins == wanted]
+        ids = chosen.encode_documents([pieces[number][0] for number in own], [pieces[number][2] for number in own])
+        found.update(zip(own, ids, strict=True))
+    return [found[number] for number in range(len(pieces))]
 
 
 def _named_ends(vocabulary: dict[str, int]) -> list[int]:
