@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from genscale.errors import UserError
 
 log = logging.getLogger("genscale")
-FIRST_JUDGED = 100
+FIRST_JUDGED = 1000
 """Conversations of a source that is not read as a whole after which the share of bad ones is looked at."""
 NAMED = 3
 """Bad conversations that are named one by one; of the further ones the number is said each time that it has grown tenfold."""
@@ -26,13 +26,15 @@ class LeftOut:
         answer_roles: the roles that answer, as `key=value`.
 
     Attributes:
+        read, written: conversations that were read, and that the template was given (others are read ahead).
         first: what is wrong with the first bad conversation.
         whole: the source is being read from front to back.
     """
 
     def __init__(self, source: str, bad_share: float, answer_roles: str) -> None:
         self._source, self._bad_share, self._answer_roles = source, bad_share, answer_roles
-        self.read = self.bad = self.unanswered = 0
+        self.read = self.written = self.unanswered = 0
+        self._unreadable = self._refused = 0
         self.first: UserError | None = None
         self.whole = False
         self._roles: Counter[str] = Counter()
@@ -41,25 +43,32 @@ class LeftOut:
     def __reduce__(self) -> tuple:
         return LeftOut, (self._source, self._bad_share, self._answer_roles)  # each process counts for itself
 
-    def refuse(self, error: UserError) -> None:
-        """Leave a conversation out for what is wrong with it.
+    @property
+    def bad(self) -> int:
+        """Conversations that were left out for what is wrong with them."""
+        return self._unreadable + self._refused
+
+    def refuse(self, error: UserError, written: bool = False) -> None:
+        """Leave a conversation out for what is wrong with it, as it was read or `written`.
 
         Raises:
             UserError: too many are.
         """
-        self.bad += 1
+        self._refused += written
+        self._unreadable += not written
         self.first = self.first or error
         if self.whole:
             self._names += [str(error)] if self.bad <= NAMED else []
-        elif self.bad <= NAMED or _is_power_of_ten(self.bad):
-            log.warning("%s; it is left out, as %d of %d", error, self.bad, self.read)
-        if not self.whole and self.read >= FIRST_JUDGED:
-            self._judge()
+            return
+        if (len(self._names) < NAMED and str(error) not in self._names) or _is_power_of_ten(self.bad):
+            self._names.append(str(error))  # not again in the next epoch
+            log.warning("%s; it is left out, as %d so far", error, self.bad)
+        self._judge(FIRST_JUDGED)
 
     def pass_over(self, roles: list[str]) -> None:
         """Leave a conversation out in which nobody answers."""
         self.unanswered += 1
-        self._roles.update(set(roles))
+        self._roles.update(dict.fromkeys(roles, 1))
         if not self.whole and _is_power_of_ten(self.unanswered):
             log.warning("%s", self._nobody())
 
@@ -81,18 +90,19 @@ class LeftOut:
             log.warning("%s: %d of %d conversations are left out: %s%s", self._source, self.bad, self.read,
                         "; ".join(self._names), more)
             self._names = []
-        if self.unanswered:
+        if 0 < self.unanswered < self.read:  # of no conversation at all an error says it
             log.warning("%s", self._nobody())
 
     def no_answer(self) -> str:
         """Why there is no conversation at all: the roles that were found; empty where that is not why."""
-        return f"; {self._nobody()}" if self.unanswered else ""
+        return f": {self._nobody().removeprefix(self._source + ': ')}" if self.unanswered else ""
 
-    def _judge(self) -> None:
-        if self.bad > self._bad_share * self.read:
-            raise UserError(f"{self.first}; {self.bad} of {self.read} conversations cannot be learnt from, more than "
-                            f"data.bad_share={self._bad_share}: mend or remove them, or set data.bad_share above "
-                            f"{self.bad / max(1, self.read):.3g} (a run that goes on may have another)")
+    def _judge(self, least: int = 1) -> None:
+        for bad, count in ((self._unreadable, self.read), (self._refused, self.written)):
+            if count >= least and bad > self._bad_share * count:
+                raise UserError(f"{self.first}; {bad} of {count} conversations cannot be learnt from, more than data.bad_share="
+                                f"{self._bad_share}: mend or remove them, or set data.bad_share above {bad / count:.3g} (also "
+                                "for a run that goes on)")
 
     def _nobody(self) -> str:
         roles = ", ".join(role for role, _ in self._roles.most_common(8))

@@ -95,6 +95,7 @@ class PairEncoder:
     def _written(self, document: str) -> tuple[str, list[Span]] | None:
         messages, tools = read_document(document)
         end = self._tokenizer.end_text
+        self._spec.left_out.written += 1
         try:
             if self._separate and end and any(end in said(message) for message in messages):
                 raise Refusal(f"data.separate_documents=true: a message has the words {end}, the end of text of data.tokenizer="
@@ -102,7 +103,7 @@ class PairEncoder:
             return self._templates[bool(tools)].answers(messages, tools)
         except Refusal as error:
             where = getattr(document, "where", "")
-            self._spec.left_out.refuse(UserError(f"{where}: {error}") if where else error)
+            self._spec.left_out.refuse(UserError(f"{where}: {error}") if where else error, written=True)
             return None
 
     def _plain(self, conversations: Sequence[Sequence[Message]]) -> list[np.ndarray]:
@@ -163,9 +164,10 @@ class PairEncoder:
             UserError: nothing could be learnt.
         """
         if not any((ids & 1).any() for ids, _ in self.documents(documents)):
-            raise UserError(f"{self._spec.key}={self._spec.name}: the mask hides every token: the chat template of "
-                            f"data.tokenizer={self._tokenizer.name} marks nothing as the assistant's; mend its "
-                            "{% generation %} part, or set prompt_column and answer_column")
+            raise self._spec.left_out.first or UserError(
+                f"{self._spec.key}={self._spec.name}: the mask hides every token: the chat template of data.tokenizer="
+                f"{self._tokenizer.name} marks nothing as the assistant's; mend its {{% generation %}} part, or set "
+                "prompt_column and answer_column")
 
 
 def unpack(block: np.ndarray) -> Sample:
