@@ -119,7 +119,7 @@ class ChatTemplate:
         written = self._render(messages, tools)
         if self._marks_itself:
             return written.text, written.generated
-        if not written.shown:
+        if not any(message["role"] == "assistant" and number in written.shown for number, message in enumerate(messages)):
             return written.text, self._marked_answers(messages, tools, written.text)
         spans = []
         for number, message in enumerate(messages):
@@ -258,11 +258,10 @@ class ChatTemplate:
     def _write(self, messages: Sequence[Message], tools: list[Any] | None, add_generation_prompt: bool) -> Written:
         turns, size = [], 0
         for number, message in enumerate(messages):
-            turn = Turn({key: value for key, value in message.items() if value is not None})  # as transformers does
-            if thought := next((turn[key] for key in THOUGHT_KEYS if key in turn), None):
-                turn.update({**dict.fromkeys(THOUGHT_KEYS[:2], thought), **turn, THOUGHT_KEYS[0]: thought})
-            turn.number = number
-            turns.append(turn)
+            turn = {key: value for key, value in message.items() if value is not None}  # as transformers does
+            if (thought := next((turn[key] for key in THOUGHT_KEYS if key in turn), None)) is not None:
+                turn = {THOUGHT_KEYS[1]: thought, **turn, THOUGHT_KEYS[0]: thought}
+            turns.append(Turn.numbered(number, turn))
             size += len(str(message))
         try:
             text = self._sandbox.write(self._template, size + len(str(tools)), {
@@ -318,7 +317,7 @@ def _without_marks(marked: str) -> tuple[str, list[int], list[int]]:
 
 
 def _reason(error: BaseException) -> str:
-    return f"{error}"[:200] or type(error).__name__
+    return str(error).replace(f"{Turn.__module__}.{Turn.__name__}", "message")[:200] or type(error).__name__
 
 
 def _raise(message: str) -> None:

@@ -40,9 +40,15 @@ class TooMuch(jinja2.TemplateError):
 
 
 class Turn(dict):
-    """A message that knows its number in the conversation."""
+    """A message that knows its number in the conversation. (Templates do not see attributes with an underscore.)"""
 
-    number: int
+    _number: int
+
+    @classmethod
+    def numbered(cls, number: int, message: dict[str, Any]) -> Turn:
+        turn = cls(message)
+        turn._number = number
+        return turn
 
 
 class Rendering(threading.local):
@@ -72,7 +78,7 @@ class Rendering(threading.local):
     def enter(self, loop: int, item: Any) -> None:
         self.leave(loop)
         if type(item) is Turn:
-            self._open[loop] = item.number, self.position
+            self._open[loop] = item._number, self.position
         else:
             self._counting.add(loop)
 
@@ -80,7 +86,7 @@ class Rendering(threading.local):
         """The first message that a variable is set to in a turn of a loop over numbers is what the turn is about."""
         if type(item) is Turn and loop in self._counting:
             self._counting.discard(loop)
-            self._open[loop] = item.number, self.position
+            self._open[loop] = item._number, self.position
 
     def leave(self, loop: int) -> None:
         self._counting.discard(loop)

@@ -88,6 +88,18 @@ def test_a_conversation_that_the_template_refuses_is_left_out_and_named(
     assert not {"7 + 1", "200 + 1"} & (epoch(data) | epoch(data, 1)) and {"8 + 1", "7 + 1"} <= epoch(whole) | epoch(whole, 1)
 
 
+def test_a_run_is_not_ended_by_a_row_and_goes_on_without_it(
+        genscale: Any, tiny_config: Path, tiny_run: Path, tmp_path: Path, chat_model: str) -> None:
+    source = write(tmp_path / "chats.jsonl", refused_at(7))
+    run = ("train", "--config", tiny_config, "--data.source", source, "--data.messages_column", "messages", "--data.tokenizer",
+           chat_model, "--data.lanes", 4, "--train.steps")
+    done = genscale(*run, 2)
+    assert done.code == 0 and done.err.count("1 of 300 conversations are left out") == 1, done.err
+    write(tmp_path / "chats.jsonl", [one for number, one in enumerate(refused_at(7)) if number != 7])
+    done = genscale(*run, 4, "--data.bad_share", 0)
+    assert done.code == 0 and (tiny_run / "checkpoints" / "step-00000004").is_dir(), done.err
+
+
 def test_in_a_stream_the_others_keep_their_order_at_every_resume(
         tmp_path: Path, chat_model: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(sources, "MEMORY_LIMIT", 0)

@@ -6,7 +6,7 @@ import json
 import resource
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ TEMPLATES = {
     "deep blocks": "{% if 1 %}" * 3000 + "{% endif %}" * 3000,
     "a long template": "{{ 'x' }}" * 100_000,
     "messages are not changed": "{% set _ = dict.update(messages[0], role='assistant') %}",
-    "no way out": "{{ ().__class__.__base__.__subclasses__() }}{{ messages[0].number.__class__ }}",
+    "no way out": "{{ ().__class__.__base__.__subclasses__() }}{{ messages[0]._number }}",
 }
 
 
@@ -105,6 +105,15 @@ def test_a_template_that_does_not_end_or_grows_is_refused(name: str, little_memo
         pytest.fail("it was rendered")
     assert "\n" not in str(caught.value) and "chat template" in str(caught.value) and len(str(caught.value)) < 600
     assert time.thread_time() - started < 8
+
+
+def test_such_a_template_ends_a_run_before_its_first_step(refuse: Callable[..., str], tmp_path: Path) -> None:
+    train_bpe(["hello world"] * 3, 300, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATES["doubled by ~"]}))
+    (tmp_path / "chats.jsonl").write_text("\n".join([json.dumps({"messages": MESSAGES})] * 60))
+    message = refuse("--data.source", tmp_path / "chats.jsonl", "--data.messages_column", "messages", "--data.tokenizer",
+                     tmp_path)
+    assert "row 0 of chats.jsonl" in message and "it writes more than" in message
 
 
 def test_a_template_may_be_shared_by_threads() -> None:
