@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import jinja2
 
 from genscale.data.conversations import said
-from genscale.data.template_sandbox import Sandbox, Turn
+from genscale.data.template_sandbox import Sandbox
+from genscale.data.template_turns import Turn
 from genscale.errors import UserError
 
 Message = Mapping[str, Any]

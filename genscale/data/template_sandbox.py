@@ -1,4 +1,4 @@
-"""A sandbox for the chat templates of strangers: it bounds what they do, and says which message wrote which characters.
+"""A sandbox for the chat templates of strangers: it bounds what they do.
 
 Jinja's own sandbox keeps a template from what it must not see; that it ends, and does not fill the memory, is seen to here. All
 bounds are counts, no clocks: whether a conversation is refused must not depend on the machine.
@@ -18,6 +18,8 @@ from jinja2.compiler import CodeGenerator
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+
+from genscale.data.template_turns import Rendering, Turn, instrument
 
 WORK = 1_000_000
 """Turns of loops and calls in a rendering, beyond what a long conversation takes."""
@@ -39,63 +41,20 @@ class TooMuch(jinja2.TemplateError):
     """A template that works more, or writes more, than any chat template has to."""
 
 
-class Turn(dict):
-    """A message that knows its number in the conversation. (Templates do not see attributes with an underscore.)"""
-
-    _number: int
-
-    @classmethod
-    def numbered(cls, number: int, message: dict[str, Any]) -> Turn:
-        turn = cls(message)
-        turn._number = number
-        return turn
-
-
-class Rendering(threading.local):
-    """What is known of the rendering that a thread is at.
+class Budget(threading.local):
+    """What the rendering that a thread is at may still do.
 
     Attributes:
-        position: characters written so far.
-        shown: number of a message -> the stretches (start, stop) that were written in its turns of a loop.
-        inner: (number of a message, start, stop) of those that lie inside another message's.
-        last: where the last such turn ended.
-        generated: what the template itself marks as the assistant's.
+        left: turns of loops and calls.
+        largest: characters of a text.
     """
 
     def __init__(self) -> None:
-        self.begin(0)
+        self.begin(0, 0)
 
-    def begin(self, size: int, messages: int = 0) -> None:
+    def begin(self, size: int, messages: int) -> None:
         # Templates look back and ahead from each message.
         self.left, self.largest = WORK + size + 4 * messages * min(messages, 1000), LARGEST + 8 * size
-        self.position = self.last = 0
-        self.shown: dict[int, list[tuple[int, int]]] = {}
-        self.inner: list[tuple[int, int, int]] = []
-        self.generated: list[tuple[int, int]] = []
-        self._open: dict[int, tuple[int, int]] = {}
-        self._counting: set[int] = set()
-
-    def enter(self, loop: int, item: Any) -> None:
-        self.leave(loop)
-        if type(item) is Turn:
-            self._open[loop] = item._number, self.position
-        else:
-            self._counting.add(loop)
-
-    def choose(self, loop: int, item: Any) -> None:
-        """The first message that a variable is set to in a turn of a loop over numbers is what the turn is about."""
-        if type(item) is Turn and loop in self._counting:
-            self._counting.discard(loop)
-            self._open[loop] = item._number, self.position
-
-    def leave(self, loop: int) -> None:
-        self._counting.discard(loop)
-        if loop in self._open:
-            number, start = self._open.pop(loop)
-            self.last, around = self.position, {other for other, _ in self._open.values()}
-            if self.position > start and number not in around:
-                self.shown.setdefault(number, []).append((start, self.position))
-                self.inner += [(number, start, self.position)] if around else []
 
 
 class _Generation(Extension):
@@ -119,7 +78,7 @@ class _Generation(Extension):
 class _Generator(CodeGenerator):
     """Compiles what makes long values, and every turn of a loop, so that the environment hears of it."""
 
-    def visit_ExprStmt(self, node: nodes.ExprStmt, frame: Any) -> None:  # only `_instrumented` makes them
+    def visit_ExprStmt(self, node: nodes.ExprStmt, frame: Any) -> None:  # only `instrument` makes them
         method, loop, *names = node.node.items
         self.writeline(f"environment.{method.value}({loop.value}", node)
         for name in names:
@@ -182,7 +141,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], optimized=False)
-        self.rendering, self.marks_answers = Rendering(), False
+        self.rendering, self._budget, self.marks_answers = Rendering(), Budget(), False
         # Not `random`: the same conversation must be the same text at every epoch and resume.
         self.filters = {name: self._bounded_filter(name, call) for name, call in self.filters.items() if name != "random"}
         self.tests.update({name: self._bounded_filter(name, self.tests[name]) for name in COMPARING})
@@ -198,7 +157,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if len(source) > SOURCE:
             raise TooMuch(f"it has {len(source):,} characters, more than {SOURCE:,}")
         template = super()._parse(source, name, filename)
-        _instrument(template, iter(range(len(source))), True)
+        instrument(template, iter(range(len(source))), True)
         return template
 
     def write(self, template: jinja2.Template, size: int, variables: dict[str, Any]) -> str:
@@ -210,7 +169,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         Raises:
             TooMuch: a bound is passed.
         """
-        self.rendering.begin(size, len(variables["messages"]))
+        self.rendering.begin()
+        self._budget.begin(size, len(variables["messages"]))
         pieces = []
         for piece in template.generate(**variables):
             pieces.append(piece)
@@ -219,17 +179,17 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return "".join(pieces)
 
     def _spend(self, size: int) -> None:
-        rendering = self.rendering
-        rendering.left -= 1 + size // CHARACTERS
-        if rendering.left < 0:
+        budget = self._budget
+        budget.left -= 1 + size // CHARACTERS
+        if budget.left < 0:
             raise TooMuch(f"it does not come to an end within {WORK:,} turns of its loops and calls")
-        if size > rendering.largest or rendering.position > rendering.largest:
-            raise TooMuch(f"it writes more than {rendering.largest:,} characters")
+        if size > budget.largest or self.rendering.position > budget.largest:
+            raise TooMuch(f"it writes more than {budget.largest:,} characters")
 
     def _promise(self, size: int) -> None:
         """Refuse what would be too long, before it is made."""
-        if size > self.rendering.largest:
-            raise TooMuch(f"it makes a text or list of {size:,}, more than {self.rendering.largest:,}")
+        if size > self._budget.largest:
+            raise TooMuch(f"it makes a text or list of {size:,}, more than {self._budget.largest:,}")
 
     def enter(self, loop: int, item: Any = None) -> None:
         self._spend(0)
@@ -243,7 +203,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def bounded(self, value: Any) -> Any:
         """The value, where it is not too large."""
-        self._spend(len(value) if type(value) is str else _size(value, self.rendering.largest))
+        self._spend(len(value) if type(value) is str else _size(value, self._budget.largest))
         return value
 
     def looked_at(self, value: Any) -> Any:
@@ -279,7 +239,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         elif operator == "*":
             value, times = (right, left) if isinstance(left, int) else (left, right)
             if isinstance(times, int):
-                self._promise(_size(value, self.rendering.largest) * times)
+                self._promise(_size(value, self._budget.largest) * times)
 
     def _check_widths(self, pattern: str) -> None:
         if re.search(r"\d{5}|%[^a-zA-Z%]*\*|\{[^{}]*\{", pattern):
@@ -292,7 +252,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         given = [*args, *kwargs.values()]
-        __self._spend(sum(_size(value, __self.rendering.largest) for value in given))
+        __self._spend(sum(_size(value, __self._budget.largest) for value in given))
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(owner, (str, bytes, int)) and given:
             __self._check_method(owner, name, given)
@@ -308,7 +268,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         elif name == "replace" and len(given) > 1 and isinstance(given[0], str) and isinstance(given[1], str):
             self._promise(length + (owner.count(given[0]) * len(given[1]) if len(given[1]) > 1 else 0))
         elif name in ("join", "translate"):
-            self._promise((length + 1) * _size(given[0], self.rendering.largest) if length > 1 or name == "translate" else 0)
+            self._promise((length + 1) * _size(given[0], self._budget.largest) if length > 1 or name == "translate" else 0)
 
     def _bounded_filter(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         own = hasattr(call, "jinja_pass_arg")  # its first argument is jinja's
@@ -316,10 +276,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         @functools.wraps(call)
         def checked(*args: Any, **kwargs: Any) -> Any:
             first, *rest = [*args[own:], *kwargs.values()] or [None]
-            size = _size(first, self.rendering.largest)
-            self._spend(size + sum(_size(value, self.rendering.largest) for value in rest))
+            size = _size(first, self._budget.largest)
+            self._spend(size + sum(_size(value, self._budget.largest) for value in rest))
             if name in GROWING:
-                factors = [value if isinstance(value, int) else _size(value, self.rendering.largest) for value in rest]
+                factors = [value if isinstance(value, int) else _size(value, self._budget.largest) for value in rest]
                 self._promise(max(size, 1) * max([*factors, 1]))
             if name == "format":
                 self._check_widths(str(first))
@@ -356,39 +316,3 @@ def _size(value: Any, most: int) -> int:
         size += VALUE + 8 * len(parts)
         rest.extend(part for part in parts if type(part) not in (Turn, int, bool, float))
     return size
-
-
-def _instrument(node: nodes.Node, numbers: Iterator[int], written: bool, loop: int | None = None) -> None:
-    """Let every loop tell the environment of its turns, and of what a variable is set to in them.
-
-    Args:
-        numbers: for the loops.
-        written: whether what stands here goes straight into the text. What is kept in a variable, or is a macro's, may be
-            written anywhere: which message it is of is not asked.
-        loop: the loop that this stands in.
-    """
-    written = written and not isinstance(node, (nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock))
-    for _, value in node.iter_fields():
-        if isinstance(value, list):
-            value[:] = [part for child in value for part in _instrumented(child, numbers, written, loop)]
-        elif isinstance(value, nodes.Node):
-            _instrument(value, numbers, written, loop)
-
-
-def _instrumented(child: Any, numbers: Iterator[int], written: bool, loop: int | None) -> list[Any]:
-    if isinstance(child, nodes.For):
-        number, tracked = next(numbers), written and not child.recursive and isinstance(child.target, nodes.Name)
-        _instrument(child, numbers, tracked, number if tracked else None)
-        child.body.insert(0, _call("enter", number, child.target.name if tracked else None))
-        return [child, _call("leave", number)] if tracked else [child]
-    if isinstance(child, nodes.Node):
-        _instrument(child, numbers, written, loop)
-    if isinstance(child, nodes.Assign) and written and loop is not None and isinstance(child.target, nodes.Name):
-        return [child, _call("choose", loop, child.target.name)]
-    return [child]
-
-
-def _call(method: str, loop: int, name: str | None = None) -> nodes.ExprStmt:
-    """`environment.method(loop, name)`, as `_Generator` writes it."""
-    items = [nodes.Const(method), nodes.Const(loop), *([nodes.Name(name, "load")] if name else [])]
-    return nodes.ExprStmt(nodes.Tuple(items, "load"), lineno=1)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from genscale.data.companions import LARGEST_ID, Companions, read_companions
+from genscale.data.companions import Companions, read_companions
+from genscale.data.tokenizer_faults import PROBES, check_content, quiet, reported, without_prefix
 from genscale.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -26,11 +24,6 @@ END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<|end▁of▁sentence|>", 
 SMALLEST_VOCABULARY = 257
 """A byte-level vocabulary holds every byte and the end of text, so that no text is out of vocabulary."""
 
-
-PROBES = ("Hello, world! 12,345.67 it's\n\n  x", *(letter * 64 + end for letter in "aAé1- \n" for end in ("", "!")))
-"""Texts on which a pattern shows whether it takes forever."""
-GROWTH = 1000
-"""Times as long as a text that a normalizer may make it."""
 
 ALONE = Companions()
 
@@ -143,7 +136,7 @@ class FileTokenizer(Tokenizer):
         self.name, self.companions = name, companions
 
         advice = "make one with `genscale tokenizer train`, or set data.tokenizer=bytes"
-        with _quiet(), _named(f"data.tokenizer={name}: not a tokenizer.json of the tokenizers library, or damaged", advice):
+        with quiet(), reported(f"data.tokenizer={name}: not a tokenizer.json of the tokenizers library, or damaged", advice):
             self._backend = tokenizers.Tokenizer.from_str(text)
             self._content = json.loads(text)
         self._backend.no_padding()
@@ -151,16 +144,7 @@ class FileTokenizer(Tokenizer):
         # A document that happens to spell a special token must not end there.
         self._backend.encode_special_tokens = True
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
-        word, largest = max(vocabulary.items(), key=lambda item: item[1], default=("", -1))
-        if largest >= LARGEST_ID:
-            raise UserError(f"data.tokenizer={name}: the token {word[:40]!r} has the id {largest}, of {len(vocabulary)} "
-                            f"tokens; ids below {LARGEST_ID} are taken: number them one after the other")
-        if self._content["model"].get("dropout"):
-            raise UserError(f"data.tokenizer={name}: has dropout={self._content['model']['dropout']}, with which a text is "
-                            "other tokens each time it is read; set dropout to null in its model")
-        if (times := _growth(self._content.get("normalizer"))) > GROWTH:
-            raise UserError(f"data.tokenizer={name}: its normalizer makes a text up to {times} times as long, more than "
-                            f"{GROWTH}; mend its Replace steps")
+        largest = check_content(self._content, vocabulary, name)
         self.vocab_size = largest + 1
         self.special_texts = [token["content"] for token in self._content.get("added_tokens", []) if token["special"]]
         self.end_of_text = _end_of_text(vocabulary, companions, name)
@@ -171,17 +155,17 @@ class FileTokenizer(Tokenizer):
         self._ends_elsewhere = not _named_ends(vocabulary)
         named = f" ends with {self.end_of_text}" if self._ends_elsewhere else ""
         self.digest = hashlib.sha256(f"{self._canonical}{named}".encode()).hexdigest()
-        with _quiet():  # a pattern that fails on such texts ends the run now
+        with quiet():  # a pattern that fails on such texts ends the run now
             self.encode_batch(PROBES)
 
     @cached_property
     def continued(self) -> Tokenizer:
-        text = json.dumps({**self._content, "normalizer": _without_prefix(self._content.get("normalizer")),
-                           "pre_tokenizer": _without_prefix(self._content.get("pre_tokenizer"))})
+        text = json.dumps({**self._content, "normalizer": without_prefix(self._content.get("normalizer")),
+                           "pre_tokenizer": without_prefix(self._content.get("pre_tokenizer"))})
         return self if json.loads(text) == self._content else FileTokenizer(text, self.name, self.companions)
 
     def _working(self) -> AbstractContextManager[None]:
-        return _named(f"data.tokenizer={self.name}: fails on a text", "mend its patterns, or give another tokenizer")
+        return reported(f"data.tokenizer={self.name}: fails on a text", "mend its patterns, or give another tokenizer")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         with self._working():
@@ -245,56 +229,6 @@ class FileTokenizer(Tokenizer):
             companions = replace(companions, special_tokens={**companions.special_tokens, "eos_token": end})
         companions.save(path.parent)
         return path
-
-
-@contextmanager
-def _named(what: str, advice: str) -> Iterator[None]:
-    """The library's errors, and the panics of its Rust, as the user's."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, UserError):
-        raise
-    except BaseException as error:  # a panic is no Exception
-        raise UserError(f"{what} ({str(error)[:200]}); {advice}") from None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """While a panic would print its own lines: the error says it."""
-    try:
-        before, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    except OSError:  # there is no standard error
-        yield
-        return
-    try:
-        sys.stderr.flush()
-        os.dup2(nothing, 2)
-        yield
-    finally:
-        os.dup2(before, 2)
-        os.close(before)
-        os.close(nothing)
-
-
-def _without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A normalizer or pre-tokenizer that puts nothing before a text."""
-    if step is None or step.get("type") == "Prepend":
-        return None
-    if step.get("type") in ("Metaspace", "ByteLevel"):
-        never = {"add_prefix_space": False, "prepend_scheme": "never"}
-        return {key: never.get(key, value) for key, value in step.items()}
-    for steps in ("normalizers", "pretokenizers"):
-        if steps in step:
-            return {**step, steps: [part for part in map(_without_prefix, step[steps]) if part is not None]}
-    return step
-
-
-def _growth(step: dict[str, Any] | None) -> int:
-    """Times as long as a text that a normalizer may make it, at most."""
-    if step is None:
-        return 1
-    own = len(step.get("content") or "") if step.get("type") == "Replace" else 1
-    return prod([max(1, own), *map(_growth, step.get("normalizers", []))])
 
 
 def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[tuple[str, bool, bool]]) -> list[np.ndarray]:
