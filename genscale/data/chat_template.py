@@ -268,8 +268,8 @@ class ChatTemplate:
             text = self._sandbox.write(self._template, size + len(str(tools)), {
                 "messages": turns, "tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt,
                 **self._special_tokens})
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
-                MemoryError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
+                RecursionError) as error:
             beginning = json.dumps(list(messages), ensure_ascii=False, default=str)[:120]
             raise Refusal(f"data.tokenizer={self._name}: its chat template refuses the conversation {beginning}... "
                           f"({_reason(error)}); mend or remove it") from None

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from genscale.data.chat_template import ChatTemplate, Message, Refusal, Span
-from genscale.data.conversations import read_document, said
+from genscale.data.conversations import read_document
 from genscale.data.lanes import Sample
 from genscale.data.packing import Place
 from genscale.data.spec import Spec
@@ -97,8 +97,8 @@ class PairEncoder:
         end = self._tokenizer.end_text
         self._spec.left_out.written += 1
         try:
-            if self._separate and end and any(end in said(message) for message in messages):
-                raise Refusal(f"data.separate_documents=true: a message has the words {end}, the end of text of data.tokenizer="
+            if self._separate and end and end in document:
+                raise Refusal(f"data.separate_documents=true: it has the words {end}, the end of text of data.tokenizer="
                               f"{self._tokenizer.name}, at which the conversation would be cut; mend or remove it")
             return self._templates[bool(tools)].answers(messages, tools)
         except Refusal as error:

@@ -244,7 +244,7 @@ def test_an_end_of_text_in_a_users_words_does_not_blame_the_template(tmp_path: P
     source = write(tmp_path / "chats.jsonl", rows)
     open_data(source, chat_model, separate_documents=True)
     line, = (record.message for record in caplog.records)
-    assert "row 5 of chats.jsonl" in line and "a message has the words <|endoftext|>" in line and "chat template" not in line
+    assert "row 5 of chats.jsonl" in line and "it has the words <|endoftext|>" in line and "chat template" not in line
     caplog.clear()
     open_data(source, chat_model)
     assert not caplog.records
