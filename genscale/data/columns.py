@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import reduce
 from typing import Any
 
-from genscale.data.conversations import conversations
+from genscale.data.conversations import conversations, read_document, said
 from genscale.data.spec import Filter, Spec
 from genscale.errors import UserError
 
@@ -30,7 +29,7 @@ def documents(table: Any, spec: Spec, where: str, first: int, start: int, step: 
     if error := spec.unknown_columns(where, table.column_names):
         raise error
     names = table.column_names
-    table = table.select(spec.columns)
+    table = table.select([name for name in spec.columns if name in names])
     rows = table.slice(start) if step == 1 else table.take(pa.array(range(start, len(table), step), pa.int64()))
     if not len(rows):
         return []
@@ -38,7 +37,8 @@ def documents(table: Any, spec: Spec, where: str, first: int, start: int, step: 
     if kept is not None:
         kept = kept.to_pylist()
     if spec.pairs:
-        texts = conversations(_lists(rows, spec, where), spec, kept, lambda i: f"row {first + start + i * step} of {where}")
+        texts = conversations(_lists(rows, spec, where), spec, kept, lambda i: f"row {first + start + i * step} of {where}",
+                              padded=True)
     else:
         texts = _texts(rows, spec, where, names)
     if kept is not None:
@@ -67,11 +67,12 @@ def _lists(rows: Any, spec: Spec, where: str) -> dict[str, list[Any]]:
                             "and content; set prompt_column and answer_column for plain pairs")
         if not spec.messages and not _is_text(kind):
             raise UserError(f"{spec.setting(setting)}={column}: in {where} it holds {kind}, not text")
-    return {column: rows[column].to_pylist() for column in spec.content.values()}
+    tools = [spec.tools] if spec.tools in rows.column_names else []
+    return {column: rows[column].to_pylist() for column in [*spec.content.values(), *tools]}
 
 
 def _fits(text: str, spec: Spec) -> bool:
-    size = sum(len(message.get("content", "")) for message in json.loads(text)) if spec.pairs else len(text)
+    size = sum(len(said(message)) for message in read_document(text)[0]) if spec.pairs else len(text)
     return spec.shortest <= size and (spec.longest is None or size <= spec.longest)
 
 

@@ -1,4 +1,4 @@
-"""From rows of prompt/answer pairs or of messages to documents: a JSON list of messages each."""
+"""From rows of prompt/answer pairs or of messages to documents: a JSON list of messages each, or an object with tools too."""
 
 from __future__ import annotations
 
@@ -9,18 +9,30 @@ from typing import Any
 from genscale.data.spec import Spec
 from genscale.errors import UserError
 
+BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""What an answer may consist of where it has no content."""
 
-def conversations(columns: Mapping[str, list[Any]], spec: Spec, kept: list[bool] | None,
-                  row_of: Callable[[int], str]) -> list[str | None]:
-    """A document for each row; None for one that is not kept, or in which nobody answers.
+
+class Conversation(str):
+    """A document of a conversation, with what to call its row in messages."""
+
+    __slots__ = ("where",)
+
+
+def conversations(columns: Mapping[str, list[Any]], spec: Spec, kept: list[bool] | None, row_of: Callable[[int], str],
+                  padded: bool = False) -> list[str | None]:
+    """A document for each row; None for one that is not kept, in which nobody answers, or that is left out for what is wrong
+    with it. What is left out is counted in `spec.left_out`.
 
     Args:
-        columns: the values of the columns that `spec.content` names, by column.
+        columns: the values of the columns that `spec.content` and `spec.tools` name, by column.
         kept: which rows the filters keep; None where all are.
         row_of: what to call a row in messages.
+        padded: the values come from Arrow, which gives every tool call the arguments of all, None where there is no value. Else
+            None is what the row says. (Of a message itself, None is left out in either case, as transformers does.)
 
     Raises:
-        UserError: a row that is no conversation, or an empty answer.
+        UserError: too many rows are no conversations that can be learnt from.
     """
     if spec.messages:
         found = columns[spec.messages]
@@ -28,30 +40,96 @@ def conversations(columns: Mapping[str, list[Any]], spec: Spec, kept: list[bool]
         found = [None if prompt is None and answer is None else
                  [{"role": "user", "content": prompt or ""}, {"role": "assistant", "content": answer}]
                  for prompt, answer in zip(columns[spec.prompt], columns[spec.answer], strict=True)]
-    return [_conversation(messages, spec, row_of(i)) if messages and (kept is None or kept[i]) else None
-            for i, messages in enumerate(found)]
+    tools = columns.get(spec.tools) if spec.messages else None
+    return [_document(messages, tools[i] if tools else None, spec, row_of(i), padded)
+            if messages and (kept is None or kept[i]) else None for i, messages in enumerate(found)]
 
 
-def _conversation(messages: list[Any], spec: Spec, where: str) -> str | None:
-    """A document of a conversation; None where nobody answers, for there is nothing to learn in it."""
-    setting = "messages_column" if spec.messages else "answer_column"
-    key = f"{spec.setting(setting)}={spec.messages or spec.answer}"
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise UserError(f"{key}: {where} holds {str(message)[:80]!r}, not a message with role and content")
-        content = message.get("content")
-        if content is not None and not isinstance(content, str):
-            raise UserError(f"{key}: in {where} the content of a message is {str(content)[:80]!r}, not text")
-        if message["role"] == "assistant" and not (content or "").strip():
-            advice = f"; {spec.setting('filters')} with {spec.answer}: \"!=\" leaves such rows out" if spec.answer else ""
-            raise UserError(f"{key}: {where} has an empty answer; mend or remove it{advice}")
-    if all(message["role"] != "assistant" for message in messages):
+def _document(messages: Any, tools: Any, spec: Spec, where: str, padded: bool) -> str | None:
+    spec.left_out.read += 1
+    try:
+        key = f"{spec.setting('messages_column' if spec.messages else 'answer_column')}={spec.messages or spec.answer}"
+        if not isinstance(messages, list):
+            raise UserError(f"{key}: {where} holds {str(messages)[:80]!r}, not a list of messages with role and content")
+        messages = [_message(message, spec, f"{key}: {where}", padded) for message in messages]
+        if all(message["role"] != "assistant" for message in messages):
+            spec.left_out.pass_over([message["role"] for message in messages])
+            return None
+        tools = _tools(tools, f"{spec.setting('tools_column')}={spec.tools}: {where}", padded)
+    except UserError as error:
+        spec.left_out.refuse(error)
         return None
-    # Arrow gives every message the keys of all; the ones it does not have are None.
-    plain = [{name: value for name, value in message.items() if value is not None} for message in messages]
-    return json.dumps(plain, ensure_ascii=False, default=str)  # a message may carry its time
+    # A message may carry its time.
+    document = Conversation(json.dumps({"messages": messages, "tools": tools} if tools else messages, ensure_ascii=False,
+                                       default=str))
+    document.where = f"{spec.key}={spec.name}: {where}"
+    return document
+
+
+def _message(message: Any, spec: Spec, where: str, padded: bool) -> dict[str, Any]:
+    """The message, of the role `assistant` where its role answers."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        shape = isinstance(message, dict) and {"from", "value"} <= message.keys()
+        advice = "; it has from and value, as ShareGPT: write them as role and content, human as user, gpt as assistant"
+        raise UserError(f"{where} holds {str(message)[:80]!r}, not a message with role and content{advice if shape else ''}")
+    message = {name: _unpadded(value) if padded else value for name, value in message.items() if value is not None}
+    content, answers = message.get("content"), message["role"] in spec.answer_roles
+    if not spec.messages:
+        answers = message["role"] == "assistant"
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, dict) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+                kind = part.get("type") if isinstance(part, dict) else None
+                what = f"a part of type {kind!r}" if kind not in (None, "text") else f"the part {str(part)[:80]!r}"
+                raise UserError(f"{where} has {what} in the content of a message; only text is learnt from, like "
+                                '{"type": "text", "text": "hello"}')
+    elif content is not None and not isinstance(content, str):
+        raise UserError(f"{where}: the content of a message is {str(content)[:80]!r}, not text")
+    if answers:
+        if not said(message).strip() and not any(message.get(name) for name in BESIDE_CONTENT):
+            advice = f"; {spec.setting('filters')} with {spec.answer}: \"!=\" leaves such rows out" if spec.answer else ""
+            raise UserError(f"{where} has an empty answer; mend or remove it{advice}")
+        message = {**message, "role": "assistant"}
+    elif message["role"] == "assistant":  # who answers are others
+        raise UserError(f"{where} has the role assistant, which {spec.setting('answer_roles')}={list(spec.answer_roles)} does "
+                        "not name, though the template gives it the assistant's turns; name it too, or rename it")
+    return message
+
+
+def _unpadded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _unpadded(part) for name, part in value.items() if part is not None}
+    return [_unpadded(part) for part in value] if isinstance(value, list) else value
+
+
+def _tools(tools: Any, where: str, padded: bool) -> list[Any] | None:
+    """The tools that a row offers, a list or the JSON of one; None where there are none."""
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            raise UserError(f"{where} has tools that are no JSON ({tools[:80]!r}); mend them, or set tools_column to null"
+                            ) from None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(f"{where} has tools that are no list of objects ({str(tools)[:80]!r}); mend them, or set tools_column "
+                        "to null")
+    return [_unpadded(tool) for tool in tools] if padded else tools
+
+
+def said(message: Mapping[str, Any]) -> str:
+    """The text of a message's content, its parts line by line."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+
+
+def read_document(document: str) -> tuple[list[dict[str, Any]], list[Any] | None]:
+    """(messages, tools) of a document."""
+    content = json.loads(document)
+    return (content["messages"], content["tools"]) if isinstance(content, dict) else (content, None)
 
 
 def pair_text(document: str) -> str:
-    """What the messages of a prompt/answer document say, for learning a vocabulary from it."""
-    return "\n".join(message.get("content", "") for message in json.loads(document))
+    """What the messages of a document say, for learning a vocabulary from it."""
+    return "\n".join(map(said, read_document(document)[0]))

@@ -16,7 +16,7 @@ import numpy as np
 from genscale.data.cache import TokenCache
 from genscale.data.cache_shard import Found
 from genscale.data.packing import PIECE, Place, Run, pack_runs
-from genscale.data.tokenizers import Tokenizer
+from genscale.data.tokenizers import Tokenizer, encode_pieces
 from genscale.data.windows import Source, Stretch, Window
 
 CHUNK = 4096
@@ -109,7 +109,7 @@ class _Batch:
         if not self._items:
             return
         items, self._items, self._size = self._items, [], 0
-        ids = self._encoded.tokenizer.encode_documents([item.text for _, item in items], [item.ends for _, item in items])
+        ids = encode_pieces(self._encoded.tokenizer, [(item.text, item.begins, item.ends) for _, item in items])
         cache, window = self._encoded.cache, self._window
         if cache and cache.writes:
             for (document, item), own in zip(items, ids, strict=True):

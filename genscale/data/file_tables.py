@@ -162,12 +162,13 @@ def parquet_rows(file: SourceFile, columns: Sequence[str], check: Callable[[list
 
     with open_parquet(file) as opened:
         check(opened.schema_arrow.names)
+        columns = [name for name in columns if name in opened.schema_arrow.names]
         first = 0
         for number in range(opened.num_row_groups) if group is None else [group]:
             count = opened.metadata.row_group(number).num_rows
             if first + count > start:
                 at = first
-                for batch in opened.iter_batches(at_once, [number], list(columns), use_threads=False):
+                for batch in opened.iter_batches(at_once, [number], columns, use_threads=False):
                     yield Rows(at, None, pa.Table.from_batches([batch]))
                     at += len(batch)
             first += count

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from genscale.data.tokenizers import Tokenizer
+from genscale.data.tokenizers import Tokenizer, encode_pieces
 
 PIECE = 16_384
 """Characters that are tokenised at a time: longer documents are cut into pieces, shorter ones are gathered into batches.
@@ -26,11 +26,13 @@ class Piece:
         text: its characters.
         ends: whether the document ends here (the end-of-text token follows).
         place: where it stands: small, JSON, and enough to start reading again at exactly this piece.
+        begins: whether the document begins here.
     """
 
     text: str
     ends: bool
     place: Place
+    begins: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def tokenise(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[tuple[np
     size = 0
 
     def encoded() -> Iterator[tuple[np.ndarray, Place]]:
-        ids = tokenizer.encode_documents([piece.text for piece in batch], [piece.ends for piece in batch])
+        ids = encode_pieces(tokenizer, [(piece.text, piece.begins, piece.ends) for piece in batch])
         return zip(ids, [piece.place for piece in batch], strict=True)
 
     for piece in pieces:

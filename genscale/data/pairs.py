@@ -9,7 +9,8 @@ from functools import cached_property
 
 import numpy as np
 
-from genscale.data.chat_template import ChatTemplate, Message
+from genscale.data.chat_template import ChatTemplate, Message, Refusal, Span
+from genscale.data.conversations import read_document
 from genscale.data.lanes import Sample
 from genscale.data.packing import Place
 from genscale.data.spec import Spec
@@ -17,6 +18,8 @@ from genscale.data.tokenizers import Tokenizer
 from genscale.data.windows import Source
 from genscale.errors import UserError
 
+LONGEST_RUN = 10_000
+"""Conversations after each other that are left out, after which a lane is taken to hold no other."""
 BATCH = 32
 """Conversations that are tokenised at a time; a lane that opens or resumes tokenises no more than this ahead."""
 
@@ -45,38 +48,63 @@ class PairEncoder:
                             "template to write conversations with; give the folder of a chat model's tokenizer "
                             "(chat_template.jinja, or chat_template in tokenizer_config.json), or set prompt_column and "
                             "answer_column")
-        _ = self._template  # a template that cannot be read is refused now
+        for template in self._templates:  # one that cannot be read is refused now
+            template.check()
 
     @cached_property
-    def _template(self) -> ChatTemplate | None:
-        beside = self._tokenizer.companions
-        if not beside.chat_template:
-            return None
-        return ChatTemplate(beside.chat_template, beside.special_tokens, self._tokenizer.special_texts, self._tokenizer.name)
+    def _templates(self) -> list[ChatTemplate]:
+        """The chat template, and the one for conversations with tools, which may be the same; empty where there is none."""
+        beside, tokenizer = self._tokenizer.companions, self._tokenizer
+        sources = [beside.chat_template, beside.tool_template or beside.chat_template] if beside.chat_template else []
+        made = {source: ChatTemplate(source, beside.special_tokens, tokenizer.special_texts, tokenizer.name,
+                                     tokenizer.texts_of(beside.end_ids)) for source in dict.fromkeys(sources)}
+        return [made[source] for source in sources]
 
     def __getstate__(self) -> dict[str, object]:
-        return {key: value for key, value in self.__dict__.items() if key != "_template"}  # compiled code does not travel
+        return {key: value for key, value in self.__dict__.items() if key != "_templates"}  # compiled code does not travel
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the chat template and of what it refers to, or "plain"."""
+        """SHA-256 of the chat templates and of what they refer to, or "plain"."""
         beside = self._tokenizer.companions
         if not beside.chat_template:
             return "plain"
-        return hashlib.sha256(json.dumps([beside.chat_template, beside.special_tokens], sort_keys=True).encode()).hexdigest()
+        content = [beside.chat_template, beside.special_tokens, *([beside.tool_template] if beside.tool_template else [])]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def encode(self, documents: Sequence[str]) -> list[np.ndarray]:
-        """`2 * id + mask` of each document, int32 `(time,)`.
+    def encode(self, documents: Sequence[str]) -> list[np.ndarray | None]:
+        """`2 * id + mask` of each document, int32 `(time,)`; None for one that is left out (see `refuse`).
 
         Raises:
-            UserError: the chat template does not fit a conversation.
+            UserError: too many are left out, or the chat template does not fit the settings.
         """
-        conversations = [json.loads(document) for document in documents]
-        if self._template is None:
-            return self._plain(conversations)
-        rendered = [self._template.answers(messages) for messages in conversations]
-        encoded = self._tokenizer.encode_chats([text for text, _ in rendered])
-        return [self._join(ids, offsets, spans) for (ids, offsets), (_, spans) in zip(encoded, rendered, strict=True)]
+        if not self._templates:
+            return self._plain([read_document(document)[0] for document in documents])
+        written = [self._written(document) for document in documents]
+        encoded = iter(self._tokenizer.encode_chats([text for text, _ in filter(None, written)]))
+        return [self._join(*next(encoded), *each) if each else None for each in written]
+
+    def refuse(self, document: str) -> bool:
+        """Whether a document is left out, because the template refuses it or it cannot be told apart; that is counted.
+
+        Raises:
+            UserError: too many are.
+        """
+        return bool(self._templates) and self._written(document) is None
+
+    def _written(self, document: str) -> tuple[str, list[Span]] | None:
+        messages, tools = read_document(document)
+        end = self._tokenizer.end_text
+        self._spec.left_out.written += 1
+        try:
+            if self._separate and end and end in document:
+                raise Refusal(f"data.separate_documents=true: it has the words {end}, the end of text of data.tokenizer="
+                              f"{self._tokenizer.name}, at which the conversation would be cut; mend or remove it")
+            return self._templates[bool(tools)].answers(messages, tools)
+        except Refusal as error:
+            where = getattr(document, "where", "")
+            self._spec.left_out.refuse(UserError(f"{where}: {error}") if where else error, written=True)
+            return None
 
     def _plain(self, conversations: Sequence[Sequence[Message]]) -> list[np.ndarray]:
         # Apart from each other: an answer's first token must not depend on whether the prompt is there to merge with.
@@ -85,7 +113,7 @@ class PairEncoder:
                 for prompt, answer in zip(self._tokenizer.encode_documents(prompts, [False] * len(prompts)),
                                           self._tokenizer.encode_documents(answers, [True] * len(answers)), strict=True)]
 
-    def _join(self, ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> np.ndarray:
+    def _join(self, ids: list[int], offsets: list[Span], text: str, spans: list[Span]) -> np.ndarray:
         end = self._tokenizer.end_of_text
         if self._separate and end in ids[:-1]:
             raise UserError(f"data.separate_documents=true: the chat template of data.tokenizer={self._tokenizer.name} writes "
@@ -97,15 +125,26 @@ class PairEncoder:
             if start < stop:  # a token that begins before the answer and reaches into it is the answer's first
                 mask[np.searchsorted(ends, start, side="right") : np.searchsorted(starts, stop)] = 1
         coded = 2 * np.array(ids, np.int32) + mask
-        return coded if ids[-1] == end else np.append(coded, np.int32(2 * end + mask.any()))
+        if ids[-1:] == [end]:
+            return coded
+        # The end of text is the assistant's where it has the last word.
+        return np.append(coded, np.int32(2 * end + bool(spans and not text[spans[-1][1]:].strip())))
 
     def read(self, source: Source, lane: int, place: Place | None = None) -> Iterator[tuple[np.ndarray, Place]]:
-        """Endless documents of a lane, whole, with their places."""
+        """Endless documents of a lane, whole, with their places; without those that are left out.
+
+        Raises:
+            UserError: too many of them.
+        """
+        passed = 0
         for window in source.windows(lane, place):
             for first in range(window.start[0], len(window.rows), BATCH):
                 numbers = range(first, min(first + BATCH, len(window.rows)))
                 coded = self.encode([window.text(n) for n in numbers])
-                yield from ((ids, window.place(n, 0)) for ids, n in zip(coded, numbers, strict=True))
+                yield from ((ids, window.place(n, 0)) for ids, n in zip(coded, numbers, strict=True) if ids is not None)
+                passed = passed + len(coded) if all(ids is None for ids in coded) else 0
+                if passed > LONGEST_RUN:
+                    raise self._spec.left_out.first
 
     def documents(self, documents: Iterable[str]) -> Iterator[tuple[np.ndarray, Place]]:
         """Documents once, for the validation set and for counting."""
@@ -113,10 +152,10 @@ class PairEncoder:
         for document in documents:
             batch.append(document)
             if len(batch) == BATCH:
-                yield from ((ids, {}) for ids in self.encode(batch))
+                yield from ((ids, {}) for ids in self.encode(batch) if ids is not None)
                 batch = []
         if batch:
-            yield from ((ids, {}) for ids in self.encode(batch))
+            yield from ((ids, {}) for ids in self.encode(batch) if ids is not None)
 
     def check(self, documents: Iterable[str]) -> None:
         """Refuse a source in which the mask hides every token; reads no further than to the first that it shows.
@@ -125,9 +164,10 @@ class PairEncoder:
             UserError: nothing could be learnt.
         """
         if not any((ids & 1).any() for ids, _ in self.documents(documents)):
-            raise UserError(f"{self._spec.key}={self._spec.name}: the mask hides every token: the chat template of "
-                            f"data.tokenizer={self._tokenizer.name} marks nothing as the assistant's; mend its "
-                            "{% generation %} part, or set prompt_column and answer_column")
+            raise self._spec.left_out.first or UserError(
+                f"{self._spec.key}={self._spec.name}: the mask hides every token: the chat template of data.tokenizer="
+                f"{self._tokenizer.name} marks nothing as the assistant's; mend its {{% generation %}} part, or set "
+                "prompt_column and answer_column")
 
 
 def unpack(block: np.ndarray) -> Sample:

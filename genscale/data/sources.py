@@ -8,7 +8,7 @@ overlap, whatever the seed or the shape, and equal documents stay on one side, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from genscale.data.memory_source import HASHES, MemorySource, text_hash
 from genscale.data.readers import Shard, Spec, find_shards, known_size
@@ -20,12 +20,19 @@ __all__ = ["HASHES", "MEMORY_LIMIT", "MemorySource", "Source", "StreamSource", "
 
 MEMORY_LIMIT = 256 * 2**20
 """Bytes of text up to which a source is held in memory."""
+LOOKED_AT = 64 * 2**20
+"""Of a source in memory so many bytes of conversations are looked at before the first step: a template takes its time."""
 
 
-def open_source(spec: Spec, *, fraction: float, window: int, seed: int, lanes: int, alone: bool = True) -> Source:
+def open_source(spec: Spec, *, fraction: float, window: int, seed: int, lanes: int, alone: bool = True,
+                refuse: Callable[[str], bool] = lambda _: False) -> Source:
     """The training source of `spec`: in memory up to `MEMORY_LIMIT` bytes of text, else streamed.
 
     Of one that is not `alone` but in a mixture the held-out share may come to no document at all.
+
+    Args:
+        refuse: whether a document is left out; asked of those at the beginning of a source that is held in memory. Of others
+            it is not asked: what encodes the documents leaves them out.
 
     Raises:
         UserError: nothing to read, nothing in it, or too little of it.
@@ -33,7 +40,7 @@ def open_source(spec: Spec, *, fraction: float, window: int, seed: int, lanes: i
     shards = find_shards(spec, at_least=1)
     size = known_size(shards)
     if size is not None and size <= MEMORY_LIMIT:
-        texts = _load(shards)
+        texts = _load(spec, shards, refuse)
         if texts is not None:
             if not texts:
                 raise no_text(spec)
@@ -46,19 +53,25 @@ def open_source(spec: Spec, *, fraction: float, window: int, seed: int, lanes: i
 
 def no_text(spec: Spec) -> UserError:
     """The error for a source without a document."""
+    if spec.pairs and spec.left_out.first:
+        return spec.left_out.first
     what = "no conversation with an answer in column" if spec.pairs else "no text in column"
     kept = " that the filters keep" if spec.filters or spec.shortest or spec.longest is not None else ""
     columns = "', '".join(spec.content.values())
-    return UserError(f"{spec.key}={spec.name}: holds {what} '{columns}'{kept}; give one with text, or python-docs")
+    why = spec.left_out.no_answer() or "; give one with text, or python-docs"
+    return UserError(f"{spec.key}={spec.name}: holds {what} '{columns}'{kept}{why}")
 
 
-def _load(shards: Sequence[Shard]) -> list[str] | None:
-    """All documents in canonical order, or None where they exceed `MEMORY_LIMIT` (compressed files tell only when read)."""
+def _load(spec: Spec, shards: Sequence[Shard], refuse: Callable[[str], bool]) -> list[str] | None:
+    """All documents in canonical order but those to leave out, or None where they exceed `MEMORY_LIMIT` (compressed files tell
+    only when read)."""
     texts, size = [], 0
-    for shard in shards:
-        for _, text, _ in shard.rows():
-            texts.append(text)
-            size += len(text)
-            if size > MEMORY_LIMIT:
-                return None
+    with spec.left_out.of_the_whole():
+        for shard in shards:
+            for _, text, _ in shard.rows():
+                size += len(text)
+                if size > MEMORY_LIMIT:
+                    return None
+                if size > LOOKED_AT or not refuse(text):
+                    texts.append(text)
     return texts

@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from genscale.data.left_out import LeftOut
 from genscale.errors import UserError, nearest
 
 COMPARISONS = {">=": "greater_equal", "<=": "less_equal", "!=": "not_equal", "==": "equal", ">": "greater", "<": "less"}
 COMPARISON = re.compile(r"(>=|<=|!=|==|>|<)\s*(.*)", re.DOTALL)
+
+
+ANSWER_ROLES = ("assistant",)
+TOOLS = "tools"
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,12 @@ class Spec:
         locations: what to read one after the other, where the source is a list.
         filters: conditions that a row must fulfil, all of them.
         prompt, answer, messages: columns of prompt/answer pairs, in the place of `column`.
+        answer_roles: roles of messages that are answers.
+        tools: column of the tools of a conversation, in which the name `TOOLS` need not be there.
+        bad_share: see `TextDataSettings`.
         shortest, longest: characters of the documents that are read.
         retry_minutes: how long a server that fails is tried again.
+        left_out: what this process has left out of the source.
     """
 
     key: str
@@ -51,10 +60,19 @@ class Spec:
     prompt: str | None = None
     answer: str | None = None
     messages: str | None = None
+    answer_roles: tuple[str, ...] = ANSWER_ROLES
+    tools: str | None = None
+    bad_share: float = 0.01
     shortest: int = 0
     longest: int | None = None
     retry_minutes: float = 5.0
+    left_out: LeftOut = field(default=None, compare=False, repr=False)
     local_advice: ClassVar[str] = "give the path of a local file or folder (.txt, .jsonl, .parquet), or python-docs"
+
+    def __post_init__(self) -> None:
+        if self.left_out is None:  # one that is made of another counts with it
+            roles = f"{self.setting('answer_roles')}={list(self.answer_roles)}"
+            object.__setattr__(self, "left_out", LeftOut(f"{self.key}={self.name}", self.bad_share, roles))
 
     def setting(self, name: str) -> str:
         """Full key of another setting of the same entry."""
@@ -74,15 +92,19 @@ class Spec:
 
     @property
     def columns(self) -> list[str]:
-        """Every column that is looked at."""
-        return list(dict.fromkeys([*self.content.values(), *(rule.column for rule in self.filters)]))
+        """Every column that is looked at; that of the tools only where it is there."""
+        tools = [self.tools] if self.messages and self.tools else []
+        return list(dict.fromkeys([*self.content.values(), *(rule.column for rule in self.filters), *tools]))
+
 
     def unknown_columns(self, where: str, columns: Sequence[str]) -> UserError | None:
         """The error for a column that `where` does not have."""
-        named = [*self.content.items(), *((f"filters.{rule.column}", rule.column) for rule in self.filters)]
+        tools = {"tools_column": self.tools} if self.messages and self.tools not in (None, TOOLS) else {}
+        named = [*self.content.items(), *tools.items(), *((f"filters.{rule.column}", rule.column) for rule in self.filters)]
         for setting, column in named:
             if column not in columns:
-                purpose = "of the filter" if setting.startswith("filters.") else "that holds the text"
+                purpose = {"filters": "of the filter", "tools_column": "of the tools"}.get(setting.partition(".")[0],
+                                                                                           "that holds the text")
                 return UserError(f"{self.setting(setting)}={column}: {where} of {self.key}={self.name} has the columns "
                                  f"{', '.join(columns)}{nearest(column, columns)}; set {self.setting(setting)} to the one "
                                  f"{purpose}")

@@ -12,6 +12,7 @@ from genscale.data.lanes import Cursor, Data, Sample
 from genscale.data.mixture import allot, interleave, mix
 from genscale.data.readers import find_shards
 from genscale.data.sources import no_text
+from genscale.data.spec import ANSWER_ROLES, TOOLS
 from genscale.data.text_settings import SourceSettings, TextDataSettings, readings, validation_reading
 from genscale.data.text_stream import TextStream, open_training_source, pair_encoder, plain_documents, validation_samples
 from genscale.data.tokenizers import load_tokenizer, train_bpe
@@ -99,8 +100,9 @@ class TextData(Data):
         if settings.validation_source is not None:
             spec = validation_reading(settings)
             documents = (text for shard in find_shards(spec, at_least=1) for _, text, _ in shard.rows())
-            samples = validation_samples(documents, pair_encoder(spec, settings, self.tokenizer), self.tokenizer,
-                                         settings.sequence_length, self._masked or spec.pairs, settings.validation_blocks)
+            with spec.left_out.of_the_whole():
+                samples = validation_samples(documents, pair_encoder(spec, settings, self.tokenizer), self.tokenizer,
+                                             settings.sequence_length, self._masked or spec.pairs, settings.validation_blocks)
             if not samples:
                 raise no_text(spec)
             return samples
@@ -133,6 +135,9 @@ class TextData(Data):
         later = ("filters", "min_characters", "max_characters", "prompt_column", "answer_column", "messages_column")
         plan = {**{name: getattr(self.settings, name) for name in names}, "seed": self.seed, "tokenizer": self.tokenizer.digest,
                 **{name: getattr(self.settings, name) for name in later if getattr(self.settings, name)}}
+        if self._masked:
+            own = {"answer_roles": list(ANSWER_ROLES), "tools_column": TOOLS}
+            plan |= {name: value for name, usual in own.items() if (value := getattr(self.settings, name)) != usual}
         plan = masked_throughout(plan)
         if not self.settings.sources:
             return plan | self.streams[0].plan()

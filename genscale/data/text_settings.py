@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt
 
-from genscale.data.spec import Spec, parse_filters
+from genscale.data.spec import ANSWER_ROLES, TOOLS, Spec, parse_filters
 from genscale.errors import UserError, nearest
 
 Document = Literal["paragraph", "line", "file"]
@@ -43,6 +43,10 @@ class SourceSettings:
     """As data.answer_column."""
     messages_column: str | None = None
     """As data.messages_column."""
+    answer_roles: list[str] | None = None
+    """As data.answer_roles."""
+    tools_column: str | None = None
+    """As data.tools_column."""
 
 
 @dataclass
@@ -68,6 +72,13 @@ class TextDataSettings:
     messages_column: str | None = None
     """Column of conversations, each a list of messages {role, content}, written by the chat template of the tokenizer's folder:
     the loss is on what the assistant says."""
+    answer_roles: list[str] = field(default_factory=lambda: list(ANSWER_ROLES))
+    """Roles of the messages that are learnt; the template is given each as assistant. Often: gpt, model, bot, chatbot."""
+    tools_column: str | None = TOOLS
+    """Column of the tools that a conversation offers (a list, or the JSON of one); tools need not be there."""
+    bad_share: ClosedUnitInterval = 0.01
+    """Share of conversations that cannot be learnt from (the template refuses them, an answer is empty, ...) up to which they
+    are left out and named; with more of them the run ends."""
     filters: Any | None = None
     """Conditions on the columns of a row, all of which it must fulfil: {language: en, kind: [book, web], score: ">=3, <5"}."""
     min_characters: NonNegativeInt = 0
@@ -114,7 +125,9 @@ class Reading:
     spec: Spec
 
 
-ENTRY = ("subset", "split", "column", "document", "filters", "prompt_column", "answer_column", "messages_column")
+ENTRY = ("subset", "split", "column", "document", "filters", "prompt_column", "answer_column", "messages_column",
+         "answer_roles", "tools_column")
+OF_ALL = ("retry_minutes", "bad_share")
 PLACE_OF_PAIRS = ("prompt_column", "answer_column", "messages_column")
 
 
@@ -125,7 +138,7 @@ def readings(settings: TextDataSettings) -> list[Reading]:
         UserError: both or neither are named, a weight is negative or not finite, all are zero, or an entry contradicts itself.
     """
     if settings.sources is None:
-        values = {name: getattr(settings, name) for name in (*ENTRY, "retry_minutes")}
+        values = {name: getattr(settings, name) for name in (*ENTRY, *OF_ALL)}
         spec = _spec("data.source", settings.source, values, settings)
         return [Reading(_label(settings.source), 1.0, spec)]
     if settings.source != DEFAULT_SOURCE:
@@ -146,7 +159,7 @@ def readings(settings: TextDataSettings) -> list[Reading]:
         # Text beside pairs keeps its column, and pairs beside conversations theirs.
         values = {name: getattr(entry, name) if getattr(entry, name) is not None or (name in PLACE_OF_PAIRS
                   and (own or entry.column)) else getattr(settings, name) for name in ENTRY}
-        values["retry_minutes"] = settings.retry_minutes
+        values |= {name: getattr(settings, name) for name in OF_ALL}
         spec = _spec(f"{prefix}.source", entry.source, values, settings)
         label, taken = entry.name or _label(entry.source), {reading.label for reading in found}
         if label in taken and entry.name:
@@ -166,17 +179,18 @@ def _entry(prefix: str, given: Any) -> SourceSettings:
             raise UserError(f"{prefix}.{name}: unknown key{nearest(str(name), known)}; the keys are {', '.join(known)}")
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         texts = isinstance(value, list) and all(isinstance(part, str) for part in value)
-        fits = {"weight": number, "source": isinstance(value, str) or texts, "filters": True,
+        fits = {"weight": number, "source": isinstance(value, str) or texts, "filters": True, "answer_roles": texts,
                 "document": value in (None, *get_args(Document))}.get(name, value is None or isinstance(value, str))
         if not fits:
-            wanted = {"weight": "a number", "source": "text, or a list of texts", "document": "paragraph, line or file"}
+            wanted = {"weight": "a number", "source": "text, or a list of texts", "document": "paragraph, line or file",
+                      "answer_roles": "a list of texts"}
             raise UserError(f"{prefix}.{name}={value!r}: must be {wanted.get(name, 'text')}")
     return SourceSettings(**given)
 
 
 def validation_reading(settings: TextDataSettings) -> Spec:
     """What `data.validation_source` names."""
-    values = {name: getattr(settings, name) for name in (*ENTRY, "retry_minutes")} | {"split": "validation", "filters": None}
+    values = {name: getattr(settings, name) for name in (*ENTRY, *OF_ALL)} | {"split": "validation", "filters": None}
     return _spec("data.validation_source", settings.validation_source, values, None)
 
 
@@ -192,6 +206,9 @@ def _spec(key: str, source: Sequence[str] | str, values: dict[str, Any], setting
     if prompt and messages:
         raise UserError(f"{spec.setting('messages_column')}={messages}: {spec.setting('prompt_column')} is set too; set one of "
                         "the two")
+    if not values["answer_roles"]:
+        raise UserError(f"{spec.setting('answer_roles')}=[]: names nobody who answers; set it to [assistant], or to the roles "
+                        "of the conversations")
     longest = settings.max_characters if settings else None
     if settings and longest is not None and longest < settings.min_characters:
         raise UserError(f"data.max_characters={longest}: is below data.min_characters={settings.min_characters}, so that no "
@@ -200,7 +217,8 @@ def _spec(key: str, source: Sequence[str] | str, values: dict[str, Any], setting
     return Spec(key, f"{locations[0]} and {len(several) - 1} more" if several else locations[0], values["subset"],
                 values["split"], values["column"], values["document"], locations=several,
                 filters=parse_filters(spec.setting("filters"), values["filters"]), prompt=prompt, answer=answer,
-                messages=messages, shortest=settings.min_characters if settings else 0, longest=longest,
+                messages=messages, answer_roles=tuple(values["answer_roles"]), tools=values["tools_column"],
+                bad_share=values["bad_share"], shortest=settings.min_characters if settings else 0, longest=longest,
                 retry_minutes=values["retry_minutes"])
 
 

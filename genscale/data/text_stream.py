@@ -44,7 +44,7 @@ class TextStream:
             raise UserError(f"data.cache={settings.cache}: prompt/answer pairs ({self.spec.key}={self.spec.name}) are not "
                             "cached; leave data.cache out")
         self._pairs = pair_encoder(self.spec, settings, tokenizer)
-        self.source = open_training_source(self.spec, settings, seed)
+        self.source = open_training_source(self.spec, settings, seed, self._pairs)
         if self._pairs:
             self._pairs.check(self.source.documents())
         self.encoded = None if self._pairs else open_encoded(self.source, tokenizer, cache)
@@ -68,9 +68,9 @@ class TextStream:
         return (len(ids) for ids, _ in in_tokens(self.source.documents(), self._pairs, self._tokenizer))
 
     def encode(self, documents: Sequence[str]) -> list[np.ndarray]:
-        """Whole documents in tokens (of pairs: coded), each with its end of text."""
+        """Whole documents in tokens (of pairs: coded, without those that are left out), each with its end of text."""
         if self._pairs:
-            return self._pairs.encode(documents)
+            return [ids for ids in self._pairs.encode(documents) if ids is not None]
         return self._tokenizer.encode_documents(documents, [True] * len(documents))
 
     def plan(self) -> dict[str, Any]:
@@ -86,11 +86,12 @@ class TextStream:
             self.encoded.close()
 
 
-def open_training_source(spec: Spec, settings: TextDataSettings, seed: int) -> Any:
-    """The documents of a source to train on; where there is no validation source, some are held out. Raises UserError."""
+def open_training_source(spec: Spec, settings: TextDataSettings, seed: int, pairs: PairEncoder | None = None) -> Any:
+    """The documents of a source to train on; where there is no validation source, some are held out. `pairs` says which are
+    left out. Raises UserError."""
     fraction = settings.validation_fraction if settings.validation_source is None else 0.0
     return open_source(spec, fraction=fraction, window=settings.shuffle_window, seed=seed, lanes=settings.lanes,
-                       alone=settings.sources is None)
+                       alone=settings.sources is None, **({"refuse": pairs.refuse} if pairs else {}))
 
 
 def pair_encoder(spec: Spec, settings: TextDataSettings, tokenizer: Tokenizer) -> PairEncoder | None:
@@ -124,6 +125,6 @@ def as_sample(block: np.ndarray, coded: bool, masked: bool) -> Sample:
 
 def _pieces(documents: Iterable[str]) -> Iterator[Piece]:
     for text in documents:
-        *body, last = cut(text)
-        yield from (Piece(part, False, {}) for part in body)
-        yield Piece(last, True, {})
+        parts = cut(text)
+        for number, part in enumerate(parts):
+            yield Piece(part, number == len(parts) - 1, {}, number == 0)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from genscale.data.companions import Companions, read_companions
+from genscale.data.tokenizer_faults import PROBES, check_content, quiet, reported, without_prefix
 from genscale.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -32,18 +34,26 @@ class Tokenizer(ABC):
     Attributes:
         vocab_size: number of ids (the largest id + 1).
         end_of_text: id of the token that ends every document.
+        end_text: the text of that token; empty where no text spells it.
         digest: SHA-256 of the canonical tokenizer file, or "bytes": equal digests mean equal ids for every text.
         name: where it came from, for messages.
         companions: what the files beside it say.
         special_texts: texts of its special tokens.
+        continued: the tokenizer for a text that goes on in the middle of a document: this one, unless it writes a space of its
+            own before every text.
     """
 
     vocab_size: int
     end_of_text: int
+    end_text: str = ""
     digest: str
     name: str = "bytes"
     companions: Companions = ALONE
     special_texts: Sequence[str] = ()
+
+    @property
+    def continued(self) -> Tokenizer:
+        return self
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -57,6 +67,10 @@ class Tokenizer(ABC):
         """(ids, first character and stop of each) of texts in which special tokens are spelled out, as chat templates write
         them."""
         raise NotImplementedError(f"{self.name} has no chat template")
+
+    def texts_of(self, ids: Iterable[int]) -> list[str]:
+        """The texts of tokens, as the vocabulary has them."""
+        return []
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
@@ -121,29 +135,42 @@ class FileTokenizer(Tokenizer):
 
         self.name, self.companions = name, companions
 
-        try:
+        advice = "make one with `genscale tokenizer train`, or set data.tokenizer=bytes"
+        with quiet(), reported(f"data.tokenizer={name}: not a tokenizer.json of the tokenizers library, or damaged", advice):
             self._backend = tokenizers.Tokenizer.from_str(text)
             self._content = json.loads(text)
-        except Exception as error:  # the library raises bare Exception for everything that is wrong with a file
-            raise UserError(f"data.tokenizer={name}: not a tokenizer.json of the tokenizers library, or damaged ({error}); "
-                            "make one with `genscale tokenizer train`, or set data.tokenizer=bytes") from None
         self._backend.no_padding()
         self._backend.no_truncation()
         # A document that happens to spell a special token must not end there.
         self._backend.encode_special_tokens = True
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
+        largest = check_content(self._content, vocabulary, name)
+        self.vocab_size = largest + 1
         self.special_texts = [token["content"] for token in self._content.get("added_tokens", []) if token["special"]]
         self.end_of_text = _end_of_text(vocabulary, companions, name)
+        self.end_text = self._backend.id_to_token(self.end_of_text)
         # Sorted keys and no spaces: reformatting the file does not make it another tokenizer.
         self._canonical = json.dumps(self._content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         # Where another file names the end of text, it belongs to the tokenizer.
         self._ends_elsewhere = not _named_ends(vocabulary)
         named = f" ends with {self.end_of_text}" if self._ends_elsewhere else ""
         self.digest = hashlib.sha256(f"{self._canonical}{named}".encode()).hexdigest()
+        with quiet():  # a pattern that fails on such texts ends the run now
+            self.encode_batch(PROBES)
+
+    @cached_property
+    def continued(self) -> Tokenizer:
+        text = json.dumps({**self._content, "normalizer": without_prefix(self._content.get("normalizer")),
+                           "pre_tokenizer": without_prefix(self._content.get("pre_tokenizer"))})
+        return self if json.loads(text) == self._content else FileTokenizer(text, self.name, self.companions)
+
+    def _working(self) -> AbstractContextManager[None]:
+        return reported(f"data.tokenizer={self.name}: fails on a text", "mend its patterns, or give another tokenizer")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with self._working():
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def encode_documents(self, texts: Sequence[str], ends: Sequence[bool]) -> list[np.ndarray]:
         documents = self.encode_batch(texts)
@@ -162,8 +189,12 @@ class FileTokenizer(Tokenizer):
         return backend
 
     def encode_chats(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        encodings = self._chat_backend.encode_batch(list(texts), add_special_tokens=False)
+        with self._working():
+            encodings = self._chat_backend.encode_batch(list(texts), add_special_tokens=False)
         return [(encoding.ids, encoding.offsets) for encoding in encodings]
+
+    def texts_of(self, ids: Iterable[int]) -> list[str]:
+        return [text for i in ids if (text := self._backend.id_to_token(i))]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -198,6 +229,22 @@ class FileTokenizer(Tokenizer):
             companions = replace(companions, special_tokens={**companions.special_tokens, "eos_token": end})
         companions.save(path.parent)
         return path
+
+
+def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[tuple[str, bool, bool]]) -> list[np.ndarray]:
+    """Ids of pieces of documents, int32 `(time,)`.
+
+    Args:
+        pieces: (text, whether the document begins with it, whether it ends with it: the end of text follows).
+    """
+    if tokenizer.continued is tokenizer or all(begins for _, begins, _ in pieces):
+        return tokenizer.encode_documents([text for text, _, _ in pieces], [ends for _, _, ends in pieces])
+    found: dict[int, np.ndarray] = {}
+    for chosen, wanted in ((tokenizer, True), (tokenizer.continued, False)):
+        own = [number for number, (_, begins, _) in enumerate(pieces) if begins == wanted]
+        ids = chosen.encode_documents([pieces[number][0] for number in own], [pieces[number][2] for number in own])
+        found.update(zip(own, ids, strict=True))
+    return [found[number] for number in range(len(pieces))]
 
 
 def _named_ends(vocabulary: dict[str, int]) -> list[int]:

@@ -28,12 +28,14 @@ class Stretch(NamedTuple):
         text: its characters.
         ends: whether the document ends here.
         whole: whether this is the whole piece; false where a lane begins or ends inside it.
+        begins: whether the document begins here.
     """
 
     number: int
     text: str
     ends: bool
     whole: bool
+    begins: bool
 
 
 Catalogue = Callable[[Part], np.ndarray | None]
@@ -67,7 +69,7 @@ class Window:
         texts = cut(self.text(document))
         if document not in self.limits:
             for number in range(first, len(texts)):
-                yield Stretch(number, texts[number], number == len(texts) - 1, True)
+                yield Stretch(number, texts[number], number == len(texts) - 1, True, number == 0)
             return
         begin, stop = self.limits[document]
         at = 0
@@ -78,7 +80,7 @@ class Window:
             if number >= first and low < high:
                 whole = high - low == len(raw)
                 ends = number == len(texts) - 1 and high == len(raw)
-                yield Stretch(number, text if whole else raw[low:high].decode(), ends, whole)
+                yield Stretch(number, text if whole else raw[low:high].decode(), ends, whole, number == 0 and low == 0)
 
 
 class Source(ABC):
@@ -131,4 +133,4 @@ class Source(ABC):
         for window in self.windows(lane, place):
             for document in range(window.start[0], len(window.rows)):
                 for stretch in window.stretches(document):
-                    yield Piece(stretch.text, stretch.ends, window.place(document, stretch.number))
+                    yield Piece(stretch.text, stretch.ends, window.place(document, stretch.number), stretch.begins)

@@ -183,3 +183,29 @@ def test_progress_in_a_log_is_plain_lines(capsys: pytest.CaptureFixture, monkeyp
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(" (")[0] for line in lines[:3]] == [f"read {i}.0 MB in {i} documents" for i in (1, 2, 3)]
     assert lines[-1].startswith("read 3.0 MB in 3 documents") and lines[-1].endswith("learning the vocabulary")
+
+
+@pytest.mark.parametrize("kind", ["Prepend", "Metaspace", "ByteLevel"])
+def test_a_cut_of_a_long_document_adds_no_space(tmp_path: Path, kind: str) -> None:
+    """Llama 2's tokenizer and its like write a space before every text: not where a document goes on."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+    from genscale.data.packing import Piece, cut, tokenise
+
+    backend = Backend(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel() if kind == "ByteLevel" else pre_tokenizers.Metaspace()
+    text = "\n".join(["the assistant says what the user says"] * 3 + ["x" * 30]) * 200
+    backend.train_from_iterator([text[:2000]], trainers.BpeTrainer(vocab_size=120, special_tokens=["</s>", "<unk>"],
+                                                                   show_progress=False))
+    if kind == "Prepend":  # the same words as Metaspace has
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
+        backend.decoder = decoders.Replace("▁", " ")
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    parts = cut(text)
+    assert len(parts) > 1 and tokenizer.continued.continued is tokenizer.continued
+    pieces = [Piece(part, number == len(parts) - 1, {}, number == 0) for number, part in enumerate(parts)]
+    ids = np.concatenate([ids for ids, _ in tokenise(pieces, tokenizer)])
+    assert ids.tolist() == [*backend.encode(text, add_special_tokens=False).ids, tokenizer.end_of_text]

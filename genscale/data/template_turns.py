@@ -1,0 +1,103 @@
+"""Which message wrote which characters of a chat template's text: the template's loops tell of their turns."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from jinja2 import nodes
+
+
+class Turn(dict):
+    """A message that knows its number in the conversation. (Templates do not see attributes with an underscore.)"""
+
+    _number: int
+
+    @classmethod
+    def numbered(cls, number: int, message: dict[str, Any]) -> Turn:
+        turn = cls(message)
+        turn._number = number
+        return turn
+
+
+class Rendering(threading.local):
+    """What is known of the rendering that a thread is at.
+
+    Attributes:
+        position: characters written so far.
+        shown: number of a message -> the stretches (start, stop) that were written in its turns of a loop.
+        inner: (number of a message, start, stop) of those that lie inside another message's.
+        last: where the last such turn ended.
+        generated: what the template itself marks as the assistant's.
+    """
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        self.position = self.last = 0
+        self.shown: dict[int, list[tuple[int, int]]] = {}
+        self.inner: list[tuple[int, int, int]] = []
+        self.generated: list[tuple[int, int]] = []
+        self._open: dict[int, tuple[int, int]] = {}
+        self._counting: set[int] = set()
+
+    def enter(self, loop: int, item: Any) -> None:
+        self.leave(loop)
+        if type(item) is Turn:
+            self._open[loop] = item._number, self.position
+        else:
+            self._counting.add(loop)
+
+    def choose(self, loop: int, item: Any) -> None:
+        """The first message that a variable is set to in a turn of a loop over numbers is what the turn is about."""
+        if type(item) is Turn and loop in self._counting:
+            self._counting.discard(loop)
+            self._open[loop] = item._number, self.position
+
+    def leave(self, loop: int) -> None:
+        self._counting.discard(loop)
+        if loop in self._open:
+            number, start = self._open.pop(loop)
+            self.last, around = self.position, {other for other, _ in self._open.values()}
+            if self.position > start and number not in around:
+                self.shown.setdefault(number, []).append((start, self.position))
+                self.inner += [(number, start, self.position)] if around else []
+
+
+def instrument(node: nodes.Node, numbers: Iterator[int], written: bool, loop: int | None = None) -> None:
+    """Let every loop tell the environment of its turns, and of what a variable is set to in them.
+
+    Args:
+        numbers: for the loops.
+        written: whether what stands here goes straight into the text. What is kept in a variable, or is a macro's, may be
+            written anywhere: which message it is of is not asked.
+        loop: the loop that this stands in.
+    """
+    written = written and not isinstance(node, (nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock))
+    for _, value in node.iter_fields():
+        if isinstance(value, list):
+            value[:] = [part for child in value for part in _instrumented(child, numbers, written, loop)]
+        elif isinstance(value, nodes.Node):
+            instrument(value, numbers, written, loop)
+
+
+def _instrumented(child: Any, numbers: Iterator[int], written: bool, loop: int | None) -> list[Any]:
+    if isinstance(child, nodes.For):
+        number, written = next(numbers), written and not child.recursive
+        tracked = written and isinstance(child.target, nodes.Name)
+        instrument(child, numbers, written, number if tracked else None)
+        child.body.insert(0, _call("enter", number, child.target.name if tracked else None))
+        return [child, _call("leave", number)] if tracked else [child]
+    if isinstance(child, nodes.Node):
+        instrument(child, numbers, written, loop)
+    if isinstance(child, nodes.Assign) and written and loop is not None and isinstance(child.target, nodes.Name):
+        return [child, _call("choose", loop, child.target.name)]
+    return [child]
+
+
+def _call(method: str, loop: int, name: str | None = None) -> nodes.ExprStmt:
+    """`environment.method(loop, name)`, as the sandbox's generator writes it."""
+    items = [nodes.Const(method), nodes.Const(loop), *([nodes.Name(name, "load")] if name else [])]
+    return nodes.ExprStmt(nodes.Tuple(items, "load"), lineno=1)
