@@ -37,6 +37,7 @@ class Spec:
         prompt, answer, messages: columns of prompt/answer pairs, in the place of `column`.
         shortest, longest: characters of the documents that are read.
         retry_minutes: how long a server that fails is tried again.
+        max_record_bytes: the longest row, line, paragraph or file that is held in memory as a whole, decompressed.
     """
 
     key: str
@@ -54,6 +55,7 @@ class Spec:
     shortest: int = 0
     longest: int | None = None
     retry_minutes: float = 5.0
+    max_record_bytes: int = 256 * 2**20
     local_advice: ClassVar[str] = "give the path of a local file or folder (.txt, .jsonl, .parquet), or python-docs"
 
     def setting(self, name: str) -> str:

@@ -76,6 +76,9 @@ class TextDataSettings:
     """Longer documents are left out."""
     document: Document = "paragraph"
     """What one document of a .txt file is."""
+    max_record_megabytes: PositiveInt = 256
+    """Longest piece of a file that is held in memory as a whole, decompressed: a line, a paragraph, a row, a .txt file that is
+    one document, a parquet file that was compressed once more. A longer one is refused: a small file may grow to any size."""
     validation_source: list[str] | str | None = None
     """Source of the validation set (of a hub dataset, its split "validation"), not filtered. Default: held-out documents of
     each source."""
@@ -115,6 +118,8 @@ class Reading:
 
 
 ENTRY = ("subset", "split", "column", "document", "filters", "prompt_column", "answer_column", "messages_column")
+EVERYWHERE = ("retry_minutes", "max_record_megabytes")
+"""Settings that are the same for all sources."""
 PLACE_OF_PAIRS = ("prompt_column", "answer_column", "messages_column")
 
 
@@ -125,7 +130,7 @@ def readings(settings: TextDataSettings) -> list[Reading]:
         UserError: both or neither are named, a weight is negative or not finite, all are zero, or an entry contradicts itself.
     """
     if settings.sources is None:
-        values = {name: getattr(settings, name) for name in (*ENTRY, "retry_minutes")}
+        values = {name: getattr(settings, name) for name in (*ENTRY, *EVERYWHERE)}
         spec = _spec("data.source", settings.source, values, settings)
         return [Reading(_label(settings.source), 1.0, spec)]
     if settings.source != DEFAULT_SOURCE:
@@ -146,7 +151,7 @@ def readings(settings: TextDataSettings) -> list[Reading]:
         # Text beside pairs keeps its column, and pairs beside conversations theirs.
         values = {name: getattr(entry, name) if getattr(entry, name) is not None or (name in PLACE_OF_PAIRS
                   and (own or entry.column)) else getattr(settings, name) for name in ENTRY}
-        values["retry_minutes"] = settings.retry_minutes
+        values |= {name: getattr(settings, name) for name in EVERYWHERE}
         spec = _spec(f"{prefix}.source", entry.source, values, settings)
         label, taken = entry.name or _label(entry.source), {reading.label for reading in found}
         if label in taken and entry.name:
@@ -176,7 +181,7 @@ def _entry(prefix: str, given: Any) -> SourceSettings:
 
 def validation_reading(settings: TextDataSettings) -> Spec:
     """What `data.validation_source` names."""
-    values = {name: getattr(settings, name) for name in (*ENTRY, "retry_minutes")} | {"split": "validation", "filters": None}
+    values = {name: getattr(settings, name) for name in (*ENTRY, *EVERYWHERE)} | {"split": "validation", "filters": None}
     return _spec("data.validation_source", settings.validation_source, values, None)
 
 
@@ -201,7 +206,7 @@ def _spec(key: str, source: Sequence[str] | str, values: dict[str, Any], setting
                 values["split"], values["column"], values["document"], locations=several,
                 filters=parse_filters(spec.setting("filters"), values["filters"]), prompt=prompt, answer=answer,
                 messages=messages, shortest=settings.min_characters if settings else 0, longest=longest,
-                retry_minutes=values["retry_minutes"])
+                retry_minutes=values["retry_minutes"], max_record_bytes=values["max_record_megabytes"] * 2**20)
 
 
 def _label(source: Sequence[str] | str) -> str:
