@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -73,13 +74,12 @@ def _content(column: Any, spec: Spec, setting: str, where: str, row_of: RowOf) -
     if not isinstance(column, list):
         return _arrow_content(column, key, wanted, is_text, where, row_of)
     for i, value in enumerate(column):
-        if value is None:
-            continue
-        if wanted and not isinstance(value, str if is_text else list):
+        if wanted and value is not None and not isinstance(value, str if is_text else list):
             raise UserError(f"{key}: {row_of(i)} holds {shown(value)}, not {wanted}")
-        if not is_text and deeper(value):
-            raise UserError(f"{key}: {row_of(i)} is nested deeper than the {DEEPEST} lists and objects that are read; mend or "
-                            "remove it")
+    if not is_text and deeper(column, DEEPEST + 1):
+        i = next(i for i, value in enumerate(column) if deeper(value))
+        raise UserError(f"{key}: {row_of(i)} is nested deeper than the {DEEPEST} lists and objects that are read; mend or remove "
+                        "it")
     return column
 
 
@@ -161,19 +161,15 @@ def _kept(rows: dict[str, Any], spec: Spec, where: str, row_of: RowOf) -> list[b
 def _json_mask(column: list[Any], rule: Filter, spec: Spec, row_of: RowOf) -> list[bool]:
     """Which values a filter keeps. Each is compared as what it is: JSON may have numbers in one row and text in the next."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     values = rule.value if rule.comparison == "in" else (rule.value,)
     if any(isinstance(value, str) and ISO_DATE.match(value) for value in values):
         column = [_moment(value) for value in column]
         moments = tuple(_moment(value) for value in values)
         rule = Filter(rule.column, rule.comparison, moments if rule.comparison == "in" else moments[0])
-    kinds: dict[type, list[int]] = {}
-    for i, value in enumerate(column):
-        if value is not None:
-            kinds.setdefault(type(value), []).append(i)
     kept = [False] * len(column)
-    for kind, numbers in kinds.items():
+    for kind in set(map(type, column)) - {type(None)}:
+        numbers = [i for i, value in enumerate(column) if type(value) is kind]
         where, found = row_of(numbers[0]), [column[i] for i in numbers]
         if kind in (list, dict):
             raise _wrong_type(spec, rule, values[0], where, f"holds {shown(found[0])}; filters compare text, numbers, "
@@ -182,8 +178,9 @@ def _json_mask(column: list[Any], rule: Filter, spec: Spec, row_of: RowOf) -> li
             array = pa.array(found)
         except (pa.ArrowException, OverflowError):  # integers beyond 64 bits
             array = pa.array(list(map(float, found)))
-        for i, holds in zip(numbers, pc.fill_null(_holds(array, rule, spec, where), False).to_pylist(), strict=True):
-            kept[i] = holds
+        mask = _holds(array, rule, spec, where).to_numpy(zero_copy_only=False)
+        for i in itertools.compress(numbers, mask):
+            kept[i] = True
     return kept
 
 
@@ -193,6 +190,8 @@ def _moment(value: Any) -> Any:
     JSON has dates as text alone, written in many ways."""
     if not isinstance(value, str) or not ISO_DATE.match(value):
         return value
+    if len(value) == 10:
+        return f"{value} 00:00:00.000000"
     try:
         moment = datetime.fromisoformat(value)
         return (moment.astimezone(UTC) if moment.tzinfo else moment).replace(tzinfo=None).isoformat(" ", "microseconds")

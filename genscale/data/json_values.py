@@ -20,8 +20,8 @@ DEEPEST = 200
 """Lists and objects inside each other in a value that is read."""
 BETWEEN = re.compile(r"[ \t\r\n]*")
 DIGITS = bytes(ord("0") if chr(byte).isdigit() else ord(" ") for byte in range(128)) + b" " * 128
-BEYOND_64_BITS = b"0" * 19
-"""Digits from which on an integer may be too large for orjson, as `DIGITS` translates them."""
+LONG = b"0" * 19
+"""Digits of the integers that reach 64 bits, as `DIGITS` translates them."""
 UNFINISHED = 12
 """Characters before the end of a text at which its last token may begin that is cut off: an escaped pair of surrogates."""
 
@@ -69,10 +69,15 @@ def deeper(value: Any, limit: int = DEEPEST) -> bool:
     """Whether lists and objects lie inside each other more often than the limit has it."""
     level = [value]
     for _ in range(limit + 1):
-        level = [inner for outer in level if isinstance(outer, (dict, list))
-                 for inner in (outer.values() if isinstance(outer, dict) else outer)]
-        if not level:
+        inner: list[Any] = []
+        for outer in level:
+            if type(outer) is list:
+                inner += outer
+            elif type(outer) is dict:
+                inner += outer.values()
+        if not inner:
             return False
+        level = inner
     return True
 
 
@@ -88,13 +93,13 @@ def objects(raw: bytes, first: int, columns: Sequence[str], last: bool) -> Objec
     Raises:
         BadRow: a row that is no JSON object.
     """
-    rows, size = _lines(raw, first)
-    # A row that spells a key twice, or a number that orjson rounds, is read once more.
-    certain = raw if size == len(raw) else raw[:size]
     keys = [json.dumps(name, ensure_ascii=False).encode() for name in columns]
+    rows, size = _lines(raw, first)
+    certain = raw if size == len(raw) else raw[:size]
     twice = any(certain.count(key) > sum(name in row for row in rows) for name, key in zip(columns, keys, strict=True))
-    if twice or BEYOND_64_BITS in certain.translate(DIGITS):
-        rows, size = [], 0
+    numbers = not {float, list, dict}.isdisjoint({type(row.get(name)) for row in rows for name in columns})
+    if twice or (numbers and _rounded(certain)):
+        _read_again(certain, rows, first, columns, keys)
     if size == len(raw):
         return Objects(rows, size)
     found = decoded(raw[size:], first + len(rows), columns, last)
@@ -116,6 +121,25 @@ def _lines(raw: bytes, first: int) -> tuple[list[dict[str, Any]], int]:
             rows.append(row)
         size += len(line) + 1
     return rows, len(raw)
+
+
+def _rounded(raw: bytes) -> bool:
+    """Whether there may be an integer that orjson makes a float of."""
+    digits, start = raw.translate(DIGITS), 0
+    while (start := digits.find(LONG, start)) >= 0:
+        before, end = raw[start - 1 : start], digits.find(b" ", start)
+        if before not in b'."' and (end - start > len(LONG) or before == b"-"):  # no decimals, nor the beginning of a text
+            return True
+        start = max(end, start + 1)
+    return False
+
+
+def _read_again(raw: bytes, rows: list[dict[str, Any]], first: int, columns: Sequence[str], keys: Sequence[bytes]) -> None:
+    """Put what Python's `json` reads into the place of rows that may spell a key twice, or hold a number that was rounded."""
+    lines = (line for line in raw.split(b"\n") if line and not line.isspace())
+    for number, line in enumerate(lines):
+        if any(line.count(key) > 1 for key in keys) or _rounded(line):
+            rows[number] = decoded(line, first + number, columns, last=True).rows[0]
 
 
 def decoded(raw: bytes, first: int, columns: Sequence[str], last: bool, array: bool = False) -> Objects:
