@@ -78,8 +78,8 @@ def _content(column: Any, spec: Spec, setting: str, where: str, row_of: RowOf) -
             raise UserError(f"{key}: {row_of(i)} holds {shown(value)}, not {wanted}")
     if not is_text and deeper(column, DEEPEST + 1):
         i = next(i for i, value in enumerate(column) if deeper(value))
-        raise UserError(f"{key}: {row_of(i)} is nested deeper than the {DEEPEST} lists and objects that are read; mend or remove "
-                        "it")
+        raise UserError(f"{key}: {row_of(i)} is nested deeper than the {DEEPEST} lists and objects that are read; mend or "
+                        "remove it")
     return column
 
 
