@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from genscale.data.json_values import BOM, BadRow, Values, decoded, objects
-from genscale.data.source_file import SourceFile
+from genscale.data.source_file import GROWTH, SourceFile, TooLarge
 
 CHUNK = 2**20
 """Bytes in a block, and up to the end of its last line: every lane keeps as many in memory."""
@@ -31,13 +31,6 @@ NEWLINE = b"\n"
 
 At = list[int]
 """(byte at which a block starts, number of its first row), and a 1 inside a JSON array."""
-
-
-class TooLarge(Exception):
-    """Something that is held in memory as a whole is larger than allowed. The message says what."""
-
-    def __init__(self, what: str, most: int) -> None:
-        super().__init__(f"{what} is larger than {most >> 20} MiB")
 
 
 class Rows(NamedTuple):
@@ -67,7 +60,7 @@ def text_rows(file: SourceFile, document: str, at: At | None = None, most: int =
     import pyarrow as pa
 
     offset, first = at or (0, 0)
-    with file.open(offset) as stream:
+    with file.open(offset, most) as stream:
         if document == "file":
             yield Rows(0, None, pa.table({"text": [_plain(_whole(stream, most).removeprefix(BOM), 0)]}))
             return
@@ -98,14 +91,14 @@ def _plain(raw: bytes, row: int, lines: bool = False) -> str:
 def _whole(stream: Any, most: int) -> bytes:
     content = stream.read(most + 1)
     if len(content) > most:
-        raise TooLarge("the file", most)
+        raise TooLarge("it is held in memory as a whole, and has", most)
     return content
 
 
 def _block_size(held: int, row: int, most: int) -> int:
     """How much to read where row `row` has begun with `held` bytes and not ended."""
     if held > most:
-        raise TooLarge(f"row {row}", most)
+        raise TooLarge(f"row {row} has", most)
     # As much again: a long row is looked at a few times, and not once a block.
     return CHUNK - held if held < CHUNK else min(held, most + 1 - held)
 
@@ -117,7 +110,7 @@ def _to_line_end(stream: Any, block: bytes, row: int, most: int) -> bytes:
     begun = len(block) - 1 - block.rfind(b"\n")
     tail = stream.readline(max(most - begun, 0) + 1)
     if begun + len(tail.rstrip(b"\r\n")) > most:
-        raise TooLarge(f"the line of row {row + block.count(NEWLINE)}", most)
+        raise TooLarge(f"the line of row {row + block.count(NEWLINE)} has", most)
     return block + tail
 
 
@@ -151,7 +144,7 @@ def _objects(file: SourceFile, columns: Sequence[str], at: At | None, most: int)
     """The objects of a JSON file by blocks, with the number of the first and the place of the block."""
     offset, first, *array = at or (0, 0)
     raw, last, closed = b"", False, False
-    with file.open(offset) as stream:
+    with file.open(offset, most) as stream:
         while not last:
             size = _block_size(len(raw), first, most)
             block = stream.read(size)
@@ -187,11 +180,11 @@ def parquet_rows(file: SourceFile, columns: Sequence[str], check: Callable[[list
 
     Args:
         check: is given the names of all columns before `columns` are read.
-        most: see `open_parquet`.
+        most: bytes of the longest row, and see `open_parquet`.
 
     Raises:
         pyarrow.ArrowException: it is damaged.
-        TooLarge: see `open_parquet`.
+        TooLarge: a row has more than `most` bytes, as far as is seen before; and see `open_parquet`.
     """
     import pyarrow as pa
 
@@ -202,10 +195,31 @@ def parquet_rows(file: SourceFile, columns: Sequence[str], check: Callable[[list
             count = opened.metadata.row_group(number).num_rows
             if first + count > start:
                 at = first
-                for batch in opened.iter_batches(ROWS, [number], list(columns), use_threads=False):
+                size = _batch_size(opened.metadata.row_group(number), columns, first, most)
+                for batch in opened.iter_batches(size, [number], list(columns), use_threads=False):
+                    if size == 1 and batch.nbytes > most:
+                        raise TooLarge(f"row {at} has", most)
                     yield Rows(at, None, pa.Table.from_batches([batch]))
                     at += len(batch)
             first += count
+
+
+def _batch_size(group: Any, columns: Sequence[str], first: int, most: int) -> int:
+    """How many rows of a row group to read at a time: by one where a few bytes stand for so many that each may be huge.
+
+    Raises:
+        TooLarge: they have more than `most` bytes on the average.
+    """
+    rows = ROWS
+    for chunk in map(group.column, range(group.num_columns)):
+        if not any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in columns):
+            continue
+        size = chunk.total_uncompressed_size
+        if size > most * max(1, group.num_rows):
+            raise TooLarge(f"row {first} has", most)
+        if size * ROWS > most and size > GROWTH * chunk.total_compressed_size:
+            rows = 1
+    return rows
 
 
 @contextmanager
@@ -217,5 +231,5 @@ def open_parquet(file: SourceFile, most: int = MOST) -> Iterator[Any]:
     """
     import pyarrow.parquet as pq
 
-    with file.open() as stream:
+    with file.open(most=most) as stream:
         yield pq.ParquetFile(stream if file.seekable else io.BytesIO(_whole(stream, most)), buffer_size=CHUNK)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from genscale.data.columns import documents
-from genscale.data.file_tables import ROWS, At, Rows, TooLarge, json_rows, open_parquet, parquet_rows, text_rows
+from genscale.data.file_tables import ROWS, At, Rows, json_rows, open_parquet, parquet_rows, text_rows
 from genscale.data.json_values import BadRow
 from genscale.data.opening import (
     READABLE,
@@ -26,7 +26,7 @@ from genscale.data.opening import (
     is_silence,
     open_hub,
 )
-from genscale.data.source_file import SourceFile, is_url
+from genscale.data.source_file import SourceFile, TooLarge, is_url
 from genscale.data.spec import Spec
 from genscale.data.web import AGAIN
 from genscale.errors import SourceLost, UserError, nearest
@@ -163,8 +163,8 @@ def damaged(shard: TableShard, error: Exception) -> Exception:
     reason = f"({error})" if isinstance(error, BadRow) else f"({type(error).__name__}: {error}"[:300] + ")"
     where = f"{shard.spec.key}={shard.spec.name}: "
     if isinstance(error, TooLarge):
-        return UserError(f"{where}{shard.name}: {error}; set data.max_record_megabytes higher if it is meant to be so large, "
-                         "or divide it")
+        return UserError(f"{where}{shard.name}: {error}; if that is meant, set data.max_record_megabytes higher, or "
+                         "divide it")
     if isinstance(error, OSError) and "requires too much memory" in str(error):  # as zstd says it
         return UserError(f"{where}{shard.name}: its zstd window is larger than the 128 MiB that are decompressed; compress it "
                          "again without --long, or with --long=27 at most")
