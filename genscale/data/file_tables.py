@@ -153,16 +153,16 @@ def _objects(file: SourceFile, columns: Sequence[str], at: At | None, most: int)
                 array, begun = _opening(raw or block)
             raw += block if array or last else _to_line_end(stream, block, first, most)
             if closed:
-                if raw.strip():
-                    raise BadRow(first, "stands after the end of the array")
-                continue
-            if array:
+                rows, size = [], 0
+            elif array:
                 rows, size, closed = decoded(raw[begun:], first, columns, last, array=True)
             else:
                 rows, size, _ = objects(raw[begun:], first, columns, last)
             place, number = [offset, first, *array], first
             if size:
                 offset, first, raw = offset + begun + size, first + len(rows), raw[begun + size :]
+            if closed and raw.strip():
+                raise BadRow(first, "stands after the end of the array")
             if rows:
                 yield number, place, rows
 

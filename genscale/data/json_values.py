@@ -157,6 +157,7 @@ def decoded(raw: bytes, first: int, columns: Sequence[str], last: bool, array: b
     closed = False
     try:
         while not closed and (at := BETWEEN.match(text, at).end()) < len(text):
+            end = at
             if array and text[at] == "]":
                 closed, at = True, at + 1
             else:
@@ -164,7 +165,6 @@ def decoded(raw: bytes, first: int, columns: Sequence[str], last: bool, array: b
                     at = _after_comma(text, at)
                 start, (row, at) = at, DECODER.raw_decode(text, at)
                 rows.append(_checked(row, first + len(rows), columns, text[start:at]))
-            end = at
         end = at
     except json.JSONDecodeError as error:
         cut = error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip()) - UNFINISHED
