@@ -93,7 +93,7 @@ def _arrow_content(column: Any, key: str, wanted: str | None, is_text: bool, whe
     if not is_text:
         return [_as_json(value) for value in column.to_pylist()]
     try:
-        return (column.cast(pa.large_string()) if _is_binary(column.type) else column).to_pylist()
+        return _as_string(column).to_pylist()
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
         for i, value in enumerate(column.cast(pa.large_binary()).to_pylist()):
             try:
@@ -125,6 +125,14 @@ def _decoded(column: Any) -> Any:
     import pyarrow as pa
 
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
+def _as_string(column: Any) -> Any:
+    """Text of the types that Arrow does not compare, or gives as bytes, in one that it does. Raises ArrowInvalid."""
+    import pyarrow as pa
+
+    kind = column.type
+    return column.cast(pa.large_string()) if _is_binary(kind) or pa.types.is_string_view(kind) else column
 
 
 def _is_list(kind: Any) -> bool:
@@ -204,8 +212,6 @@ def _holds(column: Any, rule: Filter, spec: Spec, where: str) -> Any:
     import pyarrow.compute as pc
 
     column = _decoded(column)
-    if _is_binary(column.type):
-        column = column.cast(pa.large_string())
     kind = column.type
     values = rule.value if rule.comparison == "in" else (rule.value,)
     if pa.types.is_null(kind):
@@ -224,6 +230,7 @@ def _holds(column: Any, rule: Filter, spec: Spec, where: str) -> Any:
     else:
         raise _wrong_type(spec, rule, values[0], where, f"holds {kind}; filters compare text, numbers, true/false and dates")
     try:
+        column = _as_string(column)
         scalars = [pa.scalar(value).cast(kind) if pa.types.is_temporal(kind) else pa.scalar(value) for value in values]
         compare = getattr(pc, "equal" if rule.comparison == "in" else rule.comparison)
         return reduce(pc.or_, [compare(column, scalar) for scalar in scalars])

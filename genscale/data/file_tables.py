@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from genscale.data.json_values import BOM, BadRow, Values, decoded, objects
-from genscale.data.source_file import GROWTH, SourceFile, TooLarge
+from genscale.data.source_file import SourceFile, TooLarge
 
 CHUNK = 2**20
 """Bytes in a block, and up to the end of its last line: every lane keeps as many in memory."""
@@ -25,6 +25,8 @@ NAMES = 1000
 """Names of columns kept for a message."""
 MOST = 256 * 2**20
 """Bytes of a row, or of what else is held in memory as a whole, where nothing else is said."""
+REPETITIVE = 16
+"""Times that a column chunk of parquet grows from which on it is read with care; text grows to a few times its size."""
 PARAGRAPHS = re.compile(rb"(?>\r\n|\r|\n){2}")
 
 NEWLINE = b"\n"
@@ -197,7 +199,7 @@ def parquet_rows(file: SourceFile, columns: Sequence[str], check: Callable[[list
                 at = first
                 size = _batch_size(opened.metadata.row_group(number), columns, first, most)
                 for batch in opened.iter_batches(size, [number], list(columns), use_threads=False):
-                    if size == 1 and batch.nbytes > most:
+                    if batch.nbytes > most * len(batch):
                         raise TooLarge(f"row {at} has", most)
                     yield Rows(at, None, pa.Table.from_batches([batch]))
                     at += len(batch)
@@ -205,7 +207,7 @@ def parquet_rows(file: SourceFile, columns: Sequence[str], check: Callable[[list
 
 
 def _batch_size(group: Any, columns: Sequence[str], first: int, most: int) -> int:
-    """How many rows of a row group to read at a time: by one where a few bytes stand for so many that each may be huge.
+    """How many rows of a row group to read at a time: fewer where each may be the same huge entry of a dictionary.
 
     Raises:
         TooLarge: they have more than `most` bytes on the average.
@@ -217,8 +219,8 @@ def _batch_size(group: Any, columns: Sequence[str], first: int, most: int) -> in
         size = chunk.total_uncompressed_size
         if size > most * max(1, group.num_rows):
             raise TooLarge(f"row {first} has", most)
-        if size * ROWS > most and size > GROWTH * chunk.total_compressed_size:
-            rows = 1
+        if size > REPETITIVE * chunk.total_compressed_size:
+            rows = min(rows, max(1, most // size))
     return rows
 
 
