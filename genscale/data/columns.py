@@ -33,21 +33,20 @@ def documents(table: Any, spec: Spec, where: str, first: int, start: int, step: 
     Raises:
         UserError: a column is not there or holds something else, or an answer is empty.
     """
-    import pyarrow as pa
-
     if isinstance(table, Values):
         rows = {name: values[start::step] for name, values in table.columns.items()}
     else:
         if error := spec.unknown_columns(where, table.column_names):
             raise error
-        chosen = table.select(spec.columns)
-        chosen = chosen.slice(start) if step == 1 else chosen.take(pa.array(range(start, len(table), step), pa.int64()))
-        rows = dict(zip(chosen.column_names, chosen.columns, strict=True))
+        rows = _every(table.select(spec.columns), start, step)
 
     def row_of(i: int) -> str:
         return f"row {first + start + i * step} of {where}"
 
     kept = _kept(rows, spec, where, row_of)
+    if kept is not None and isinstance(table, Values):  # what is left out may be anything
+        rows = {name: [value if keep else None for value, keep in zip(column, kept, strict=True)]
+                for name, column in rows.items()}
     contents = {column: _content(rows[column], spec, setting, where, row_of) for setting, column in spec.content.items()}
     if spec.pairs:
         try:
@@ -63,6 +62,20 @@ def documents(table: Any, spec: Spec, where: str, first: int, start: int, step: 
     if spec.shortest or spec.longest is not None:
         texts = [text if text is not None and _fits(text, spec) else None for text in texts]
     return texts
+
+
+def _every(table: Any, start: int, step: int) -> dict[str, Any]:
+    """The columns of the rows `start::step` of an Arrow table."""
+    import pyarrow as pa
+
+    if step == 1:
+        table = table.slice(start)
+    else:
+        try:
+            table = table.take(pa.array(range(start, len(table), step), pa.int64()))
+        except pa.ArrowNotImplementedError:  # of strings as views
+            table = pa.concat_tables([table.slice(row, 1) for row in range(start, len(table), step)] or [table.slice(0, 0)])
+    return dict(zip(table.column_names, table.columns, strict=True))
 
 
 def _content(column: Any, spec: Spec, setting: str, where: str, row_of: RowOf) -> list[Any]:

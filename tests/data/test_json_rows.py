@@ -186,6 +186,12 @@ def test_filters_compare_each_value_as_what_it_is(tmp_path: Path, filters: dict,
     assert texts_of(tmp_path / "a.jsonl", filters=parse_filters("data.filters", filters)) == list(map(str, keeps))
 
 
+def test_a_row_that_is_left_out_may_hold_anything(tmp_path: Path) -> None:
+    rows = [{"text": "a", "kind": "text"}, {"text": 3, "kind": "number"}, {"text": "b", "kind": "text"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert texts_of(tmp_path / "a.jsonl", filters=parse_filters("data.filters", {"kind": "text"})) == ["a", "b"]
+
+
 @pytest.mark.parametrize(("value", "words"), [("six", "row 1 of a.jsonl holds text"), ([1], "row 1 of a.jsonl holds a list"),
                                              (True, "row 1 of a.jsonl holds true or false")])
 def test_a_filter_names_the_row_that_it_cannot_compare(tmp_path: Path, value: Any, words: str) -> None:

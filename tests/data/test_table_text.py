@@ -40,6 +40,7 @@ def test_text_of_every_type_is_text(tmp_path: Path, kind: pa.DataType) -> None:
     column = column.dictionary_encode() if pa.types.is_dictionary(kind) else column
     pq.write_table(pa.table({"text": column, "answer": column}), path)
     assert read(path) == ["one é", "two", "one é", "three 東"]
+    assert [row.document for row in shard(path).rows(1, 1, 2)] == ["two", "one é", "three 東"]
     assert read(path, filters=parse_filters("data.filters", {"answer": "two"})) == ["two"]
     pairs = read(path, prompt="text", answer="answer", filters=parse_filters("data.filters", {"answer": ["two", "three 東"]}))
     assert [json.loads(pair)[1]["content"] for pair in pairs] == ["two", "three 東"]
