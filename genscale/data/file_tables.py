@@ -68,7 +68,7 @@ def text_rows(file: SourceFile, document: str, at: At | None = None, most: int =
             return
         rest = b""
         # What is left of a block counts towards the next, which is then the same for a reader that begins there.
-        while block := stream.read(_block_size(len(rest), first, most)):
+        while block := stream.read(CHUNK - len(rest) if _within(len(rest), first, most) < CHUNK else CHUNK):
             raw = rest + _to_line_end(stream, block, first, most)
             text = raw if offset else raw.removeprefix(BOM)
             if document == "line":
@@ -97,12 +97,11 @@ def _whole(stream: Any, most: int) -> bytes:
     return content
 
 
-def _block_size(held: int, row: int, most: int) -> int:
-    """How much to read where row `row` has begun with `held` bytes and not ended."""
+def _within(held: int, row: int, most: int) -> int:
+    """The bytes of row `row` that are held, and it has not ended: refused where they are too many."""
     if held > most:
         raise TooLarge(f"row {row} has", most)
-    # As much again: a long row is looked at a few times, and not once a block.
-    return CHUNK - held if held < CHUNK else min(held, most + 1 - held)
+    return held
 
 
 def _to_line_end(stream: Any, block: bytes, row: int, most: int) -> bytes:
@@ -146,9 +145,11 @@ def _objects(file: SourceFile, columns: Sequence[str], at: At | None, most: int)
     """The objects of a JSON file by blocks, with the number of the first and the place of the block."""
     offset, first, *array = at or (0, 0)
     raw, last, closed = b"", False, False
-    with file.open(offset, most) as stream:
+    with file.open(offset, most) as opened:
+        stream = _Pushback(opened)
         while not last:
-            size = _block_size(len(raw), first, most)
+            # As much again: a long row is looked at a few times, and not once a block.
+            size = min(_within(len(raw), first, most), most + 1 - len(raw)) or CHUNK
             block = stream.read(size)
             last, begun = len(block) < size, 0
             if not offset:
@@ -162,11 +163,35 @@ def _objects(file: SourceFile, columns: Sequence[str], at: At | None, most: int)
                 rows, size, _ = objects(raw[begun:], first, columns, last)
             place, number = [offset, first, *array], first
             if size:
-                offset, first, raw = offset + begun + size, first + len(rows), raw[begun + size :]
+                # What is left is read again with what follows, as by a reader that begins there.
+                offset, first, last = offset + begun + size, first + len(rows), last and begun + size == len(raw)
+                stream.unread(raw[begun + size :])
+                raw = b""
             if closed and raw.strip():
                 raise BadRow(first, "stands after the end of the array")
             if rows:
                 yield number, place, rows
+
+
+class _Pushback:
+    """A stream that takes back what was read of it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._back = stream, b""
+
+    def unread(self, raw: bytes) -> None:
+        self._back = raw + self._back
+
+    def read(self, size: int) -> bytes:
+        piece, self._back = self._back[:size], self._back[size:]
+        return piece if len(piece) == size else piece + self._stream.read(size - len(piece))
+
+    def readline(self, size: int) -> bytes:
+        end = self._back.find(NEWLINE, 0, size) + 1
+        if end or len(self._back) >= size:
+            return self.read(end or size)
+        piece, self._back = self._back, b""
+        return piece + self._stream.readline(size - len(piece))
 
 
 def _opening(raw: bytes) -> tuple[list[int], int]:
