@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import Any
 
 from genscale.data.conversations import conversations
@@ -182,34 +181,36 @@ def _kept(rows: dict[str, Any], spec: Spec, where: str, row_of: RowOf) -> list[b
 def _json_mask(column: list[Any], rule: Filter, spec: Spec, row_of: RowOf) -> list[bool]:
     """Which values a filter keeps. Each is compared as what it is: JSON may have numbers in one row and text in the next."""
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     values = rule.value if rule.comparison == "in" else (rule.value,)
     if any(isinstance(value, str) and ISO_DATE.match(value) for value in values):
-        column = [_moment(value) for value in column]
-        moments = tuple(_moment(value) for value in values)
+        column = [_moment(value) if type(value) is str else value for value in column]
+        moments = tuple(_moment(value) if type(value) is str else value for value in values)
         rule = Filter(rule.column, rule.comparison, moments if rule.comparison == "in" else moments[0])
-    kept = [False] * len(column)
-    for kind in set(map(type, column)) - {type(None)}:
-        numbers = [i for i, value in enumerate(column) if type(value) is kind]
-        where, found = row_of(numbers[0]), [column[i] for i in numbers]
-        if kind in (list, dict):
-            raise _wrong_type(spec, rule, values[0], where, f"holds {shown(found[0])}; filters compare text, numbers, "
-                              "true/false and dates")
-        try:
-            array = pa.array(found)
-        except (pa.ArrowException, OverflowError):  # integers beyond 64 bits
-            array = pa.array(list(map(float, found)))
-        mask = _holds(array, rule, spec, where).to_numpy(zero_copy_only=False)
-        for i in itertools.compress(numbers, mask):
-            kept[i] = True
-    return kept
+    kinds = set(map(type, column)) - {type(None)}
+    if len(kinds) > 1:
+        masks = [_json_mask([value if type(value) is kind else None for value in column], rule, spec, row_of) for kind in kinds]
+        return [any(holds) for holds in zip(*masks, strict=True)]
+    if not kinds:
+        return [False] * len(column)
+    first = next(i for i, value in enumerate(column) if value is not None)
+    if kinds <= {list, dict}:
+        raise _wrong_type(spec, rule, values[0], row_of(first), f"holds {shown(column[first])}; filters compare text, numbers, "
+                          "true/false and dates")
+    try:
+        array = pa.array(column)
+    except (pa.ArrowException, OverflowError):  # integers beyond 64 bits
+        array = pa.array([value if value is None else float(value) for value in column])
+    return pc.fill_null(_holds(array, rule, spec, row_of(first)), False).to_pylist()
 
 
-def _moment(value: Any) -> Any:
+@lru_cache(maxsize=2**12)
+def _moment(value: str) -> str:
     """A date or time of ISO 8601 in a spelling whose order is that of time (UTC where it has a zone); else the value as it is.
 
     JSON has dates as text alone, written in many ways."""
-    if not isinstance(value, str) or not ISO_DATE.match(value):
+    if not ISO_DATE.match(value):
         return value
     if len(value) == 10:
         return f"{value} 00:00:00.000000"

@@ -96,9 +96,11 @@ def objects(raw: bytes, first: int, columns: Sequence[str], last: bool) -> Objec
     keys = [json.dumps(name, ensure_ascii=False).encode() for name in columns]
     rows, size = _lines(raw, first)
     certain = raw if size == len(raw) else raw[:size]
-    twice = any(certain.count(key) > sum(name in row for row in rows) for name, key in zip(columns, keys, strict=True))
-    numbers = not {float, list, dict}.isdisjoint({type(row.get(name)) for row in rows for name in columns})
-    if twice or (numbers and _rounded(certain)):
+    twice = any(certain.count(key) > [name in row for row in rows].count(True) for name, key in zip(columns, keys, strict=True))
+    values = [row.get(name) for name in columns for row in rows]
+    kinds = set(map(type, values))
+    inexact = float in kinds and any(type(value) is float and abs(value) >= 2**63 for value in values)
+    if twice or ((inexact or list in kinds or dict in kinds) and _rounded(certain)):
         _read_again(certain, rows, first, columns, keys)
     if size == len(raw):
         return Objects(rows, size)

@@ -24,7 +24,7 @@ SKIPPED = 2**20
 """Bytes stepped over at a time."""
 GROWTH = 200
 """How many times its size a compressed file may grow to. Text grows to a tenth of that, a file made to do harm to far more."""
-SAMPLE = 2**14
+SAMPLE = 2**12
 """Bytes of a file's beginning, middle and end that tell it from another of the same size and time."""
 _warned: set[str] = set()
 
