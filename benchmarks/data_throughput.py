@@ -148,7 +148,7 @@ def main() -> None:
         config = {name: value for name, value in vars(arguments).items() if name not in ("out", "source", "tokenizer")}
         about = {"date": time.strftime("%Y-%m-%d %H:%M:%S %Z"), "machine": machine(),
                  "versions": {"python": platform.python_version(), **{name: version(name) for name in (
-                     "numpy", "tokenizers", "datasets", "xxhash")}},
+                     "numpy", "orjson", "tokenizers", "datasets", "xxhash")}},
                  "command": " ".join(["python", "benchmarks/data_throughput.py", *sys.argv[1:]]),
                  "config": config | {"source": Path(arguments.source).name, "tokenizer": Path(arguments.tokenizer).name}}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

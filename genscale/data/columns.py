@@ -1,14 +1,21 @@
-"""From the rows of an Arrow table to documents: the text column, or the columns of prompt/answer pairs, and row filters."""
+"""From the rows of a table to documents: the text column, or the columns of prompt/answer pairs, and row filters."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import reduce
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import lru_cache, reduce
 from typing import Any
 
 from genscale.data.conversations import conversations, read_document, said
+from genscale.data.json_values import DEEPEST, Values, deeper, shown
 from genscale.data.spec import Filter, Spec
 from genscale.errors import UserError
+
+ISO_DATE = re.compile(r"\d{4}-\d\d-\d\d(?:[T ]|$)")
+RowOf = Callable[[int], str]
+"""What to call the n-th of the rows that are looked at, in messages."""
 
 
 def documents(table: Any, spec: Spec, where: str, first: int, start: int, step: int) -> list[str | None]:
@@ -17,30 +24,39 @@ def documents(table: Any, spec: Spec, where: str, first: int, start: int, step: 
     Only the rows wanted become Python objects.
 
     Args:
-        table: an Arrow table.
+        table: an Arrow table, or the `Values` of a JSON file.
         spec, where: what is read, and the name of its shard.
         first: number of the table's first row in the shard, for messages.
 
     Raises:
-        UserError: a column is not there or of another type, or an answer is empty.
+        UserError: a column is not there or holds something else, or an answer is empty.
     """
-    import pyarrow as pa
-
-    if error := spec.unknown_columns(where, table.column_names):
-        raise error
-    names = table.column_names
-    table = table.select([name for name in spec.columns if name in names])
-    rows = table.slice(start) if step == 1 else table.take(pa.array(range(start, len(table), step), pa.int64()))
-    if not len(rows):
-        return []
-    kept = _kept(rows, spec, where)
-    if kept is not None:
-        kept = kept.to_pylist()
-    if spec.pairs:
-        texts = conversations(_lists(rows, spec, where), spec, kept, lambda i: f"row {first + start + i * step} of {where}",
-                              padded=True)
+    if isinstance(table, Values):
+        rows = {name: values[start::step] for name, values in table.columns.items()}
     else:
-        texts = _texts(rows, spec, where, names)
+        if error := spec.unknown_columns(where, table.column_names):
+            raise error
+        rows = _every(table.select([name for name in spec.columns if name in table.column_names]), start, step)
+
+    def row_of(i: int) -> str:
+        return f"row {first + start + i * step} of {where}"
+
+    kept = _kept(rows, spec, where, row_of)
+    if kept is not None and isinstance(table, Values):  # what is left out may be anything
+        rows = {name: [value if keep else None for value, keep in zip(column, kept, strict=True)]
+                for name, column in rows.items()}
+    wanted = {**spec.content, "tools_column": spec.tools} if spec.messages and spec.tools in rows else spec.content
+    contents = {column: _content(rows[column], f"{spec.setting(setting)}={column}", setting, where, row_of)
+                for setting, column in wanted.items()}
+    if spec.pairs:
+        try:
+            texts = conversations(contents, spec, kept, row_of)
+        except UserError as error:
+            # What lacks an answer may be all that there is, for want of the column.
+            names = table.names if isinstance(table, Values) else []
+            raise (names and spec.unknown_columns(where, names)) or error from None
+    else:
+        texts = [text if text is not None and text.strip() else None for text in contents[spec.column]]
     if kept is not None:
         texts = [text if keep else None for text, keep in zip(texts, kept, strict=True)]
     if spec.shortest or spec.longest is not None:
@@ -48,27 +64,69 @@ def documents(table: Any, spec: Spec, where: str, first: int, start: int, step: 
     return texts
 
 
-def _texts(rows: Any, spec: Spec, where: str, names: Sequence[str]) -> list[str | None]:
-    column = rows[spec.column]
-    if not _is_text(column.type):
-        raise UserError(f"{spec.setting('column')}={spec.column}: in {where} it holds {column.type}, not text; the columns are "
-                        f"{', '.join(names)}")
-    return [text if text is not None and text.strip() else None for text in column.to_pylist()]
-
-
-def _lists(rows: Any, spec: Spec, where: str) -> dict[str, list[Any]]:
-    """The columns of prompt/answer pairs or of messages as Python values."""
+def _every(table: Any, start: int, step: int) -> dict[str, Any]:
+    """The columns of the rows `start::step` of an Arrow table."""
     import pyarrow as pa
 
-    for setting, column in spec.content.items():
-        kind = rows[column].type
-        if spec.messages and not (pa.types.is_null(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-            raise UserError(f"{spec.setting(setting)}={column}: in {where} it holds {kind}, not a list of messages with role "
-                            "and content; set prompt_column and answer_column for plain pairs")
-        if not spec.messages and not _is_text(kind):
-            raise UserError(f"{spec.setting(setting)}={column}: in {where} it holds {kind}, not text")
-    tools = [spec.tools] if spec.tools in rows.column_names else []
-    return {column: rows[column].to_pylist() for column in [*spec.content.values(), *tools]}
+    if step == 1:
+        table = table.slice(start)
+    else:
+        try:
+            table = table.take(pa.array(range(start, len(table), step), pa.int64()))
+        except pa.ArrowNotImplementedError:  # of strings as views
+            table = pa.concat_tables([table.slice(row, 1) for row in range(start, len(table), step)] or [table.slice(0, 0)])
+    return dict(zip(table.column_names, table.columns, strict=True))
+
+
+def _content(column: Any, key: str, setting: str, where: str, row_of: RowOf) -> list[Any]:
+    """The values of a column: texts, or for messages and tools what JSON could say."""
+    is_text = setting in ("column", "prompt_column", "answer_column")
+    if not isinstance(column, list):
+        wanted = "text" if is_text else ("a list of messages with role and content; set prompt_column and answer_column for "
+                                         "plain pairs") if setting == "messages_column" else None
+        return _arrow_content(column, key, wanted, is_text, where, row_of)
+    if setting == "column":
+        for i, value in enumerate(column):
+            if value is not None and not isinstance(value, str):
+                raise UserError(f"{key}: {row_of(i)} holds {shown(value)}, not text")
+    elif deeper(column, DEEPEST + 1):
+        i = next(i for i, value in enumerate(column) if deeper(value))
+        raise UserError(f"{key}: {row_of(i)} is nested deeper than the {DEEPEST} lists and objects that are read; mend or "
+                        "remove it")
+    return column
+
+
+def _arrow_content(column: Any, key: str, wanted: str | None, is_text: bool, where: str, row_of: RowOf) -> list[Any]:
+    import pyarrow as pa
+
+    column = _decoded(column)
+    fits = _is_text(column.type) if is_text else not wanted or pa.types.is_null(column.type) or _is_list(column.type)
+    if not fits:
+        raise UserError(f"{key}: in {where} it holds {column.type}, not {wanted}")
+    if not is_text:
+        return [_as_json(value) for value in column.to_pylist()]
+    try:
+        return _as_string(column).to_pylist()
+    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+        for i, value in enumerate(column.cast(pa.large_binary()).to_pylist()):
+            try:
+                (value or b"").decode()
+            except UnicodeDecodeError as wrong:
+                raise UserError(f"{key}: {row_of(i)} holds bytes that are no text ({wrong}); mend or remove it") from None
+        raise error
+
+
+def _as_json(value: Any) -> Any:
+    """A value of an Arrow table as JSON would have it: a struct has every key in every row, with null for those it lacks."""
+    if isinstance(value, dict):
+        return {name: _as_json(inner) for name, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        if value and all(isinstance(pair, tuple) for pair in value):  # a map
+            return {name: _as_json(inner) for name, inner in value}
+        return [_as_json(inner) for inner in value]
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return value
 
 
 def _fits(text: str, spec: Spec) -> bool:
@@ -76,26 +134,99 @@ def _fits(text: str, spec: Spec) -> bool:
     return spec.shortest <= size and (spec.longest is None or size <= spec.longest)
 
 
+def _decoded(column: Any) -> Any:
+    import pyarrow as pa
+
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
+def _as_string(column: Any) -> Any:
+    """Text of the types that Arrow does not compare, or gives as bytes, in one that it does. Raises ArrowInvalid."""
+    import pyarrow as pa
+
+    kind = column.type
+    return column.cast(pa.large_string()) if _is_binary(kind) or pa.types.is_string_view(kind) else column
+
+
+def _is_list(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return any(test(kind) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_list_view,
+                                       pa.types.is_large_list_view, pa.types.is_fixed_size_list))
+
+
+def _is_binary(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
 def _is_text(kind: Any) -> bool:
     import pyarrow as pa
 
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+    return (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or _is_binary(kind)
+            or pa.types.is_null(kind))
 
 
-def _kept(rows: Any, spec: Spec, where: str) -> Any:
+def _kept(rows: dict[str, Any], spec: Spec, where: str, row_of: RowOf) -> list[bool] | None:
     """Which rows the filters keep (a row whose value is missing is not kept), or None where there is no filter."""
     import pyarrow.compute as pc
 
-    masks = [pc.fill_null(_holds(rows[rule.column], rule, spec, where), False) for rule in spec.filters]
-    return reduce(pc.and_, masks) if masks else None
+    if not spec.filters:
+        return None
+    masks = [_json_mask(column, rule, spec, row_of) if isinstance(column := rows[rule.column], list) else
+             pc.fill_null(_holds(column, rule, spec, where), False).to_pylist() for rule in spec.filters]
+    return [all(holds) for holds in zip(*masks, strict=True)]
+
+
+def _json_mask(column: list[Any], rule: Filter, spec: Spec, row_of: RowOf) -> list[bool]:
+    """Which values a filter keeps. Each is compared as what it is: JSON may have numbers in one row and text in the next."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    values = rule.value if rule.comparison == "in" else (rule.value,)
+    if any(isinstance(value, str) and ISO_DATE.match(value) for value in values):
+        column = [_moment(value) if type(value) is str else value for value in column]
+        moments = tuple(_moment(value) if type(value) is str else value for value in values)
+        rule = Filter(rule.column, rule.comparison, moments if rule.comparison == "in" else moments[0])
+    kinds = set(map(type, column)) - {type(None)}
+    if len(kinds) > 1:
+        masks = [_json_mask([value if type(value) is kind else None for value in column], rule, spec, row_of) for kind in kinds]
+        return [any(holds) for holds in zip(*masks, strict=True)]
+    if not kinds:
+        return [False] * len(column)
+    first = next(i for i, value in enumerate(column) if value is not None)
+    if kinds <= {list, dict}:
+        raise _wrong_type(spec, rule, values[0], row_of(first), f"holds {shown(column[first])}; filters compare text, numbers, "
+                          "true/false and dates")
+    try:
+        array = pa.array(column)
+    except (pa.ArrowException, OverflowError):  # integers beyond 64 bits
+        array = pa.array([value if value is None else float(value) for value in column])
+    return pc.fill_null(_holds(array, rule, spec, row_of(first)), False).to_pylist()
+
+
+@lru_cache(maxsize=2**12)
+def _moment(value: str) -> str:
+    """A date or time of ISO 8601 in a spelling whose order is that of time (UTC where it has a zone); else the value as it is.
+
+    JSON has dates as text alone, written in many ways."""
+    if not ISO_DATE.match(value):
+        return value
+    if len(value) == 10:
+        return f"{value} 00:00:00.000000"
+    try:
+        moment = datetime.fromisoformat(value)
+        return (moment.astimezone(UTC) if moment.tzinfo else moment).replace(tzinfo=None).isoformat(" ", "microseconds")
+    except (ValueError, OverflowError):
+        return value
 
 
 def _holds(column: Any, rule: Filter, spec: Spec, where: str) -> Any:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
+    column = _decoded(column)
     kind = column.type
     values = rule.value if rule.comparison == "in" else (rule.value,)
     if pa.types.is_null(kind):
@@ -114,6 +245,7 @@ def _holds(column: Any, rule: Filter, spec: Spec, where: str) -> Any:
     else:
         raise _wrong_type(spec, rule, values[0], where, f"holds {kind}; filters compare text, numbers, true/false and dates")
     try:
+        column = _as_string(column)
         scalars = [pa.scalar(value).cast(kind) if pa.types.is_temporal(kind) else pa.scalar(value) for value in values]
         compare = getattr(pc, "equal" if rule.comparison == "in" else rule.comparison)
         return reduce(pc.or_, [compare(column, scalar) for scalar in scalars])

@@ -19,8 +19,8 @@ class Conversation(str):
     __slots__ = ("where",)
 
 
-def conversations(columns: Mapping[str, list[Any]], spec: Spec, kept: list[bool] | None, row_of: Callable[[int], str],
-                  padded: bool = False) -> list[str | None]:
+def conversations(columns: Mapping[str, list[Any]], spec: Spec, kept: list[bool] | None,
+                  row_of: Callable[[int], str]) -> list[str | None]:
     """A document for each row; None for one that is not kept, in which nobody answers, or that is left out for what is wrong
     with it. What is left out is counted in `spec.left_out`.
 
@@ -28,8 +28,6 @@ def conversations(columns: Mapping[str, list[Any]], spec: Spec, kept: list[bool]
         columns: the values of the columns that `spec.content` and `spec.tools` name, by column.
         kept: which rows the filters keep; None where all are.
         row_of: what to call a row in messages.
-        padded: the values come from Arrow, which gives every tool call the arguments of all, None where there is no value. Else
-            None is what the row says. (Of a message itself, None is left out in either case, as transformers does.)
 
     Raises:
         UserError: too many rows are no conversations that can be learnt from.
@@ -41,21 +39,21 @@ def conversations(columns: Mapping[str, list[Any]], spec: Spec, kept: list[bool]
                  [{"role": "user", "content": prompt or ""}, {"role": "assistant", "content": answer}]
                  for prompt, answer in zip(columns[spec.prompt], columns[spec.answer], strict=True)]
     tools = columns.get(spec.tools) if spec.messages else None
-    return [_document(messages, tools[i] if tools else None, spec, row_of(i), padded)
-            if messages and (kept is None or kept[i]) else None for i, messages in enumerate(found)]
+    return [_document(messages, tools[i] if tools else None, spec, row_of(i)) if messages and
+            (kept is None or kept[i]) else None for i, messages in enumerate(found)]
 
 
-def _document(messages: Any, tools: Any, spec: Spec, where: str, padded: bool) -> str | None:
+def _document(messages: Any, tools: Any, spec: Spec, where: str) -> str | None:
     spec.left_out.read += 1
     try:
         key = f"{spec.setting('messages_column' if spec.messages else 'answer_column')}={spec.messages or spec.answer}"
         if not isinstance(messages, list):
             raise UserError(f"{key}: {where} holds {str(messages)[:80]!r}, not a list of messages with role and content")
-        messages = [_message(message, spec, f"{key}: {where}", padded) for message in messages]
+        messages = [_message(message, spec, f"{key}: {where}") for message in messages]
         if all(message["role"] != "assistant" for message in messages):
             spec.left_out.pass_over([message["role"] for message in messages])
             return None
-        tools = _tools(tools, f"{spec.setting('tools_column')}={spec.tools}: {where}", padded)
+        tools = _tools(tools, f"{spec.setting('tools_column')}={spec.tools}: {where}")
     except UserError as error:
         spec.left_out.refuse(error)
         return None
@@ -66,13 +64,13 @@ def _document(messages: Any, tools: Any, spec: Spec, where: str, padded: bool) -
     return document
 
 
-def _message(message: Any, spec: Spec, where: str, padded: bool) -> dict[str, Any]:
+def _message(message: Any, spec: Spec, where: str) -> dict[str, Any]:
     """The message, of the role `assistant` where its role answers."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         shape = isinstance(message, dict) and {"from", "value"} <= message.keys()
         advice = "; it has from and value, as ShareGPT: write them as role and content, human as user, gpt as assistant"
         raise UserError(f"{where} holds {str(message)[:80]!r}, not a message with role and content{advice if shape else ''}")
-    message = {name: _unpadded(value) if padded else value for name, value in message.items() if value is not None}
+    message = {name: value for name, value in message.items() if value is not None}  # as transformers does
     content, answers = message.get("content"), message["role"] in spec.answer_roles
     if not spec.messages:
         answers = message["role"] == "assistant"
@@ -96,13 +94,7 @@ def _message(message: Any, spec: Spec, where: str, padded: bool) -> dict[str, An
     return message
 
 
-def _unpadded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _unpadded(part) for name, part in value.items() if part is not None}
-    return [_unpadded(part) for part in value] if isinstance(value, list) else value
-
-
-def _tools(tools: Any, where: str, padded: bool) -> list[Any] | None:
+def _tools(tools: Any, where: str) -> list[Any] | None:
     """The tools that a row offers, a list or the JSON of one; None where there are none."""
     if isinstance(tools, str) and tools.strip():
         try:
@@ -115,7 +107,7 @@ def _tools(tools: Any, where: str, padded: bool) -> list[Any] | None:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise UserError(f"{where} has tools that are no list of objects ({str(tools)[:80]!r}); mend them, or set tools_column "
                         "to null")
-    return [_unpadded(tool) for tool in tools] if padded else tools
+    return tools
 
 
 def said(message: Mapping[str, Any]) -> str:

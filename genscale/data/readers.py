@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from genscale.data.columns import documents
 from genscale.data.file_tables import ROWS, At, Rows, json_rows, open_parquet, parquet_rows, text_rows
+from genscale.data.json_values import BadRow
 from genscale.data.opening import (
     READABLE,
     builder_of,
@@ -25,7 +26,7 @@ from genscale.data.opening import (
     is_silence,
     open_hub,
 )
-from genscale.data.source_file import SourceFile, is_url
+from genscale.data.source_file import SourceFile, TooLarge, is_url
 from genscale.data.spec import Spec
 from genscale.data.web import AGAIN
 from genscale.errors import SourceLost, UserError, nearest
@@ -127,10 +128,11 @@ class TableShard(Shard):
         builder = builder_of(self.file.path)
         if builder == "parquet":
             group = self.part[0] if self.part[1] > 1 else None
-            return parquet_rows(self.file, self.spec.columns, self.check_columns, group, start)
+            return parquet_rows(self.file, self.spec.columns, self.check_columns, group, start,
+                                self.spec.max_record_bytes)
         if builder == "json":
-            return json_rows(self.file, self.spec.columns, at)
-        return text_rows(self.file, self.spec.document, at)
+            return json_rows(self.file, self.spec.columns, self.check_columns, at, self.spec.max_record_bytes)
+        return text_rows(self.file, self.spec.document, at, self.spec.max_record_bytes)
 
     def check_columns(self, names: list[str]) -> None:
         """Refuse a file without the columns that are asked for. Raises UserError."""
@@ -158,12 +160,18 @@ def damaged(shard: TableShard, error: Exception) -> Exception:
     import pyarrow as pa
     import zstandard
 
-    reason = f"({type(error).__name__}: {error}"[:300] + ")"
+    reason = f"({error})" if isinstance(error, BadRow) else f"({type(error).__name__}: {error}"[:300] + ")"
     where = f"{shard.spec.key}={shard.spec.name}: "
+    if isinstance(error, TooLarge):
+        return UserError(f"{where}{shard.name}: {error}; if that is meant, set data.max_record_megabytes higher, or "
+                         "divide it")
+    if isinstance(error, OSError) and "requires too much memory" in str(error):  # as zstd says it
+        return UserError(f"{where}{shard.name}: its zstd window is larger than the 128 MiB that are decompressed; compress it "
+                         "again without --long, or with --long=27 at most")
     if shard.file is None and is_silence(error):
         return SourceLost(f"{where}reading {shard.name} broke off: the hub does not answer {reason}; start again when it does: "
                           f"{AGAIN}")
-    theirs = (pa.ArrowException, ValueError, OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError,
+    theirs = (pa.ArrowException, ValueError, OSError, EOFError, MemoryError, lzma.LZMAError, zlib.error, zstandard.ZstdError,
               datasets.exceptions.DatasetsError)
     if not isinstance(error, theirs):
         return error
@@ -237,7 +245,7 @@ def split(shard: Shard, at_least: int) -> list[Shard]:
         return [shard]
     try:
         if shard.file is not None:
-            with open_parquet(shard.file) as opened:
+            with open_parquet(shard.file, shard.spec.max_record_bytes) as opened:
                 shard.check_columns(opened.schema_arrow.names)
                 count = max(1, opened.num_row_groups)
         else:

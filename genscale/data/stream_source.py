@@ -172,8 +172,8 @@ class StreamSource(Source):
         plan = {key: value for key, value in self.plan().items() if key not in ("window", "versions")}
         # Where the data lies is not what it is: a folder may move.
         spec = {key: value for key, value in dataclasses.asdict(self._spec).items()
-                if key not in ("key", "name", "revision", "locations", "retry_minutes", "answer_roles", "tools", "bad_share",
-                               "left_out")}
+                if key not in ("key", "name", "revision", "locations", "retry_minutes", "max_record_bytes", "answer_roles",
+                               "tools", "bad_share", "left_out")}
         probes = hashlib.sha256(repr([_probe(shard) for shard in self._shards]).encode()).hexdigest()
         return {**plan, "files": probes, **json.loads(json.dumps(spec, default=str)), "validation_fraction": self._fraction}
 

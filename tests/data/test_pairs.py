@@ -228,7 +228,7 @@ ONE = {"question": "one?", "reply": "one"}
     ([ONE], {"answer_column": "replies"}, ["data.answer_column=replies: ", "did you mean 'reply'"]),
     ([ONE], {"prompt_column": None}, ["data.answer_column=reply: ", "data.prompt_column"]),
     ([ONE], {"messages_column": "m"}, ["data.messages_column=m: ", "one of the two"]),
-    ([{"question": 3, "reply": "x"}], {}, ["data.prompt_column=question: ", "int64, not text"]),
+    ([{"question": 3, "reply": "x"}], {}, ["data.prompt_column=question: row 0 of pairs.jsonl holds 3, not text"]),
     ([ONE], {"cache": "somewhere"}, ["data.cache=somewhere: ", "not cached"]),
 ])
 def test_bad_pairs_are_one_clear_line(tmp_path: Path, rows: list[dict], changes: dict, words: list[str]) -> None:
