@@ -160,7 +160,8 @@ def test_a_column_that_is_not_there_or_holds_no_text(refuse, tmp_path):
     rows = [{"texts": "words and words", "id": number} for number in range(300)]
     source = jsonl(tmp_path / "rows.jsonl", *rows)
     holds(refuse("--data.source", source), "data.column=text", str(source), "id", "'texts'")
-    holds(refuse("--data.source", source, "--data.column", "id"), "data.column=id", "int64", "texts")
+    message = refuse("--data.source", source, "--data.column", "id")
+    holds(message, "data.column=id", "row 0 of rows.jsonl holds 0, not text", "texts")
 
 
 def test_a_dataset_smaller_than_one_global_batch(refuse, tmp_path):

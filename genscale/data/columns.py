@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache, reduce
 from typing import Any
@@ -46,15 +46,16 @@ def documents(table: Any, spec: Spec, where: str, first: int, start: int, step: 
         rows = {name: [value if keep else None for value, keep in zip(column, kept, strict=True)]
                 for name, column in rows.items()}
     wanted = {**spec.content, "tools_column": spec.tools} if spec.messages and spec.tools in rows else spec.content
-    contents = {column: _content(rows[column], f"{spec.setting(setting)}={column}", setting, where, row_of)
+    names = table.names if isinstance(table, Values) else table.column_names
+    contents = {column: _content(rows[column], f"{spec.setting(setting)}={column}", setting, where, names, row_of)
                 for setting, column in wanted.items()}
     if spec.pairs:
         try:
             texts = conversations(contents, spec, kept, row_of)
         except UserError as error:
-            # What lacks an answer may be all that there is, for want of the column.
-            names = table.names if isinstance(table, Values) else []
-            raise (names and spec.unknown_columns(where, names)) or error from None
+            if isinstance(table, Values) and table.missing:  # no row has an answer, for want of the column
+                raise spec.unknown_columns(where, table.names) or error from None
+            raise
     else:
         texts = [text if text is not None and text.strip() else None for text in contents[spec.column]]
     if kept is not None:
@@ -78,17 +79,18 @@ def _every(table: Any, start: int, step: int) -> dict[str, Any]:
     return dict(zip(table.column_names, table.columns, strict=True))
 
 
-def _content(column: Any, key: str, setting: str, where: str, row_of: RowOf) -> list[Any]:
+def _content(column: Any, key: str, setting: str, where: str, names: Sequence[str], row_of: RowOf) -> list[Any]:
     """The values of a column: texts, or for messages and tools what JSON could say."""
     is_text = setting in ("column", "prompt_column", "answer_column")
+    wanted = {"column": f"text; the columns are {', '.join(names)}", "prompt_column": "text", "answer_column": "text",
+              "messages_column": "a list of messages with role and content; set prompt_column and answer_column for plain pairs"
+              }.get(setting)
     if not isinstance(column, list):
-        wanted = "text" if is_text else ("a list of messages with role and content; set prompt_column and answer_column for "
-                                         "plain pairs") if setting == "messages_column" else None
         return _arrow_content(column, key, wanted, is_text, where, row_of)
     if setting == "column":
         for i, value in enumerate(column):
             if value is not None and not isinstance(value, str):
-                raise UserError(f"{key}: {row_of(i)} holds {shown(value)}, not text")
+                raise UserError(f"{key}: {row_of(i)} holds {shown(value)}, not {wanted}")
     elif deeper(column, DEEPEST + 1):
         i = next(i for i, value in enumerate(column) if deeper(value))
         raise UserError(f"{key}: {row_of(i)} is nested deeper than the {DEEPEST} lists and objects that are read; mend or "

@@ -23,8 +23,8 @@ AHEAD = 256 * 2**20
 """Bytes of a JSON file in which a column must have come."""
 NAMES = 1000
 """Names of columns kept for a message."""
-MOST = 256 * 2**20
-"""Bytes of a row, or of what else is held in memory as a whole, where nothing else is said."""
+HELD = 2**30
+"""Bytes of a compressed parquet file that are held in memory, where nothing else is said."""
 REPETITIVE = 16
 """Times that a column chunk of parquet grows from which on it is read with care; text grows to a few times its size."""
 PARAGRAPHS = re.compile(rb"(?>\r\n|\r|\n){2}")
@@ -49,7 +49,7 @@ class Rows(NamedTuple):
     table: Any
 
 
-def text_rows(file: SourceFile, document: str, at: At | None = None, most: int = MOST) -> Iterator[Rows]:
+def text_rows(file: SourceFile, document: str, most: int, at: At | None = None) -> Iterator[Rows]:
     """The lines, the paragraphs or the whole of a text file, in a column `text`. A byte order mark is no text.
 
     Args:
@@ -115,8 +115,8 @@ def _to_line_end(stream: Any, block: bytes, row: int, most: int) -> bytes:
     return block + tail
 
 
-def json_rows(file: SourceFile, columns: Sequence[str], check: Callable[[list[str]], None], at: At | None = None,
-              most: int = MOST) -> Iterator[Rows]:
+def json_rows(file: SourceFile, columns: Sequence[str], check: Callable[[list[str]], None], most: int,
+              at: At | None = None) -> Iterator[Rows]:
     """The rows of a file of JSON objects, as `Values`: JSON lines, objects over several lines, or one array of them.
 
     Args:
@@ -129,12 +129,13 @@ def json_rows(file: SourceFile, columns: Sequence[str], check: Callable[[list[st
     """
     missing, names = set() if at and at[0] else set(columns), {}
     for first, place, rows in _objects(file, columns, at, most):
+        if not names or (missing and len(names) < NAMES):
+            names |= dict.fromkeys(name for row in rows for name in row)
         if missing:
-            names |= dict.fromkeys(name for row in rows for name in row) if len(names) < NAMES else {}
             missing = {name for name in missing if not any(name in row for row in rows)}
             if missing and place[0] > AHEAD:
                 check(list(names))
-        values = Values({name: [row.get(name) for row in rows] for name in columns}, list(names) if missing else [])
+        values = Values({name: [row.get(name) for row in rows] for name in columns}, list(names), bool(missing))
         rows.clear()  # of what others read now no more is kept than what they asked for
         yield Rows(first, place, values)
     if missing and names:
@@ -202,7 +203,7 @@ def _opening(raw: bytes) -> tuple[list[int], int]:
 
 
 def parquet_rows(file: SourceFile, columns: Sequence[str], check: Callable[[list[str]], None], group: int | None,
-                 start: int = 0, at_once: int = ROWS, most: int = MOST) -> Iterator[Rows]:
+                 most: int, start: int = 0, at_once: int = ROWS) -> Iterator[Rows]:
     """The rows of a parquet file, or of one of its row groups, from the row group on in which row `start` is.
 
     Args:
@@ -252,7 +253,7 @@ def _batch_size(group: Any, columns: Sequence[str], first: int, most: int) -> in
 
 
 @contextmanager
-def open_parquet(file: SourceFile, most: int = MOST) -> Iterator[Any]:
+def open_parquet(file: SourceFile, most: int = HELD) -> Iterator[Any]:
     """A `pyarrow.parquet.ParquetFile`. One that was compressed as a whole is held in memory.
 
     Raises:

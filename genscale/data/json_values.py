@@ -38,11 +38,13 @@ class Values:
     """The wanted columns of some rows as Python values; None where a row lacks the key.
 
     Attributes:
-        names: all keys of the file so far, where some of the columns have not yet come in it.
+        names: the keys of the rows so far.
+        missing: whether some of the columns have not yet come in the file.
     """
 
     columns: dict[str, list[Any]]
     names: list[str]
+    missing: bool
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))

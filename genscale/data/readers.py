@@ -128,11 +128,10 @@ class TableShard(Shard):
         builder = builder_of(self.file.path)
         if builder == "parquet":
             group = self.part[0] if self.part[1] > 1 else None
-            return parquet_rows(self.file, self.spec.columns, self.check_columns, group, start,
-                                self.spec.max_record_bytes)
+            return parquet_rows(self.file, self.spec.columns, self.check_columns, group, self.spec.max_record_bytes, start)
         if builder == "json":
-            return json_rows(self.file, self.spec.columns, self.check_columns, at, self.spec.max_record_bytes)
-        return text_rows(self.file, self.spec.document, at, self.spec.max_record_bytes)
+            return json_rows(self.file, self.spec.columns, self.check_columns, self.spec.max_record_bytes, at)
+        return text_rows(self.file, self.spec.document, self.spec.max_record_bytes, at)
 
     def check_columns(self, names: list[str]) -> None:
         """Refuse a file without the columns that are asked for. Raises UserError."""
@@ -163,8 +162,8 @@ def damaged(shard: TableShard, error: Exception) -> Exception:
     reason = f"({error})" if isinstance(error, BadRow) else f"({type(error).__name__}: {error}"[:300] + ")"
     where = f"{shard.spec.key}={shard.spec.name}: "
     if isinstance(error, TooLarge):
-        return UserError(f"{where}{shard.name}: {error}; if that is meant, set data.max_record_megabytes higher, or "
-                         "divide it")
+        higher = "set data.max_record_megabytes higher, or divide it" if type(shard.spec) is Spec else "decompress it"
+        return UserError(f"{where}{shard.name}: {error}; if that is meant, {higher}")
     if isinstance(error, OSError) and "requires too much memory" in str(error):  # as zstd says it
         return UserError(f"{where}{shard.name}: its zstd window is larger than the 128 MiB that are decompressed; compress it "
                          "again without --long, or with --long=27 at most")
