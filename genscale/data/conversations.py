@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from itertools import repeat
 from typing import Any
 
+from genscale.data.json_values import shown
 from genscale.data.spec import Spec
 from genscale.errors import UserError
 
@@ -32,23 +34,21 @@ def conversations(columns: Mapping[str, list[Any]], spec: Spec, kept: list[bool]
     Raises:
         UserError: too many rows are no conversations that can be learnt from.
     """
-    if spec.messages:
-        found = columns[spec.messages]
-    else:
-        found = [None if prompt is None and answer is None else
-                 [{"role": "user", "content": prompt or ""}, {"role": "assistant", "content": answer}]
-                 for prompt, answer in zip(columns[spec.prompt], columns[spec.answer], strict=True)]
-    tools = columns.get(spec.tools) if spec.messages else None
-    return [_document(messages, tools[i] if tools else None, spec, row_of(i)) if messages and
-            (kept is None or kept[i]) else None for i, messages in enumerate(found)]
+    names = [spec.messages, spec.tools] if spec.messages else [spec.prompt, spec.answer]
+    rows = zip(*(columns.get(name, repeat(None)) for name in names), strict=False)
+    empty = (None,) if spec.messages else (None, None)
+    return [None if row[: len(empty)] == empty or row[0] == [] or not (kept is None or kept[i]) else
+            _document(*row, spec, row_of(i)) for i, row in enumerate(rows)]
 
 
-def _document(messages: Any, tools: Any, spec: Spec, where: str) -> str | None:
+def _document(first: Any, second: Any, spec: Spec, where: str) -> str | None:
+    """The document of messages and tools, or of a prompt and its answer."""
     spec.left_out.read += 1
     try:
+        messages, tools = (first, second) if spec.messages else (_pair(first, second, spec, where), None)
         key = f"{spec.setting('messages_column' if spec.messages else 'answer_column')}={spec.messages or spec.answer}"
         if not isinstance(messages, list):
-            raise UserError(f"{key}: {where} holds {str(messages)[:80]!r}, not a list of messages with role and content")
+            raise UserError(f"{key}: {where} holds {shown(messages)}, not a list of messages with role and content")
         messages = [_message(message, spec, f"{key}: {where}") for message in messages]
         if all(message["role"] != "assistant" for message in messages):
             spec.left_out.pass_over([message["role"] for message in messages])
@@ -62,6 +62,13 @@ def _document(messages: Any, tools: Any, spec: Spec, where: str) -> str | None:
                                        default=str))
     document.where = f"{spec.key}={spec.name}: {where}"
     return document
+
+
+def _pair(prompt: Any, answer: Any, spec: Spec, where: str) -> list[dict[str, Any]]:
+    for setting, value in (("prompt_column", prompt), ("answer_column", answer)):
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{spec.setting(setting)}={spec.content[setting]}: {where} holds {shown(value)}, not text")
+    return [{"role": "user", "content": prompt or ""}, {"role": "assistant", "content": answer}]
 
 
 def _message(message: Any, spec: Spec, where: str) -> dict[str, Any]:
