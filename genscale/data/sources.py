@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from genscale.data.memory_source import HASHES, MemorySource, text_hash
-from genscale.data.readers import Shard, Spec, find_shards, known_size
+from genscale.data.readers import Shard, Spec, find_shards, in_parts, known_size
 from genscale.data.stream_source import StreamSource
 from genscale.data.windows import Source
 from genscale.errors import UserError
@@ -22,15 +22,17 @@ MEMORY_LIMIT = 256 * 2**20
 """Bytes of text up to which a source is held in memory."""
 
 
-def open_source(spec: Spec, *, fraction: float, window: int, seed: int, lanes: int, alone: bool = True) -> Source:
-    """The training source of `spec`: in memory up to `MEMORY_LIMIT` bytes of text, else streamed.
+def open_source(spec: Spec, *, fraction: float, window: int, seed: int, lanes: int, alone: bool = True,
+                shards: list[Shard] | None = None) -> Source:
+    """The training source of `spec` (of its `shards`, where they were looked for): in memory up to `MEMORY_LIMIT` bytes of
+    text, else streamed.
 
     Of one that is not `alone` but in a mixture the held-out share may come to no document at all.
 
     Raises:
         UserError: nothing to read, nothing in it, or too little of it.
     """
-    shards = find_shards(spec, at_least=1)
+    shards = find_shards(spec, at_least=1) if shards is None else shards
     size = known_size(shards)
     if size is not None and size <= MEMORY_LIMIT:
         texts = _load(shards)
@@ -38,7 +40,7 @@ def open_source(spec: Spec, *, fraction: float, window: int, seed: int, lanes: i
             if not texts:
                 raise no_text(spec)
             return MemorySource(texts, fraction, spec, seed, lanes, alone)
-    source = StreamSource(find_shards(spec, at_least=lanes), fraction, window, spec, seed, lanes)
+    source = StreamSource(in_parts(shards, lanes), fraction, window, spec, seed, lanes)
     if next(source.documents(), None) is None:
         raise no_text(spec)
     return source

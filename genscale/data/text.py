@@ -10,10 +10,17 @@ from typing import Any
 
 from genscale.data.lanes import Cursor, Data, Sample
 from genscale.data.mixture import allot, interleave, mix
-from genscale.data.readers import find_shards
+from genscale.data.readers import parted_shards
 from genscale.data.sources import no_text
 from genscale.data.text_settings import SourceSettings, TextDataSettings, readings, validation_reading
-from genscale.data.text_stream import TextStream, open_training_source, pair_encoder, plain_documents, validation_samples
+from genscale.data.text_stream import (
+    TextStream,
+    documents_of,
+    open_training_source,
+    pair_encoder,
+    plain_documents,
+    validation_samples,
+)
 from genscale.data.tokenizers import load_tokenizer, train_bpe
 from genscale.data.vocabulary_text import Progress, reported
 from genscale.errors import UserError
@@ -98,8 +105,8 @@ class TextData(Data):
         settings = self.settings
         if settings.validation_source is not None:
             spec = validation_reading(settings)
-            documents = (text for shard in find_shards(spec, at_least=1) for _, text, _ in shard.rows())
-            samples = validation_samples(documents, pair_encoder(spec, settings, self.tokenizer), self.tokenizer,
+            training, held = parted_shards(spec)
+            samples = validation_samples(documents_of(held or training), pair_encoder(spec, settings, self.tokenizer), self.tokenizer,
                                          settings.sequence_length, self._masked or spec.pairs, settings.validation_blocks)
             if not samples:
                 raise no_text(spec)
@@ -174,7 +181,7 @@ def train_tokenizer(settings: TextDataSettings, vocab_size: int, out: Path, prog
         UserError: `vocab_size` too small, or whatever is wrong with a source.
     """
     sources = readings(settings)
-    documents = [plain_documents(reading.spec, open_training_source(reading.spec, settings, seed=0).documents())
+    documents = [plain_documents(reading.spec, open_training_source(reading.spec, settings, seed=0)[0].documents())
                  for reading in sources]
     texts = interleave(documents, [reading.weight for reading in sources])
     return train_bpe(reported(texts, progress, megabytes), vocab_size, out)
