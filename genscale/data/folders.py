@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from heapq import nsmallest
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from genscale.errors import UserError
 
@@ -147,7 +147,7 @@ class _Walk:
 
     def follow_to_folders(self) -> None:
         """The links found so far. Those in the folders that they lead to come next."""
-        links, self.links = sorted(self.links), []
+        links, self.links = sorted(self.links, key=_depth), []  # a folder reached twice is what its shortest name says
         for name, path in links:
             try:
                 found = os.stat(path)
@@ -164,7 +164,7 @@ class _Walk:
     def follow_to_files(self) -> None:
         """The links that lead to files, once all folders are known."""
         files = {file.identity for file in self.folder.files} if self.linked else set()
-        for name, found in sorted(self.linked):
+        for name, found in sorted(self.linked, key=_depth):
             if not S_ISREG(found.st_mode):
                 self._leave_out(SPECIAL, name)
             elif self._wanted(name):
@@ -185,6 +185,10 @@ class _Walk:
 
     def _leave_out(self, why: str, name: str) -> None:
         self.folder.left_out.setdefault(why, []).append(name)
+
+
+def _depth(link: tuple[str, Any]) -> tuple[int, str]:
+    return link[0].count("/"), link[0]
 
 
 def _identity(found: os.stat_result) -> int:
@@ -226,7 +230,7 @@ def divided(names: Iterable[str]) -> tuple[list[str], list[str]]:
 def parted(files: Sequence[File], where: str) -> tuple[list[File], list[File]]:
     """Files to train on and those to validate on, by `divided` names where they part ways; the others are said."""
     names = [file.name for file in files]
-    below = os.path.commonprefix([name.rpartition("/")[0] + "/" for name in names]).rpartition("/")[0]
+    below = os.path.commonpath([name.rpartition("/")[0] for name in names])
     start = len(below) + 1 if below else 0
     tops = [name[start:].partition("/")[0] for name in names]
     training, validation = map(set, divided(dict.fromkeys(tops)))

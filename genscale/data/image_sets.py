@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from genscale.data.folders import printable
 from genscale.errors import UserError
 
 HASHED_BYTES = 2 * 2**30
@@ -91,7 +92,7 @@ class FileSet(ImageSet):
             raise UserError(f"{self._where}: cannot be read ({error}); mend that, and start the run again") from None
 
     def name(self, index: int) -> str:
-        return self._names[index]
+        return printable(self._names[index])
 
     def hashes(self) -> np.ndarray:
         if sum(self._sizes) <= HASHED_BYTES:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from PIL import Image
+
 from genscale.data.file_tables import At, open_parquet
+from genscale.data.folders import TRAINING, VALIDATION, Folder, examples, printable, walk
 from genscale.data.image_labels import Label
 from genscale.data.image_paths import content_at
 from genscale.data.readers import Row, Shard, TableShard, damaged
@@ -20,8 +24,18 @@ from genscale.data.source_file import SourceFile
 from genscale.data.spec import Spec
 from genscale.errors import UserError, nearest
 
-IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+NO_PICTURES = {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR", "IPTC"}
+"""What Pillow opens though it is no picture, or needs another program to be one."""
 TAR_FILES = (".tar", ".tar.gz", ".tgz")
+IMAGE, SHARD, ARRAYS = "image", "shard", "arrays"
+
+
+@cache
+def image_endings() -> tuple[str, ...]:
+    """Endings of the pictures that Pillow reads, in lower case. (Asking it loads all its formats.)"""
+    Image.init()
+    read = {*Image.OPEN, "MPO"} - NO_PICTURES
+    return tuple(ending for ending, kind in Image.registered_extensions().items() if kind in read)
 
 
 class Record(NamedTuple):
@@ -145,7 +159,7 @@ class Group(NamedTuple):
     @property
     def image(self) -> str | None:
         """The extension of the image."""
-        return next((extension for extension in self.members if f".{extension}" in IMAGE_FILES), None)
+        return next((extension for extension in self.members if f".{extension}" in image_endings()), None)
 
 
 @dataclass(frozen=True)
@@ -221,24 +235,42 @@ def shard_of(file: SourceFile, name: str, spec: ImageSpec) -> Shard | None:
     return TarShard(name, file.size, spec, file) if file.name.endswith(TAR_FILES) else None
 
 
-def local_shards(root: Path, spec: ImageSpec) -> list[Shard]:
-    """The parquet and tar files below a folder, in the order of their names."""
-    return [shard_of(SourceFile.local(root / name, spec.where), name, spec)
-            for name, _ in files_below(root, (".parquet", *TAR_FILES), spec)]
+def shard_kind(name: str) -> str | None:
+    """`SHARD` for the name of a parquet or tar file."""
+    return SHARD if name.lower().endswith((".parquet", *TAR_FILES)) else None
 
 
-def files_below(root: Path, endings: tuple[str, ...], spec: ImageSpec) -> list[tuple[str, int]]:
-    """(path below the root, bytes) of the files with these endings, sorted.
+def _kind(name: str) -> str | None:
+    if name.lower().endswith(image_endings()):
+        return IMAGE
+    # Others than these (statistics, features) are not read where they lie in a folder.
+    return ARRAYS if re.fullmatch(rf"({'|'.join((*TRAINING, *VALIDATION))})\.npz", name, re.IGNORECASE) else shard_kind(name)
+
+
+def look(root: Path, spec: ImageSpec) -> Folder:
+    """What lies below a folder: images, parquet and tar files, and those .npz files that make a training or validation set.
+
+    Raises:
+        UserError: it holds several of these kinds, so that it is not clear which is meant, or cannot be looked at.
+    """
+    found = walk(root, _kind, spec.where)
+    kinds = [files for kind in (IMAGE, SHARD, ARRAYS) if (files := found.of(kind))]
+    if len(kinds) > 1:
+        held = " and ".join(f"{len(files):,} {'file' if files[0].kind != IMAGE else 'image'}{'s' * (len(files) > 1)} "
+                            f"({examples(file.name for file in files)})" for files in kinds)
+        raise UserError(f"{spec.where}: holds {held} beside each other, and it is not clear which are meant; give "
+                        f"{root / printable(kinds[-1][0].name)}, or a folder with one of the two alone")
+    return found
+
+
+def local_shards(root: Path, spec: ImageSpec, found: Folder) -> list[Shard]:
+    """The parquet and tar files below a folder, in the order of their names.
 
     Raises:
         UserError: one cannot be looked at.
     """
-    found = []
     try:
-        for folder, _, names in os.walk(root, followlinks=True):
-            paths = [os.path.join(folder, name) for name in names
-                     if name.lower().endswith(endings) and not name.startswith(".")]  # macOS leaves ._name.png beside images
-            found += [(Path(path).relative_to(root).as_posix(), os.stat(path).st_size) for path in paths]
+        return [shard_of(SourceFile.local(root / file.name, spec.where), printable(file.name), spec)
+                for file in found.of(SHARD)]
     except OSError as error:
         raise UserError(f"{spec.where}: cannot be read ({error}); mend or remove it") from None
-    return sorted(found)

@@ -178,6 +178,8 @@ def _refuse_unheeded(settings: ImageDataSettings) -> None:
     if settings.validation_source is not None:
         own = settings.validation_source
         locations = [*locations, *([own] if isinstance(own, str) else own)]
+    if all(getattr(settings, name) == getattr(ImageDataSettings, name) for name in (*HUB_SETTINGS, *TABLE_SETTINGS)):
+        return  # looking through a large folder takes its time
     kinds = {kind_of(location) for location in locations}
     beside = f"data.source {settings.source}"
     if "hub" not in kinds:

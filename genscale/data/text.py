@@ -106,8 +106,9 @@ class TextData(Data):
         if settings.validation_source is not None:
             spec = validation_reading(settings)
             training, held = parted_shards(spec)
-            samples = validation_samples(documents_of(held or training), pair_encoder(spec, settings, self.tokenizer), self.tokenizer,
-                                         settings.sequence_length, self._masked or spec.pairs, settings.validation_blocks)
+            pairs = pair_encoder(spec, settings, self.tokenizer)
+            samples = validation_samples(documents_of(held or training), pairs, self.tokenizer, settings.sequence_length,
+                                         self._masked or spec.pairs, settings.validation_blocks)
             if not samples:
                 raise no_text(spec)
             return samples
