@@ -184,6 +184,9 @@ def _spec(key: str, source: Sequence[str] | str, values: dict[str, Any], setting
     locations = (source,) if isinstance(source, str) else tuple(source)
     if not locations:
         raise UserError(f"{key}=[]: is an empty list; give at least one path, URL or hub name")
+    if not all(location.strip() for location in locations):
+        raise UserError(f"{key}={source!r}: is empty (was the variable that it comes from not set?); give a path, a URL or a "
+                        "hub name")
     spec = Spec(key, locations[0])
     prompt, answer, messages = (values[name] for name in PLACE_OF_PAIRS)
     if bool(prompt) != bool(answer):
