@@ -12,12 +12,13 @@ from genscale.data.image_decoding import Picture
 from genscale.data.image_labels import Classes
 from genscale.data.image_order import ShuffledImages
 from genscale.data.image_reading import ImageReader, labelled
-from genscale.data.image_sets import ImageSet, digest
+from genscale.data.image_sets import ImageSet, content_hash, digest
 from genscale.data.image_settings import HUB_SETTINGS, TABLE_SETTINGS, ImageDataSettings
 from genscale.data.image_shards import ImageSpec
 from genscale.data.image_sources import Opened, Order, first_images, kind_of, open_images
 from genscale.data.image_stream import ImageStream, StreamedImages
 from genscale.data.lanes import Cursor, Data, Sample
+from genscale.data.plans import digest_of
 from genscale.errors import UserError, refuse_unheeded
 from genscale.masking import masked_throughout
 from genscale.rng import permutation
@@ -65,7 +66,9 @@ class ImageData(Data):
         if for_training or held is None:
             self.order, out = self._ordered(opened.training, hold_out=held is None)
             held = held or out
-        self._validation = self._validation_samples(*held)
+        chosen = self._chosen(held[1])
+        self._validation = self._validation_samples(held[0], chosen)
+        self._validation_digest = _digest(held[0], chosen) if aside is not None else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_validation": []}  # worker processes read lanes
@@ -109,11 +112,14 @@ class ImageData(Data):
                                draws=picture.draws, labelled=settings.labels, identity=digest(images, hashes))
         return order, (images, np.flatnonzero(held))
 
-    def _validation_samples(self, images: ImageSet, indices: np.ndarray) -> list[Sample]:
+    def _chosen(self, indices: np.ndarray) -> np.ndarray:
+        """Those to validate on."""
+        # The same images for every seed, so that runs compare; spread over a set that is sorted by class.
+        return np.sort(indices[permutation(len(indices), 0, "validation")[: self.settings.validation_images]])
+
+    def _validation_samples(self, images: ImageSet, chosen: np.ndarray) -> list[Sample]:
         settings = self.settings
         reader = self._reader(Picture(settings.size, settings.channels, "none" if settings.crop == "none" else "center"))
-        # The same images for every seed, so that runs compare; spread over a set that is sorted by class.
-        chosen = np.sort(indices[permutation(len(indices), 0, "validation")[: settings.validation_images]])
         samples = []
         for index in chosen.tolist():
             pixels = reader.sample(partial(images.read, index), images.name(index), None)
@@ -146,7 +152,8 @@ class ImageData(Data):
         names = ("source", "subset", "split", "size", "channels", "labels", "image_column", "label_column", "crop", "flip",
                  "validation_source", "validation_fraction", "validation_images", "lanes")
         settings = masked_throughout({name: getattr(self.settings, name) for name in names})
-        return {**settings, "seed": self.seed, **self.order.plan()}
+        own = {"validation_content": self._validation_digest} if self._validation_digest else {}
+        return {**settings, "seed": self.seed, **self.order.plan(), **own}
 
     def close(self) -> None:
         """Nothing stays open between two images."""
@@ -193,6 +200,12 @@ def _refuse_unheeded(settings: ImageDataSettings) -> None:
 def _check_labels(images: ImageSet | ImageStream | None, where: str) -> None:
     if isinstance(images, ImageSet) and images.labels is None:
         raise UserError(f"data.labels=true: not all images of {where} have a label; label them, or set data.labels to false")
+
+
+def _digest(images: ImageSet, chosen: np.ndarray) -> str:
+    """Of what is in the files: what decoders make of them differs between machines."""
+    hashes = np.fromiter((content_hash(images.read(index)) for index in chosen.tolist()), np.uint64, len(chosen))
+    return digest_of([hashes] if images.labels is None else [hashes, images.labels[chosen]])
 
 
 def _held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:

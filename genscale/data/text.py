@@ -10,6 +10,7 @@ from typing import Any
 
 from genscale.data.lanes import Cursor, Data, Sample
 from genscale.data.mixture import allot, interleave, mix
+from genscale.data.plans import digest_of
 from genscale.data.readers import parted_shards
 from genscale.data.sources import no_text
 from genscale.data.text_settings import SourceSettings, TextDataSettings, readings, validation_reading
@@ -54,6 +55,7 @@ class TextData(Data):
         if for_training:
             _ = self.streams  # opened now: what is wrong with them must show before anything else is done
         self._validation = self._read_validation()
+        self._validation_digest = digest_of(sample[name] for sample in self._validation for name in sorted(sample))
         if not any(_learnable(sample) for sample in self._validation):
             raise UserError(f"data.validation_blocks={settings.validation_blocks}: these blocks of the validation set hold no "
                             "token of an answer; set more, or a larger data.sequence_length")
@@ -143,13 +145,18 @@ class TextData(Data):
                 **{name: getattr(self.settings, name) for name in later if getattr(self.settings, name)}}
         plan = masked_throughout(plan)
         if not self.settings.sources:
-            return plan | self.streams[0].plan()
+            return plan | self.streams[0].plan() | self._validation_plan()
         for stream in self.streams:
             prefix = stream.spec.setting("")
             # Which entry reads what is in its content; its weight is the order.
             plan |= {f"{prefix}{key.removeprefix('source_')}": value for key, value in stream.plan().items()}
             plan[f"{prefix}weight"] = stream.weight
-        return plan
+        return plan | self._validation_plan()
+
+    def _validation_plan(self) -> dict[str, str]:
+        """What tells a validation set apart that is no share of the training documents."""
+        own = self.settings.validation_source is not None or any(stream.brings_validation for stream in self.streams)
+        return {"validation_content": self._validation_digest} if own else {}
 
     def close(self) -> None:
         """Write out what the token cache keeps back."""

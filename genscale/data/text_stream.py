@@ -61,6 +61,11 @@ class TextStream:
         for block, at, token in blocks:
             yield as_sample(block, self._pairs is not None, self._masked), {"place": at, "offset": token}
 
+    @property
+    def brings_validation(self) -> bool:
+        """Whether the source has files to validate on."""
+        return bool(self._held)
+
     def held_out(self, limit: int) -> list[Sample]:
         """The first blocks of the held-out documents in canonical order, `limit` at most."""
         documents = documents_of(self._held) if self._held else self.source.held_out()
