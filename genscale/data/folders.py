@@ -248,6 +248,20 @@ def say_parts(where: str, training: Iterable[str], validation: Iterable[str], ot
             examples(training), examples(validation), rest)
 
 
+def say_seen(validation: str, training: str, seen: Iterable[Any], trained: Iterable[Any]) -> None:
+    """Warn where what is validated on is also trained on.
+
+    Args:
+        validation, training: the sources, as `key=value`.
+        seen, trained: what each reads: see `identity`.
+    """
+    seen, trained = set(seen), set(trained)
+    if both := len(seen & trained):
+        part = "all of it is" if both == len(seen) else f"{both:,} of its {len(seen):,} files are"
+        LOG.warning("%s: %s trained on too (%s), so that its loss says nothing about what the model has not seen; give "
+                    "another, or leave it out", validation, part, training)
+
+
 def say_repeated(locations: Sequence[str], key: str) -> None:
     """Warn of what stands twice in a list."""
     seen: dict[str, str] = {}

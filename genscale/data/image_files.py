@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from genscale.data.folders import TRAINING, VALIDATION, File, Folder, divided, examples, printable, say_parts
+from genscale.data.folders import TRAINING, VALIDATION, File, Folder, divided, examples, identity, printable, say_parts
 from genscale.data.image_labels import Classes, classes_of, numbered
 from genscale.data.image_sets import ArraySet, FileSet, ImageSet
 from genscale.data.image_settings import DIGITS
@@ -20,6 +20,7 @@ from genscale.errors import UserError, nearest
 
 LOG = logging.getLogger(__name__)
 CLASSES_FILE = "classes.json"
+PRIME = 2**64 - 59
 SOME_ENDINGS = ".png .jpg .webp .tif .avif"
 
 
@@ -44,7 +45,8 @@ def image_parts(spec: ImageSpec, root: Path, found: Folder) -> tuple[Read, Read 
     """
     if names := [file.name for file in found.of(ARRAYS)]:
         training, held = divided(names)
-        return (partial(arrays, spec, root / (training or names)[0]), partial(arrays, spec, root / held[0]) if held else None)
+        read = partial(partial, array_file, spec)
+        return read(root / (training or names)[0]), read(root / held[0]) if held else None
     if files := found.of(IMAGE):
         return _image_folders(spec, root, files)
     raise UserError(f"{spec.where}: the folder holds no image ({SOME_ENDINGS} and whatever Pillow reads), train.npz, .parquet "
@@ -108,7 +110,16 @@ def image_files(spec: ImageSpec, root: Path, files: list[File], classes: list[st
             raise UserError(f"data.labels=true: all images of {spec.where} lie in its folder {known.names[0]}; give the folder "
                             "that holds one folder for each class, or set data.labels to false")
         labels = numbered(folders, names, known) if known else None
-    return FileSet(root, names, [file.size for file in files], labels, known.names if known else None, spec.where)
+    images = FileSet(root, names, [file.size for file in files], labels, known.names if known else None, spec.where)
+    images.places = np.fromiter((file.identity % PRIME for file in files), np.uint64, len(files))  # there may be millions
+    return images
+
+
+def array_file(spec: ImageSpec, path: Path, classes: list[str] | None) -> ArraySet:
+    """The images of a .npz file; see `arrays`."""
+    images = arrays(spec, path, classes)
+    images.places = [identity(path)]
+    return images
 
 
 def arrays(spec: ImageSpec, path: Path, classes: list[str] | None) -> ArraySet:

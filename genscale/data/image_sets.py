@@ -31,8 +31,10 @@ class ImageSet(ABC):
     Attributes:
         labels: `(images,)` int64 numbers of classes, or None.
         classes: names of the classes by number; None where there are no labels.
+        places: of the files that they are in: see `folders.identity`.
     """
 
+    places: Sequence[Any] = ()
     labels: np.ndarray | None = None
     classes: list[str] | None = None
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from genscale.data.folders import TRAINING, VALIDATION, printable, refuse_no_file, say_parts, say_repeated, walk
-from genscale.data.image_files import arrays, digits, image_parts
+from genscale.data.image_files import array_file, digits, image_parts
 from genscale.data.image_labels import Classes, classes_of, numbered
 from genscale.data.image_sets import ImageSet, PackedSet
 from genscale.data.image_settings import DIGITS
@@ -26,7 +26,7 @@ from genscale.data.image_shards import (
 )
 from genscale.data.image_stream import ImageStream
 from genscale.data.opening import find_urls, hub_revision, quiet_datasets
-from genscale.data.readers import Shard, known_size, split
+from genscale.data.readers import Shard, known_size, place, split
 from genscale.data.source_file import SourceFile, is_url, url_path
 from genscale.errors import UserError, nearest
 from genscale.masking import masked
@@ -68,6 +68,7 @@ def open_images(spec: ImageSpec, order: Order, validation: int, for_training: bo
     classes = list(spec.classes) if spec.classes else None
     if spec.name == DIGITS:
         found = digits()
+        found.places = [DIGITS]
         if classes and classes != found.classes:
             raise UserError(f"{spec.where}: has the classes {', '.join(found.classes)}, not {', '.join(classes)}; leave "
                             "data.class_names out, or give a source of those classes")
@@ -75,7 +76,7 @@ def open_images(spec: ImageSpec, order: Order, validation: int, for_training: bo
     if not spec.locations and not is_url(spec.name):
         path = Path(spec.name).expanduser()
         if path.is_file() and path.suffix == ".npz":
-            return _opened(arrays(spec, path, classes), None)
+            return _opened(array_file(spec, path, classes), None)
         if path.is_dir():
             found = look(path, spec)
             found.say()
@@ -132,7 +133,9 @@ def first_images(stream: ImageStream, count: int, spec: ImageSpec, classes: Clas
     if not records:
         raise UserError(f"data.validation_fraction={stream.fraction}: no image of {spec.where} falls into the validation set; "
                         "set a larger share, or data.validation_source")
-    return pack(records, spec, classes)
+    images = pack(records, spec, classes)
+    images.places = stream.places
+    return images
 
 
 def _packed(shards: Sequence[Shard], spec: ImageSpec, classes: Classes | None) -> PackedSet | None:
@@ -149,7 +152,9 @@ def _packed(shards: Sequence[Shard], spec: ImageSpec, classes: Classes | None) -
                 return None
     if not records:
         raise UserError(f"{spec.where}: holds no image; give one that does")
-    return pack(records, spec, classes)
+    images = pack(records, spec, classes)
+    images.places = list(map(place, shards))
+    return images
 
 
 def pack(records: Iterable[Record], spec: ImageSpec, classes: Classes | None) -> PackedSet:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from genscale.data.folders import say_seen
 from genscale.data.image_decoding import Picture
 from genscale.data.image_labels import Classes
 from genscale.data.image_order import ShuffledImages
@@ -63,6 +64,9 @@ class ImageData(Data):
             _check_labels(aside, f"data.validation_source={settings.validation_source}" if own else self._spec.where)
         self.order: ShuffledImages | StreamedImages | None = None
         held = None if aside is None else (aside, np.arange(len(aside)))
+        if own and for_training:
+            say_seen(f"data.validation_source={settings.validation_source}", self._spec.where, aside.places,
+                     opened.training.places)
         if for_training or held is None:
             self.order, out = self._ordered(opened.training, hold_out=held is None)
             held = held or out

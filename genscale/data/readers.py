@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from genscale.data.columns import documents
 from genscale.data.file_tables import ROWS, At, Rows, json_rows, open_parquet, parquet_rows, text_rows
-from genscale.data.folders import File, parted, printable, refuse_no_file, say_repeated, walk
+from genscale.data.folders import File, identity, parted, printable, refuse_no_file, say_repeated, walk
 from genscale.data.opening import (
     READABLE,
     builder_of,
@@ -34,7 +34,7 @@ from genscale.errors import SourceLost, UserError, nearest
 from genscale.masking import masked
 
 __all__ = ["Shard", "Spec", "TableShard", "TopicsShard", "damaged", "find_shards", "in_parts", "known_size", "parted_shards",
-           "split"]
+           "place", "split"]
 
 PYTHON_DOCS = Spec("data.source", "python-docs")
 
@@ -256,6 +256,16 @@ def _file_shards(spec: Spec, root: Path, files: Sequence[File]) -> list[Shard]:
         raise UserError(f"{where}: cannot be read ({error}); mend its permissions") from None
     # An empty file holds no document.
     return [TableShard(name, file.size, spec, file) for name, file in found if file.size]
+
+
+def place(shard: Shard) -> Any:
+    """The same for shards that are read from one file, by whatever path; or from one URL, or one split of a hub dataset."""
+    file = getattr(shard, "file", None)
+    if isinstance(shard, TopicsShard):
+        return shard.name
+    if file is None:
+        return shard.name, shard.spec.subset, shard.spec.split
+    return file.path if is_url(file.path) else identity(file.path)
 
 
 def split(shard: Shard, at_least: int) -> list[Shard]:

@@ -8,10 +8,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from genscale.data.folders import say_seen
 from genscale.data.lanes import Cursor, Data, Sample
 from genscale.data.mixture import allot, interleave, mix
 from genscale.data.plans import digest_of
-from genscale.data.readers import parted_shards
+from genscale.data.readers import parted_shards, place
 from genscale.data.sources import no_text
 from genscale.data.text_settings import SourceSettings, TextDataSettings, readings, validation_reading
 from genscale.data.text_stream import (
@@ -108,6 +109,9 @@ class TextData(Data):
         if settings.validation_source is not None:
             spec = validation_reading(settings)
             training, held = parted_shards(spec)
+            for stream in self.__dict__.get("streams", ()):  # which need not be opened for this
+                say_seen(f"{spec.key}={spec.name}", f"{stream.spec.key}={stream.spec.name}", map(place, held or training),
+                         map(place, stream.shards))
             pairs = pair_encoder(spec, settings, self.tokenizer)
             samples = validation_samples(documents_of(held or training), pairs, self.tokenizer, settings.sequence_length,
                                          self._masked or spec.pairs, settings.validation_blocks)
@@ -189,7 +193,7 @@ def train_tokenizer(settings: TextDataSettings, vocab_size: int, out: Path, prog
         UserError: `vocab_size` too small, or whatever is wrong with a source.
     """
     sources = readings(settings)
-    documents = [plain_documents(reading.spec, open_training_source(reading.spec, settings, seed=0)[0].documents())
+    documents = [plain_documents(reading.spec, open_training_source(reading.spec, settings, seed=0).documents())
                  for reading in sources]
     texts = interleave(documents, [reading.weight for reading in sources])
     return train_bpe(reported(texts, progress, megabytes), vocab_size, out)

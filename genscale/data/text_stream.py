@@ -34,6 +34,9 @@ class TextStream:
         masked: whether every sample carries a mask, because pairs are among the sources.
         cache: folder of the source's token cache.
 
+    Attributes:
+        shards: what is trained on.
+
     Raises:
         UserError: whatever is wrong with the source or the cache.
     """
@@ -46,7 +49,8 @@ class TextStream:
             raise UserError(f"data.cache={settings.cache}: prompt/answer pairs ({self.spec.key}={self.spec.name}) are not "
                             "cached; leave data.cache out")
         self._pairs = pair_encoder(self.spec, settings, tokenizer)
-        self.source, self._held = open_training_source(self.spec, settings, seed)
+        self.shards, self._held = parted_shards(self.spec)
+        self.source = _open(self.spec, settings, seed, self.shards, self._held)
         if self._pairs:
             self._pairs.check(self.source.documents())
         self.encoded = None if self._pairs else open_encoded(self.source, tokenizer, cache)
@@ -94,13 +98,16 @@ class TextStream:
             self.encoded.close()
 
 
-def open_training_source(spec: Spec, settings: TextDataSettings, seed: int) -> tuple[Source, list[Shard]]:
-    """The documents of a source to train on, and the shards that it brings to validate on; where there are none, nor a
-    validation source, some documents are held out. Raises UserError."""
-    training, held = parted_shards(spec)
+def open_training_source(spec: Spec, settings: TextDataSettings, seed: int) -> Source:
+    """The documents of a source to train on; where neither it nor the settings bring others to validate on, some are held out.
+    Raises UserError."""
+    return _open(spec, settings, seed, *parted_shards(spec))
+
+
+def _open(spec: Spec, settings: TextDataSettings, seed: int, training: list[Shard], held: list[Shard]) -> Source:
     fraction = 0.0 if held or settings.validation_source is not None else settings.validation_fraction
     return open_source(spec, fraction=fraction, window=settings.shuffle_window, seed=seed, lanes=settings.lanes,
-                       alone=settings.sources is None, shards=training), held
+                       alone=settings.sources is None, shards=training)
 
 
 def documents_of(shards: Iterable[Shard]) -> Iterator[str]:
