@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 from urllib.parse import urlsplit
 
 from genscale.config_keys import as_key, in_users_words
-from genscale.errors import UserError, nearest
+from genscale.errors import UserError, as_utf8, is_utf8, nearest
 from genscale.masking import has_mask, has_password
 
 TYPE_WORDS = {
@@ -57,6 +57,9 @@ def check_values(section: Any, prefix: str) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{prefix}{as_key(name)}: must be a finite number, not {value}")
         for address in _texts(value):
+            if not address.isascii() and not is_utf8(address):
+                raise UserError(f"{prefix}{as_key(name)}={as_utf8(address)}: is no UTF-8, as config.yaml and checkpoints must "
+                                "be; rename it, or give a link to it (ln -s) with a name that is")
             if has_password(address):
                 raise UserError(f"{prefix}{as_key(name)}={address}: an address must not hold a user's name or password, which "
                                 f"would be written with it; put them into ~/.netrc (machine {urlsplit(address).hostname} login "

@@ -17,7 +17,7 @@ from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 from typing import Any, NamedTuple
 
-from genscale.errors import UserError
+from genscale.errors import UserError, as_utf8
 
 LOG = logging.getLogger(__name__)
 HIDDEN = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini"}
@@ -30,14 +30,13 @@ VALIDATION = ("validation", "valid", "val", "dev", "eval", "test", "testing")
 _PARTS = "|".join((*TRAINING, *VALIDATION))
 _WORD = re.compile(rf"({_PARTS})(?![a-z])", re.IGNORECASE)
 _WHOLE = re.compile(rf"({_PARTS})([-_.]?\d+([-_.]of[-_.]\d+)?)?(\.[a-z0-9]{{1,8}})*", re.IGNORECASE)
-_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class File(NamedTuple):
     """A file of a walk.
 
     Attributes:
-        name: its path below the root, with slashes, as the system has it: see `printable`.
+        name: its path below the root, with slashes, as the system has it: see `as_utf8`.
         size: bytes.
         kind: what the walk was told to call it.
         identity: the same for all paths that lead to it.
@@ -177,7 +176,7 @@ class _Walk:
     def _wanted(self, name: str) -> bool:
         if self._kind_of(name):
             return True
-        self.folder.others[os.path.splitext(printable(name))[1].lower() or "no ending"] += 1
+        self.folder.others[os.path.splitext(as_utf8(name))[1].lower() or "no ending"] += 1
         return False
 
     def _take(self, name: str, found: os.stat_result) -> None:
@@ -203,12 +202,7 @@ def identity(path: str | Path) -> int:
 def examples(names: Iterable[str]) -> str:
     """Some of the names, for messages."""
     first = nsmallest(SHOWN + 1, names)
-    return ", ".join(map(printable, first[:SHOWN])) + ", ..." * (len(first) > SHOWN)
-
-
-def printable(name: str) -> str:
-    """A file's name as text that can be written anywhere: bytes that are no UTF-8 stand as \\xNN."""
-    return name if name.isascii() else _SURROGATES.sub(lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", name)
+    return ", ".join(map(as_utf8, first[:SHOWN])) + ", ..." * (len(first) > SHOWN)
 
 
 def divided(names: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -268,7 +262,7 @@ def say_repeated(locations: Sequence[str], key: str) -> None:
     for location in locations:
         place = location if "://" in location else os.path.realpath(os.path.expanduser(location))
         if place in seen:
-            LOG.warning("%s: %s is listed twice (as %s) and is read twice", key, printable(location), printable(seen[place]))
+            LOG.warning("%s: %s is listed twice (as %s) and is read twice", key, as_utf8(location), as_utf8(seen[place]))
         seen.setdefault(place, location)
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from genscale.data.folders import TRAINING, VALIDATION, File, Folder, divided, examples, identity, printable, say_parts
+from genscale.data.folders import TRAINING, VALIDATION, File, Folder, divided, examples, identity, say_parts
 from genscale.data.image_labels import Classes, classes_of, numbered
 from genscale.data.image_sets import ArraySet, FileSet, ImageSet
 from genscale.data.image_settings import DIGITS
 from genscale.data.image_shards import ARRAYS, IMAGE, ImageSpec
-from genscale.errors import UserError, nearest
+from genscale.errors import UserError, as_utf8, nearest
 
 LOG = logging.getLogger(__name__)
 CLASSES_FILE = "classes.json"
@@ -68,8 +68,8 @@ def _image_folders(spec: ImageSpec, root: Path, files: list[File]) -> tuple[Read
             _check_class(spec, called[0], folders)
         return partial(image_files, spec, root, files), None
     if len(training) > 1:
-        raise UserError(f"{spec.where}: {' and '.join(map(printable, training))} are both training sets by their names; give "
-                        f"one of them, as {spec.name}/{printable(training[0])}, and data.validation_source")
+        raise UserError(f"{spec.where}: {' and '.join(map(as_utf8, training))} are both training sets by their names; give "
+                        f"one of them, as {spec.name}/{as_utf8(training[0])}, and data.validation_source")
     used = [training[0], *held[:1]]
     say_parts(spec.where, training, held[:1], [name or folders[name][0].name for name in folders if name not in used])
     reads = [partial(image_files, spec, root / name, [file._replace(name=file.name[len(name) + 1 :]) for file in folders[name]])
@@ -83,7 +83,7 @@ def _check_class(spec: ImageSpec, name: str, folders: dict[str, list[File]]) -> 
     Raises:
         UserError: it has folders of its own, as a part has.
     """
-    shown, others = printable(name), [other for other in folders if other not in ("", name)]
+    shown, others = as_utf8(name), [other for other in folders if other not in ("", name)]
     if others and any("/" in file.name[len(name) + 1 :] for file in folders[name]):
         raise UserError(f"{spec.where}: its folder {shown} has folders of its own and lies beside {examples(others)}: it is "
                         f"not clear whether it is a part of the set or a class; give {spec.name}/{shown}, or call it otherwise")
@@ -104,7 +104,7 @@ def image_files(spec: ImageSpec, root: Path, files: list[File], classes: list[st
     names = [file.name for file in files]
     labels, known = None, None
     if spec.label:
-        folders = [printable(name.partition("/")[0]) if "/" in name else None for name in names]
+        folders = [as_utf8(name.partition("/")[0]) if "/" in name else None for name in names]
         known = Classes(classes, spec.where) if classes else classes_of(folders, spec.where)
         if known and len(known.names) == 1:
             raise UserError(f"data.labels=true: all images of {spec.where} lie in its folder {known.names[0]}; give the folder "

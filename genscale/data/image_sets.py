@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from genscale.data.folders import printable
-from genscale.errors import UserError
+from genscale.errors import UserError, as_utf8
 
 HASHED_BYTES = 2 * 2**30
 """Files of more bytes in all are told apart by name and size, not by content: reading them all would hold up the start."""
@@ -94,7 +93,7 @@ class FileSet(ImageSet):
             raise UserError(f"{self._where}: cannot be read ({error}); mend that, and start the run again") from None
 
     def name(self, index: int) -> str:
-        return printable(self._names[index])
+        return as_utf8(self._names[index])
 
     def hashes(self) -> np.ndarray:
         if sum(self._sizes) <= HASHED_BYTES:

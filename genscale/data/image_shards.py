@@ -16,13 +16,13 @@ from typing import Any, ClassVar, NamedTuple
 from PIL import Image
 
 from genscale.data.file_tables import At, open_parquet
-from genscale.data.folders import TRAINING, VALIDATION, Folder, examples, printable, walk
+from genscale.data.folders import TRAINING, VALIDATION, Folder, examples, walk
 from genscale.data.image_labels import Label
 from genscale.data.image_paths import content_at
 from genscale.data.readers import Row, Shard, TableShard, damaged
 from genscale.data.source_file import SourceFile
 from genscale.data.spec import Spec
-from genscale.errors import UserError, nearest
+from genscale.errors import UserError, as_utf8, nearest
 
 NO_PICTURES = {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR", "IPTC"}
 """What Pillow opens though it is no picture, or needs another program to be one."""
@@ -259,7 +259,7 @@ def look(root: Path, spec: ImageSpec) -> Folder:
         held = " and ".join(f"{len(files):,} {'file' if files[0].kind != IMAGE else 'image'}{'s' * (len(files) > 1)} "
                             f"({examples(file.name for file in files)})" for files in kinds)
         raise UserError(f"{spec.where}: holds {held} beside each other, and it is not clear which are meant; give "
-                        f"{root / printable(kinds[-1][0].name)}, or a folder with one of the two alone")
+                        f"{root / as_utf8(kinds[-1][0].name)}, or a folder with one of the two alone")
     return found
 
 
@@ -270,7 +270,7 @@ def local_shards(root: Path, spec: ImageSpec, found: Folder) -> list[Shard]:
         UserError: one cannot be looked at.
     """
     try:
-        return [shard_of(SourceFile.local(root / file.name, spec.where), printable(file.name), spec)
+        return [shard_of(SourceFile.local(root / file.name, spec.where), as_utf8(file.name), spec)
                 for file in found.of(SHARD)]
     except OSError as error:
         raise UserError(f"{spec.where}: cannot be read ({error}); mend or remove it") from None

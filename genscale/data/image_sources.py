@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from genscale.data.folders import TRAINING, VALIDATION, printable, refuse_no_file, say_parts, say_repeated, walk
+from genscale.data.folders import TRAINING, VALIDATION, refuse_no_file, say_parts, say_repeated, walk
 from genscale.data.image_files import array_file, digits, image_parts
 from genscale.data.image_labels import Classes, classes_of, numbered
 from genscale.data.image_sets import ImageSet, PackedSet
@@ -28,7 +28,7 @@ from genscale.data.image_stream import ImageStream
 from genscale.data.opening import find_urls, hub_revision, quiet_datasets
 from genscale.data.readers import Shard, known_size, place, split
 from genscale.data.source_file import SourceFile, is_url, url_path
-from genscale.errors import UserError, nearest
+from genscale.errors import UserError, as_utf8, nearest
 from genscale.masking import masked
 
 MEMORY_LIMIT = 256 * 2**20
@@ -192,7 +192,7 @@ def find_shards(spec: ImageSpec) -> tuple[list[Shard], list[Shard]]:
         refuse_no_file(path, f"{spec.key}={location}")
         if location not in found and not path.is_file():
             raise _nothing(spec, location, path)
-        name = masked(location) if location in found else printable(path.name)
+        name = masked(location) if location in found else as_utf8(path.name)
         file = found.get(location) or SourceFile.local(path, spec.where)
         shard = shard_of(file, f"{number}:{name}" if spec.locations else name, spec)
         if shard is None:

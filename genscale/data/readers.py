@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from genscale.data.columns import documents
 from genscale.data.file_tables import ROWS, At, Rows, json_rows, open_parquet, parquet_rows, text_rows
-from genscale.data.folders import File, identity, parted, printable, refuse_no_file, say_repeated, walk
+from genscale.data.folders import File, identity, parted, refuse_no_file, say_repeated, walk
 from genscale.data.opening import (
     READABLE,
     builder_of,
@@ -30,7 +30,7 @@ from genscale.data.opening import (
 from genscale.data.source_file import SourceFile, is_url
 from genscale.data.spec import Spec
 from genscale.data.web import AGAIN
-from genscale.errors import SourceLost, UserError, nearest
+from genscale.errors import SourceLost, UserError, as_utf8, nearest
 from genscale.masking import masked
 
 __all__ = ["Shard", "Spec", "TableShard", "TopicsShard", "damaged", "find_shards", "in_parts", "known_size", "parted_shards",
@@ -250,7 +250,7 @@ def _file_shards(spec: Spec, root: Path, files: Sequence[File]) -> list[Shard]:
             refuse_no_file(root / name, where)
             if builder_of(name) is None:
                 raise UserError(f"{where}: files of this kind are not read{READABLE}")
-            found.append((printable(name), SourceFile.local(root / name, where)))
+            found.append((as_utf8(name), SourceFile.local(root / name, where)))
             (root / name).open("rb").close()
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error}); mend its permissions") from None
