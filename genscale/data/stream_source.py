@@ -176,6 +176,9 @@ class StreamSource(Source):
         """What tells local files from others of the same names and sizes: of many files, of some."""
         return {"probes": probes(self._shards[:: -(-len(self._shards) // PROBED)])} if any(map(_path, self._shards)) else {}
 
+    def files(self) -> list[tuple[str, str]]:
+        return list({path: (shard.name.partition("#")[0], path) for shard in self._shards if (path := _path(shard))}.values())
+
     def identity(self) -> dict[str, Any]:
         plan = {key: value for key, value in self.plan().items() if key not in ("window", "probes", "versions")}
         # Where the data lies is not what it is: a folder may move.
