@@ -75,7 +75,7 @@ def open_images(spec: ImageSpec, order: Order, validation: int, for_training: bo
         return _opened(found, None)
     if not spec.locations and not is_url(spec.name):
         path = Path(spec.name).expanduser()
-        if path.is_file() and path.suffix == ".npz":
+        if path.is_file() and path.suffix.lower() == ".npz":
             return _opened(array_file(spec, path, classes), None)
         if path.is_dir():
             found = look(path, spec)

@@ -77,8 +77,8 @@ class TextDataSettings:
     document: Document = "paragraph"
     """What one document of a .txt file is."""
     validation_source: list[str] | str | None = None
-    """Source of the validation set (of a hub dataset, its split "validation"), not filtered. Default: held-out documents of
-    each source."""
+    """Source of the validation set (of a hub dataset, its split "validation"), not filtered. Default: what a folder names so
+    beside its training set (train/ and test/, train.jsonl and validation.jsonl), else held-out documents of each source."""
     validation_fraction: OpenUnitInterval = 0.05
     """Share of the source's documents held out for validation when there is no validation source."""
     validation_blocks: PositiveInt = 64
