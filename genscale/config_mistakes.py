@@ -71,7 +71,7 @@ def empty(key: str, value: Any) -> UserError | None:
     texts = value if isinstance(value, list) else [value]
     if not any(isinstance(text, str) and not text.strip() for text in texts):
         return None
-    return UserError(f"{key}={value!r}: is empty (was the variable that it comes from not set?); give a value, or leave it out")
+    return UserError(f"{key}: {value!r} is empty (was the variable that it comes from not set?); give a value, or leave it out")
 
 
 def check_not_masked(section: Any, prefix: str) -> None:
