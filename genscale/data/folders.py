@@ -61,17 +61,20 @@ class Folder:
         """The files of a kind."""
         return [file for file in self.files if file.kind == kind]
 
-    def say(self) -> None:
-        """Log what was left out, if anything was."""
+    def rest(self) -> str:
+        """What was left out, in words; empty where nothing was."""
         said = [f"{len(names):,} {why if len(names) == 1 else plural} ({examples(names)})"
                 for why, plural in REASONS.items() if (names := self.left_out.get(why))]
         if self.others:
             endings = " ".join(ending for ending, _ in self.others.most_common(8))
             count = self.others.total()
             said.append(f"{count:,} file{'s' * (count > 1)} of other kinds ({endings}{' ...' * (len(self.others) > 8)})")
-        if said:
-            level = logging.WARNING if self.left_out.keys() - {INVISIBLE} else logging.INFO
-            LOG.log(level, "%s: left out %s", self.where, ", ".join(said))
+        return f"left out {', '.join(said)}" if said else ""
+
+    def say(self) -> None:
+        """Log what was left out, if anything was."""
+        if said := self.rest():
+            LOG.log(logging.WARNING if self.left_out.keys() - {INVISIBLE} else logging.INFO, "%s: %s", self.where, said)
 
 
 NOWHERE, AGAIN, SPECIAL, INVISIBLE = ("dangling link", "link to what is read already", "pipe, socket or device",
@@ -96,10 +99,15 @@ def walk(root: Path, kind_of: Callable[[str], str | None], where: str) -> Folder
         found.follow_to_folders()
     found.follow_to_files()
     if found.refused:
-        more = f" and {len(found.refused) - 1:,} more" if len(found.refused) > 1 else ""
-        raise UserError(f"{where}: cannot be read ({found.refused[0]}{more}); mend its permissions, or remove it")
+        raise unreadable(where, found.refused)
     found.folder.files.sort()
     return found.folder
+
+
+def unreadable(where: str, refused: Sequence[OSError]) -> UserError:
+    """The error for what the system does not let one read. (Left out, it would make another run of the same command.)"""
+    more = f" and {len(refused) - 1:,} more" if len(refused) > 1 else ""
+    return UserError(f"{where}: cannot be read ({refused[0]}{more}); mend its permissions, or remove it")
 
 
 class _Walk:

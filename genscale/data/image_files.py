@@ -50,7 +50,7 @@ def image_parts(spec: ImageSpec, root: Path, found: Folder) -> tuple[Read, Read 
     if files := found.of(IMAGE):
         return _image_folders(spec, root, files)
     raise UserError(f"{spec.where}: the folder holds no image ({SOME_ENDINGS} and whatever Pillow reads), train.npz, .parquet "
-                    "or .tar; give one that does")
+                    f"or .tar; {found.rest() or 'it is empty'}; give one that does")
 
 
 def _image_folders(spec: ImageSpec, root: Path, files: list[File]) -> tuple[Read, Read | None]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from genscale.data.columns import documents
 from genscale.data.file_tables import ROWS, At, Rows, json_rows, open_parquet, parquet_rows, text_rows
-from genscale.data.folders import File, identity, parted, refuse_no_file, say_repeated, walk
+from genscale.data.folders import File, identity, parted, refuse_no_file, say_repeated, unreadable, walk
 from genscale.data.opening import (
     READABLE,
     builder_of,
@@ -236,7 +236,7 @@ def _folder_shards(spec: Spec, root: Path) -> tuple[list[Shard], list[Shard]]:
     where = f"{spec.key}={spec.name}"
     found = walk(root, builder_of, where)
     if not found.files:
-        raise UserError(f"{where}: the folder holds no file that is read{READABLE}")
+        raise UserError(f"{where}: the folder holds no file that is read{READABLE}; {found.rest() or 'it is empty'}")
     found.say()
     training, validation = parted(found.files, where)
     return _file_shards(spec, root, training), _file_shards(spec, root, validation)
@@ -244,16 +244,18 @@ def _folder_shards(spec: Spec, root: Path) -> tuple[list[Shard], list[Shard]]:
 
 def _file_shards(spec: Spec, root: Path, files: Sequence[File]) -> list[Shard]:
     where = f"{spec.key}={spec.name}"
-    try:
-        found = []
-        for name in (file.name for file in files):
-            refuse_no_file(root / name, where)
-            if builder_of(name) is None:
-                raise UserError(f"{where}: files of this kind are not read{READABLE}")
+    found, refused = [], []
+    for name in (file.name for file in files):
+        refuse_no_file(root / name, where)
+        if builder_of(name) is None:
+            raise UserError(f"{where}: files of this kind are not read{READABLE}")
+        try:
             found.append((as_utf8(name), SourceFile.local(root / name, where)))
             (root / name).open("rb").close()
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error}); mend its permissions") from None
+        except OSError as error:
+            refused.append(error)
+    if refused:
+        raise unreadable(where, refused)
     # An empty file holds no document.
     return [TableShard(name, file.size, spec, file) for name, file in found if file.size]
 

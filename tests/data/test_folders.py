@@ -104,6 +104,22 @@ def test_inspect_says_it_too(tmp_path: Path, kind: str, genscale: Callable) -> N
     assert done.code == 0 and done.err.count("left out 2 dangling links") == 1, done.err
 
 
+def test_a_folder_of_nothing_but_what_is_left_out(tmp_path: Path, kind: str) -> None:
+    (tmp_path / f"gone.{kind}").symlink_to("nowhere")
+    (tmp_path / "notes.md").write_text("text")
+    with pytest.raises(UserError, match=rf"left out 1 dangling link \(gone.{kind}\), 1 file of other kinds \(.md\)"):
+        numbers(kind, tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_what_may_not_be_read_is_counted(tmp_path: Path) -> None:
+    for number in range(3):
+        write(tmp_path / f"{number}.txt", number)
+        (tmp_path / f"{number}.txt").chmod(0)
+    with pytest.raises(UserError, match=r"cannot be read \(.*0.txt' and 2 more\); mend its permissions"):
+        numbers("txt", tmp_path)
+
+
 @pytest.mark.parametrize("source", ["pipe", "/dev/zero", "/dev/null", "link"])
 def test_a_source_that_is_no_file_is_not_opened(tmp_path: Path, kind: str, source: str) -> None:
     os.mkfifo(tmp_path / "pipe")
