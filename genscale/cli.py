@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -32,6 +33,8 @@ VERBS = {
 
 def start(arguments: Sequence[str] | None = None) -> NoReturn:
     """`main` as the whole of a process, which ends with its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # None where it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # names need not be UTF-8, nor is every terminal
     if "RANK" in os.environ:  # one of a group
         run_and_leave(lambda: main(arguments))
     sys.exit(main(arguments))

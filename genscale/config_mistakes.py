@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 from urllib.parse import urlsplit
 
 from genscale.config_keys import as_key, in_users_words
-from genscale.errors import UserError, nearest
+from genscale.errors import UserError, as_utf8, is_utf8, nearest
 from genscale.masking import has_mask, has_password
 
 TYPE_WORDS = {
@@ -52,13 +52,26 @@ def check_values(section: Any, prefix: str) -> None:
         if value is None and type(None) not in get_args(kind):
             wanted = TYPE_WORDS.get(getattr(kind, "__name__", ""), "set")
             raise UserError(f"{prefix}{as_key(name)}: must be {wanted}, not None; leave the key out for its default")
+        if refusal := empty(f"{prefix}{as_key(name)}", value):
+            raise refusal
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{prefix}{as_key(name)}: must be a finite number, not {value}")
         for address in _texts(value):
+            if not address.isascii() and not is_utf8(address):
+                raise UserError(f"{prefix}{as_key(name)}={as_utf8(address)}: is no UTF-8, as config.yaml and checkpoints must "
+                                "be; rename it, or give a link to it (ln -s) with a name that is")
             if has_password(address):
                 raise UserError(f"{prefix}{as_key(name)}={address}: an address must not hold a user's name or password, which "
                                 f"would be written with it; put them into ~/.netrc (machine {urlsplit(address).hostname} login "
                                 "USER password PASSWORD) and leave them out here")
+
+
+def empty(key: str, value: Any) -> UserError | None:
+    """The error for a text of nothing, alone or in a list: a path of nothing is the folder that the user happens to be in."""
+    texts = value if isinstance(value, list) else [value]
+    if not any(isinstance(text, str) and not text.strip() for text in texts):
+        return None
+    return UserError(f"{key}: {value!r} is empty (was the variable that it comes from not set?); give a value, or leave it out")
 
 
 def check_not_masked(section: Any, prefix: str) -> None:

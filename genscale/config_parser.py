@@ -34,7 +34,7 @@ from genscale.config import (
     TrainSettings,
 )
 from genscale.config_keys import as_field, as_key, in_users_words, renamed
-from genscale.config_mistakes import check_flags, check_keys, check_no_code, check_values, one_line
+from genscale.config_mistakes import check_flags, check_keys, check_no_code, check_values, empty, one_line
 from genscale.errors import UserError, nearest
 
 # Else a config that writes {class_path: ..., init_args: ...} where any value may stand would call what it names.
@@ -128,7 +128,14 @@ def parse_settings(settings: type, arguments: Sequence[str], prog: str, descript
     arguments = [f"{word}=true" if word in switches and after.startswith("--") else word
                  for word, after in zip(arguments, following, strict=False)]
     check_flags(arguments, parser.keys())
-    return settings(**vars(parser.instantiate(parse(parser, arguments))))
+    parsed = settings(**vars(parser.instantiate(parse(parser, arguments))))
+    for field in dataclasses.fields(settings):
+        value = getattr(parsed, field.name)
+        if dataclasses.is_dataclass(value):
+            check_values(value, f"{field.name}.")
+        elif value != field.default and (refusal := empty(f"--{field.name}", value)):  # an empty prompt is one
+            raise refusal
+    return parsed
 
 
 def split_flags(arguments: Sequence[str], belongs: Callable[[str], bool]) -> tuple[list[str], list[str]]:
@@ -145,9 +152,13 @@ def split_flags(arguments: Sequence[str], belongs: Callable[[str], bool]) -> tup
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
     """The namespace of the arguments; a mistake in them is one line (UserError)."""
     try:
-        return parser.parse_args(list(arguments))
+        parsed = parser.parse_args(list(arguments))
     except (ArgumentError, ValueError, TypeError) as error:
         raise UserError(one_line(str(error))) from None
+    for action in parser._actions:
+        if not action.option_strings and (refusal := empty(action.dest, getattr(parsed, action.dest, None))):
+            raise refusal
+    return parsed
 
 
 def take_number(arguments: Sequence[str], flag: str, least: int) -> tuple[int | None, list[str]]:

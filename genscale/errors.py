@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
 
@@ -20,7 +21,20 @@ class UserError(Exception):
     alone = False
 
     def __init__(self, message: str) -> None:
-        super().__init__(masked(" ".join(str(message).split())))
+        super().__init__(as_utf8(masked(" ".join(str(message).split()))))
+
+
+_NO_UTF8 = re.compile("[\ud800-\udfff]")
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a name that the system gave can be written as it is."""
+    return _NO_UTF8.search(name) is None
+
+
+def as_utf8(name: str) -> str:
+    """The name with \\xNN in the place of bytes that are no UTF-8."""
+    return name if name.isascii() else _NO_UTF8.sub(lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", name)
 
 
 class SourceLost(UserError):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from genscale.data.cache import TokenCache
+from genscale.data.cache_files import check_files
 from genscale.data.cache_shard import Found
 from genscale.data.packing import PIECE, Place, Run, pack_runs
 from genscale.data.tokenizers import Tokenizer, encode_pieces
@@ -204,6 +205,7 @@ def open_encoded(source: Source, tokenizer: Tokenizer, cache: Path | None, key: 
     if cache is None:
         return EncodedSource(source, tokenizer, None)
     opened = TokenCache(cache, tokenizer, source.identity(), key)
+    check_files(opened.folder, source.files(), key)
     opened.make_room(_expected_bytes(source, tokenizer, opened), at_most=source.sizes_are_most)
     return EncodedSource(source, tokenizer, opened)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from genscale.data.image_settings import IMAGE_BYTES
-from genscale.errors import UserError
+from genscale.errors import UserError, as_utf8
 
 HASHED_BYTES = 2 * 2**30
 """Files of more bytes in all are told apart by name and size, not by content: reading them all would hold up the start."""
@@ -31,8 +31,10 @@ class ImageSet(ABC):
     Attributes:
         labels: `(images,)` int64 numbers of classes, or None.
         classes: names of the classes by number; None where there are no labels.
+        places: of the files that they are in: see `folders.identity`.
     """
 
+    places: Sequence[Any] = ()
     labels: np.ndarray | None = None
     classes: list[str] | None = None
 
@@ -97,7 +99,7 @@ class FileSet(ImageSet):
             raise UserError(f"{self._where}: cannot be read ({error}); mend that, and start the run again") from None
 
     def name(self, index: int) -> str:
-        return self._names[index]
+        return as_utf8(self._names[index])
 
     def hashes(self) -> np.ndarray:
         if sum(self._sizes) <= HASHED_BYTES:

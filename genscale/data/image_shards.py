@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from genscale.data.file_tables import ROWS, At, Rows, open_parquet, parquet_rows
+from PIL import Image
+
+from genscale.data.file_tables import HELD, ROWS, At, Rows, open_parquet, parquet_rows
+from genscale.data.folders import TRAINING, VALIDATION, Folder, examples, walk
 from genscale.data.image_labels import Label, composed, label_of
 from genscale.data.image_paths import content_at
 from genscale.data.image_settings import ARRAY_BYTES, IMAGE_BYTES
@@ -23,9 +25,10 @@ from genscale.data.image_tars import LABEL_BYTES, LABELS, Archive, CheckedInfo, 
 from genscale.data.readers import Row, Shard, TableShard, damaged
 from genscale.data.source_file import SourceFile
 from genscale.data.spec import Spec
-from genscale.errors import UserError, nearest
+from genscale.errors import UserError, as_utf8, nearest
 
-IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+NO_PICTURES = {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR", "IPTC"}
+"""What Pillow opens though it is no picture, or needs another program to be one."""
 TAR_FILES = (".tar", ".tar.gz", ".tgz")
 TABLE_BYTES = 2**27
 """Of images in memory at a time, as they are in a table of values that were packed to less than a `GROWTH`th."""
@@ -84,6 +87,15 @@ def _holds_images(kind: Any) -> bool:
     types = pa.types
     tests = (types.is_null, types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
     return any(test(kind) for test in tests)
+IMAGE, SHARD, ARRAYS = "image", "shard", "arrays"
+
+
+@cache
+def image_endings() -> tuple[str, ...]:
+    """Endings of the pictures that Pillow reads, in lower case. (Asking it loads all its formats.)"""
+    Image.init()
+    read = {*Image.OPEN, "MPO"} - NO_PICTURES
+    return tuple(ending for ending, kind in Image.registered_extensions().items() if kind in read)
 
 
 class Record(NamedTuple):
@@ -169,7 +181,7 @@ class ImageTableShard(TableShard):
     def _file_tables(self, start: int, at: At | None) -> Iterator[Rows]:
         group = self.part[0] if self.part[1] > 1 else None
         at_once = _rows_at_once(self.file, self.name, self.spec)
-        return parquet_rows(self.file, self.spec.columns, self.check_columns, group, start, at_once)
+        return parquet_rows(self.file, self.spec.columns, self.check_columns, group, HELD, start, at_once)
 
     def documents(self, table: Any, first: int, start: int, step: int) -> list[Record]:
         import pyarrow as pa
@@ -233,7 +245,7 @@ class TarShard(Shard):
         try:
             with (self.file.open(offset) as file,
                   closing(tarfile.open(fileobj=file, mode=mode, tarinfo=CheckedInfo)) as opened):
-                archive = Archive(opened, IMAGE_FILES, self.spec.max_image_bytes, where, streamed)
+                archive = Archive(opened, image_endings(), self.spec.max_image_bytes, where, streamed)
                 for begin, groups in archive.groups():
                     place = [begin + base, row]
                     for group in groups:
@@ -281,24 +293,42 @@ def shard_of(file: SourceFile, name: str, spec: ImageSpec) -> Shard | None:
     return TarShard(name, file.size, spec, file) if file.name.endswith(TAR_FILES) else None
 
 
-def local_shards(root: Path, spec: ImageSpec) -> list[Shard]:
-    """The parquet and tar files below a folder, in the order of their names."""
-    return [shard_of(SourceFile.local(root / name, spec.where), name, spec)
-            for name, _ in files_below(root, (".parquet", *TAR_FILES), spec)]
+def shard_kind(name: str) -> str | None:
+    """`SHARD` for the name of a parquet or tar file."""
+    return SHARD if name.lower().endswith((".parquet", *TAR_FILES)) else None
 
 
-def files_below(root: Path, endings: tuple[str, ...], spec: ImageSpec) -> list[tuple[str, int]]:
-    """(path below the root, bytes) of the files with these endings, sorted.
+def _kind(name: str) -> str | None:
+    if name.lower().endswith(image_endings()):
+        return IMAGE
+    # Others than these (statistics, features) are not read where they lie in a folder.
+    return ARRAYS if re.fullmatch(rf"({'|'.join((*TRAINING, *VALIDATION))})\.npz", name, re.IGNORECASE) else shard_kind(name)
+
+
+def look(root: Path, spec: ImageSpec) -> Folder:
+    """What lies below a folder: images, parquet and tar files, and those .npz files that make a training or validation set.
+
+    Raises:
+        UserError: it holds several of these kinds, so that it is not clear which is meant, or cannot be looked at.
+    """
+    found = walk(root, _kind, spec.where)
+    kinds = [files for kind in (IMAGE, SHARD, ARRAYS) if (files := found.of(kind))]
+    if len(kinds) > 1:
+        held = " and ".join(f"{len(files):,} {'file' if files[0].kind != IMAGE else 'image'}{'s' * (len(files) > 1)} "
+                            f"({examples(file.name for file in files)})" for files in kinds)
+        raise UserError(f"{spec.where}: holds {held} beside each other, and it is not clear which are meant; give "
+                        f"{root / as_utf8(kinds[-1][0].name)}, or a folder with one of the two alone")
+    return found
+
+
+def local_shards(root: Path, spec: ImageSpec, found: Folder) -> list[Shard]:
+    """The parquet and tar files below a folder, in the order of their names.
 
     Raises:
         UserError: one cannot be looked at.
     """
-    found = []
     try:
-        for folder, _, names in os.walk(root, followlinks=True):
-            paths = [os.path.join(folder, name) for name in names
-                     if name.lower().endswith(endings) and not name.startswith(".")]  # macOS leaves ._name.png beside images
-            found += [(Path(path).relative_to(root).as_posix(), os.stat(path).st_size) for path in paths]
+        return [shard_of(SourceFile.local(root / file.name, spec.where), as_utf8(file.name), spec)
+                for file in found.of(SHARD)]
     except OSError as error:
         raise UserError(f"{spec.where}: cannot be read ({error}); mend or remove it") from None
-    return sorted(found)

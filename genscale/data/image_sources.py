@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from genscale.data.image_arrays import arrays
-from genscale.data.image_files import digits, image_files
+from genscale.data.folders import TRAINING, VALIDATION, refuse_no_file, say_parts, say_repeated, walk
+from genscale.data.image_files import array_file, digits, image_parts
 from genscale.data.image_labels import Classes, classes_of, numbered
 from genscale.data.image_sets import ImageSet, PackedSet
 from genscale.data.image_settings import DIGITS
-from genscale.data.image_shards import TAR_FILES, ImageSpec, ImageTableShard, Record, TarShard, local_shards, shard_of
+from genscale.data.image_shards import (
+    SHARD,
+    TAR_FILES,
+    ImageSpec,
+    ImageTableShard,
+    Record,
+    TarShard,
+    local_shards,
+    look,
+    shard_kind,
+    shard_of,
+)
 from genscale.data.image_stream import ImageStream
 from genscale.data.opening import find_urls, hub_revision, quiet_datasets
-from genscale.data.readers import Shard, known_size, split
+from genscale.data.readers import Shard, known_size, place, split
 from genscale.data.source_file import SourceFile, is_url, url_path
-from genscale.errors import UserError, nearest
+from genscale.errors import UserError, as_utf8, nearest
 from genscale.masking import masked
 
-TRAINING = ("train", "training")
-VALIDATION = ("validation", "valid", "val", "test")
-"""What the parts of a source are called, the one to be preferred first."""
 MEMORY_LIMIT = 256 * 2**20
 """Bytes of parquet or tar files up to which they are held in memory."""
 READ = "; .npz, .parquet, .tar and folders of images are read"
@@ -61,43 +69,34 @@ def open_images(spec: ImageSpec, order: Order, validation: int, for_training: bo
     classes = list(spec.classes) if spec.classes else None
     if spec.name == DIGITS:
         found = digits()
+        found.places = [DIGITS]
         if classes and classes != found.classes:
             raise UserError(f"{spec.where}: has the classes {', '.join(found.classes)}, not {', '.join(classes)}; leave "
                             "data.class_names out, or give a source of those classes")
         return _opened(found, None)
     if not spec.locations and not is_url(spec.name):
         path = Path(spec.name).expanduser()
-        if path.is_file() and path.suffix == ".npz":
-            return _opened(arrays(spec, path, classes), None)
+        if path.is_file() and path.suffix.lower() == ".npz":
+            return _opened(array_file(spec, path, classes), None)
         if path.is_dir():
-            npz = {entry.stem: entry for entry in path.glob("*.npz")}
-            if training := _first(npz, TRAINING):
-                return _parts(lambda file, names: arrays(spec, file, names), training, _first(npz, VALIDATION), classes)
-            if not local_shards(path, spec):
-                parts = {entry.name.lower(): entry for entry in path.iterdir() if entry.is_dir()}
-                training = _first(parts, TRAINING) if parts.keys() <= {*TRAINING, *VALIDATION} else None
-                return _parts(lambda root, names: image_files(spec, root, names), training or path,
-                              _first(parts, VALIDATION) if training else None, classes)
-    return _shards(spec, order, validation, classes, for_training)
-
-
-def _first(found: dict[str, Path], names: Sequence[str]) -> Path | None:
-    return next((found[name] for name in names if name in found), None)
+            found = look(path, spec)
+            found.say()
+            if not found.of(SHARD):
+                training, held = image_parts(spec, path, found)
+                images = training(classes)
+                return _opened(images, held(images.classes) if held else None)
+            return _shards(spec, order, validation, classes, for_training, _by_name(local_shards(path, spec, found), spec))
+    return _shards(spec, order, validation, classes, for_training, find_shards(spec))
 
 
 def _opened(training: ImageSet, validation: ImageSet | None) -> Opened:
     return Opened(training, validation, training.classes)
 
 
-def _parts(read: Callable[[Path, list[str] | None], ImageSet], training: Path, validation: Path | None,
-           classes: list[str] | None) -> Opened:
-    images = read(training, classes)
-    return _opened(images, read(validation, images.classes) if validation else None)
-
-
-def _shards(spec: ImageSpec, order: Order, validation: int, classes: list[str] | None, for_training: bool) -> Opened:
+def _shards(spec: ImageSpec, order: Order, validation: int, classes: list[str] | None, for_training: bool,
+            shards: tuple[list[Shard], list[Shard]]) -> Opened:
     """A source of parquet or tar files, or of the hub."""
-    training, held = find_shards(spec)
+    training, held = shards
     if spec.label and classes is None and isinstance(training[0], ImageTableShard):
         classes = training[0].class_names()
     known = Classes(classes, spec.where) if classes else None
@@ -135,7 +134,9 @@ def first_images(stream: ImageStream, count: int, spec: ImageSpec, classes: Clas
     if not records:
         raise UserError(f"data.validation_fraction={stream.fraction}: no image of {spec.where} falls into the validation set; "
                         "set a larger share, or data.validation_source")
-    return pack(records, spec, classes)
+    images = pack(records, spec, classes)
+    images.places = stream.places
+    return images
 
 
 def _packed(shards: Sequence[Shard], spec: ImageSpec, classes: Classes | None) -> PackedSet | None:
@@ -152,7 +153,9 @@ def _packed(shards: Sequence[Shard], spec: ImageSpec, classes: Classes | None) -
                 return None
     if not records:
         raise UserError(f"{spec.where}: holds no image; give one that does")
-    return pack(records, spec, classes)
+    images = pack(records, spec, classes)
+    images.places = list(map(place, shards))
+    return images
 
 
 def pack(records: Iterable[Record], spec: ImageSpec, classes: Classes | None) -> PackedSet:
@@ -177,18 +180,23 @@ def find_shards(spec: ImageSpec) -> tuple[list[Shard], list[Shard]]:
     if not spec.locations and not is_url(spec.name):
         path = Path(spec.name).expanduser()
         if path.is_dir():
-            return _by_name(local_shards(path, spec))
+            return _by_name(local_shards(path, spec, look(path, spec)), spec)
         if not path.exists():
             return _hub(spec, path)
+    say_repeated(spec.locations, spec.key)
     locations = spec.locations or (spec.name,)
     urls = [name for name in locations if is_url(name)]
     found = {file.path: file for file in (find_urls(spec, urls) if urls else [])}
     shards = []
     for number, location in enumerate(locations):
         path = Path(location).expanduser()
+        if location not in found and path.is_dir():
+            raise UserError(f"{spec.key}: {location} is a folder, and folders of images cannot be listed; give one folder "
+                            "(links in it to the others are followed), or a list of .parquet and .tar files")
+        refuse_no_file(path, f"{spec.key}={location}")
         if location not in found and not path.is_file():
             raise _nothing(spec, location, path)
-        name = masked(location) if location in found else path.name
+        name = masked(location) if location in found else as_utf8(path.name)
         file = found.get(location) or SourceFile.local(path, spec.where)
         shard = shard_of(file, f"{number}:{name}" if spec.locations else name, spec)
         if shard is None:
@@ -203,8 +211,8 @@ def kind_of(location: str) -> str:
     if not is_url(location) and location != DIGITS and not path.exists():
         return "hub"
     if path.is_dir():
-        endings = {entry.suffix for entry in path.rglob("*") if entry.name.lower().endswith((".parquet", *TAR_FILES))}
-        return "parquet" if ".parquet" in endings else "tar" if endings else "files"
+        names = [file.name.lower() for file in walk(path, shard_kind, location).files]
+        return "parquet" if any(name.endswith(".parquet") for name in names) else "tar" if names else "files"
     name = url_path(location).lower() if is_url(location) else location.lower()
     return "parquet" if name.endswith(".parquet") else "tar" if name.endswith(TAR_FILES) else "files"
 
@@ -215,18 +223,19 @@ def _nothing(spec: ImageSpec, location: str, path: Path) -> UserError:
                      f"(https://...), a hub name, or {DIGITS}")
 
 
-def _by_name(shards: list[Shard]) -> tuple[list[Shard], list[Shard]]:
-    """Shards divided as the Hugging Face hub names them: train-00000.parquet, validation/0.tar, ..."""
+def _by_name(shards: list[Shard], spec: ImageSpec) -> tuple[list[Shard], list[Shard]]:
+    """Shards divided as the Hugging Face hub names them: train-00000.parquet, validation/0.tar, ... Beside a validation set
+    all that is called nothing of the kind is trained on."""
     parts: dict[str, list[Shard]] = {}
     for shard in shards:
-        for word in re.findall(r"(?:^|/)([a-z]+)(?![a-z])", shard.name.lower()):
-            if word in (*TRAINING, *VALIDATION):
-                parts.setdefault(word, []).append(shard)
-                break
-    training = next((parts[word] for word in TRAINING if word in parts), None)
-    if training is None:
-        return shards, []
-    return training, next((parts[word] for word in VALIDATION if word in parts), [])
+        words = re.findall(r"(?:^|/)([a-z]+)(?![a-z])", shard.name.lower())
+        parts.setdefault(next((word for word in words if word in (*TRAINING, *VALIDATION)), ""), []).append(shard)
+    training = next((parts[word] for word in (*TRAINING, "") if word in parts), shards)
+    held = next((parts[word] for word in VALIDATION if word in parts), []) if training is not shards else []
+    if len(training) < len(shards):
+        others = [shard.name for part in parts.values() if part is not training and part is not held for shard in part]
+        say_parts(spec.where, [shard.name for shard in training], [shard.name for shard in held], others)
+    return training, held
 
 
 def _hub(spec: ImageSpec, path: Path) -> tuple[list[Shard], list[Shard]]:

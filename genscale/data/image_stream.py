@@ -13,6 +13,7 @@ from genscale.data.image_reading import ImageReader, labelled
 from genscale.data.image_sets import content_hash
 from genscale.data.image_shards import Record
 from genscale.data.lanes import Cursor, Sample
+from genscale.data.readers import place
 from genscale.data.stream_source import StreamSource
 from genscale.data.windows import Window
 from genscale.rng import numpy_generator
@@ -30,6 +31,11 @@ class ImageStream(StreamSource):
     def fraction(self) -> float:
         """Share that is held out."""
         return self._fraction
+
+    @property
+    def places(self) -> list[Any]:
+        """See `ImageSet.places`."""
+        return list(map(place, self._shards))
 
     def _trains(self, record: Record) -> bool:
         return not self._threshold or content_hash(record.content) >= self._threshold

@@ -11,17 +11,19 @@ from typing import Any
 
 import numpy as np
 
+from genscale.data.folders import say_seen
 from genscale.data.image_decoding import Picture, Range
 from genscale.data.image_labels import Classes, uneven
 from genscale.data.image_order import ShuffledImages
 from genscale.data.image_ranges import LOOKED_AT, ranges_of, warn_of_blank
 from genscale.data.image_reading import ImageReader, labelled
-from genscale.data.image_sets import ImageSet, digest
+from genscale.data.image_sets import ImageSet, content_hash, digest
 from genscale.data.image_settings import HUB_SETTINGS, TABLE_SETTINGS, ImageDataSettings
 from genscale.data.image_shards import ImageSpec
 from genscale.data.image_sources import Opened, Order, first_images, kind_of, open_images
 from genscale.data.image_stream import ImageStream, StreamedImages
 from genscale.data.lanes import Cursor, Data, Sample
+from genscale.data.plans import digest_of
 from genscale.errors import UserError, refuse_unheeded
 from genscale.masking import masked_throughout
 from genscale.rng import permutation
@@ -65,6 +67,9 @@ class ImageData(Data):
         aside = self._other_validation_set() if own else opened.validation
         self.order: ShuffledImages | StreamedImages | None = None
         held, whole = (None if aside is None else (aside, np.arange(len(aside)))), None
+        if own and for_training:
+            say_seen(f"data.validation_source={settings.validation_source}", self._spec.where, aside.places,
+                     opened.training.places)
         if for_training or held is None:
             whole = self._picture(opened.training, self._spec.where, settings.crop, settings.flip)
             self.order, out = self._ordered(opened.training, whole, hold_out=held is None)
@@ -76,7 +81,9 @@ class ImageData(Data):
             where = f"data.validation_source={settings.validation_source}" if own else f"{self._spec.where}, validation set"
             picture = self._picture(aside, where, crop, flip=False)
             _check_alike(whole, picture, where)
-        self._validation = self._validation_samples(*held, picture)
+        chosen = self._chosen(held[1])
+        self._validation = self._validation_samples(held[0], chosen, picture)
+        self._validation_digest = _digest(held[0], chosen) if aside is not None else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_validation": []}  # worker processes read lanes
@@ -133,10 +140,13 @@ class ImageData(Data):
             log.warning("%s: %s", self._spec.where, unevenness)
         return order, (images, np.flatnonzero(held))
 
-    def _validation_samples(self, images: ImageSet, indices: np.ndarray, picture: Picture) -> list[Sample]:
-        settings, reader = self.settings, self._reader(picture)
+    def _chosen(self, indices: np.ndarray) -> np.ndarray:
+        """Those to validate on."""
         # The same images for every seed, so that runs compare; spread over a set that is sorted by class.
-        chosen = np.sort(indices[permutation(len(indices), 0, "validation")[: settings.validation_images]])
+        return np.sort(indices[permutation(len(indices), 0, "validation")[: self.settings.validation_images]])
+
+    def _validation_samples(self, images: ImageSet, chosen: np.ndarray, picture: Picture) -> list[Sample]:
+        settings, reader = self.settings, self._reader(picture)
         samples = []
         for index in chosen.tolist():
             pixels = reader.sample(partial(images.read, index), images.name(index), None)
@@ -171,7 +181,8 @@ class ImageData(Data):
         # What was not always there stands in the plan where it is set alone: earlier runs go on.
         names += tuple(name for name in ("value_range",) if getattr(self.settings, name) is not None)
         settings = masked_throughout({name: getattr(self.settings, name) for name in names})
-        return {**settings, "seed": self.seed, **self.order.plan()}
+        own = {"validation_content": self._validation_digest} if self._validation_digest else {}
+        return {**settings, "seed": self.seed, **self.order.plan(), **own}
 
     def close(self) -> None:
         """Nothing stays open between two images."""
@@ -204,6 +215,8 @@ def _refuse_unheeded(settings: ImageDataSettings) -> None:
     if settings.validation_source is not None:
         own = settings.validation_source
         locations = [*locations, *([own] if isinstance(own, str) else own)]
+    if all(getattr(settings, name) == getattr(ImageDataSettings, name) for name in (*HUB_SETTINGS, *TABLE_SETTINGS)):
+        return  # looking through a large folder takes its time
     kinds = {kind_of(location) for location in locations}
     beside = f"data.source {settings.source}"
     if "hub" not in kinds:
@@ -229,6 +242,12 @@ def _check_alike(training: Picture | None, validation: Picture, where: str) -> N
         if of_training != range_:
             log.warning("%s: %g is taken for white in its pictures of mode %s, and %g in those to train on; set "
                         "data.value_range", where, range_.white, mode, of_training.white)
+
+
+def _digest(images: ImageSet, chosen: np.ndarray) -> str:
+    """Of what is in the files: what decoders make of them differs between machines."""
+    hashes = np.fromiter((content_hash(images.read(index)) for index in chosen.tolist()), np.uint64, len(chosen))
+    return digest_of([hashes] if images.labels is None else [hashes, images.labels[chosen]])
 
 
 def _held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from genscale.data import image_sources, readers
+from genscale.data.folders import refuse_no_file
 from genscale.data.image_settings import DIGITS, ImageDataSettings
-from genscale.data.image_shards import ImageSpec
+from genscale.data.image_shards import ImageSpec, look
 from genscale.data.images import image_specs
 from genscale.data.source_file import is_url
 from genscale.data.spec import Spec
@@ -43,9 +44,10 @@ def _images(spec: ImageSpec) -> str:
     if spec.name == DIGITS:
         return DIGITS
     if not spec.locations and not is_url(spec.name) and path.exists():
-        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+        files = [path] if not path.is_dir() else [path / file.name for file in look(path, spec).files]
         if not files:
-            raise UserError(f"{spec.where}: the folder is empty; give one with images")
+            raise UserError(f"{spec.where}: the folder holds no image; give one with images")
+        refuse_no_file(path, spec.where)
         try:
             files[0].open("rb").close()
         except OSError as error:

@@ -11,11 +11,13 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from genscale.data.columns import documents
 from genscale.data.file_tables import ROWS, At, Rows, json_rows, open_parquet, parquet_rows, text_rows
+from genscale.data.folders import File, identity, parted, refuse_no_file, say_repeated, unreadable, walk
 from genscale.data.json_values import BadRow
 from genscale.data.opening import (
     READABLE,
@@ -29,10 +31,11 @@ from genscale.data.opening import (
 from genscale.data.source_file import SourceFile, TooLarge, is_url
 from genscale.data.spec import Spec
 from genscale.data.web import AGAIN
-from genscale.errors import SourceLost, UserError, nearest
+from genscale.errors import SourceLost, UserError, as_utf8, nearest
 from genscale.masking import masked
 
-__all__ = ["Shard", "Spec", "TableShard", "TopicsShard", "damaged", "find_shards", "known_size", "split"]
+__all__ = ["Shard", "Spec", "TableShard", "TopicsShard", "damaged", "find_shards", "in_parts", "known_size", "parted_shards",
+           "place", "split"]
 
 PYTHON_DOCS = Spec("data.source", "python-docs")
 
@@ -178,25 +181,38 @@ def damaged(shard: TableShard, error: Exception) -> Exception:
 
 
 def find_shards(spec: Spec, at_least: int) -> list[Shard]:
-    """The shards of a source, in a fixed order.
+    """The shards of a source to train on, in a fixed order; see `parted_shards`.
 
     Args:
         spec: what to read.
-        at_least: where there are fewer files than this, parquet files are split by row groups.
+        at_least: see `in_parts`.
 
     Raises:
         UserError: nothing there, nothing readable, or the server or the hub does not answer.
     """
+    return in_parts(parted_shards(spec)[0], at_least)
+
+
+def in_parts(shards: list[Shard], at_least: int) -> list[Shard]:
+    """The shards; where they are fewer than `at_least`, parquet files by row groups, and a hub dataset by its files."""
+    return shards if len(shards) >= at_least else [part for shard in shards for part in split(shard, at_least)]
+
+
+def parted_shards(spec: Spec) -> tuple[list[Shard], list[Shard]]:
+    """The shards to train on, and those to validate on where the names in a folder tell such from the others.
+
+    Raises:
+        UserError: as of `find_shards`.
+    """
     if not spec.locations:
-        shards = _url_shards(spec, [spec.name]) if is_url(spec.name) else _shards(spec)
-    elif all(map(is_url, spec.locations)):
-        shards = _url_shards(spec, spec.locations)
-    else:
-        shards = [replace(shard, name=f"{number}:{shard.name}") for number, name in enumerate(spec.locations)
-                  for shard in find_shards(replace(spec, name=name, locations=()), at_least=1)]
-    if len(shards) >= at_least:
-        return shards
-    return [part for shard in shards for part in split(shard, at_least)]
+        return (_url_shards(spec, [spec.name]), []) if is_url(spec.name) else _shards(spec)
+    say_repeated(spec.locations, spec.key)
+    if all(map(is_url, spec.locations)):
+        return _url_shards(spec, spec.locations), []
+    found = [[[replace(shard, name=f"{number}:{shard.name}") for shard in side]
+              for side in parted_shards(replace(spec, name=name, locations=()))] for number, name in enumerate(spec.locations)]
+    training, validation = zip(*found, strict=True)
+    return list(chain.from_iterable(training)), list(chain.from_iterable(validation))
 
 
 def _url_shards(spec: Spec, urls: Sequence[str]) -> list[Shard]:
@@ -207,35 +223,58 @@ def _url_shards(spec: Spec, urls: Sequence[str]) -> list[Shard]:
     return [TableShard(masked(file.path), file.size, spec, file) for file in find_urls(spec, urls)]
 
 
-def _shards(spec: Spec) -> list[Shard]:
+def _shards(spec: Spec) -> tuple[list[Shard], list[Shard]]:
     if spec.name == "python-docs":
-        return [TopicsShard(spec=spec)]
+        return [TopicsShard(spec=spec)], []
     path = Path(spec.name).expanduser()
+    if path.is_dir():
+        return _folder_shards(spec, path)
     if path.exists():
-        return _local_shards(spec, path)
+        return _file_shards(spec, path.parent, [File(path.name, -1, "", 0)]), []
     if builder_of(path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", spec.name):
         near = nearest(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
         raise UserError(f"{spec.key}={spec.name}: there is no such file or folder{near}; give an existing one, a URL "
                         "(https://...), a hub name, or python-docs")
     spec = replace(spec, revision=hub_revision(spec))
-    return [TableShard(f"{spec.name}@{spec.revision}", 0, spec)]
+    return [TableShard(f"{spec.name}@{spec.revision}", 0, spec)], []
 
 
-def _local_shards(spec: Spec, path: Path) -> list[Shard]:
-    if path.is_file() and builder_of(path) is None:
-        raise UserError(f"{spec.key}={spec.name}: files of this kind are not read{READABLE}")
-    root = path if path.is_dir() else path.parent
-    try:
-        files = [path] if path.is_file() else [file for file in path.rglob("*") if builder_of(file) and file.is_file()]
-        found = {file.relative_to(root).as_posix(): SourceFile.local(file, f"{spec.key}={spec.name}") for file in files}
-        for file in files:
-            file.open("rb").close()
-    except OSError as error:
-        raise UserError(f"{spec.key}={spec.name}: cannot be read ({error}); mend its permissions") from None
-    if not files:
-        raise UserError(f"{spec.key}={spec.name}: the folder holds no file that is read{READABLE}")
+def _folder_shards(spec: Spec, root: Path) -> tuple[list[Shard], list[Shard]]:
+    where = f"{spec.key}={spec.name}"
+    found = walk(root, builder_of, where)
+    if not found.files:
+        raise UserError(f"{where}: the folder holds no file that is read{READABLE}; {found.rest() or 'it is empty'}")
+    found.say()
+    training, validation = parted(found.files, where)
+    return _file_shards(spec, root, training), _file_shards(spec, root, validation)
+
+
+def _file_shards(spec: Spec, root: Path, files: Sequence[File]) -> list[Shard]:
+    where = f"{spec.key}={spec.name}"
+    found, refused = [], []
+    for name in (file.name for file in files):
+        refuse_no_file(root / name, where)
+        if builder_of(name) is None:
+            raise UserError(f"{where}: files of this kind are not read{READABLE}")
+        try:
+            found.append((as_utf8(name), SourceFile.local(root / name, where)))
+            (root / name).open("rb").close()
+        except OSError as error:
+            refused.append(error)
+    if refused:
+        raise unreadable(where, refused)
     # An empty file holds no document.
-    return [TableShard(name, file.size, spec, file) for name, file in sorted(found.items()) if file.size]
+    return [TableShard(name, file.size, spec, file) for name, file in found if file.size]
+
+
+def place(shard: Shard) -> Any:
+    """The same for shards that are read from one file, by whatever path; or from one URL, or one split of a hub dataset."""
+    file = getattr(shard, "file", None)
+    if isinstance(shard, TopicsShard):
+        return shard.name
+    if file is None:
+        return shard.name, shard.spec.subset, shard.spec.split
+    return file.path if is_url(file.path) else identity(file.path)
 
 
 def split(shard: Shard, at_least: int) -> list[Shard]:

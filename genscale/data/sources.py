@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from genscale.data.memory_source import HASHES, MemorySource, text_hash
-from genscale.data.readers import Shard, Spec, find_shards, known_size
+from genscale.data.readers import Shard, Spec, find_shards, in_parts, known_size
 from genscale.data.stream_source import StreamSource
 from genscale.data.windows import Source
 from genscale.errors import UserError
@@ -25,8 +25,9 @@ LOOKED_AT = 64 * 2**20
 
 
 def open_source(spec: Spec, *, fraction: float, window: int, seed: int, lanes: int, alone: bool = True,
-                refuse: Callable[[str], bool] = lambda _: False) -> Source:
-    """The training source of `spec`: in memory up to `MEMORY_LIMIT` bytes of text, else streamed.
+                shards: list[Shard] | None = None, refuse: Callable[[str], bool] = lambda _: False) -> Source:
+    """The training source of `spec` (of its `shards`, where they were looked for): in memory up to `MEMORY_LIMIT` bytes of
+    text, else streamed.
 
     Of one that is not `alone` but in a mixture the held-out share may come to no document at all.
 
@@ -37,7 +38,7 @@ def open_source(spec: Spec, *, fraction: float, window: int, seed: int, lanes: i
     Raises:
         UserError: nothing to read, nothing in it, or too little of it.
     """
-    shards = find_shards(spec, at_least=1)
+    shards = find_shards(spec, at_least=1) if shards is None else shards
     size = known_size(shards)
     if size is not None and size <= MEMORY_LIMIT:
         texts = _load(spec, shards, refuse)
@@ -45,7 +46,7 @@ def open_source(spec: Spec, *, fraction: float, window: int, seed: int, lanes: i
             if not texts:
                 raise no_text(spec)
             return MemorySource(texts, fraction, spec, seed, lanes, alone)
-    source = StreamSource(find_shards(spec, at_least=lanes), fraction, window, spec, seed, lanes)
+    source = StreamSource(in_parts(shards, lanes), fraction, window, spec, seed, lanes)
     if next(source.documents(), None) is None:
         raise no_text(spec)
     return source

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from genscale.data.windows import Catalogue, Part, Source, Window
 from genscale.errors import UserError
 from genscale.rng import permutation
 
+PROBED = 256
+"""Files of a source that are told apart by their bytes when a run goes on."""
 PROBE = 4096
 """Bytes of a file's beginning, middle and end that tell it from another of the same name and size."""
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".parquet")
@@ -166,16 +169,24 @@ class StreamSource(Source):
     def plan(self) -> dict[str, Any]:
         names = hashlib.sha256(repr([(shard.name, shard.size) for shard in self._shards]).encode()).hexdigest()
         return {"order": "stream", "shards": len(self._shards), "bytes": sum(shard.size for shard in self._shards),
-                "content": names, "window": self._window, **versions(self._shards)}
+                "content": names, "window": self._window, **self._probes, **versions(self._shards)}
+
+    @cached_property
+    def _probes(self) -> dict[str, str]:
+        """What tells local files from others of the same names and sizes: of many files, of some."""
+        return {"probes": probes(self._shards[:: -(-len(self._shards) // PROBED)])} if any(map(_path, self._shards)) else {}
+
+    def files(self) -> list[tuple[str, str]]:
+        return list({path: (shard.name.partition("#")[0], path) for shard in self._shards if (path := _path(shard))}.values())
 
     def identity(self) -> dict[str, Any]:
-        plan = {key: value for key, value in self.plan().items() if key not in ("window", "versions")}
+        plan = {key: value for key, value in self.plan().items() if key not in ("window", "probes", "versions")}
         # Where the data lies is not what it is: a folder may move.
         spec = {key: value for key, value in dataclasses.asdict(self._spec).items()
                 if key not in ("key", "name", "revision", "locations", "retry_minutes", "max_record_bytes", "answer_roles",
                                "tools", "bad_share", "left_out")}
-        probes = hashlib.sha256(repr([_probe(shard) for shard in self._shards]).encode()).hexdigest()
-        return {**plan, "files": probes, **json.loads(json.dumps(spec, default=str)), "validation_fraction": self._fraction}
+        return {**plan, "files": probes(self._shards), **json.loads(json.dumps(spec, default=str)),
+                "validation_fraction": self._fraction}
 
 
 def versions(shards: Sequence[Shard]) -> dict[str, str]:
@@ -185,10 +196,20 @@ def versions(shards: Sequence[Shard]) -> dict[str, str]:
     return {"versions": hashlib.sha256(repr(found).encode()).hexdigest()} if found else {}
 
 
-def _probe(shard: Shard) -> str:
-    """A few bytes of a local file: `plan` knows names and sizes, and a file may have been replaced by one of the same size."""
+def probes(shards: Sequence[Shard]) -> str:
+    """A digest of a few bytes of each local file: a plan knows names and sizes, and a file may have been replaced by one of the
+    same size."""
+    return hashlib.sha256(repr([_probe(_path(shard)) for shard in shards]).encode()).hexdigest()
+
+
+def _path(shard: Shard) -> str:
+    """Of the local file that the shard is read from; nothing where there is none."""
     path = file.path if (file := getattr(shard, "file", None)) else ""
-    if not path or not Path(path).is_file():
+    return path if path and Path(path).is_file() else ""
+
+
+def _probe(path: str) -> str:
+    if not path:
         return ""
     digest = hashlib.sha256()
     with open(path, "rb") as file:

@@ -8,13 +8,22 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from genscale.data.folders import say_seen
 from genscale.data.lanes import Cursor, Data, Sample
 from genscale.data.mixture import allot, interleave, mix
-from genscale.data.readers import find_shards
+from genscale.data.plans import digest_of
+from genscale.data.readers import parted_shards, place
 from genscale.data.sources import no_text
 from genscale.data.spec import ANSWER_ROLES, TOOLS
 from genscale.data.text_settings import SourceSettings, TextDataSettings, readings, validation_reading
-from genscale.data.text_stream import TextStream, open_training_source, pair_encoder, plain_documents, validation_samples
+from genscale.data.text_stream import (
+    TextStream,
+    documents_of,
+    open_training_source,
+    pair_encoder,
+    plain_documents,
+    validation_samples,
+)
 from genscale.data.tokenizers import load_tokenizer, train_bpe
 from genscale.data.vocabulary_text import Progress, reported
 from genscale.errors import UserError
@@ -48,6 +57,7 @@ class TextData(Data):
         if for_training:
             _ = self.streams  # opened now: what is wrong with them must show before anything else is done
         self._validation = self._read_validation()
+        self._validation_digest = digest_of(sample[name] for sample in self._validation for name in sorted(sample))
         if not any(_learnable(sample) for sample in self._validation):
             raise UserError(f"data.validation_blocks={settings.validation_blocks}: these blocks of the validation set hold no "
                             "token of an answer; set more, or a larger data.sequence_length")
@@ -99,10 +109,14 @@ class TextData(Data):
         settings = self.settings
         if settings.validation_source is not None:
             spec = validation_reading(settings)
-            documents = (text for shard in find_shards(spec, at_least=1) for _, text, _ in shard.rows())
+            training, held = parted_shards(spec)
+            for stream in self.__dict__.get("streams", ()):  # which need not be opened for this
+                say_seen(f"{spec.key}={spec.name}", f"{stream.spec.key}={stream.spec.name}", map(place, held or training),
+                         map(place, stream.shards))
+            pairs = pair_encoder(spec, settings, self.tokenizer)
             with spec.left_out.of_the_whole():
-                samples = validation_samples(documents, pair_encoder(spec, settings, self.tokenizer), self.tokenizer,
-                                             settings.sequence_length, self._masked or spec.pairs, settings.validation_blocks)
+                samples = validation_samples(documents_of(held or training), pairs, self.tokenizer, settings.sequence_length,
+                                             self._masked or spec.pairs, settings.validation_blocks)
             if not samples:
                 raise no_text(spec)
             return samples
@@ -140,13 +154,18 @@ class TextData(Data):
             plan |= {name: value for name, usual in own.items() if (value := getattr(self.settings, name)) != usual}
         plan = masked_throughout(plan)
         if not self.settings.sources:
-            return plan | self.streams[0].plan()
+            return plan | self.streams[0].plan() | self._validation_plan()
         for stream in self.streams:
             prefix = stream.spec.setting("")
             # Which entry reads what is in its content; its weight is the order.
             plan |= {f"{prefix}{key.removeprefix('source_')}": value for key, value in stream.plan().items()}
             plan[f"{prefix}weight"] = stream.weight
-        return plan
+        return plan | self._validation_plan()
+
+    def _validation_plan(self) -> dict[str, str]:
+        """What tells a validation set apart that is no share of the training documents."""
+        own = self.settings.validation_source is not None or any(stream.brings_validation for stream in self.streams)
+        return {"validation_content": self._validation_digest} if own else {}
 
     def close(self) -> None:
         """Write out what the token cache keeps back."""

@@ -91,8 +91,8 @@ class TextDataSettings:
     """Longest piece of a file that is held in memory as a whole, decompressed: a line, a paragraph, a row, a .txt file that is
     one document, a parquet file that was compressed once more. A longer one is refused: a small file may grow to any size."""
     validation_source: list[str] | str | None = None
-    """Source of the validation set (of a hub dataset, its split "validation"), not filtered. Default: held-out documents of
-    each source."""
+    """Source of the validation set (of a hub dataset, its split "validation"), not filtered. Default: what a folder names so
+    beside its training set (train/ and test/, train.jsonl and validation.jsonl), else held-out documents of each source."""
     validation_fraction: OpenUnitInterval = 0.05
     """Share of the source's documents held out for validation when there is no validation source."""
     validation_blocks: PositiveInt = 64
@@ -202,6 +202,9 @@ def _spec(key: str, source: Sequence[str] | str, values: dict[str, Any], setting
     locations = (source,) if isinstance(source, str) else tuple(source)
     if not locations:
         raise UserError(f"{key}=[]: is an empty list; give at least one path, URL or hub name")
+    if not all(location.strip() for location in locations):
+        raise UserError(f"{key}={source!r}: is empty (was the variable that it comes from not set?); give a path, a URL or a "
+                        "hub name")
     spec = Spec(key, locations[0])
     prompt, answer, messages = (values[name] for name in PLACE_OF_PAIRS)
     if bool(prompt) != bool(answer):

@@ -14,10 +14,12 @@ from genscale.data.encoded import open_encoded
 from genscale.data.lanes import Cursor, Sample
 from genscale.data.packing import Piece, Place, cut, pack, tokenise
 from genscale.data.pairs import PairEncoder, unpack
+from genscale.data.readers import Shard, parted_shards
 from genscale.data.sources import open_source
 from genscale.data.spec import Spec
 from genscale.data.text_settings import Reading, TextDataSettings
 from genscale.data.tokenizers import Tokenizer
+from genscale.data.windows import Source
 from genscale.errors import UserError
 
 
@@ -32,6 +34,9 @@ class TextStream:
         masked: whether every sample carries a mask, because pairs are among the sources.
         cache: folder of the source's token cache.
 
+    Attributes:
+        shards: what is trained on.
+
     Raises:
         UserError: whatever is wrong with the source or the cache.
     """
@@ -44,7 +49,8 @@ class TextStream:
             raise UserError(f"data.cache={settings.cache}: prompt/answer pairs ({self.spec.key}={self.spec.name}) are not "
                             "cached; leave data.cache out")
         self._pairs = pair_encoder(self.spec, settings, tokenizer)
-        self.source = open_training_source(self.spec, settings, seed, self._pairs)
+        self.shards, self._held = parted_shards(self.spec)
+        self.source = _open(self.spec, settings, seed, self.shards, self._held, self._pairs)
         if self._pairs:
             self._pairs.check(self.source.documents())
         self.encoded = None if self._pairs else open_encoded(self.source, tokenizer, cache)
@@ -59,9 +65,15 @@ class TextStream:
         for block, at, token in blocks:
             yield as_sample(block, self._pairs is not None, self._masked), {"place": at, "offset": token}
 
+    @property
+    def brings_validation(self) -> bool:
+        """Whether the source has files to validate on."""
+        return bool(self._held)
+
     def held_out(self, limit: int) -> list[Sample]:
         """The first blocks of the held-out documents in canonical order, `limit` at most."""
-        return validation_samples(self.source.held_out(), self._pairs, self._tokenizer, self._length, self._masked, limit)
+        documents = documents_of(self._held) if self._held else self.source.held_out()
+        return validation_samples(documents, self._pairs, self._tokenizer, self._length, self._masked, limit)
 
     def lengths(self) -> Iterator[int]:
         """Tokens of the training documents (or parts of them) in canonical order."""
@@ -86,12 +98,23 @@ class TextStream:
             self.encoded.close()
 
 
-def open_training_source(spec: Spec, settings: TextDataSettings, seed: int, pairs: PairEncoder | None = None) -> Any:
-    """The documents of a source to train on; where there is no validation source, some are held out. `pairs` says which are
-    left out. Raises UserError."""
-    fraction = settings.validation_fraction if settings.validation_source is None else 0.0
+def open_training_source(spec: Spec, settings: TextDataSettings, seed: int) -> Source:
+    """The documents of a source to train on; where neither it nor the settings bring others to validate on, some are held out.
+    Raises UserError."""
+    return _open(spec, settings, seed, *parted_shards(spec))
+
+
+def _open(spec: Spec, settings: TextDataSettings, seed: int, training: list[Shard], held: list[Shard],
+          pairs: PairEncoder | None = None) -> Source:
+    """The same of shards that were found; `pairs` says which documents are left out."""
+    fraction = 0.0 if held or settings.validation_source is not None else settings.validation_fraction
     return open_source(spec, fraction=fraction, window=settings.shuffle_window, seed=seed, lanes=settings.lanes,
-                       alone=settings.sources is None, **({"refuse": pairs.refuse} if pairs else {}))
+                       alone=settings.sources is None, shards=training, **({"refuse": pairs.refuse} if pairs else {}))
+
+
+def documents_of(shards: Iterable[Shard]) -> Iterator[str]:
+    """The documents of shards, one after the other."""
+    return (text for shard in shards for _, text, _ in shard.rows())
 
 
 def pair_encoder(spec: Spec, settings: TextDataSettings, tokenizer: Tokenizer) -> PairEncoder | None:

@@ -128,6 +128,10 @@ class Source(ABC):
     def identity(self) -> dict[str, Any]:
         """What (shard, row) -> text depends on, as JSON: equal identities mean equal training documents under equal numbers."""
 
+    def files(self) -> list[tuple[str, str]]:
+        """(name, path) of the local files whose content `identity` does not tell in full."""
+        return []
+
     def read(self, lane: int, place: Place | None = None) -> Iterator[Piece]:
         """Endless pieces of a lane's documents, epoch after epoch; from the start, or from the place of a piece."""
         for window in self.windows(lane, place):

@@ -71,7 +71,7 @@ def setup_logging(run_folder: str | Path, rank: int) -> logging.Logger:
     path = Path(run_folder) / "logs" / f"rank-{rank:05d}.log"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = _RankFile(path, mode="a", encoding="utf-8")
+        file = _RankFile(path, mode="a", encoding="utf-8", errors="backslashreplace")  # names need not be UTF-8
     except OSError as error:
         raise UserError(f"run.dir: {run_folder} cannot be written ({error}); choose another folder with --run.dir") from None
     file.setLevel(logging.INFO)

@@ -74,6 +74,7 @@ class WandbTracker:
         entity: str | None = None,
     ) -> None:
         run_folder = Path(run_folder).resolve()
+        str(run_folder).encode()  # W&B itself would log a traceback for a path that is no UTF-8
         folder = run_folder / "wandb"
         folder.mkdir(parents=True, exist_ok=True)  # W&B itself would fall back to a temporary folder without a word
         run_id = _run_id(folder)

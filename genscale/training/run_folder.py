@@ -19,6 +19,7 @@ from genscale.config import MAY_CHANGE_AT_RESUME, MUST_NOT_CHANGE_AT_RESUME, Con
 from genscale.config_keys import as_key
 from genscale.data.lanes import Data
 from genscale.data.opening import of_a_run_that_goes_on
+from genscale.data.plans import only_moved, plan_differences
 from genscale.errors import UserError
 from genscale.interop.starting import complete_from
 from genscale.masking import masked
@@ -130,16 +131,18 @@ def check_may_continue(config: Config, checkpoint: Checkpoint, plan: dict[str, A
                                           objective=type(config.objective)() if config.objective else None)))
     old = {**{key: defaults.get(key) for key in new}, **flatten(yaml.safe_load((checkpoint.path / "config.yaml").read_text()))}
     changed = {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)}
-    fatal = {key: pair for key, pair in changed.items()
-             if key in MUST_NOT_CHANGE_AT_RESUME or not key.startswith(MAY_CHANGE_AT_RESUME)}
+    recorded = checkpoint.state()["plan"]
+    differing = plan_differences(recorded, plan)
+    moved = {key: pair for key, pair in changed.items() if only_moved(key, *pair, plan)}
+    fatal = {key: pair for key, pair in changed.items() if key not in moved and (
+             key in MUST_NOT_CHANGE_AT_RESUME or not key.startswith(MAY_CHANGE_AT_RESUME))}
     if fatal:
         what = ", ".join(f"{key} (was {was!r}, now {now!r})" for key, (was, now) in fatal.items())
         raise UserError(f"run.resume: the checkpoint {checkpoint.path} was made with another config: {what}; set them back, "
                         "or begin a new run with another --run.name (or --run.resume never)")
-    recorded = checkpoint.state()["plan"]
-    differing = [key for key in sorted(recorded.keys() | plan.keys()) if recorded.get(key) != plan.get(key)]
     if differing:
-        what = ", ".join(f"{key} (was {recorded.get(key)!r}, now {plan.get(key)!r})" for key in differing)
+        pairs = {key: (recorded.get(key), plan.get(key)) for key in differing} | moved
+        what = ", ".join(f"{key} (was {was!r}, now {now!r})" for key, (was, now) in pairs.items())
         raise UserError(f"run.resume: the data is not what the checkpoint {checkpoint.path} was trained on: {what}; "
                         "begin a new run with another --run.name (or --run.resume never)")
     return [f"{key}: {was!r} -> {now!r}" for key, (was, now) in changed.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -60,18 +61,36 @@ def main(arguments: list[str]) -> int:
         return _inspect_run(arguments[1:])
     kind = BuildSettings if action == "build" else InspectSettings
     settings = parse_settings(kind, arguments[1:], f"genscale data {action}", ACTIONS[action])
-    return _build(settings) if action == "build" else inspect(settings.data, settings.seed, settings.blocks)
+    if action == "build":
+        return _build(settings)
+    with _notes_on_stderr():
+        return inspect(settings.data, settings.seed, settings.blocks)
 
 
 def _inspect_run(arguments: list[str]) -> int:
     """What the run of a config would train on."""
     blocks, rest = take_number(arguments, "--blocks", least=1)
     config = parse_config(FAMILIES, rest, "genscale data inspect", ACTIONS["inspect"])
-    if isinstance(config.data, TextDataSettings):
-        return inspect(config.data, config.run.seed, blocks or InspectSettings.blocks)
-    if isinstance(config.data, ImageDataSettings):
-        return inspect_images(config.data, config.run.seed)
+    with _notes_on_stderr():
+        if isinstance(config.data, TextDataSettings):
+            return inspect(config.data, config.run.seed, blocks or InspectSettings.blocks)
+        if isinstance(config.data, ImageDataSettings):
+            return inspect_images(config.data, config.run.seed)
     raise UserError(f"model.family={config.model.family}: its data is made up as it is needed; there is nothing to inspect")
+
+
+@contextmanager
+def _notes_on_stderr() -> Iterator[None]:
+    """What a run would log about its data, such as what it leaves out."""
+    logger, handler = logging.getLogger("genscale.data"), logging.StreamHandler()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def _build(settings: BuildSettings) -> int:

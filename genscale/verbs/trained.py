@@ -143,4 +143,7 @@ def take_run(arguments: list[str], usage: str) -> tuple[str, list[str]]:
     """Split the RUN argument, which comes first, from the settings. Raises UserError."""
     if not arguments or arguments[0].startswith("-"):
         raise UserError(f"RUN is missing: a run folder or a checkpoint folder comes first ({usage})")
+    if not arguments[0].strip():
+        raise UserError("RUN is empty (was the variable that it comes from not set?): a run folder or a checkpoint folder "
+                        f"comes first ({usage})")
     return arguments[0], arguments[1:]
