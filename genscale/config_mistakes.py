@@ -22,17 +22,34 @@ TYPE_WORDS = {
 }
 
 
-def check_keys(content: dict[str, Any], known: set[str], where: str, prefix: str = "") -> None:
-    """Raises UserError for a key of a file that no setting has."""
+NO_SETTINGS = {"config", "help", "print_config"}
+"""What the command line has besides settings."""
+
+
+def check_keys(content: dict[str, Any], known: set[str], where: str, prefix: str = "", given: set[str] | None = None) -> None:
+    """Raises UserError for a key of a file that no setting has, or that it gives twice (in a section, and as `section.key`)."""
+    given = set() if given is None else given
     for key, value in content.items():
         path = f"{prefix}{key}"
-        is_section = any(other.startswith(f"{path}.") for other in known)
+        is_section = _is_section(path, known)
+        if path == "config":
+            raise UserError(f"config: {value!r}{where}: a config cannot take in another file; write its sections here, or give "
+                            "both on the command line, as --config FILE --config OTHER")
         if is_section and isinstance(value, dict):
-            check_keys(value, known, where, f"{path}.")
+            check_keys(value, known, where, f"{path}.", given)
         elif is_section:
             raise UserError(f"{path}: must be a section of settings{where}, not {value!r}")
-        elif path not in known:
-            raise UserError(f"{path}: unknown key{where}{_nearest_key(path, known)}")
+        elif path not in known - NO_SETTINGS:
+            raise UserError(f"{path}: unknown key{where}{_nearest_key(path, known - NO_SETTINGS)}")
+        elif path in given:
+            raise UserError(f"{path}: given twice{where}; leave one out")
+        elif "." in str(key) and str(key).split(".")[0] in content:  # which would take its place
+            raise UserError(f"{path}: stands beside the section {path.split('.')[0]}{where}; move it in there")
+        given.add(path)
+
+
+def _is_section(path: str, known: set[str]) -> bool:
+    return any(other.startswith(f"{path}.") for other in known)
 
 
 def check_no_code(content: Any) -> None:
@@ -84,7 +101,13 @@ def check_flags(arguments: Sequence[str], known: set[str]) -> None:
     """Raises UserError for a flag that no setting has."""
     for argument in arguments:
         flag = argument.split("=", 1)[0]
-        if flag.startswith("--") and flag != "--" and flag[2:].removesuffix("+") not in known | {"help", "print_config"}:
+        name = flag[2:].removesuffix("+")
+        if not flag.startswith("--") or flag == "--":
+            continue
+        if _is_section(name, known):  # which the parser would take from a file
+            first = min(key for key in known if key.startswith(f"{name}."))
+            raise UserError(f"{flag}: is a section; give its settings one by one, as in --{first} VALUE")
+        if name not in known | NO_SETTINGS:
             raise UserError(f"{flag}: unknown setting{_nearest_key(flag[2:], known)}")
 
 
