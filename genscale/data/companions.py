@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from genscale.errors import UserError
+from genscale.reading import read_json
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def read_companions(folder: Path, name: str) -> Companions:
 def _read_json(path: Path, name: str) -> dict[str, Any]:
     """The object in a file; empty where there is no such file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

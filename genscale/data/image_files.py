@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from genscale.data.image_sets import ArraySet, FileSet
 from genscale.data.image_settings import DIGITS
 from genscale.data.image_shards import IMAGE_FILES, ImageSpec, files_below
 from genscale.errors import UserError, nearest
+from genscale.reading import read_json
 
 CLASSES_FILE = "classes.json"
 
@@ -84,7 +84,7 @@ def arrays(spec: ImageSpec, path: Path, classes: list[str] | None) -> ArraySet:
 
 def _beside(path: Path) -> list[str] | None:
     try:
-        names = json.loads((path.parent / CLASSES_FILE).read_text())
+        names = read_json(path.parent / CLASSES_FILE)
     except (OSError, ValueError):
         return None
     return [str(name) for name in names] if isinstance(names, list) else None

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 
 from genscale.config import MAY_CHANGE_AT_RESUME, MUST_NOT_CHANGE_AT_RESUME, Config, TrainSettings
 from genscale.config_keys import as_key
@@ -23,6 +22,7 @@ from genscale.errors import UserError
 from genscale.interop.starting import complete_from
 from genscale.masking import masked
 from genscale.objectives import FAMILIES
+from genscale.reading import dump_yaml, parse_yaml, read_yaml
 from genscale.training.checkpoint_writing import clear_leftovers
 from genscale.training.checkpoints import Checkpoint, latest_valid, list_checkpoints
 
@@ -90,7 +90,7 @@ def config_dict(config: Config) -> dict[str, Any]:
     """The config as nested dicts of plain values, keys as the user writes them; tokens in addresses are masked."""
     sections = {section: {as_key(key): _plain(value) for key, value in settings.items()}
                 for section, settings in dataclasses.asdict(config).items() if settings is not None}
-    return yaml.safe_load(yaml.safe_dump(sections))
+    return parse_yaml(dump_yaml(sections))
 
 
 def _plain(value: Any) -> Any:
@@ -108,7 +108,7 @@ def _plain(value: Any) -> Any:
 
 
 def config_yaml(config: Config) -> str:
-    return yaml.safe_dump(config_dict(config), sort_keys=False)
+    return dump_yaml(config_dict(config))
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -128,7 +128,7 @@ def check_may_continue(config: Config, checkpoint: Checkpoint, plan: dict[str, A
     # A setting that did not exist when the checkpoint was written had its default's effect.
     defaults = flatten(config_dict(Config(model=type(config.model)(), data=type(config.data)(),
                                           objective=type(config.objective)() if config.objective else None)))
-    old = {**{key: defaults.get(key) for key in new}, **flatten(yaml.safe_load((checkpoint.path / "config.yaml").read_text()))}
+    old = {**{key: defaults.get(key) for key in new}, **flatten(checkpoint.config())}
     changed = {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)}
     fatal = {key: pair for key, pair in changed.items()
              if key in MUST_NOT_CHANGE_AT_RESUME or not key.startswith(MAY_CHANGE_AT_RESUME)}
@@ -181,9 +181,9 @@ def recorded_in(folder: Path, resume: str) -> Path | None:
     paths = [checkpoint.path for checkpoint in list_checkpoints(folder / "checkpoints")] if resume == "auto" else [Path(resume)]
     for path in reversed(paths):
         try:
-            if isinstance(yaml.safe_load((path / "config.yaml").read_text()), dict):
+            if isinstance(read_yaml(path / "config.yaml"), dict):
                 return path
-        except (OSError, ValueError, yaml.YAMLError):
+        except (OSError, ValueError):
             continue
     return None
 

@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser
 
 from genscale.config_parser import parse
@@ -86,7 +85,7 @@ def consolidate(checkpoint: Checkpoint, out: Path, network: str | None, live: bo
 def describe(checkpoint: Checkpoint, latest: Checkpoint) -> dict[str, Any]:
     """What is to know of a checkpoint, as JSON; of a damaged one, what can be told. The latest says which is the best."""
     about = _or_nothing(lambda: checkpoint.manifest().get("about", {}))
-    config = _or_nothing(lambda: yaml.safe_load((checkpoint.path / "config.yaml").read_text()))
+    config = _or_nothing(checkpoint.config)
     best = _or_nothing(lambda: latest.state().get("best"))
     every = (config.get("train") or {}).get("checkpoint_keep_every") or 0
     written = datetime.fromisoformat(about["time"]).timestamp() if "time" in about else checkpoint.path.stat().st_mtime
@@ -103,7 +102,7 @@ def _or_nothing(read: Any) -> Any:
     """What `read` gives, or {} where the file it reads is damaged: `problem` says so."""
     try:
         return read() or {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
