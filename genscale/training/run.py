@@ -17,7 +17,7 @@ from genscale.config import Config
 from genscale.config_mistakes import check_not_masked
 from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader
-from genscale.errors import UserError
+from genscale.errors import UserError, nearest_divisors
 from genscale.interop.starting import keep_for_export, weights_from
 from genscale.objectives import FAMILIES
 from genscale.objectives.base import Objective
@@ -126,13 +126,11 @@ def derive_accumulation(config: Config, world_size: int) -> tuple[int, int]:
     share = batch // world_size
     micro = train.micro_batch_size or share
     if share % micro:
-        divisors = [d for d in range(1, share + 1) if share % d == 0]
-        nearest_micro = sorted(sorted(divisors, key=lambda d: abs(d - micro))[:2])
         unit = micro * world_size
         nearest_batch = [n for n in (batch // unit * unit, (batch // unit + 1) * unit) if n]
         raise UserError(f"train.micro_batch_size: {micro} x {world_size} processes does not divide "
                         f"train.global_batch_size {batch}; nearest "
-                        f"micro-batch sizes that do: {' or '.join(map(str, nearest_micro))}; nearest global batch sizes: "
+                        f"micro-batch sizes that do: {nearest_divisors(share, micro)}; nearest global batch sizes: "
                         f"{' or '.join(map(str, nearest_batch))}")
     return micro, share // micro
 
