@@ -26,6 +26,16 @@ NO_SETTINGS = {"config", "help", "print_config"}
 """What the command line has besides settings."""
 
 
+WHOLE_NUMBERS = 2**53
+"""All of them up to this are floats too, and fit wherever they go."""
+MOST = {"model.width": 2**17, "model.discriminator_width": 2**17, "model.hidden_width": 2**20, "model.latent": 2**24,
+        "model.latents": 2**24, "model.max_multiplier": 2**10, "model.multipliers": 2**10, "model.attention": 2**20,
+        "model.hidden_layers": 1000, "model.blocks": 1000, "model.classes": 2**24, "data.size": 2**14, "data.pack": 2**16,
+        "data.sequence_length": 2**30, "data.validation_points": 10**7, "data.workers": 512, "data.prefetch_steps": 10**6,
+        "train.global_batch_size": 2**31, "train.micro_batch_size": 2**31}
+"""Of what sizes something: more than anybody has use for, and little enough to be reckoned with before memory is asked for."""
+
+
 def check_keys(content: dict[str, Any], known: set[str], where: str, prefix: str = "", given: set[str] | None = None) -> None:
     """Raises UserError for a key of a file that no setting has, or that it gives twice (in a section, and as `section.key`)."""
     given = set() if given is None else given
@@ -71,6 +81,10 @@ def check_values(section: Any, prefix: str) -> None:
             raise UserError(f"{prefix}{as_key(name)}: must be {wanted}, not None; leave the key out for its default")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{prefix}{as_key(name)}: must be a finite number, not {value}")
+        most = MOST.get(f"{prefix}{name}", WHOLE_NUMBERS)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and number > most:
+                raise UserError(f"{prefix}{as_key(name)}: must be at most {most}, not {number}")
         for address in _texts(value):
             if has_password(address):
                 raise UserError(f"{prefix}{as_key(name)}={address}: an address must not hold a user's name or password, which "

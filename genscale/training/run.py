@@ -35,6 +35,7 @@ from genscale.training.optimizers import make_optimizer
 from genscale.training.restoring import load_beside_weights
 from genscale.training.rollback import GoBack
 from genscale.training.run_folder import (
+    check_batch_memory,
     check_free_space,
     check_host_memory,
     check_may_continue,
@@ -95,6 +96,7 @@ def _start(config: Config, stop: StopSignal) -> RunResult:
         config.parallel.offload, config.train.precision = plan.offload, plan.precision
         shape = derive_accumulation(config, plan.world_size)
         folder = run_folder(config)
+        check_batch_memory(config, shape[0])
     clear_launch_environment()
     processes = Processes(plan.needs_group, group_timeout_minutes(config.guards.hang_minutes))
     try:
@@ -146,7 +148,9 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
         parameters = sum(sizes.values())
         averages = sum(sizes[name] for name in averaged_networks(config, objective))
         hosts = processes.gather(platform.node())
-        processes.main_does(lambda: check_host_memory(parameters, averages, hosts.count(hosts[0]) / len(hosts)))
+        here = hosts.count(hosts[0])
+        copies = plan.copies_of_weights(here) if processes.device.type == "cpu" else 0
+        processes.main_does(lambda: check_host_memory(parameters, averages, here / len(hosts), copies))
         processes.main_does(lambda: check_free_space(folder, parameters, averages, config.train, log.warning))
         checkpoint = _resume_point(config, processes, folder, data, objective, accumulation)
         engine = build_engine(plan, processes, config.parallel, config.train.precision, config.train.clip,

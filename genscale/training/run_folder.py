@@ -51,18 +51,37 @@ def create_run_folder(folder: Path) -> None:
                         f"write to") from None
 
 
-def check_host_memory(parameters: int, averages: int = 0, share: float = 1.0) -> None:
+def check_host_memory(parameters: int, averages: int = 0, share: float = 1.0, copies: float = 0.0) -> None:
     """Refuse to start where no checkpoint could be written: each process copies its part to host memory first, 12 bytes a
-    parameter as on the disk, and 4 for each that an average is kept of.
+    parameter as on the disk, and 4 for each that an average is kept of; and where the model does not fit that is trained there.
 
     Args:
         share: of all processes, that run on this machine.
+        copies: of the weights and their gradients that are held in this machine's memory, 8 bytes a parameter.
     """
-    free, needed = psutil.virtual_memory().available, (12 * parameters + 4 * averages) * share
+    each = 12 * share + 8 * copies
+    free, needed = psutil.virtual_memory().available, each * parameters + 4 * averages * share
     if free < needed:
+        beside = " beside the weights and their gradients" if copies else ""
         need = f"{needed / 2**30:,.0f} GiB of this machine's memory, of which {free / 2**30:,.0f} GiB are free"
-        raise UserError(f"model: a checkpoint of {parameters:,} parameters is collected in {need}; at most "
-                        f"{int(free / 12 / share):,} parameters fit")
+        raise UserError(f"model: a checkpoint of {parameters:,} parameters is collected{beside} in {need}; at most "
+                        f"{int(free / each):,} parameters fit")
+
+
+def check_batch_memory(config: Config, micro_batch_size: int) -> None:
+    """Refuse to start where the samples that a process holds at once, those loaded ahead among them, are more than this
+    machine's memory. Raises UserError."""
+    data, train = config.data, config.train
+    if hasattr(data, "sequence_length"):
+        sample = 4 * (data.sequence_length + 1)
+    else:
+        sample = getattr(data, "channels", 1) * getattr(data, "size", 1) ** 2
+    batches = 1 + min(data.prefetch_steps, train.steps)
+    memory, needed = psutil.virtual_memory().total, sample * micro_batch_size * batches
+    if memory < needed:
+        raise UserError(f"train.micro_batch_size: {micro_batch_size} samples of {sample:,} bytes and data.prefetch_steps "
+                        f"{data.prefetch_steps} more such batches are {needed / 2**30:,.0f} GiB, and this machine has "
+                        f"{memory / 2**30:,.0f} GiB of memory; at most {memory // (sample * batches):,} samples fit")
 
 
 def check_free_space(folder: Path, parameters: int, averages: int, train: TrainSettings, warn: Callable[[str], None]) -> None:
