@@ -26,10 +26,10 @@ NO_SETTINGS = {"config", "help", "print_config"}
 """What the command line has besides settings."""
 
 
-WHOLE_NUMBERS = 2**53
-"""All of them up to this are floats too, and fit wherever they go."""
+WHOLE_NUMBERS = 2**63 - 1
+"""What fits wherever they go."""
 MOST = {"model.width": 2**17, "model.discriminator_width": 2**17, "model.hidden_width": 2**20, "model.latent": 2**24,
-        "model.latents": 2**24, "model.max_multiplier": 2**10, "model.multipliers": 2**10, "model.attention": 2**20,
+        "model.latents": 2**24, "model.multipliers": 2**10, "model.attention": 2**20,
         "model.hidden_layers": 1000, "model.blocks": 1000, "model.classes": 2**24, "data.size": 2**14, "data.pack": 2**16,
         "data.sequence_length": 2**30, "data.validation_points": 10**7, "data.workers": 512, "data.prefetch_steps": 10**6,
         "train.global_batch_size": 2**31, "train.micro_batch_size": 2**31}

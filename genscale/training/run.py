@@ -46,6 +46,7 @@ from genscale.training.run_folder import (
     run_folder,
     set_later_checkpoints_aside,
 )
+from genscale.training.schedules import never_reached
 from genscale.training.signals import StopSignal
 from genscale.training.step_report import Hook
 from genscale.training.supervision import Supervision, group_timeout_minutes
@@ -161,6 +162,8 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
         loader = open_loader(config, data, processes, micro_batch_size, state)
         processes.main_does(lambda: _write_what_it_is(config, folder, objective, pretrained is not None))
         if processes.is_main:
+            for line in never_reached(config):
+                log.warning("%s", line)
             if pretrained is not None:
                 log.info("starting from the weights of %s", config.model.from_)
             kind = processes.device.type if processes.device.type == "cpu" else torch.cuda.get_device_name(processes.device)
