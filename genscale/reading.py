@@ -86,7 +86,7 @@ def parse_json(text: str) -> Any:
     except ValueError as error:
         raise Unreadable(f"is not valid JSON: {error}") from None
     if text.count("[") + text.count("{") > MAX_DEPTH:
-        level, depth = [content], 0
+        level, depth = [content], 1
         while level := [child for parent in level for child in _children(parent)]:
             depth += 1
             if depth > MAX_DEPTH:
@@ -94,8 +94,10 @@ def parse_json(text: str) -> Any:
     return content
 
 
-def _children(value: Any) -> Any:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+def _children(value: Any) -> Iterator[Any]:
+    """The lists and mappings in one."""
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return (each for each in values if isinstance(each, (dict, list)))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

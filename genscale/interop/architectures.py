@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from genscale.errors import UserError
-from genscale.models.gpt_settings import MAX_SIZE, GPTSettings
+from genscale.models.gpt_settings import GPTSettings
 
 CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 """transformers' class of each `model_type` that is read and written. A GPT's preset has the same names."""
@@ -32,9 +32,9 @@ class _Reader:
 
     def size(self, key: str, default: int) -> int:
         value = self.get(key, default)
-        if type(value) is int and 1 <= value <= MAX_SIZE:
+        if type(value) is int and value >= 1:
             return value
-        self.refuse(key, value, f"whole numbers of at least 1 and at most {MAX_SIZE}")
+        self.refuse(key, value, "whole numbers of at least 1")
         return 1
 
     def number(self, key: str, default: float) -> float:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 
+from genscale.config_mistakes import MOST
 from genscale.errors import UserError, nearest_divisors
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -20,8 +21,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 """What a preset says where a setting is left out. Radford et al. 2019 (GPT-2); Grattafiori et al. 2024 (Llama 3); Qwen team
 2025 (Qwen3)."""
 MLP_MULTIPLE = 64
-MAX_LAYERS, MAX_SIZE, MAX_PARAMETERS = 2_000, 2**30, 10**14
-"""More than any machine holds, and few enough to be counted before one is asked for memory."""
+MAX_PARAMETERS = 10**14
+"""More than any machine holds."""
 
 
 @dataclass
@@ -131,10 +132,10 @@ def parameter_count(settings: GPTSettings) -> int:
 
 
 def _check_sizes(settings: GPTSettings) -> None:
-    sizes = ("heads", "width", "kv_heads", "head_width", "mlp_width", "positions", "vocab_size", "window")
-    for name, most in {"layers": MAX_LAYERS, **dict.fromkeys(sizes, MAX_SIZE)}.items():
-        if (getattr(settings, name) or 0) > most:
-            raise UserError(f"model.{name}: {getattr(settings, name)} is more than any machine holds; at most {most:,}")
+    for name in ("layers", "heads", "width", "kv_heads", "head_width", "mlp_width", "positions", "vocab_size"):
+        value, most = getattr(settings, name), MOST[f"model.{name}"]
+        if value is not None and value > most:
+            raise UserError(f"model.{name}: must be at most {most}, not {value}")
 
 
 def _check_heads_divide(width: int, heads: int) -> None:
