@@ -35,6 +35,8 @@ READABLE = (1, FORMAT)
 TENSORS = ("networks", "optimizers", "averages")
 STATE = {"step": int, "data": dict, "scalers": dict, "plan": dict}
 """What every state.json has."""
+NOT_IN_ALL = {"units": int, "accumulation": int, "evaluation": dict, "best": dict, "guards": dict, "collapse": dict}
+"""What it may have; null stands for none."""
 
 
 class Damaged(UserError, ValueError):
@@ -62,7 +64,8 @@ class Checkpoint:
         """Raises OSError and Damaged."""
         state = self._document("state.json", read_json)
         wrong = [key for key, kind in STATE.items() if not isinstance(state.get(key), kind)]
-        wrong = wrong or ["data"] * (not _is_position(state["data"]))
+        wrong += [key for key, kind in NOT_IN_ALL.items() if state.get(key) is not None and not isinstance(state[key], kind)]
+        wrong = wrong or [key for key, is_right in RIGHT.items() if state.get(key) and not is_right(state[key])]
         if wrong:
             raise Damaged(f"checkpoint file {self.path / 'state.json'}: {wrong[0]} is not what genscale writes there")
         return state
@@ -181,9 +184,31 @@ class Checkpoint:
 def _is_position(data: dict[str, Any]) -> bool:
     """Whether it says where a run is in its data."""
     cursors = data.get("cursors")
-    return (isinstance(data.get("batches"), int) and isinstance(cursors, dict) and all(
-        lane.isdecimal() and isinstance(entry, dict) and isinstance(entry.get("position"), int)
-        for lane, entry in cursors.items()))
+    return _is_count(data.get("batches")) and isinstance(cursors, dict) and all(
+        lane.isdecimal() and isinstance(entry, dict) and _is_count(entry.get("position")) for lane, entry in cursors.items())
+
+
+def _is_guard(guards: dict[str, Any]) -> bool:
+    """Whether it says which updates were left out, and what the losses were."""
+    lists = [guards.get("batches", []), *_values(guards.get("rows", {})), *_values(guards.get("losses", {}))]
+    return all(isinstance(row, list) and all(isinstance(each, (int, float)) for each in row) for row in lists)
+
+
+def _is_best(best: dict[str, Any]) -> bool:
+    return _is_count(best.get("step")) and ("loss" in best or "metric" in best)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _values(value: Any) -> list[Any]:
+    """Of a mapping; what is none is returned as the one of them."""
+    return list(value.values()) if isinstance(value, dict) else [value]
+
+
+RIGHT: dict[str, Callable[[Any], bool]] = {"step": _is_count, "data": _is_position, "guards": _is_guard, "best": _is_best}
+"""Parts of state.json that are looked into."""
 
 
 def sha256_of(path: Path) -> str:
