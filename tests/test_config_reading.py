@@ -12,6 +12,7 @@ import yaml
 
 from genscale.config_numbers import check_numbers, with_plain_numbers
 from genscale.config_parser import load_config, parse_config
+from genscale.data.images import ImageData, ImageDataSettings
 from genscale.errors import UserError
 from genscale.objectives import FAMILIES
 from genscale.reading import Unreadable, dump_yaml, parse_json, parse_yaml, read_bytes
@@ -221,3 +222,8 @@ def test_what_would_not_fit_is_refused_before_it_is_made(flags, words, refuse) -
     said = refuse(*flags)
     assert all(word in said for word in words), said
     assert time.monotonic() - started < 10
+
+
+def test_a_validation_set_that_does_not_fit_is_refused_before_it_is_read() -> None:
+    with pytest.raises(UserError, match=r"^data.size: \d+ images of 16384 pixels to validate on are .* GiB"):
+        ImageData(ImageDataSettings(source="digits", size=16384, channels=3, validation_images=10**6), 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import shlex
@@ -125,7 +126,7 @@ def _checked(key: str, value: Any, kind: Any, path: Path) -> Any:
     if wanted == dict[str, str] and isinstance(value, dict) and all(
             re.fullmatch(r"[A-Za-z_]\w*", str(name), re.ASCII) and isinstance(each, (str, int, float))
             for name, each in value.items()):
-        return {name: str(each) for name, each in value.items()}
+        return {name: each if isinstance(each, str) else json.dumps(each) for name, each in value.items()}
     words = {str: "a text", int: "a whole number", list[str]: "a list of texts, as [a, b]",
              dict[str, str]: "a mapping of variables, as {NAME: value}"}
     raise UserError(f"site.{key}: must be {words[wanted]}, not {value!r} (in {path})")

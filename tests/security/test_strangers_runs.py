@@ -110,6 +110,12 @@ def test_a_site_file_that_means_harm(text: str, words: str, tmp_path: Path) -> N
         read_site(str(tmp_path / "site.yaml"))
 
 
+def test_variables_of_a_site_file_are_written_as_a_shell_has_them(tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text("environment: {A: true, B: yes, C: 010, D: '010', E: 1:30, F: 0.5, G: off}\n")
+    assert read_site(str(tmp_path / "site.yaml")).environment == {
+        "A": "true", "B": "yes", "C": "10", "D": "010", "E": "1:30", "F": "0.5", "G": "off"}
+
+
 def test_task_files_that_mean_harm(tmp_path: Path) -> None:
     for text, words in ((BOMB, "aliases"), (DEEP, "levels deep"), ("task: a\ntask: b\n", "'task' twice")):
         (tmp_path / "task.yaml").write_text(text)
