@@ -22,17 +22,46 @@ TYPE_WORDS = {
 }
 
 
-def check_keys(content: dict[str, Any], known: set[str], where: str, prefix: str = "") -> None:
-    """Raises UserError for a key of a file that no setting has."""
+NO_SETTINGS = {"config", "help", "print_config"}
+"""What the command line has besides settings."""
+
+
+WHOLE_NUMBERS = 2**63 - 1
+"""What fits wherever they go."""
+MOST = {"model.layers": 2000, "model.heads": 2**20, "model.kv_heads": 2**20, "model.head_width": 2**20,
+        "model.mlp_width": 2**24, "model.positions": 2**30, "model.vocab_size": 2**30, "model.width": 2**17,
+        "model.discriminator_width": 2**17, "model.hidden_width": 2**20, "model.latent": 2**24, "model.latents": 2**24,
+        "model.multipliers": 2**10, "model.attention": 2**20, "model.hidden_layers": 1000, "model.blocks": 1000,
+        "model.classes": 2**24, "data.size": 2**14, "data.pack": 2**16, "data.sequence_length": 2**30,
+        "data.validation_points": 10**7, "data.workers": 512, "data.prefetch_steps": 10**6,
+        "train.global_batch_size": 2**31, "train.micro_batch_size": 2**31}
+"""Of what sizes something: more than anybody has use for, and little enough to be reckoned with before memory is asked for."""
+
+
+def check_keys(content: dict[str, Any], known: set[str], where: str, prefix: str = "", given: set[str] | None = None) -> None:
+    """Raises UserError for a key of a file that no setting has, or that it gives twice (in a section, and as `section.key`)."""
+    given = set() if given is None else given
     for key, value in content.items():
         path = f"{prefix}{key}"
-        is_section = any(other.startswith(f"{path}.") for other in known)
+        is_section = _is_section(path, known)
+        if path == "config":
+            raise UserError(f"config: {value!r}{where}: a config cannot take in another file; write its sections here, or give "
+                            "both on the command line, as --config FILE --config OTHER")
         if is_section and isinstance(value, dict):
-            check_keys(value, known, where, f"{path}.")
+            check_keys(value, known, where, f"{path}.", given)
         elif is_section:
             raise UserError(f"{path}: must be a section of settings{where}, not {value!r}")
-        elif path not in known:
-            raise UserError(f"{path}: unknown key{where}{_nearest_key(path, known)}")
+        elif path not in known - NO_SETTINGS:
+            raise UserError(f"{path}: unknown key{where}{_nearest_key(path, known - NO_SETTINGS)}")
+        elif path in given:
+            raise UserError(f"{path}: given twice{where}; leave one out")
+        elif "." in str(key) and str(key).split(".")[0] in content:  # which would take its place
+            raise UserError(f"{path}: stands beside the section {path.split('.')[0]}{where}; move it in there")
+        given.add(path)
+
+
+def _is_section(path: str, known: set[str]) -> bool:
+    return any(other.startswith(f"{path}.") for other in known)
 
 
 def check_no_code(content: Any) -> None:
@@ -56,6 +85,10 @@ def check_values(section: Any, prefix: str) -> None:
             raise refusal
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{prefix}{as_key(name)}: must be a finite number, not {value}")
+        most = MOST.get(f"{prefix}{name}", WHOLE_NUMBERS)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and number > most:
+                raise UserError(f"{prefix}{as_key(name)}: must be at most {most}, not {number}")
         for address in _texts(value):
             if not address.isascii() and not is_utf8(address):
                 raise UserError(f"{prefix}{as_key(name)}={as_utf8(address)}: is no UTF-8, as config.yaml and checkpoints must "
@@ -97,7 +130,13 @@ def check_flags(arguments: Sequence[str], known: set[str]) -> None:
     """Raises UserError for a flag that no setting has."""
     for argument in arguments:
         flag = argument.split("=", 1)[0]
-        if flag.startswith("--") and flag != "--" and flag[2:].removesuffix("+") not in known | {"help", "print_config"}:
+        name = flag[2:].removesuffix("+")
+        if not flag.startswith("--") or flag == "--":
+            continue
+        if _is_section(name, known):  # which the parser would take from a file
+            first = min(key for key in known if key.startswith(f"{name}."))
+            raise UserError(f"{flag}: is a section; give its settings one by one, as in --{first} VALUE")
+        if name not in known | NO_SETTINGS:
             raise UserError(f"{flag}: unknown setting{_nearest_key(flag[2:], known)}")
 
 

@@ -12,12 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
 from jsonargparse import (
     ActionConfigFile,
     ArgumentError,
     ArgumentParser,
-    get_loader,
     set_dumper,
     set_loader,
     set_parsing_settings,
@@ -35,7 +33,9 @@ from genscale.config import (
 )
 from genscale.config_keys import as_field, as_key, in_users_words, renamed
 from genscale.config_mistakes import check_flags, check_keys, check_no_code, check_values, empty, one_line
+from genscale.config_numbers import check_numbers, number_keys, numbers_of, with_plain_numbers
 from genscale.errors import UserError, nearest
+from genscale.reading import Unreadable, dump_yaml, parse_yaml, read_yaml
 
 # Else a config that writes {class_path: ..., init_args: ...} where any value may stand would call what it names.
 set_parsing_settings(docstring_parse_attribute_docstrings=True, instantiate_subclass_spec_in_any=False)
@@ -48,13 +48,15 @@ Families = Mapping[str, Any]
 
 def _load(text: str) -> Any:
     """A file, or the value of a flag."""
-    content = get_loader("yaml")(text)
+    content = parse_yaml(text)
+    if isinstance(content, dict) and content and all(value is None for value in content.values()) and "\n" not in text:
+        return text  # of a flag: `word:`, or `{word}`
     check_no_code(content)
     return renamed(content, as_field)
 
 
-set_loader("run", _load, (yaml.YAMLError,))
-set_dumper("run", lambda content: yaml.safe_dump(renamed(content, as_key), sort_keys=False, allow_unicode=True))
+set_loader("run", _load, (Unreadable,))
+set_dumper("run", lambda content: dump_yaml(renamed(content, as_key), allow_unicode=True))
 
 
 class RunParser(ArgumentParser):
@@ -86,25 +88,29 @@ def config_parser(families: Families, family: str, prog: str = "genscale train",
     """The parser of one family: --config FILE, --print_config and a flag for every setting of every section."""
     parser = RunParser(prog, description)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of a run; flags after it override it.")
-    chosen = families[family]
-    sections = {"run": COMMON_SECTIONS["run"], "model": chosen.model_settings, "data": chosen.data_settings,
-                "objective": chosen.objective_settings,
-                **{name: section for name, section in COMMON_SECTIONS.items() if name != "run"}}
-    for name, section in sections.items():
+    for name, section in _sections(families[family]).items():
         if dataclasses.fields(section):
             parser.add_class_arguments(section, name)
     return parser
+
+
+def _sections(family: Any) -> dict[str, type]:
+    return {"run": COMMON_SECTIONS["run"], "model": family.model_settings, "data": family.data_settings,
+            "objective": family.objective_settings,
+            **{name: section for name, section in COMMON_SECTIONS.items() if name != "run"}}
 
 
 def parse_config(families: Families, arguments: Sequence[str], prog: str = "genscale train", description: str = "") -> Config:
     """The config that the arguments mean. Raises UserError with one line for the user."""
     family = _family(families, arguments)
     parser = config_parser(families, family, prog, description)
-    known = parser.keys()
+    known, numbers = parser.keys(), number_keys(_sections(families[family]))
     for file in _config_files(arguments):
-        check_keys(_read_yaml(file), known, where=f" in {file}")
+        content = _read_yaml(file)
+        check_keys(content, known, where=f" in {file}")
+        check_numbers(content, numbers)
     check_flags(arguments, known)
-    built = parser.instantiate(parse(parser, arguments))
+    built = parser.instantiate(parse(parser, with_plain_numbers(arguments, numbers)))
     # A family without settings of its objective has no such section.
     config = Config(**{name: getattr(built, name, None) for name in Config.__dataclass_fields__})
     for name in ("model", "data", *(["objective"] if config.objective else []), *COMMON_SECTIONS):
@@ -128,6 +134,7 @@ def parse_settings(settings: type, arguments: Sequence[str], prog: str, descript
     arguments = [f"{word}=true" if word in switches and after.startswith("--") else word
                  for word, after in zip(arguments, following, strict=False)]
     check_flags(arguments, parser.keys())
+    arguments = with_plain_numbers(arguments, numbers_of(settings))
     parsed = settings(**vars(parser.instantiate(parse(parser, arguments))))
     for field in dataclasses.fields(settings):
         value = getattr(parsed, field.name)
@@ -152,7 +159,7 @@ def split_flags(arguments: Sequence[str], belongs: Callable[[str], bool]) -> tup
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
     """The namespace of the arguments; a mistake in them is one line (UserError)."""
     try:
-        parsed = parser.parse_args(list(arguments))
+        parsed = parser.parse_args(list(arguments), env=False)  # whatever JSONARGPARSE_DEFAULT_ENV says
     except (ArgumentError, ValueError, TypeError) as error:
         raise UserError(one_line(str(error))) from None
     for action in parser._actions:
@@ -165,7 +172,7 @@ def take_number(arguments: Sequence[str], flag: str, least: int) -> tuple[int | 
     """Split `flag N` (or `flag=N`) from the settings. Raises UserError."""
     values, rest = _take(arguments, flag)
     for value in values:
-        if not value.isdigit() or int(value) < least:
+        if not re.fullmatch("[0-9]{1,9}", value) or int(value) < least:
             raise UserError(f"{flag}: must be a whole number of at least {least}, not '{value}'")
     return int(values[-1]) if values else None, rest
 
@@ -202,13 +209,13 @@ def _config_files(arguments: Sequence[str]) -> list[str]:
 
 def _read_yaml(file: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(Path(file).read_text())
+        content = read_yaml(file)
     except OSError as error:
         raise UserError(f"--config: cannot read '{file}' ({error.strerror}){_nearest_file(file)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config: '{file}' is not valid YAML: {error}") from None
+    except Unreadable as error:
+        raise UserError(f"--config: '{file}' {error}") from None
     if content is None:
-        return {}
+        raise UserError(f"--config: '{file}' is empty; it must hold sections like 'train:' and 'model:'")
     if not isinstance(content, dict):
         raise UserError(f"--config: '{file}' must hold sections like 'train:' and 'model:', not a {type(content).__name__}")
     return content

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
@@ -45,6 +46,13 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the other choice closest to `word`, or an empty string when none is close."""
     found = difflib.get_close_matches(word, [choice for choice in choices if choice != word], n=1, cutoff=0.5)
     return f" (did you mean '{found[0]}'?)" if found else ""
+
+
+def nearest_divisors(number: int, wanted: int) -> str:
+    """`"4 or 6"`: the two divisors of `number` that are closest to `wanted`."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    divisors = sorted({*small, *(number // d for d in small)})
+    return " or ".join(map(str, sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:2])))
 
 
 def refuse_unheeded(section: str, settings: object, names: Iterable[str], beside: str) -> None:

@@ -83,7 +83,12 @@ def test_a_wrong_setting_on_the_command_line(arguments, words, refuse):
 @pytest.mark.parametrize(("text", "words"), [
     ("train: [", ["not valid YAML"]),
     ("- train", ["sections", "list"]),
-    (b"\xff\xfe\x00train", ["not valid YAML"]),
+    (b"\xff\xfe\x00train", ["UTF-16, not UTF-8"]),
+    (b"\x93NUMPY", ["no text (byte 0)", "UTF-8"]),
+    ("", ["is empty", "'train:'"]),
+    ("# steps: 5\n", ["is empty", "'train:'"]),
+    ("5", ["sections", "int"]),
+    ("train: 1\n---\ntrain: 2", ["another document"]),
 ])  # fmt: skip
 def test_a_file_that_is_no_config(text, words, refuse, tmp_path):
     path = tmp_path / "broken.yaml"

@@ -12,8 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # A row may import itself and the rows below it. The package's own __init__ stands at the foot: importing any room runs it.
 ORDER = [
     {"cli", "__main__", "verbs"}, {"cluster"}, {"planning"}, {"training"}, {"tracking"}, {"evaluation"}, {"interop"},
-    {"parallel"}, {"objectives"}, {"data"}, {"models"}, {"config", "config_parser", "config_keys", "config_mistakes"},
-    {"rng"}, {"errors", "exit_codes"}, {"masking"}, {"__init__"},
+    {"parallel"}, {"objectives"}, {"data"}, {"models"},
+    {"config", "config_parser", "config_keys", "config_mistakes", "config_numbers"},
+    {"rng"}, {"errors", "exit_codes", "reading"}, {"masking"}, {"__init__"},
 ]  # fmt: skip
 STRATEGIES = {"single", "ddp", "zero1", "zero2", "zero3", "fsdp2"}
 SPREADING = ("accelerate", "deepspeed", "torch.distributed.fsdp", "torch.distributed._composable", "torch.nn.parallel")

@@ -26,6 +26,7 @@ from genscale.cluster.clocks import server_offset
 from genscale.cluster.doctor import quick_check
 from genscale.cluster.job_nodes import compare_nodes
 from genscale.errors import UserError
+from genscale.reading import read_json
 from genscale.training.checkpoint_names import latest_step
 from genscale.training.run_owner import RunOwner
 
@@ -274,7 +275,7 @@ def read_ended(run: Path) -> dict[str, Any] | None:
 
 def _read(file: Path) -> dict[str, Any] | None:
     with contextlib.suppress(OSError, ValueError):
-        content = json.loads(file.read_text())
+        content = read_json(file)
         return content if isinstance(content, dict) else None
     return None
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from genscale.cluster import slurm_commands
 from genscale.cluster.job_life import read_lives
 from genscale.cluster.slurm_commands import Queued
+from genscale.reading import read_json
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def record(folder: Path, entry: Submitted) -> None:
 def submitted(folder: Path) -> list[Submitted]:
     """What was recorded in that folder, the oldest first, with its paths as they are reached through the folder."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-        entries = json.loads((folder / "jobs" / "jobs.json").read_text())["jobs"]
+        entries = read_json(folder / "jobs" / "jobs.json")["jobs"]
         return [_reached(folder, Submitted(**{**entry, "runs": tuple(entry["runs"])})) for entry in entries]
     return []
 

@@ -9,8 +9,6 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from genscale.cluster import slurm_commands
 from genscale.cluster.job_life import Life, read_ended, read_lives
 from genscale.cluster.job_records import active_jobs, jobs_of, runs_of, submitted, with_runs
@@ -18,6 +16,7 @@ from genscale.cluster.site import read_site
 from genscale.cluster.slurm_commands import Queued
 from genscale.config import RunSettings
 from genscale.errors import UserError
+from genscale.reading import read_yaml
 from genscale.tracking.metrics_file import read_metrics
 from genscale.tracking.progress import figure
 from genscale.training.checkpoint_names import latest_step
@@ -137,8 +136,8 @@ def _metrics(run: Path) -> tuple[list[dict[str, Any]], str]:
 def _steps(run: Path) -> int | None:
     """In all, as the latest submission says, or else as the run itself."""
     for file in [*(Path(entry.kept) / "config.yaml" for entry in reversed(submitted(run))), run / "config.yaml"]:
-        with contextlib.suppress(OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
-            return int(yaml.safe_load(file.read_text())["train"]["steps"])
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            return int(read_yaml(file)["train"]["steps"])
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import shlex
@@ -10,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import yaml
-
 from genscale.errors import UserError, nearest
 from genscale.masking import SECRET_VARIABLES, has_mask, masked
+from genscale.reading import Unreadable, read_yaml
 
 OF_THE_REPOSITORY = Path("launch/site.yaml")
 # TOKENIZERS_PARALLELISM is none, and HF_TOKEN_PATH says only where one is.
@@ -80,11 +80,11 @@ def read_site(file: str | None = None) -> Site:
 
 def _read(path: Path) -> Site:
     try:
-        content = yaml.safe_load(path.read_text())
+        content = read_yaml(path)
     except OSError as error:
         raise UserError(f"--site: cannot read '{path}' ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--site: '{path}' is not valid YAML: {error}") from None
+    except Unreadable as error:
+        raise UserError(f"--site: '{path}' {error}") from None
     if not isinstance(content or {}, dict):
         raise UserError(f"--site: '{path}' must hold settings like 'partition: gpu', not a {type(content).__name__}")
     kinds, defaults = get_type_hints(Site), {each.name: each for each in dataclasses.fields(Site)}
@@ -126,7 +126,7 @@ def _checked(key: str, value: Any, kind: Any, path: Path) -> Any:
     if wanted == dict[str, str] and isinstance(value, dict) and all(
             re.fullmatch(r"[A-Za-z_]\w*", str(name), re.ASCII) and isinstance(each, (str, int, float))
             for name, each in value.items()):
-        return {name: str(each) for name, each in value.items()}
+        return {name: each if isinstance(each, str) else json.dumps(each) for name, each in value.items()}
     words = {str: "a text", int: "a whole number", list[str]: "a list of texts, as [a, b]",
              dict[str, str]: "a mapping of variables, as {NAME: value}"}
     raise UserError(f"site.{key}: must be {words[wanted]}, not {value!r} (in {path})")

@@ -27,6 +27,7 @@ from genscale.data.packing import PIECE
 from genscale.data.tokenizers import Tokenizer
 from genscale.data.windows import Part
 from genscale.errors import UserError
+from genscale.reading import read_json
 
 LOG = logging.getLogger(__name__)
 LAYOUT = 1
@@ -105,7 +106,7 @@ class TokenCache:
                 except OSError:  # a file system without hard links
                     os.replace(draft, path)
                 draft.unlink(missing_ok=True)
-            found = json.loads(path.read_text())
+            found = read_json(path)
         except OSError as error:
             raise UserError(f"{self._key}={self.folder}: cannot be used ({error.strerror}); set a folder that can be "
                             "written, or leave the cache out") from None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from genscale.errors import UserError
+from genscale.reading import read_json
 
 LARGEST_ID = 2**24
 """No token has an id from here on: the largest published vocabularies have a sixteenth of it."""
@@ -76,7 +77,7 @@ def _read_template(path: Path, name: str) -> str | None:
 def _read_json(path: Path, name: str) -> dict[str, Any]:
     """The object in a file; empty where there is no such file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:

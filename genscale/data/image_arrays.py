@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import zipfile
 import zlib
@@ -18,9 +17,9 @@ from genscale.data.image_ranges import Values, range_of
 from genscale.data.image_sets import ArraySet
 from genscale.data.image_shards import ImageSpec
 from genscale.errors import UserError, nearest
+from genscale.reading import Unreadable, read_json
 
 CLASSES_FILE = "classes.json"
-CLASSES_BYTES = 2**24
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 AT_ONCE = 2**26
 """Bytes of numbers that are made into grey levels at a time."""
@@ -127,11 +126,8 @@ def _grey_levels(images: np.ndarray, spec: ImageSpec, path: Path) -> np.ndarray:
 
 def _beside(path: Path) -> list[str] | None:
     """Names of classes in a file beside the arrays."""
-    file = path.parent / CLASSES_FILE
     try:
-        if not file.is_file() or file.stat().st_size > CLASSES_BYTES:  # a pipe would be waited for
-            return None
-        names = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError):
+        names = read_json(path.parent / CLASSES_FILE)
+    except (OSError, Unreadable):
         return None
     return [str(name) for name in names] if isinstance(names, list) else None

@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import psutil
 
 from genscale.data.folders import say_seen
 from genscale.data.image_decoding import Picture, Range
@@ -147,6 +148,7 @@ class ImageData(Data):
 
     def _validation_samples(self, images: ImageSet, chosen: np.ndarray, picture: Picture) -> list[Sample]:
         settings, reader = self.settings, self._reader(picture)
+        _check_memory(len(chosen), settings)
         samples = []
         for index in chosen.tolist():
             pixels = reader.sample(partial(images.read, index), images.name(index), None)
@@ -256,3 +258,12 @@ def _held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
         return np.zeros(len(hashes), bool)
     held = hashes < np.uint64(int(fraction * HASHES))
     return held if held.any() and not held.all() else hashes == hashes.min()
+
+
+def _check_memory(images: int, settings: ImageDataSettings) -> None:
+    """Raises UserError where the validation set, which every process holds, is more than this machine's memory."""
+    each, memory = settings.channels * settings.size**2, psutil.virtual_memory().total
+    if images * each > memory:
+        raise UserError(f"data.size: {images} images of {settings.size} pixels to validate on are {images * each / 2**30:,.0f} "
+                        f"GiB, and this machine has {memory / 2**30:,.0f} GiB of memory; at most data.validation_images "
+                        f"{memory // each} fit")

@@ -8,6 +8,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from genscale.data.folders import say_seen
 from genscale.data.lanes import Cursor, Data, Sample
 from genscale.data.mixture import allot, interleave, mix
@@ -58,9 +60,15 @@ class TextData(Data):
             _ = self.streams  # opened now: what is wrong with them must show before anything else is done
         self._validation = self._read_validation()
         self._validation_digest = digest_of(sample[name] for sample in self._validation for name in sorted(sample))
-        if not any(_learnable(sample) for sample in self._validation):
+        targets = [_targets(sample) for sample in self._validation]
+        if not any(map(len, targets)):
             raise UserError(f"data.validation_blocks={settings.validation_blocks}: these blocks of the validation set hold no "
                             "token of an answer; set more, or a larger data.sequence_length")
+        sizes = self.tokenizer.token_bytes()
+        if sizes is not None and not any(sizes[ids].any() for ids in targets):  # bits per byte would be of none
+            key = "validation_fraction" if settings.validation_source is None else "validation_source"
+            raise UserError(f"data.{key}={getattr(settings, key)}: of this validation set nothing is to be predicted but where "
+                            "its text ends; give one with more text")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_validation": []}  # worker processes read lanes, and write the cache
@@ -173,9 +181,10 @@ class TextData(Data):
             stream.close()
 
 
-def _learnable(sample: Sample) -> bool:
-    """Whether a token of the block is to be predicted: never its first."""
-    return bool((sample["mask"] if "mask" in sample else sample["tokens"] >= 0)[1:].any())
+def _targets(sample: Sample) -> np.ndarray:
+    """The tokens of the block that are to be predicted: never its first."""
+    wanted = sample["mask"] > 0 if "mask" in sample else sample["tokens"] >= 0
+    return sample["tokens"][1:][wanted[1:]]
 
 
 def train_tokenizer(settings: TextDataSettings, vocab_size: int, out: Path, progress: Progress | None = None,

@@ -17,6 +17,7 @@ import numpy as np
 from genscale.data.companions import Companions, read_companions
 from genscale.data.tokenizer_faults import PROBES, check_content, quiet, reported, without_prefix
 from genscale.errors import UserError
+from genscale.reading import Unreadable, read_text
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>", "<|eos|>")
@@ -298,11 +299,11 @@ def load_tokenizer(name: str) -> Tokenizer:
     path = Path(name).expanduser()
     path = path / "tokenizer.json" if path.is_dir() else path
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except FileNotFoundError:
         raise UserError(f"data.tokenizer={name}: there is no file {path}; give the path of a tokenizer.json, or "
                         "set data.tokenizer=bytes") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, Unreadable) as error:
         raise UserError(f"data.tokenizer={name}: cannot be read ({error}); give the path of a tokenizer.json, or "
                         "set data.tokenizer=bytes") from None
     if text == json.dumps({"model": {"type": "bytes"}}):

@@ -25,6 +25,7 @@ from genscale.evaluation.generation import GrowingText
 from genscale.evaluation.task_files import refuse_code, templates_in_a_sandbox
 from genscale.models.decoding import left_padded, stream
 from genscale.models.gpt import GPT
+from genscale.reading import Unreadable
 from genscale.rng import torch_generator
 
 try:
@@ -201,9 +202,8 @@ def evaluate_tasks(model: GenscaleLM, tasks: Sequence[str], include_path: str | 
         manager = TaskManager(include_path=include_path, include_defaults=False)
         if not set(tasks) <= set(manager.all_subtasks):
             manager = TaskManager(include_path=include_path)
-    except yaml.YAMLError as error:
-        raise UserError(f"--include_path: {include_path} holds a file that is not valid YAML: {' '.join(str(error).split())}; "
-                        "mend or remove it") from None
+    except (Unreadable, yaml.YAMLError) as error:
+        raise UserError(f"--include_path: {include_path} holds a file that is not read: {error}; mend or remove it") from None
     for name in tasks:
         if name not in manager.all_tasks:
             close = difflib.get_close_matches(name, manager.all_tasks, n=3)

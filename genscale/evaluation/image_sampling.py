@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
-from PIL import Image
 from torch import Tensor
 
 from genscale.data.image_labels import composed

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import SandboxedEnvironment
+from yaml.constructor import ConstructorError
 
 from genscale.errors import UserError
+from genscale.reading import Unreadable, read_yaml
 
 ELSEWHERE = "to run it, `genscale export` the model and give it to lm-eval itself"
 
@@ -22,7 +23,7 @@ def refuse_code(folder: Path) -> None:
     Raises:
         UserError: one of them has a tag such as `!function`, by which the harness imports Python, or a metric that is not the
             harness's own and would be imported.
-        yaml.YAMLError: one is not valid YAML.
+        Unreadable: one is not read, or is not valid YAML.
     """
     seen: set[Path] = set()
     for file in sorted(folder.rglob("*.yaml")):
@@ -34,9 +35,12 @@ def _check(file: Path, seen: set[Path]) -> None:
         return
     seen.add(file)
     try:
-        content = yaml.safe_load(file.read_bytes())
-    except yaml.constructor.ConstructorError as error:
-        raise UserError(f"--include_path: line {error.problem_mark.line + 1} of {file}: {error.problem}; task files are read "
+        content = read_yaml(file)
+    except Unreadable as error:
+        if not isinstance(error.__cause__, ConstructorError):
+            raise Unreadable(f"{file} {error}") from None
+        tag = error.__cause__
+        raise UserError(f"--include_path: line {tag.problem_mark.line + 1} of {file}: {tag.problem}; task files are read "
                         f"as data, and Python that they name is not run; {ELSEWHERE}") from None
     for metric in _metrics(content):
         _check_metric(metric, file)

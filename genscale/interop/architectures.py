@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,21 +26,45 @@ class _Reader:
 
     def need(self, key: str) -> int:
         """A size. 1 stands for one that is not there, so that reading can go on to the next."""
-        value = self.content.get(key)
-        if value is None:
+        if self.content.get(key) is None:
             self.missing.append(key)
-        elif type(value) is not int or value < 1:
-            self.refuse(key, value, "whole numbers of at least 1")
-        else:
+        return self.size(key, 1)
+
+    def size(self, key: str, default: int) -> int:
+        value = self.get(key, default)
+        if type(value) is int and value >= 1:
             return value
+        self.refuse(key, value, "whole numbers of at least 1")
         return 1
+
+    def number(self, key: str, default: float) -> float:
+        """One above 0."""
+        return self.positive(key, self.get(key, default))
+
+    def positive(self, key: str, value: Any) -> float:
+        if type(value) in (int, float) and 0 < value < math.inf:
+            return float(value)
+        self.refuse(key, value, "numbers above 0")
+        return 1.0
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.get(key, default)
+        if type(value) is not bool:
+            self.refuse(key, value, "true or false")
+        return value is True
+
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        value = self.get(key, {})
+        if not isinstance(value, dict):
+            self.refuse(key, value, "an object")
+        return value if isinstance(value, dict) else {}
 
     def get(self, key: str, default: Any) -> Any:
         value = self.content.get(key)
         return default if value is None else value
 
     def refuse(self, key: str, value: Any, supported: str) -> None:
-        self.unsupported.append(f"{key} {value!r} (supported: {supported})")
+        self.unsupported.append(f"{key} {repr(value)[:60]} (supported: {supported})")
 
 
 def settings_of(content: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -52,14 +77,15 @@ def settings_of(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     Raises:
         UserError: an architecture or an option that no GPT of ours has (names the supported ones), or a missing key.
     """
-    kind = content.get("model_type")
-    architecture = (content.get("architectures") or [CLASSES.get(kind, "model")])[0]
+    kind, classes = content.get("model_type"), content.get("architectures")
+    kind = kind if isinstance(kind, str) else None
+    architecture = classes[0] if isinstance(classes, list) and classes else CLASSES.get(kind, "model")
     if kind not in CLASSES or architecture not in (CLASSES[kind], WITHOUT_HEAD[kind]):
-        raise UserError(f"model.from: {name} is a {architecture} (model_type {kind!r}), which cannot be started from; "
-                        f"supported: {', '.join(CLASSES.values())}")
+        raise UserError(f"model.from: {name} is a {str(architecture)[:80]} (model_type {kind!r}), which cannot be started "
+                        f"from; supported: {', '.join(CLASSES.values())}")
     reader = _Reader(content)
-    if content.get("quantization_config"):
-        reader.refuse("quantization_config", content["quantization_config"].get("quant_method", "?"), "none")
+    if quantization := reader.mapping("quantization_config"):
+        reader.refuse("quantization_config", quantization.get("quant_method", "?"), "none")
     fields = _gpt2_settings(reader) if kind == "gpt2" else _llama_settings(reader, kind)
     if reader.missing:
         raise UserError(f"model.from: {name}: config.json lacks {', '.join(reader.missing)}, without which the shape of a "
@@ -80,40 +106,41 @@ def _gpt2_settings(reader: _Reader) -> dict[str, Any]:
             reader.refuse(key, reader.content[key], str(supported))
     width, heads = reader.need("n_embd"), reader.need("n_head")
     return {"layers": reader.need("n_layer"), "heads": heads, "width": width, "kv_heads": heads,
-            "head_width": width // heads, "mlp_width": reader.get("n_inner", 4 * width),
+            "head_width": width // heads, "mlp_width": reader.size("n_inner", 4 * width),
             "positions": reader.need("n_positions"), "vocab_size": reader.need("vocab_size"),
             "position_encoding": "learned", "norm": "layernorm",
-            "norm_eps": reader.get("layer_norm_epsilon", 1e-5), "activation": "gelu", "bias": True, "qk_norm": False,
-            "tied": reader.get("tie_word_embeddings", True), "window": None}
+            "norm_eps": reader.number("layer_norm_epsilon", 1e-5), "activation": "gelu", "bias": True, "qk_norm": False,
+            "tied": reader.flag("tie_word_embeddings", True), "window": None}
 
 
 def _llama_settings(reader: _Reader, kind: str) -> dict[str, Any]:
     if reader.get("hidden_act", "silu") not in ("silu", "swish"):
         reader.refuse("hidden_act", reader.content["hidden_act"], "silu")
-    bias = reader.get("attention_bias", False)
-    if kind == "llama" and reader.get("mlp_bias", False) != bias:
+    bias = reader.flag("attention_bias", False)
+    if kind == "llama" and reader.flag("mlp_bias", False) != bias:
         reader.refuse("mlp_bias", not bias, f"{bias}, as attention_bias is")
     if kind == "qwen3" and bias:
         reader.refuse("attention_bias", bias, "False")
     width, heads = reader.need("hidden_size"), reader.need("num_attention_heads")
     positions = reader.need("max_position_embeddings")
     return {"layers": reader.need("num_hidden_layers"), "heads": heads, "width": width,
-            "kv_heads": reader.get("num_key_value_heads", heads),
-            "head_width": reader.get("head_dim", 128 if kind == "qwen3" else width // heads),
+            "kv_heads": reader.size("num_key_value_heads", heads),
+            "head_width": reader.size("head_dim", 128 if kind == "qwen3" else width // heads),
             "mlp_width": reader.need("intermediate_size"), "positions": positions, "vocab_size": reader.need("vocab_size"),
             "position_encoding": "rotary", **_rope_settings(reader, positions), "norm": "rmsnorm",
-            "norm_eps": reader.get("rms_norm_eps", 1e-6), "activation": "swiglu", "bias": bias, "qk_norm": kind == "qwen3",
-            "tied": reader.get("tie_word_embeddings", False), "window": _window(reader) if kind == "qwen3" else None}
+            "norm_eps": reader.number("rms_norm_eps", 1e-6), "activation": "swiglu", "bias": bias, "qk_norm": kind == "qwen3",
+            "tied": reader.flag("tie_word_embeddings", False), "window": _window(reader) if kind == "qwen3" else None}
 
 
 def _rope_settings(reader: _Reader, positions: int) -> dict[str, Any]:
     # transformers 5 writes one `rope_parameters`; before, it was `rope_theta` and `rope_scaling`.
-    rope = {**reader.get("rope_scaling", {}), **reader.get("rope_parameters", {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    rope = {**reader.mapping("rope_scaling"), **reader.mapping("rope_parameters")}
+    kind = str(rope.get("rope_type", rope.get("type", "default")))
     keys = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}.get(kind, [])
     reader.missing += [f"rope_scaling.{key}" for key in keys if rope.get(key) is None]
-    values = {key: float(rope.get(key) or 1.0) for key in keys}
-    fields: dict[str, Any] = {"rope_base": float(rope.get("rope_theta", reader.get("rope_theta", DEFAULT_ROPE_BASE)))}
+    values = {key: reader.positive(f"rope_scaling.{key}", rope.get(key) or 1.0) for key in keys}
+    base = rope.get("rope_theta", reader.get("rope_theta", DEFAULT_ROPE_BASE))
+    fields: dict[str, Any] = {"rope_base": reader.positive("rope_theta", base)}
     share = rope.get("partial_rotary_factor", reader.get("partial_rotary_factor", 1.0))
     if share != 1.0:
         reader.refuse("partial_rotary_factor", share, "1.0")
@@ -123,22 +150,28 @@ def _rope_settings(reader: _Reader, positions: int) -> dict[str, Any]:
         reader.refuse("rope_type", kind, "default, linear or llama3")
     if kind == "llama3":
         original = rope.get("original_max_position_embeddings", reader.get("original_max_position_embeddings", positions))
+        if type(original) is not int or original < 1:
+            reader.refuse("original_max_position_embeddings", original, "whole numbers of at least 1")
         fields |= {"rope_original_positions": original, "rope_low_frequency": values["low_freq_factor"],
                    "rope_high_frequency": values["high_freq_factor"]}
     return fields
 
 
 def _window(reader: _Reader) -> int | None:
-    window = reader.get("sliding_window", 4096) if reader.get("use_sliding_window", False) else None
-    layers = reader.content.get("num_hidden_layers") or 0
+    window = reader.size("sliding_window", 4096) if reader.flag("use_sliding_window", False) else None
+    layers, first = reader.size("num_hidden_layers", 1), reader.get("max_window_layers", 28)
     kinds = reader.content.get("layer_types")
+    if type(first) is not int:
+        reader.refuse("max_window_layers", first, "whole numbers")
+        first = 0
     if kinds is None:
-        first = reader.get("max_window_layers", 28)
-        kinds = ["sliding_attention" if window and layer >= first else "full_attention" for layer in range(layers)]
-    if set(kinds) <= {"full_attention"}:
+        slides = window is not None
+        kinds = ["sliding_attention"] * (slides and first < layers) + ["full_attention"] * (not slides or first > 0)
+    kinds = set(map(str, kinds)) if isinstance(kinds, list) else {str(kinds)}
+    if kinds <= {"full_attention"}:
         return None
-    if set(kinds) != {"sliding_attention"} or window is None:
-        reader.refuse("layer_types", sorted(set(kinds)), "the same for all layers")
+    if kinds != {"sliding_attention"} or window is None:
+        reader.refuse("layer_types", sorted(kinds), "the same for all layers")
     return window
 
 

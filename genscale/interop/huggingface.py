@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
 
 from genscale.errors import UserError, nearest
-from genscale.interop.architectures import settings_of
-from genscale.interop.weights import Read, SafetensorsFolder, read_weights
+from genscale.interop.architectures import CLASSES, settings_of
+from genscale.interop.weights import HEAD, Read, SafetensorsFolder, has_a_head_of_its_own, read_weights
 from genscale.models.gpt_settings import GPTSettings, resolved
+from genscale.reading import Unreadable, read_json
 
+log = logging.getLogger("genscale")
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 # Whatever else a repository holds (pickles, other formats) is not fetched.
@@ -54,23 +56,37 @@ def _from_hub(name: str) -> Path:
 
 
 def read_settings(folder: Path, name: str) -> dict[str, Any]:
-    """The fields of `GPTSettings` that the folder's config.json comes to. Raises UserError."""
+    """The fields of `GPTSettings` that the folder comes to. Raises UserError."""
+    return _as_stored(settings_of(_read_config(folder, name), name), SafetensorsFolder(folder, name))
+
+
+def _as_stored(fields: dict[str, Any], files: SafetensorsFolder) -> dict[str, Any]:
+    """What config.json says, but for a head of its own beside the token embedding: it is not shared then, as in transformers
+    (`tie_weights` of modeling_utils.py)."""
     try:
-        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        resolved(GPTSettings(**fields))  # before anything is made of its sizes
+    except UserError as error:
+        raise UserError(f"model.from: {files.name}: {CONFIG} describes no GPT: {error}") from None
+    return {**fields, "tied": fields["tied"] and not has_a_head_of_its_own(fields["preset"], files)}
+
+
+def _read_config(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        content = read_json(folder / CONFIG)
     except FileNotFoundError:
         is_run = (folder / "checkpoints").is_dir() or (folder / "manifest.json").is_file()
         advice = (f"it is a genscale run: write a Hugging Face folder with `genscale export {name} --out DIR` first" if is_run
                   else "give the folder that transformers' save_pretrained wrote")
         raise UserError(f"model.from: {name} holds no {CONFIG}; {advice}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, Unreadable) as error:
         raise UserError(f"model.from: {name}: {CONFIG} cannot be read ({error}); copy the folder again") from None
     if not isinstance(content, dict):
         raise UserError(f"model.from: {name}: {CONFIG} is a {type(content).__name__}, not an object; copy the folder again")
-    return settings_of(content, name)
+    return content
 
 
 def open_huggingface(name: str) -> tuple[dict[str, Any], Read]:
-    """A GPT-2, Llama or Qwen3 in a folder or on the hub, no weight of it loaded yet.
+    """A GPT-2, Llama or Qwen3 in a folder or on the hub, no weight of it loaded yet. Says in a line what of it is not heeded.
 
     Returns:
         The fields of `GPTSettings` (with `vocab_size`), and `read(name)`: our parameter of that name, full, fp32, on the CPU.
@@ -79,6 +95,14 @@ def open_huggingface(name: str) -> tuple[dict[str, Any], Read]:
         UserError: no such model, another architecture, or files that are missing, damaged or at odds with config.json.
     """
     folder = find_folder(name)
-    fields = read_settings(folder, name)
-    settings = resolved(GPTSettings(**fields))
-    return fields, read_weights(fields["preset"], settings, fields["vocab_size"], SafetensorsFolder(folder, name))
+    content = _read_config(folder, name)
+    said = settings_of(content, name)
+    files = SafetensorsFolder(folder, name)
+    fields = _as_stored(said, files)
+    if content.get("auto_map"):
+        log.warning("model.from: %s names code of its own (auto_map), which is not run; it is read as a %s", name,
+                    CLASSES[fields["preset"]])
+    if fields["tied"] != said["tied"]:
+        log.warning("model.from: %s says tie_word_embeddings true, and holds another %s; the two are read as they are, untied, "
+                    "as transformers does", name, HEAD)
+    return fields, read_weights(fields["preset"], resolved(GPTSettings(**fields)), fields["vocab_size"], files)

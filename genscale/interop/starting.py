@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from genscale.config import Config
@@ -21,6 +20,7 @@ from genscale.errors import UserError
 from genscale.interop.huggingface import TOKENIZER, find_folder, open_huggingface, read_settings
 from genscale.interop.tokenizer_files import GENERATION_CONFIG
 from genscale.interop.weights import Read
+from genscale.reading import Unreadable, read_yaml
 
 FREE = {"family", "from_", "dropout", "attention_dropout", "loss_chunk", "init_std"}
 """Settings that are the run's own whatever it starts from."""
@@ -63,8 +63,18 @@ def complete_from(config: Config, recorded: Path | None = None) -> Any:
 def _recorded_shape(recorded: Path | None, name: str) -> dict[str, Any] | None:
     if recorded is None:
         return None
-    model = yaml.safe_load((recorded / "config.yaml").read_text())["model"]
+    model = _model_of(recorded)
     return {key: value for key, value in model.items() if key not in (*FREE, "from")} if model.get("from") == name else None
+
+
+def _model_of(recorded: Path) -> dict[str, Any]:
+    try:
+        model = read_yaml(recorded / "config.yaml")["model"]
+    except (OSError, Unreadable, KeyError, TypeError):
+        model = None
+    if not isinstance(model, dict):
+        raise UserError(f"run.resume: {recorded / 'config.yaml'} is damaged: it holds no section 'model'")
+    return model
 
 
 def _merged(ours: Any, shape: dict[str, Any], name: str) -> Any:

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as Backend
 
 from genscale.data.tokenizers import END_OF_TEXT, ByteTokenizer, Tokenizer
 from genscale.interop.huggingface import TOKENIZER
+from genscale.reading import read_json
 
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
 
@@ -57,7 +58,7 @@ def _byte_character(byte: int) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

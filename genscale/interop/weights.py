@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +18,9 @@ from torch import Tensor
 from genscale.errors import UserError
 from genscale.models.gpt import GPT
 from genscale.models.gpt_settings import GPTSettings
+from genscale.reading import Unreadable, read_json
+
+log = logging.getLogger("genscale")
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
@@ -35,6 +41,11 @@ BLOCK = {
 }
 for table in (TOP, BLOCKS, BLOCK):
     table["qwen3"] = table["llama"]  # its two norms more stand in the same table
+HEAD = "lm_head.weight"
+UNUSED = re.compile(r"(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
+"""Tensors that hold no weights: buffers that older versions of transformers saved too."""
+CHUNK = 2**24
+"""Elements that are compared at a time."""
 Read = Callable[[str], Tensor]
 
 
@@ -97,21 +108,35 @@ class SafetensorsFolder:
         if (folder / SINGLE).is_file():
             files = [SINGLE]
         elif (folder / INDEX).is_file():
-            try:
-                files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
-                raise UserError(f"model.from: {name}: {INDEX} is damaged ({error!r}); copy the folder again") from None
+            files = self._shards()
         else:
             pickled = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern))
-            why = f" ({pickled[0]} is a pickle, which is not read)" if pickled else ""
+            why = f" ({pickled[0]} is a pickle, which is not read: convert it)" if pickled else ""
             raise UserError(f"model.from: {name} holds no {SINGLE} and no {INDEX}{why}; save the model with transformers' "
                             "save_pretrained")
-        self._file_of = {}
+        self._file_of: dict[str, object] = {}
         for file in files:
-            self._file_of |= dict.fromkeys(*self._open(file))
+            keys, opened = self._open(file)
+            if twice := next((key for key in keys if key in self._file_of), None):
+                raise UserError(f"model.from: {name}: {twice} is in {file} and in another file too; copy the folder again")
+            self._file_of |= dict.fromkeys(keys, opened)
+
+    def _shards(self) -> list[str]:
+        """The files that the index names: of this folder, whatever it names them."""
+        try:
+            files = set(read_json(self.folder / INDEX)["weight_map"].values())
+        except (OSError, Unreadable, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"model.from: {self.name}: {INDEX} is damaged ({error}); copy the folder again") from None
+        for file in files:
+            if not isinstance(file, str) or file != Path(file).name or file in ("", "..") or "\0" in file:
+                raise UserError(f"model.from: {self.name}: {INDEX} names {file!r}, which is no file of this folder; copy the "
+                                "folder again")
+        return sorted(files)
 
     def _open(self, file: str) -> tuple[list[str], object]:
         try:
+            if (self.folder / file).exists() and not (self.folder / file).is_file():
+                raise OSError("no plain file")
             opened = safe_open(str(self.folder / file), framework="pt")
             return list(opened.keys()), opened
         except FileNotFoundError:
@@ -135,6 +160,29 @@ class SafetensorsFolder:
     def __call__(self, key: str) -> Tensor:
         return self._file_of[key].get_tensor(key)
 
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors are, without holding them."""
+        if (shape := self.shape(one)) != self.shape(other) or self.kind(one) != self.kind(other):
+            return False
+        slices = [self._file_of[key].get_slice(key) for key in (one, other)]
+        rows = max(1, CHUNK // max(1, math.prod(shape[1:])))
+        return all(torch.equal(*(values[start:start + rows] for values in slices)) for start in range(0, shape[0], rows))
+
+
+def has_a_head_of_its_own(kind: str, source: SafetensorsFolder) -> bool:
+    """Whether the folder holds an output layer beside the token embedding, and another one."""
+    embedding = _embedding(kind, source)
+    return HEAD in source and embedding in source and not source.equal(HEAD, embedding)
+
+
+def _embedding(kind: str, source: SafetensorsFolder) -> str:
+    return f"{'' if _is_bare(kind, source) else PREFIX[kind]}{TOP[kind]['token_embedding']}.weight"
+
+
+def _is_bare(kind: str, source: SafetensorsFolder) -> bool:
+    """Files saved from the model without its head (GPT-2's own on the hub) have the names without the prefix."""
+    return not any(key.startswith(PREFIX[kind]) for key in source)
+
 
 def read_weights(kind: str, settings: GPTSettings, vocab_size: int, source: SafetensorsFolder) -> Read:
     """`read(name)` of our parameters, full fp32 CPU tensors of the folder's shape; every header is checked now.
@@ -142,12 +190,14 @@ def read_weights(kind: str, settings: GPTSettings, vocab_size: int, source: Safe
     Raises:
         UserError: names the tensors that are missing, of another shape, or no floating-point numbers.
     """
-    # Files saved from the model without its head (GPT-2's own on the hub) have the names without the prefix.
-    bare = not any(key.startswith(PREFIX[kind]) for key in source)
+    bare, embedding = _is_bare(kind, source), _embedding(kind, source)
+    head_alone = settings.tied and embedding not in source  # under the other of the two names of what is shared
     found, missing, wrong = {}, [], []
     for name, shape in shapes(settings, vocab_size).items():
         found[name] = [replace(piece, name=piece.name.removeprefix(PREFIX[kind])) if bare else piece
                        for piece in pieces(kind, settings, name, shape)]
+        if head_alone and found[name][0].name == embedding and HEAD in source:
+            found[name] = [replace(found[name][0], name=HEAD)]
         for piece in found[name]:
             if piece.name not in source:
                 missing.append(piece.name)
@@ -159,6 +209,12 @@ def read_weights(kind: str, settings: GPTSettings, vocab_size: int, source: Safe
                         f"copy the folder again, or save the whole model")
     if wrong:
         raise UserError(f"model.from: {source.name}: weights are not what config.json says: {_first(wrong)}")
+
+    used = {piece.name for parts in found.values() for piece in parts}
+    unused = sorted(key for key in source if key not in used and not UNUSED.search(key) and not (settings.tied and key == HEAD))
+    if unused:
+        log.warning("model.from: %s: of its tensors %d %s not used, for this model has none like it: %s", source.name,
+                    len(unused), "is" if len(unused) == 1 else "are", _first(unused))
 
     def read(name: str) -> Tensor:
         parts = [source(piece.name).float() for piece in found[name]]

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from genscale.errors import UserError
+from genscale.config_mistakes import MOST
+from genscale.errors import UserError, nearest_divisors
 
 PRESETS: dict[str, dict[str, Any]] = {
     "gpt2": {"position_encoding": "learned", "norm": "layernorm", "norm_eps": 1e-5, "activation": "gelu", "bias": True,
@@ -20,6 +21,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 """What a preset says where a setting is left out. Radford et al. 2019 (GPT-2); Grattafiori et al. 2024 (Llama 3); Qwen team
 2025 (Qwen3)."""
 MLP_MULTIPLE = 64
+MAX_PARAMETERS = 10**14
+"""More than any machine holds."""
 
 
 @dataclass
@@ -95,6 +98,7 @@ def resolved(settings: GPTSettings) -> GPTSettings:
     Raises:
         UserError: settings that no GPT can have.
     """
+    _check_sizes(settings)
     preset = {key: value for key, value in PRESETS[settings.preset].items() if getattr(settings, key) is None}
     filled = replace(settings, **preset)
     filled.kv_heads = filled.kv_heads or filled.heads
@@ -106,7 +110,32 @@ def resolved(settings: GPTSettings) -> GPTSettings:
         multiple = MLP_MULTIPLE if filled.activation == "swiglu" else 1
         filled.mlp_width = -(-wanted // multiple) * multiple
     _check(filled)
+    count = parameter_count(filled)
+    if count > MAX_PARAMETERS:
+        raise UserError(f"model: {filled.layers} layers of model.width {filled.width}, model.mlp_width {filled.mlp_width} and "
+                        f"{filled.heads} heads of {filled.head_width} are {count:.1e} parameters; at most {MAX_PARAMETERS:.0e}")
     return filled
+
+
+def parameter_count(settings: GPTSettings) -> int:
+    """Of a GPT of these (resolved) settings; without its token embedding where model.vocab_size is left open."""
+    s = settings
+    heads, shared = s.heads * s.head_width, s.kv_heads * s.head_width
+    layer_norm = s.norm == "layernorm"
+    norm = s.width * (1 + (layer_norm and s.bias))
+    attention = s.width * (2 * heads + 2 * shared) + s.bias * (heads + 2 * shared + s.width)
+    attention += s.qk_norm * 2 * s.head_width
+    up = s.mlp_width * (2 if s.activation == "swiglu" else 1)
+    mlp = s.width * (up + s.mlp_width) + s.bias * (up + s.width)
+    tables = (s.vocab_size or 0) * (1 if s.tied else 2) + s.positions * (s.position_encoding == "learned")
+    return s.layers * (attention + mlp + 2 * norm) + norm + tables * s.width
+
+
+def _check_sizes(settings: GPTSettings) -> None:
+    for name in ("layers", "heads", "width", "kv_heads", "head_width", "mlp_width", "positions", "vocab_size"):
+        value, most = getattr(settings, name), MOST[f"model.{name}"]
+        if value is not None and value > most:
+            raise UserError(f"model.{name}: must be at most {most}, not {value}")
 
 
 def _check_heads_divide(width: int, heads: int) -> None:
@@ -114,18 +143,13 @@ def _check_heads_divide(width: int, heads: int) -> None:
         below = width // heads * heads
         widths = " or ".join(str(w) for w in (below, below + heads) if w > 0)
         raise UserError(f"model.heads: {heads} does not divide model.width {width}; nearest allowed: model.heads "
-                        f"{_nearest_divisors(width, heads)}, or model.width {widths} (or set model.head_width)")
-
-
-def _nearest_divisors(number: int, wanted: int) -> str:
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    return " or ".join(map(str, sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:2])))
+                        f"{nearest_divisors(width, heads)}, or model.width {widths} (or set model.head_width)")
 
 
 def _check(settings: GPTSettings) -> None:
     if settings.heads % settings.kv_heads:
         raise UserError(f"model.kv_heads: {settings.kv_heads} does not divide model.heads {settings.heads}; nearest allowed: "
-                        f"{_nearest_divisors(settings.heads, settings.kv_heads)}")
+                        f"{nearest_divisors(settings.heads, settings.kv_heads)}")
     if settings.position_encoding == "rotary" and settings.head_width % 2:
         raise UserError(f"model.head_width: {settings.head_width} is odd, and rotary positions turn pairs of features; nearest "
                         f"allowed: {settings.head_width + 1} (or model.position_encoding learned)")

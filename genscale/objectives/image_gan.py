@@ -31,6 +31,7 @@ from genscale.objectives.base import Batch, Family, Networks
 from genscale.objectives.gan import GAN, INITIAL_STD
 from genscale.objectives.gan_settings import GANObjectiveSettings, check_batch, check_losses
 from genscale.objectives.sample_quality import distance, distance_units, diversity
+from genscale.reading import Unreadable, read_json
 
 log = logging.getLogger("genscale")
 
@@ -124,10 +125,20 @@ def build(config: Config, data: Data) -> ImageGAN:
 
 def restore(config: Config, folder: Path) -> ImageGAN:
     """The objective of a trained run."""
-    file = folder / CLASSES_FILE
-    count = config.model.classes
-    names = json.loads(file.read_text(encoding="utf-8")) if file.exists() else [str(number) for number in range(count or 0)]
-    return _build(config, names if count else None)
+    return _build(config, _class_names(folder / CLASSES_FILE, config.model.classes) if config.model.classes else None)
+
+
+def _class_names(file: Path, classes: int) -> list[str]:
+    """As the run has kept them; numbers for a run that has not. Raises UserError."""
+    try:
+        names = read_json(file)
+    except FileNotFoundError:
+        return [str(i) for i in range(classes)]
+    except (OSError, Unreadable) as error:
+        raise UserError(f"{file} cannot be read: {error}; remove it to have classes by number") from None
+    if not isinstance(names, list) or len(names) != classes or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{file} does not hold the names of {classes} classes; remove it to have them by number")
+    return names
 
 
 def _build(config: Config, class_names: list[str] | None) -> ImageGAN:

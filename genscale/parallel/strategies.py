@@ -44,6 +44,10 @@ class ParallelPlan:
     def needs_group(self) -> bool:
         return self.strategy not in ("single", "ddp")
 
+    def copies_of_weights(self, processes: int) -> float:
+        """That so many of its processes hold between them."""
+        return processes / self.world_size if self.strategy in ("zero3", "fsdp2") else processes
+
 
 def plan_parallel(settings: ParallelSettings, precision: str, optimizer: str = "adamw") -> ParallelPlan:
     """Settle `parallel` and `train.precision` with what the launcher asked for; `optimizer` is `optimizer.name`.

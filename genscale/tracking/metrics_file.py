@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from genscale.errors import UserError
+from genscale.reading import Unreadable, parse_json, read_bytes
 
 
 def _plain(value: Any) -> Any:
@@ -26,19 +27,22 @@ def _plain(value: Any) -> Any:
 
 def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """(line, record) of every whole line. A last line that was cut short by a kill or a full disk is left out."""
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    try:
+        lines = read_bytes(path).decode(errors="replace").split("\n")
+    except Unreadable as error:
+        raise UserError(f"{path} {error}") from None
     records = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            record, why = parse_json(line), "not a JSON object with a step"
+        except Unreadable as error:
+            record, why = None, str(error)
+        if isinstance(record, dict) and type(record.get("step")) is int and 0 <= record["step"] < 2**63:
             records.append((line, record))
         elif number < len(lines):
-            raise UserError(f"{path}: line {number} is damaged (not a JSON object with a step); delete that line to go on")
+            raise UserError(f"{path}: line {number} is damaged ({why}); delete that line to go on")
     return records
 
 

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL import Image
 
 from genscale.errors import UserError
+from genscale.reading import Unreadable, read_yaml
 from genscale.tracking.metrics_file import read_metrics
 from genscale.tracking.wandb_log import OtherFormat, read_records, write_records
 
@@ -164,10 +164,14 @@ def _described(run_folder: Path) -> Any:
     from wandb.proto.wandb_internal_pb2 import Record
 
     try:
-        config = yaml.safe_load((run_folder / "config.yaml").read_text())
+        config = read_yaml(run_folder / "config.yaml")
         run_id = (run_folder / "wandb" / "run_id").read_text().strip()
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror}); W&B has kept nothing else of this run") from None
+    except Unreadable as error:
+        raise UserError(f"{run_folder / 'config.yaml'} {error}; W&B has kept nothing else of this run") from None
+    if not isinstance(config, dict) or not isinstance(config.get("tracking"), dict):
+        raise UserError(f"{run_folder / 'config.yaml'} is not that of a run; W&B has kept nothing else of this run")
     tracking, record = config["tracking"], Record()
     record.run.run_id, record.run.project, record.run.display_name = run_id, tracking["project"], run_folder.resolve().name
     record.run.entity = tracking["entity"] or ""

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from genscale.config import TrainSettings
-from genscale.errors import UserError
+from genscale.errors import UserError, nearest_divisors
 
 
 class Collapsed(UserError):
@@ -21,11 +21,10 @@ def check_collapse(train: TrainSettings) -> None:
         raise UserError(f"train.collapse: {train.collapse} goes by the evaluations, and train.evaluate_every is 0; set it to "
                         f"the steps between them, as {max(1, train.steps // 20)}, or train.collapse to ignore")
     if train.collapse == "restore" and (not train.checkpoint_every or train.evaluate_every % train.checkpoint_every):
-        divisors = [n for n in range(1, train.evaluate_every + 1) if train.evaluate_every % n == 0]
-        near = sorted(sorted(divisors, key=lambda n: abs(n - (train.checkpoint_every or train.evaluate_every)))[:2])
+        near = nearest_divisors(train.evaluate_every, train.checkpoint_every or train.evaluate_every)
         raise UserError(f"train.checkpoint_every: {train.checkpoint_every} does not divide train.evaluate_every "
                         f"{train.evaluate_every}, so that the best evaluation may have no checkpoint, to which train.collapse "
-                        f"restore goes back; nearest that do: {' or '.join(map(str, near))}")
+                        f"restore goes back; nearest that do: {near}")
 
 
 class CollapseWatch:

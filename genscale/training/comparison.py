@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from genscale.config import MAY_CHANGE_AT_RESUME, MUST_NOT_CHANGE_AT_RESUME
 from genscale.errors import UserError
+from genscale.reading import Unreadable, read_yaml
 from genscale.tracking.metrics_file import read_metrics
 from genscale.training.checkpoint_comparison import CheckpointDifference, compare_checkpoints
 from genscale.training.run_folder import flatten
@@ -140,10 +140,14 @@ def compare_runs(a: Path, b: Path) -> Comparison:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        config["model"]["family"], config["train"]["precision"]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        raise UserError(f"compare: {folder} is no run folder (which holds config.yaml and metrics.jsonl)") from None
+        config = read_yaml(folder / "config.yaml")
+        named = config["model"]["family"], config["train"]["precision"]
+    except Unreadable as error:
+        raise UserError(f"compare: {folder / 'config.yaml'} {error}") from None
+    except (OSError, KeyError, TypeError):
+        named = None, None
+    if not all(isinstance(word, str) for word in named):
+        raise UserError(f"compare: {folder} is no run folder (which holds config.yaml and metrics.jsonl)")
     return config
 
 
@@ -151,10 +155,34 @@ def _records(folder: Path, source: str) -> Records:
     """By step; a step's losses and its evaluation stand in one."""
     records: Records = {}
     for record in read_metrics(folder / source):
+        if wrong := _malformed(record, source == TRACE):
+            raise UserError(f"compare: {folder / source}: {wrong} of step {record['step']} is not what genscale writes there")
         records.setdefault(record["step"], {}).update(record)
     if not records:
         raise UserError(f"compare: {folder} has no step in {source}; compare runs that trained")
     return records
+
+
+def _malformed(record: dict[str, Any], is_trace: bool) -> str | None:
+    """What in the record of a step nothing can be compared with."""
+    if not is_trace:
+        return None
+    if not isinstance(record.get("metrics", {}), dict):
+        return "metrics"
+    for kind in ("gradients", "weights"):
+        networks = record.get(kind, {})
+        if not isinstance(networks, dict) or not all(isinstance(tensors, dict) for tensors in networks.values()):
+            return kind
+        for name, values in ((name, values) for tensors in networks.values() for name, values in tensors.items()):
+            if not isinstance(values, list) or len(values) != 3 or not all(
+                    value is None or _is_number(value) for value in values[1:]):
+                return f"{kind} {name}"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    """Of a size that a float can have."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _span(records: Records) -> str:
@@ -186,7 +214,7 @@ def _scales(records: list[Records]) -> dict[str, float]:
     values: dict[str, list[float]] = {}
     for record in (*records[0].values(), *records[1].values()):
         for name, value in _metrics(record).items():
-            if isinstance(value, (int, float)):
+            if _is_number(value):
                 values.setdefault(name, []).append(abs(value))
     return {name: statistics.median(sizes) for name, sizes in values.items()}
 
@@ -212,8 +240,8 @@ def _in_step(step: int, a: dict[str, Any], b: dict[str, Any], limit: float, scal
     for name in norms:
         yield _number(step, name, numbers, limit, scales)
     for name in rates:
-        yield Difference(step, f"{name.replace('_', ' ').replace('/', ' of ')} "
-                         f"{numbers[0][name]:.9g} and {numbers[1][name]:.9g}")
+        yield Difference(step, f"{name.replace('_', ' ').replace('/', ' of ')} {_shown(numbers[0][name])} and "
+                               f"{_shown(numbers[1][name])}")
     yield from _networks(step, "weights", a, b, ROUNDING_OF_UPDATES)
 
 
@@ -224,10 +252,14 @@ def _of_the_clock(name: str) -> bool:
 
 def _number(step: int, name: str, numbers: list[dict[str, Any]], limit: float, scales: dict[str, float]) -> Difference:
     a, b = (pair[name] for pair in numbers)
-    if a is None or b is None:  # NaN or infinite
-        return Difference(step, f"{name} {a} and {b}", math.inf, limit, is_loss=True)
+    if not (_is_number(a) and _is_number(b)):  # null: NaN or infinite
+        return Difference(step, f"{name} {_shown(a)} and {_shown(b)}", math.inf, limit, is_loss=True)
     size = abs(a - b) / max(abs(a), abs(b), scales[name])
     return Difference(step, f"{name} {a:.9g} and {b:.9g}, relative difference {size:.1e}", size, limit, is_loss=True)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.9g}" if _is_number(value) else "null" if value is None else repr(str(value)[:40])
 
 
 def _networks(step: int, kind: str, a: dict[str, Any], b: dict[str, Any], limit: float) -> Iterator[Difference]:

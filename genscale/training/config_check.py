@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import yaml
-
 from genscale.config import Config
 from genscale.errors import UserError
 from genscale.interop.starting import complete_from
@@ -48,7 +46,7 @@ def check_config(config: Config, world_size: int) -> None:
         if recorded is not None:
             checkpoint = Checkpoint(recorded)
             if config.train.precision == "auto":  # which the other machines settle, as they did before
-                config.train.precision = yaml.safe_load((recorded / "config.yaml").read_text())["train"]["precision"]
+                config.train.precision = checkpoint.config().get("train", {}).get("precision", "auto")
             check_may_continue(config, checkpoint, data.plan())
             if objective.couples_samples:
                 check_same_accumulation(config.train, checkpoint, accumulation, world_size)

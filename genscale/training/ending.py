@@ -15,6 +15,7 @@ from typing import Any, Literal
 from genscale import exit_codes
 from genscale.errors import SourceLost, UserError
 from genscale.masking import masked
+from genscale.reading import read_json
 from genscale.training.exclusive_file import give_name
 from genscale.training.run_owner import latest_claim
 from genscale.training.signals import Stopped
@@ -109,7 +110,8 @@ class Ending:
         if self.taken_over():
             return None
         with contextlib.suppress(OSError, ValueError):
-            return json.loads(self._path.read_text())
+            said = read_json(self._path)
+            return said if isinstance(said, dict) else None
         return None
 
 

@@ -17,7 +17,7 @@ from genscale.config import Config
 from genscale.config_mistakes import check_not_masked
 from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader
-from genscale.errors import UserError
+from genscale.errors import UserError, nearest_divisors
 from genscale.interop.starting import keep_for_export, weights_from
 from genscale.objectives import FAMILIES
 from genscale.objectives.base import Objective
@@ -35,6 +35,7 @@ from genscale.training.optimizers import make_optimizer
 from genscale.training.restoring import load_beside_weights
 from genscale.training.rollback import GoBack
 from genscale.training.run_folder import (
+    check_batch_memory,
     check_free_space,
     check_host_memory,
     check_may_continue,
@@ -45,6 +46,7 @@ from genscale.training.run_folder import (
     run_folder,
     set_later_checkpoints_aside,
 )
+from genscale.training.schedules import never_reached
 from genscale.training.signals import StopSignal
 from genscale.training.step_report import Hook
 from genscale.training.supervision import Supervision, group_timeout_minutes
@@ -95,6 +97,7 @@ def _start(config: Config, stop: StopSignal) -> RunResult:
         config.parallel.offload, config.train.precision = plan.offload, plan.precision
         shape = derive_accumulation(config, plan.world_size)
         folder = run_folder(config)
+        check_batch_memory(config, shape[0])
     clear_launch_environment()
     processes = Processes(plan.needs_group, group_timeout_minutes(config.guards.hang_minutes))
     try:
@@ -126,13 +129,11 @@ def derive_accumulation(config: Config, world_size: int) -> tuple[int, int]:
     share = batch // world_size
     micro = train.micro_batch_size or share
     if share % micro:
-        divisors = [d for d in range(1, share + 1) if share % d == 0]
-        nearest_micro = sorted(sorted(divisors, key=lambda d: abs(d - micro))[:2])
         unit = micro * world_size
         nearest_batch = [n for n in (batch // unit * unit, (batch // unit + 1) * unit) if n]
         raise UserError(f"train.micro_batch_size: {micro} x {world_size} processes does not divide "
                         f"train.global_batch_size {batch}; nearest "
-                        f"micro-batch sizes that do: {' or '.join(map(str, nearest_micro))}; nearest global batch sizes: "
+                        f"micro-batch sizes that do: {nearest_divisors(share, micro)}; nearest global batch sizes: "
                         f"{' or '.join(map(str, nearest_batch))}")
     return micro, share // micro
 
@@ -148,7 +149,9 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
         parameters = sum(sizes.values())
         averages = sum(sizes[name] for name in averaged_networks(config, objective))
         hosts = processes.gather(platform.node())
-        processes.main_does(lambda: check_host_memory(parameters, averages, hosts.count(hosts[0]) / len(hosts)))
+        here = hosts.count(hosts[0])
+        copies = plan.copies_of_weights(here) if processes.device.type == "cpu" else 0
+        processes.main_does(lambda: check_host_memory(parameters, averages, here / len(hosts), copies))
         processes.main_does(lambda: check_free_space(folder, parameters, averages, config.train, log.warning))
         checkpoint = _resume_point(config, processes, folder, data, objective, accumulation)
         engine = build_engine(plan, processes, config.parallel, config.train.precision, config.train.clip,
@@ -159,6 +162,8 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
         loader = open_loader(config, data, processes, micro_batch_size, state)
         processes.main_does(lambda: _write_what_it_is(config, folder, objective, pretrained is not None))
         if processes.is_main:
+            for line in never_reached(config):
+                log.warning("%s", line)
             if pretrained is not None:
                 log.info("starting from the weights of %s", config.model.from_)
             kind = processes.device.type if processes.device.type == "cpu" else torch.cuda.get_device_name(processes.device)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 
 from genscale.config import MAY_CHANGE_AT_RESUME, MUST_NOT_CHANGE_AT_RESUME, Config, TrainSettings
 from genscale.config_keys import as_key
@@ -24,6 +23,7 @@ from genscale.errors import UserError
 from genscale.interop.starting import complete_from
 from genscale.masking import masked
 from genscale.objectives import FAMILIES
+from genscale.reading import dump_yaml, parse_yaml, read_yaml
 from genscale.training.checkpoint_writing import clear_leftovers
 from genscale.training.checkpoints import Checkpoint, latest_valid, list_checkpoints
 
@@ -52,18 +52,37 @@ def create_run_folder(folder: Path) -> None:
                         f"write to") from None
 
 
-def check_host_memory(parameters: int, averages: int = 0, share: float = 1.0) -> None:
+def check_host_memory(parameters: int, averages: int = 0, share: float = 1.0, copies: float = 0.0) -> None:
     """Refuse to start where no checkpoint could be written: each process copies its part to host memory first, 12 bytes a
-    parameter as on the disk, and 4 for each that an average is kept of.
+    parameter as on the disk, and 4 for each that an average is kept of; and where the model does not fit that is trained there.
 
     Args:
         share: of all processes, that run on this machine.
+        copies: of the weights and their gradients that are held in this machine's memory, 8 bytes a parameter.
     """
-    free, needed = psutil.virtual_memory().available, (12 * parameters + 4 * averages) * share
+    each = 12 * share + 8 * copies
+    free, needed = psutil.virtual_memory().available, each * parameters + 4 * averages * share
     if free < needed:
+        beside = " beside the weights and their gradients" if copies else ""
         need = f"{needed / 2**30:,.0f} GiB of this machine's memory, of which {free / 2**30:,.0f} GiB are free"
-        raise UserError(f"model: a checkpoint of {parameters:,} parameters is collected in {need}; at most "
-                        f"{int(free / 12 / share):,} parameters fit")
+        raise UserError(f"model: a checkpoint of {parameters:,} parameters is collected{beside} in {need}; at most "
+                        f"{int(free / each):,} parameters fit")
+
+
+def check_batch_memory(config: Config, micro_batch_size: int) -> None:
+    """Refuse to start where the samples that a process holds at once, those loaded ahead among them, are more than this
+    machine's memory. Raises UserError."""
+    data, train = config.data, config.train
+    if hasattr(data, "sequence_length"):
+        sample = 4 * (data.sequence_length + 1)
+    else:
+        sample = getattr(data, "channels", 1) * getattr(data, "size", 1) ** 2
+    batches = 1 + min(data.prefetch_steps, train.steps)
+    memory, needed = psutil.virtual_memory().total, sample * micro_batch_size * batches
+    if memory < needed:
+        raise UserError(f"train.micro_batch_size: {micro_batch_size} samples of {sample:,} bytes and data.prefetch_steps "
+                        f"{data.prefetch_steps} more such batches are {needed / 2**30:,.0f} GiB, and this machine has "
+                        f"{memory / 2**30:,.0f} GiB of memory; at most {memory // (sample * batches):,} samples fit")
 
 
 def check_free_space(folder: Path, parameters: int, averages: int, train: TrainSettings, warn: Callable[[str], None]) -> None:
@@ -91,7 +110,7 @@ def config_dict(config: Config) -> dict[str, Any]:
     """The config as nested dicts of plain values, keys as the user writes them; tokens in addresses are masked."""
     sections = {section: {as_key(key): _plain(value) for key, value in settings.items()}
                 for section, settings in dataclasses.asdict(config).items() if settings is not None}
-    return yaml.safe_load(yaml.safe_dump(sections))
+    return parse_yaml(dump_yaml(sections))
 
 
 def _plain(value: Any) -> Any:
@@ -109,7 +128,7 @@ def _plain(value: Any) -> Any:
 
 
 def config_yaml(config: Config) -> str:
-    return yaml.safe_dump(config_dict(config), sort_keys=False)
+    return dump_yaml(config_dict(config))
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -129,7 +148,7 @@ def check_may_continue(config: Config, checkpoint: Checkpoint, plan: dict[str, A
     # A setting that did not exist when the checkpoint was written had its default's effect.
     defaults = flatten(config_dict(Config(model=type(config.model)(), data=type(config.data)(),
                                           objective=type(config.objective)() if config.objective else None)))
-    old = {**{key: defaults.get(key) for key in new}, **flatten(yaml.safe_load((checkpoint.path / "config.yaml").read_text()))}
+    old = {**{key: defaults.get(key) for key in new}, **flatten(checkpoint.config())}
     changed = {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)}
     recorded = checkpoint.state()["plan"]
     differing = plan_differences(recorded, plan)
@@ -184,9 +203,9 @@ def recorded_in(folder: Path, resume: str) -> Path | None:
     paths = [checkpoint.path for checkpoint in list_checkpoints(folder / "checkpoints")] if resume == "auto" else [Path(resume)]
     for path in reversed(paths):
         try:
-            if isinstance(yaml.safe_load((path / "config.yaml").read_text()), dict):
+            if isinstance(read_yaml(path / "config.yaml"), dict):
                 return path
-        except (OSError, ValueError, yaml.YAMLError):
+        except (OSError, ValueError):
             continue
     return None
 

@@ -25,12 +25,15 @@ from typing import Any
 import psutil
 
 from genscale.errors import UserError
+from genscale.reading import read_json
 from genscale.training.exclusive_file import give_name
 
 BEAT_SECONDS = 5.0
 """Between two touches of the owner's file."""
 STALE_SECONDS = 60.0
 """An owner on another machine that has not touched its file for so long is dead."""
+_KEYS = {"token", "host", "pid", "started", "boot", "pids", "job", "restart", "folder"}
+"""Of a claim."""
 EMPTY_SECONDS = 1.0
 """After which an owner's file without content is one that nobody is writing."""
 
@@ -217,9 +220,9 @@ def _lives(pid: int, started: float) -> bool:
 def _read(file: Path) -> dict[str, Any] | None:
     """None for a file that is gone, or that a full disk or a torn copy has left without its content."""
     try:
-        content = json.loads(file.read_text())
-        return content if "token" in content else None
-    except (FileNotFoundError, ValueError, TypeError):
+        content = read_json(file)
+        return content if content.keys() >= _KEYS else None
+    except (FileNotFoundError, ValueError, AttributeError):
         return None
 
 

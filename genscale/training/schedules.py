@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
-from genscale.config import ScheduleSettings
+from genscale.config import Config, ScheduleSettings
 
 
 def learning_rate_share(step: int, steps: int, settings: ScheduleSettings) -> float:
@@ -28,6 +29,28 @@ def learning_rate_share(step: int, steps: int, settings: ScheduleSettings) -> fl
     if settings.name == "linear":
         return 1 - (1 - final) * t
     return final + (1 - final) * (1 + math.cos(math.pi * t)) / 2
+
+
+def never_reached(config: Config) -> Iterator[str]:
+    """What a run is too short for that its config asks for, in a line each: nothing is wrong with it, and `train.steps` may
+    grow."""
+    train, schedule, objective = config.train, config.schedule, config.objective
+    steps, warmup = train.steps, schedule.warmup_steps
+    if warmup >= steps:
+        peak = learning_rate_share(steps, steps, schedule)
+        yield (f"schedule.warmup_steps: {warmup} is the whole of train.steps {steps}: the learning rate ends at {peak:.0%} of "
+               f"its peak and never falls; at most {steps - 1} leaves a step after it")
+    elif schedule.name == "wsd" and warmup + round(schedule.decay_share * steps) > steps:
+        yield (f"schedule.decay_share: {schedule.decay_share:g} of train.steps {steps} begins within the warm-up of {warmup} "
+               f"steps, so that the learning rate never is at its peak; at most {1 - warmup / steps:.2g} begins after it")
+    rising = ["kl_warmup_steps"] + ["capacity_steps"] * (getattr(objective, "capacity", None) is not None)
+    for name in rising:
+        if (wanted := getattr(objective, name, 0)) > steps:
+            yield f"objective.{name}: {wanted} is beyond train.steps {steps}, so that its end is never reached"
+    samples = steps * train.global_batch_size
+    if train.ema_half_life > samples and not train.ema_ramp_up:
+        yield (f"train.ema_half_life: {train.ema_half_life:g} samples are more than the {samples} of the whole run, and "
+               "train.ema_ramp_up is 0, so that the average is mostly made of initial weights")
 
 
 def average_decay(step: int, samples: int, half_life: float, ramp_up: float) -> float:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from genscale.errors import UserError
 from genscale.parallel.pieces import Piece
+from genscale.reading import Unreadable, parse_json
 
 TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
          torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -138,9 +139,11 @@ class TensorFiles:
         self._open = []
         for index, path in enumerate(self.files):
             try:
+                if path.exists() and not path.is_file():
+                    raise OSError("it is no plain file")
                 file = safe_open(str(path), framework="pt")
-                cut = json.loads((file.metadata() or {}).get("shapes", "{}"))
-            except (OSError, SafetensorError) as error:
+                cut = _cut_shapes(file.metadata() or {})
+            except (OSError, SafetensorError, Unreadable) as error:
                 raise UserError(f"checkpoint file {path} cannot be read: {error}") from None
             self._open.append(file)
             for key in file.keys():  # noqa: SIM118 - no mapping
@@ -148,6 +151,8 @@ class TensorFiles:
                 self._places.setdefault(name, []).append((first, index, key))
                 stored = file.get_slice(key)
                 self._shapes[name] = tuple(cut[name] if name in cut else stored.get_shape())
+                if stored.get_dtype() not in DTYPES:
+                    raise UserError(f"checkpoint file {path} cannot be read: {key} is {stored.get_dtype()}")
                 self._types[name] = DTYPES[stored.get_dtype()]
         for places in self._places.values():
             places.sort()
@@ -179,7 +184,16 @@ class TensorFiles:
         return torch.cat([values for _, values in parts]).view(shape)
 
 
+def _cut_shapes(metadata: dict[str, str]) -> dict[str, list[int]]:
+    """The shapes of the tensors that are not whole in a file. Raises Unreadable."""
+    cut = parse_json(metadata.get("shapes", "{}"))
+    if not isinstance(cut, dict) or not all(isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+                                            for shape in cut.values()):
+        raise Unreadable("its metadata holds no shapes")
+    return cut
+
+
 def _place(key: str, cut: dict[str, list[int]]) -> tuple[str, int]:
     """Name and first element of what is stored as `key`."""
     name, _, first = key.rpartition("@")
-    return (name, int(first)) if name in cut else (key, 0)
+    return (name, int(first)) if name in cut and re.fullmatch("[0-9]{1,18}", first) else (key, 0)

@@ -30,6 +30,7 @@ from genscale.config import Config
 from genscale.data.source_file import is_url
 from genscale.errors import UserError
 from genscale.parallel.processes import BOARD, Processes
+from genscale.reading import read_json
 from genscale.training.ending import Ending
 from genscale.training.hang import Report, innermost, verdict
 from genscale.training.run_owner import BEAT_SECONDS, Fenced, RunOwner
@@ -242,7 +243,7 @@ class Watchdog:
 
     def _heartbeat(self, rank: int) -> dict[str, Any]:
         with contextlib.suppress(OSError, ValueError):
-            return json.loads(self._file("heartbeat", rank, "json").read_text())
+            return read_json(self._file("heartbeat", rank, "json"))
         return {}
 
     def _pid_here(self, rank: int) -> int | None:

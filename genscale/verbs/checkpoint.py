@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser
 
 from genscale.config_parser import parse
@@ -85,25 +84,38 @@ def consolidate(checkpoint: Checkpoint, out: Path, network: str | None, live: bo
 
 def describe(checkpoint: Checkpoint, latest: Checkpoint) -> dict[str, Any]:
     """What is to know of a checkpoint, as JSON; of a damaged one, what can be told. The latest says which is the best."""
-    about = _or_nothing(lambda: checkpoint.manifest().get("about", {}))
-    config = _or_nothing(lambda: yaml.safe_load((checkpoint.path / "config.yaml").read_text()))
-    best = _or_nothing(lambda: latest.state().get("best"))
-    every = (config.get("train") or {}).get("checkpoint_keep_every") or 0
+    about = _or_nothing(lambda: _about(checkpoint))
+    every = _or_nothing(lambda: int(checkpoint.config()["train"]["checkpoint_keep_every"])) or 0
+    best = _or_nothing(lambda: dict(latest.state()["best"]))
     written = datetime.fromisoformat(about["time"]).timestamp() if "time" in about else checkpoint.path.stat().st_mtime
-    return {"path": str(checkpoint.path), "step": _or_nothing(lambda: checkpoint.step) or None,
-            "bytes": sum(file.stat().st_size for file in checkpoint.path.rglob("*") if file.is_file()),
-            "time": datetime.fromtimestamp(written, UTC).isoformat(timespec="seconds"),
-            "age_seconds": max(0.0, time.time() - written), "problem": checkpoint.problem(),
-            "best": best.get("step") == checkpoint.step if best else False,
-            "kept": bool(every and checkpoint.step % every == 0),
-            **{key: value for key, value in about.items() if key != "time"}}
+    known = {"path": str(checkpoint.path), "step": _or_nothing(lambda: checkpoint.step) or None,
+             "bytes": sum(file.stat().st_size for file in checkpoint.path.rglob("*") if file.is_file()),
+             "time": datetime.fromtimestamp(written, UTC).isoformat(timespec="seconds"),
+             "age_seconds": max(0.0, time.time() - written), "problem": checkpoint.problem(),
+             "best": best.get("step") == checkpoint.step if best else False,
+             "kept": bool(every and checkpoint.step % every == 0)}
+    return {**known, **{key: value for key, value in about.items() if key not in known}}
+
+
+def _about(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What made it. Raises as `_or_nothing` heeds where that is not what `provenance` writes."""
+    about = checkpoint.manifest().get("about", {})
+    texts = [*(about.get(key, "") for key in ("host", "strategy", "position", "time")), about.get("commit") or "",
+             *about.get("versions", {"torch": ""}).values()]
+    if not all(isinstance(text, str) for text in texts) or "torch" not in about.get("versions", {"torch": ""}):
+        raise ValueError("about")
+    if "time" in about:
+        datetime.fromisoformat(about["time"]).timestamp()
+    if ("strategy" in about) != isinstance(about.get("world_size"), int):
+        raise ValueError("world_size")
+    return about
 
 
 def _or_nothing(read: Any) -> Any:
     """What `read` gives, or {} where the file it reads is damaged: `problem` says so."""
     try:
         return read() or {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return {}
 
 

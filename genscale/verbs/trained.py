@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from genscale.config import Config
 from genscale.config_parser import load_config
@@ -19,11 +20,12 @@ from genscale.evaluation.trained_run import TrainedRun
 from genscale.interop.huggingface import open_huggingface
 from genscale.objectives import FAMILIES
 from genscale.objectives.base import Objective
-from genscale.parallel.materialise import Read, fill, materialise
+from genscale.parallel.materialise import Read, fill, materialise, named_state
 from genscale.parallel.precision import keep_fp32
 from genscale.parallel.processes import on_cpu
 from genscale.training.checkpoints import Checkpoint, find_checkpoints
 from genscale.training.run_folder import config_yaml
+from genscale.training.tensor_files import TensorFiles
 
 HUGGINGFACE_CONFIG = "config.json"
 """A run has none of this name."""
@@ -114,14 +116,24 @@ def load_weights(objective: Objective, checkpoint: Checkpoint | Published, avera
     device = torch.device("cpu" if on_cpu() else "cuda")
     keep_fp32()
     for name, network in objective.networks.items():
-        materialise(network, device)
         try:
-            fill(network, checkpoint.weights(name, averaged))
+            weights = checkpoint.weights(name, averaged)
+            if isinstance(weights, TensorFiles):  # before memory is asked for
+                _check_shapes(network, weights.shapes())
+            materialise(network, device)
+            fill(network, weights)
         except (SafetensorError, ValueError) as error:  # the checkpoint's every byte is as written
             raise UserError(f"{checkpoint.path}: with settings that are not the run's its network {name} would be another one "
                             f"({error}); leave out those that shape it, such as data.size and data.channels") from None
         network.eval()
     return device
+
+
+def _check_shapes(network: nn.Module, stored: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ValueError."""
+    for name, tensor in named_state(network):
+        if (shape := stored.get(name)) != tuple(tensor.shape):
+            raise ValueError(f"{name} is {shape or 'absent'} there, not {tuple(tensor.shape)}")
 
 
 def open_run(config: Config, checkpoint: Checkpoint | Published, live: bool = False) -> TrainedRun:

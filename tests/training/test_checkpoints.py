@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -113,16 +114,59 @@ def test_each_damage_is_named_and_the_one_before_is_used(damage: str, tmp_path: 
     assert len(warnings) == 3
 
 
-def test_a_file_that_cannot_be_read_is_damage(tmp_path: Path) -> None:
+def test_the_files_of_a_checkpoint_are_its_own(tmp_path: Path) -> None:
+    for name, words in (("../outside", "is no name of a file"), ("/etc/hostname", "is no name of a file"),
+                        ("", "is no name of a file"), ("networks/../../outside", "is no name of a file"),
+                        ("linked", "is a link"), ("behind/outside", "is a link"), ("pipe", "no plain file"),
+                        ("networks", "no plain file")):
+        found = write(tmp_path / "run")
+        (tmp_path / "outside").write_text("x")
+        (found.path / "linked").symlink_to(tmp_path / "outside")
+        (found.path / "behind").symlink_to(tmp_path)
+        os.mkfifo(found.path / "pipe")
+        manifest = json.loads((found.path / "manifest.json").read_text())
+        manifest["files"][name] = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+        (found.path / "manifest.json").write_text(json.dumps(manifest))
+        assert words in found.problem() and not found.has_its_files(), name
+
+
+def test_a_manifest_lists_what_is_read(tmp_path: Path) -> None:
+    for left_out, words in ((list, "any file of networks/"), ([WEIGHTS], WEIGHTS), ([OPTIMIZER], OPTIMIZER),
+                            (["state.json"], "state.json"), (["config.yaml"], "config.yaml")):
+        found = write(tmp_path)
+        manifest = found.manifest()
+        manifest["files"] = {} if left_out is list else {
+            name: entry for name, entry in manifest["files"].items() if name not in left_out}
+        (found.path / "manifest.json").write_text(json.dumps(manifest))
+        assert found.problem() == f"manifest.json does not list {words}"
+
+
+@pytest.mark.parametrize(("file", "text", "words"), [
+    ("state.json", "[" * 100_000, "levels deep"), ("state.json", "[]", "no mapping"),
+    ("state.json", json.dumps({**STATE, "data": {"batches": 1, "cursors": {"x": 5}}}), "data is not"),
+    ("state.json", json.dumps({**STATE, "plan": 5}), "plan is not"), ("state.json", '{"step": 1, "step": 2}', "two values"),
+    ("config.yaml", "a: &a [x, x]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 9)}]\n"
+                                               for i in range(9)), "aliases"),
+    ("config.yaml", "{a: " * 100_000, "levels deep"), ("config.yaml", "train: 5", "sections"),
+    ("config.yaml", "", "no mapping")], ids=range(9))
+def test_a_document_that_says_something_else_is_one_line(file: str, text: str, words: str, tmp_path: Path) -> None:
     found = write(tmp_path)
-    file = found.path / WEIGHTS
-    # /proc/self/mem stands for a bad sector: it is there, and reading its first byte fails.
-    file.unlink()
-    file.symlink_to("/proc/self/mem")
-    manifest = json.loads((found.path / "manifest.json").read_text())
-    manifest["files"][WEIGHTS]["bytes"] = 0
-    (found.path / "manifest.json").write_text(json.dumps(manifest))
-    assert found.problem().startswith(f"{WEIGHTS} cannot be read")
+    (found.path / file).write_text(text)
+    with pytest.raises(UserError, match=words) as error:
+        found.state() if file == "state.json" else found.config()
+    assert str(found.path / file) in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "state.json", "config.yaml"])
+def test_a_pipe_is_not_waited_for(file: str, tmp_path: Path) -> None:
+    found = write(tmp_path)
+    (found.path / file).unlink()
+    os.mkfifo(found.path / file)
+    assert "damaged" in found.problem() or "no plain file" in found.problem()
+    for read in (found.manifest, found.state, found.config):
+        if file.partition(".")[0] == read.__name__:
+            with pytest.raises(ValueError, match="named pipe"):
+                read()
 
 
 # --- nothing is unpickled --------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def config() -> Config:
 
 
 def checkpoint(folder: Path, step: int = 10) -> Checkpoint:
-    state = {"step": step, "data": {}, "scalers": {}, "plan": PLAN}
+    state = {"step": step, "data": {"batches": 0, "cursors": {}}, "scalers": {}, "plan": PLAN}
     tensors = {"networks/gpt": {"w": torch.full((2,), step)}}
     return write_checkpoint(folder / "checkpoints", step, tensors, state, config_yaml(config()))
 

@@ -25,7 +25,7 @@ from genscale.training.checkpoint_writing import clear_leftovers, write_checkpoi
 from genscale.training.checkpoints import Checkpoint, list_checkpoints
 from genscale.training.saving import Contents, Saver
 
-STATE = {"step": 1, "data": {}, "scalers": {}}
+STATE = {"step": 1, "data": {"batches": 0, "cursors": {}}, "scalers": {}, "plan": {}}
 
 
 @pytest.fixture(scope="module")
