@@ -87,7 +87,7 @@ def test_only_a_line_break_ends_a_prompt(tmp_path):
 def test_a_prompt_that_is_no_text_or_no_file_is_one_line(genscale, trained):
     message = genscale("sample", trained, "--prompt", os.fsdecode(b"caf\xe9")).message_of_run()
     assert "prompt: 'caf\\udce9' is not UTF-8 from character 4 on" in message
-    assert "'' names no file" in genscale("sample", trained, "--prompts", "").message_of_run()
+    assert "--prompts: '' is empty" in genscale("sample", trained, "--prompts", "").message_of_run()
 
 
 @pytest.mark.parametrize("settings", [("--top_p", "1e-50"), ("--temperature", "1e-46"), ("--temperature", "1e-300"),

@@ -26,7 +26,7 @@ ROWS = 40_001
 
 
 def state_at(step: int) -> dict[str, Any]:
-    return {"step": step, "data": {}, "scalers": {}}
+    return {"step": step, "data": {"batches": 0, "cursors": {}}, "scalers": {}, "plan": {}}
 
 
 def whole_at(step: int) -> dict[str, Tensor]:
