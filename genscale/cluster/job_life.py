@@ -28,6 +28,7 @@ from genscale.cluster.job_nodes import compare_nodes
 from genscale.errors import UserError
 from genscale.training.checkpoint_names import latest_step
 from genscale.training.run_owner import RunOwner
+from genscale.writing import make_folder, no_link, write_whole
 
 NOTHING_TO_DO = 10
 """Exit code of `begin`: an earlier life of the job has completed the run."""
@@ -88,8 +89,8 @@ def begin(run: Path, max_requeues: int, workers: int) -> int:
     """
     job, restart = this_job()
     first = os.environ.get("SLURM_PROCID", "0") == "0"
-    for part in ("jobs/nodes", "logs"):
-        (run / part).mkdir(parents=True, exist_ok=True)
+    for part in ("jobs", "jobs/nodes", "logs"):
+        make_folder(run / part, parents=True)
     lives = read_lives(run)
     if first and lives and lives[-1].job == job and (read_ended(run) or {}).get("how") == "complete":
         tell(run, job, f"nothing to do: the run is complete at step {latest_step(run)}")
@@ -158,7 +159,7 @@ def _judge_nodes(run: Path, job: str, restart: int) -> int:
         return UNFIT
     excluded = sorted({*silent, *(node for node in faults if reports[node]["at_fault"])})
     if excluded and (len(excluded) < len(nodes) or len(nodes) == 1):
-        (run / "jobs" / "exclude").write_text(",".join(excluded))
+        write_whole(run / "jobs" / "exclude", ",".join(excluded))
     return UNFIT
 
 
@@ -259,7 +260,7 @@ def _write_lives(run: Path, lives: Sequence[Life]) -> None:
 def tell(run: Path, job: str, line: str) -> None:
     """To the job's log, and to events.log."""
     print(f"genscale: job {job}: {line}", flush=True)
-    with contextlib.suppress(OSError), (run / "jobs" / "events.log").open("a") as file:
+    with contextlib.suppress(OSError), open(run / "jobs" / "events.log", "a", opener=no_link) as file:
         file.write(f"{_now()} job {job}: {line}\n")
 
 
@@ -280,9 +281,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
-    temporary = file.with_name(f".{file.name}-{os.getpid()}-{host_name()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, file)
+    write_whole(file, json.dumps(content, indent=1) + "\n")
 
 
 def _now() -> str:

@@ -29,6 +29,7 @@ from genscale.training.config_check import check_config
 from genscale.training.run_folder import config_yaml, run_folder
 from genscale.training.run_owner import who_has
 from genscale.training.supervision import group_timeout_minutes
+from genscale.writing import make_folder
 
 LAUNCH_FILE = Path("launch/ddp.yaml")
 SETUP_SECONDS = 120
@@ -220,7 +221,7 @@ def _keep_and_submit(prepared: Prepared) -> None:
     job, folder, training = prepared.job, prepared.folder, prepared.training
     try:
         kept = new_folder(folder)
-        (folder / "logs").mkdir(exist_ok=True)
+        make_folder(folder / "logs")
         (kept / "config.yaml").write_text(config_yaml(prepared.configs[0]))
         script = kept / "job.sbatch"
         script.write_text(render(job, prepared.site, replace(training, config=str(kept / "config.yaml"), settings=()),

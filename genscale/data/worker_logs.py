@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from genscale.writing import AppendedLog
+
 
 @dataclass(frozen=True)
 class Logs:
@@ -26,7 +28,7 @@ class Logs:
         ours = logging.getLogger("genscale")
         ours.setLevel(logging.INFO)
         for path, formatter in self.files:
-            file = logging.FileHandler(path, mode="a", encoding="utf-8")
+            file = AppendedLog(path, mode="a", encoding="utf-8")
             file.setFormatter(formatter)
             ours.addHandler(file)
         if self.console:

@@ -28,6 +28,7 @@ from genscale.objectives.base import Batch, Family, Networks
 from genscale.objectives.gan import GAN, INITIAL_STD
 from genscale.objectives.gan_settings import GANObjectiveSettings, check_batch, check_losses
 from genscale.objectives.sample_quality import check_enough_images, distance_or_infinity, diversity
+from genscale.writing import write_whole
 
 NETWORKS = {"dcgan": (DCGANGenerator, DCGANDiscriminator), "residual": (ResidualGenerator, ResidualDiscriminator),
             "mlp": (MLPGenerator, MLPDiscriminator)}
@@ -92,7 +93,7 @@ class ImageGAN(GAN):
     def save_assets(self, folder: Path) -> None:
         """The names of the classes."""
         if self.class_names is not None:
-            (folder / CLASSES_FILE).write_text(json.dumps(self.class_names, ensure_ascii=False))
+            write_whole(folder / CLASSES_FILE, json.dumps(self.class_names, ensure_ascii=False))
 
 
 def build(config: Config, data: Data) -> ImageGAN:

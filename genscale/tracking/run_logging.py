@@ -12,13 +12,14 @@ from tqdm import tqdm
 
 from genscale.errors import UserError
 from genscale.masking import masked
+from genscale.writing import AppendedLog, make_folder
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # These put a console handler on their logger when they are first imported, which may be after the set-up.
 LATE_LIBRARIES = ("DeepSpeed", "datasets", "transformers")
 
 
-class _RankFile(logging.FileHandler):
+class _RankFile(AppendedLog):
     """The log file of this rank (a class of its own, so that a second set-up finds and replaces it)."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -70,7 +71,7 @@ def setup_logging(run_folder: str | Path, rank: int) -> logging.Logger:
     """
     path = Path(run_folder) / "logs" / f"rank-{rank:05d}.log"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent, parents=True)
         file = _RankFile(path, mode="a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"run.dir: {run_folder} cannot be written ({error}); choose another folder with --run.dir") from None

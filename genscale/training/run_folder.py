@@ -25,8 +25,11 @@ from genscale.masking import masked
 from genscale.objectives import FAMILIES
 from genscale.training.checkpoint_writing import clear_leftovers
 from genscale.training.checkpoints import Checkpoint, latest_valid, list_checkpoints
+from genscale.writing import make_folder, refuse_link, write_draft
 
 PARTS = ("checkpoints", "samples", "plots", "logs")
+OTHERS = ("wandb", "tensorboard", "profile")
+"""Folders in it that are made when something is written there."""
 
 
 def run_folder(config: Config) -> Path:
@@ -42,10 +45,10 @@ def create_run_folder(folder: Path) -> None:
     """Make the folder and its parts, and prove that files can be written there. Raises UserError."""
     try:
         for part in PARTS:
-            (folder / part).mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_bytes(b"0" * 4096)
-        probe.unlink()
+            make_folder(folder / part, parents=True)
+        for part in OTHERS:
+            refuse_link(folder / part)
+        write_draft(folder / "probe", b"0" * 4096).unlink()
     except OSError as error:
         raise UserError(f"run.dir: cannot write to {folder} ({error.strerror}); set --run.dir to a folder you can "
                         f"write to") from None

@@ -26,6 +26,7 @@ import psutil
 
 from genscale.errors import UserError
 from genscale.training.exclusive_file import give_name
+from genscale.writing import make_folder, write_whole
 
 BEAT_SECONDS = 5.0
 """Between two touches of the owner's file."""
@@ -56,7 +57,7 @@ class RunOwner:
     def __init__(self, run_folder: Path, say: Callable[[str], None]) -> None:
         self.run_folder, self._say = run_folder, say
         self._folder = run_folder / ".owner"
-        self._folder.mkdir(exist_ok=True)
+        make_folder(self._folder)
         self._mine = {"token": secrets.token_hex(8), **_this_process(), "folder": run_folder.stat().st_ino,
                       "since": datetime.now(UTC).isoformat(timespec="seconds")}
         self.number = self._claim()
@@ -81,7 +82,7 @@ class RunOwner:
         """The folder is free. Once more does nothing."""
         with contextlib.suppress(OSError, Fenced):
             self.check()
-            self._write(self._file(self.number), {**self._mine, "released": True})
+            write_whole(self._file(self.number), json.dumps({**self._mine, "released": True}, indent=1))
 
     def _claim(self) -> int:
         while True:
@@ -91,7 +92,7 @@ class RunOwner:
                 raise UserError(f"run.name: {self.run_folder} belongs to a run that goes on: {_describe(other)}; wait for it, "
                                 "stop it, or choose another --run.name")
             own = self._folder / f"claim-{self._mine['token']}"
-            self._write(own, self._mine)
+            write_whole(own, json.dumps(self._mine, indent=1))
             try:
                 give_name(own, self._file(latest + 1))
             except FileExistsError:
@@ -155,11 +156,6 @@ class RunOwner:
 
     def _file(self, number: int) -> Path:
         return self._folder / f"{number:08d}.json"
-
-    def _write(self, file: Path, content: dict[str, Any]) -> None:
-        temporary = file.with_name(f"new-{self._mine['token']}")
-        temporary.write_text(json.dumps(content, indent=1))
-        os.replace(temporary, file)
 
 
 def latest_claim(run_folder: Path) -> int:
