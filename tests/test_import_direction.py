@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
     {"cli", "__main__", "verbs"}, {"cluster"}, {"planning"}, {"training"}, {"tracking"}, {"evaluation"}, {"interop"},
     {"parallel"}, {"objectives"}, {"data"}, {"models"}, {"config", "config_parser", "config_keys", "config_mistakes"},
-    {"rng"}, {"errors", "exit_codes", "writing"}, {"masking"}, {"__init__"},
+    {"rng"}, {"errors", "exit_codes", "writing"}, {"masking", "printable"}, {"__init__"},
 ]  # fmt: skip
 STRATEGIES = {"single", "ddp", "zero1", "zero2", "zero3", "fsdp2"}
 SPREADING = ("accelerate", "deepspeed", "torch.distributed.fsdp", "torch.distributed._composable", "torch.nn.parallel")

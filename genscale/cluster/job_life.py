@@ -26,6 +26,7 @@ from genscale.cluster.clocks import server_offset
 from genscale.cluster.doctor import quick_check
 from genscale.cluster.job_nodes import compare_nodes
 from genscale.errors import UserError
+from genscale.printable import printable
 from genscale.training.checkpoint_names import latest_step
 from genscale.training.run_owner import RunOwner
 from genscale.writing import make_folder, no_link, write_whole
@@ -259,6 +260,7 @@ def _write_lives(run: Path, lives: Sequence[Life]) -> None:
 
 def tell(run: Path, job: str, line: str) -> None:
     """To the job's log, and to events.log."""
+    line = printable(line)
     print(f"genscale: job {job}: {line}", flush=True)
     with contextlib.suppress(OSError), open(run / "jobs" / "events.log", "a", opener=no_link) as file:
         file.write(f"{_now()} job {job}: {line}\n")

@@ -18,6 +18,7 @@ from genscale.cluster.site import read_site
 from genscale.cluster.slurm_commands import Queued
 from genscale.config import RunSettings
 from genscale.errors import UserError
+from genscale.printable import printable
 from genscale.tracking.metrics_file import read_metrics
 from genscale.training.checkpoint_names import latest_step
 
@@ -165,5 +166,6 @@ def table(rows: Sequence[Row]) -> str:
         end = f"{datetime.now() + timedelta(seconds=row.predicted):%a %d %b %H:%M}" if row.predicted is not None else "-"
         lines.append((str(row.run), row.job or "-", row.state, str(row.lives), step,
                       "-" if row.loss is None else f"{row.loss:.4f}", row.speed or "-", row.time_left or "-", end, row.note))
+    lines = [tuple(map(printable, line)) for line in lines]
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from genscale.masking import masked
+from genscale.printable import printable
 from genscale.writing import AppendedLog
+
+
+class _Warning(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(masked(super().format(record)))
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,6 @@ class Logs:
             ours.addHandler(file)
         if self.console:
             console = logging.StreamHandler()
-            console.setFormatter(logging.Formatter("warning: %(message)s"))
+            console.setFormatter(_Warning("warning: %(message)s"))
             console.setLevel(logging.WARNING)
             ours.addHandler(console)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from genscale.errors import UserError
 from genscale.masking import masked
+from genscale.printable import printable, printable_lines
 from genscale.writing import AppendedLog, make_folder
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -35,7 +36,8 @@ class _RankFile(AppendedLog):
 
 
 class _Masked(logging.Formatter):
-    """Without passwords and tokens, whichever library has logged them (HTTP clients log the addresses they ask).
+    """Without passwords and tokens, whichever library has logged them (HTTP clients log the addresses they ask), and without
+    what a terminal would obey.
 
     Times are in UTC: a run may go on in another time zone."""
 
@@ -43,7 +45,11 @@ class _Masked(logging.Formatter):
     default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
 
     def format(self, record: logging.LogRecord) -> str:
-        return masked(super().format(record))
+        return printable_lines(masked(super().format(record)))
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        line = super().formatMessage(record)  # what others log, and ours at work, may have several
+        return printable(line) if record.name == "genscale" and record.levelno >= logging.WARNING else line
 
 
 class _Console(logging.Handler):
