@@ -21,7 +21,7 @@ from genscale.data.lanes import Data
 from genscale.data.opening import of_a_run_that_goes_on
 from genscale.errors import UserError
 from genscale.interop.starting import complete_from
-from genscale.masking import masked
+from genscale.masking import masked, masked_throughout
 from genscale.objectives import FAMILIES
 from genscale.training.checkpoint_writing import clear_leftovers
 from genscale.training.checkpoints import Checkpoint, latest_valid, list_checkpoints
@@ -131,7 +131,9 @@ def check_may_continue(config: Config, checkpoint: Checkpoint, plan: dict[str, A
     # A setting that did not exist when the checkpoint was written had its default's effect.
     defaults = flatten(config_dict(Config(model=type(config.model)(), data=type(config.data)(),
                                           objective=type(config.objective)() if config.objective else None)))
-    old = {**{key: defaults.get(key) for key in new}, **flatten(yaml.safe_load((checkpoint.path / "config.yaml").read_text()))}
+    # An earlier version may have known fewer shapes of tokens.
+    recorded = masked_throughout(flatten(yaml.safe_load((checkpoint.path / "config.yaml").read_text())))
+    old = {**{key: defaults.get(key) for key in new}, **recorded}
     changed = {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)}
     fatal = {key: pair for key, pair in changed.items()
              if key in MUST_NOT_CHANGE_AT_RESUME or not key.startswith(MAY_CHANGE_AT_RESUME)}
@@ -139,7 +141,7 @@ def check_may_continue(config: Config, checkpoint: Checkpoint, plan: dict[str, A
         what = ", ".join(f"{key} (was {was!r}, now {now!r})" for key, (was, now) in fatal.items())
         raise UserError(f"run.resume: the checkpoint {checkpoint.path} was made with another config: {what}; set them back, "
                         "or begin a new run with another --run.name (or --run.resume never)")
-    recorded = checkpoint.state()["plan"]
+    recorded = masked_throughout(checkpoint.state()["plan"])
     differing = [key for key in sorted(recorded.keys() | plan.keys()) if recorded.get(key) != plan.get(key)]
     if differing:
         what = ", ".join(f"{key} (was {recorded.get(key)!r}, now {plan.get(key)!r})" for key in differing)
