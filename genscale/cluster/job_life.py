@@ -18,13 +18,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 from genscale import exit_codes
 from genscale.cluster.checks import Check, host_name
 from genscale.cluster.clocks import server_offset
 from genscale.cluster.doctor import quick_check
 from genscale.cluster.job_nodes import compare_nodes
+from genscale.cluster.slurm_commands import JOB
 from genscale.errors import UserError
 from genscale.printable import printable
 from genscale.training.checkpoint_names import latest_step
@@ -37,10 +38,15 @@ UNFIT = 11
 """Exit code of `begin`: a node is not fit to train on."""
 AGAIN = 75
 """Exit code of `end`: the job is to be requeued."""
+LARGEST = 16 * 2**20
+"""Bytes of a file that such records are read from."""
 FRUITLESS_LIVES = 3
 """So many in a row without a new checkpoint end a job."""
 NODES_SECONDS = 180.0
 """For the job's nodes to report, after the first of them has: a file server that a thousand nodes read Python from is slow."""
+
+
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
@@ -169,8 +175,8 @@ def _reports(run: Path, nodes: Sequence[str], job: str, restart: int) -> dict[st
     while True:
         found = {}
         for node in nodes:
-            report = _read(run / "jobs" / "nodes" / f"{node}.json")
-            if report and (report["job"], report["restart"]) == (job, restart):
+            report = read_record(run / "jobs" / "nodes" / f"{node}.json")
+            if report and (report.get("job"), report.get("restart")) == (job, restart):
                 found[node] = report
         if len(found) == len(nodes) or time.monotonic() > deadline:
             return found
@@ -248,10 +254,21 @@ def why_no_more(lives: Sequence[Life], max_requeues: int) -> str | None:
 
 def read_lives(run: Path) -> list[Life]:
     """The oldest first; none where the file cannot be understood."""
-    content = _read(run / "jobs" / "lives.json") or {}
-    with contextlib.suppress(TypeError, KeyError):
-        return [Life(**{**life, "nodes": tuple(life["nodes"])}) for life in content["lives"]]
+    content = read_record(run / "jobs" / "lives.json") or {}
+    with contextlib.suppress(TypeError, KeyError, ValueError):
+        return [checked(Life(**{**life, "nodes": tuple(life["nodes"])})) for life in content["lives"]]
     return []
+
+
+def checked(entry: Entry) -> Entry:
+    """An entry as it was read from a run folder. Raises TypeError or ValueError where it is none that we have written."""
+    for name, kind in get_type_hints(type(entry)).items():
+        value = getattr(entry, name)
+        if not (all(isinstance(each, str) for each in value) if get_origin(kind) is tuple else isinstance(value, kind)):
+            raise TypeError(f"{name}: {value!r}")
+    if not JOB.fullmatch(entry.job):
+        raise ValueError(f"job: {entry.job!r}")
+    return entry
 
 
 def _write_lives(run: Path, lives: Sequence[Life]) -> None:
@@ -272,13 +289,17 @@ def _nodes() -> list[str]:
 
 
 def read_ended(run: Path) -> dict[str, Any] | None:
-    return _read(run / "ended.json")
+    """What ended.json says; None where it does not say how."""
+    said = read_record(run / "ended.json") or {}
+    return said if isinstance(said.get("how"), str) and isinstance(said.get("exit_code"), int) else None
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    with contextlib.suppress(OSError, ValueError):
-        content = json.loads(file.read_text())
-        return content if isinstance(content, dict) else None
+def read_record(file: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is none, or not a file of ours: a pipe, a flood, a tower of brackets."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if file.is_file() and file.stat().st_size <= LARGEST:
+            content = json.loads(file.read_text())
+            return content if isinstance(content, dict) else None
     return None
 
 

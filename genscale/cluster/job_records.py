@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from genscale.cluster import slurm_commands
-from genscale.cluster.job_life import read_lives
+from genscale.cluster.job_life import checked, read_lives, read_record
 from genscale.cluster.slurm_commands import Queued
 from genscale.writing import make_folder, write_whole
 
@@ -63,9 +63,10 @@ def record(folder: Path, entry: Submitted) -> None:
 
 def submitted(folder: Path) -> list[Submitted]:
     """What was recorded in that folder, the oldest first, with its paths as they are reached through the folder."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-        entries = json.loads((folder / "jobs" / "jobs.json").read_text())["jobs"]
-        return [_reached(folder, Submitted(**{**entry, "runs": tuple(entry["runs"])})) for entry in entries]
+    content = read_record(folder / "jobs" / "jobs.json") or {}
+    with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
+        entries = [checked(Submitted(**{**entry, "runs": tuple(entry["runs"])})) for entry in content["jobs"]]
+        return [_reached(folder, entry) for entry in entries]
     return []
 
 

@@ -22,6 +22,9 @@ from genscale.printable import printable
 from genscale.tracking.metrics_file import read_metrics
 from genscale.training.checkpoint_names import latest_step
 
+LARGEST_CONFIG = 256 * 1024
+LONGEST = 1e9
+"""Seconds that are predicted at most: thirty years."""
 RECENT = 20
 """Logged steps that the speed is a mean of."""
 HEADINGS = ("RUN", "JOB", "STATE", "LIVES", "STEP", "LOSS", "SPEED", "TIME LEFT", "PREDICTED END", "NOTE")
@@ -100,12 +103,12 @@ def row_of(run: Path, jobs: Sequence[Queued]) -> Row:
     number = job.job if job else numbers[-1] if numbers else None
     state, note = _state(run, job, [life for life in lives if life.job == number], number)
     note = "; ".join(filter(None, (note, damage)))
-    logged = [line for line in metrics if "step_seconds" in line]
+    logged = [line for line in metrics if _is_number(line.get("step_seconds"))]
     steps, step = _steps(run), max(latest_step(run), logged[-1]["step"] if logged else 0)
     predicted = None
     if job and logged and steps and step < steps:
         recent = [line["step_seconds"] for line in logged[-RECENT:]]
-        predicted = sum(recent) / len(recent) * (steps - step)
+        predicted = min(sum(recent) / len(recent) * (steps - step), LONGEST)
     return Row(run, number, state, len(lives), step, steps, _loss(metrics), _speed(logged),
                job.time_left if job and job.state == "RUNNING" else None, predicted, note)
 
@@ -137,8 +140,9 @@ def _metrics(run: Path) -> tuple[list[dict[str, Any]], str]:
 def _steps(run: Path) -> int | None:
     """In all, as the latest submission says, or else as the run itself."""
     for file in [*(Path(entry.kept) / "config.yaml" for entry in reversed(submitted(run))), run / "config.yaml"]:
-        with contextlib.suppress(OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
-            return int(yaml.safe_load(file.read_text())["train"]["steps"])
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError, TypeError, KeyError, RecursionError):
+            if file.is_file() and file.stat().st_size <= LARGEST_CONFIG:
+                return int(yaml.safe_load(file.read_text())["train"]["steps"])
     return None
 
 
@@ -146,16 +150,20 @@ def _loss(metrics: Sequence[dict]) -> float | None:
     """The latest; of several phases that of the first."""
     for line in reversed(metrics):
         for name, value in line.items():
-            if (name == "loss" or name.endswith("/loss")) and value is not None:
+            if (name == "loss" or name.endswith("/loss")) and _is_number(value):
                 return value
     return None
 
 
 def _speed(logged: Sequence[dict]) -> str | None:
     for name, value in logged[-1].items() if logged else ():
-        if name.endswith("_per_second") and name != "tflops_per_second":
+        if name.endswith("_per_second") and name != "tflops_per_second" and _is_number(value):
             return f"{value:,.0f} {name.removesuffix('_per_second')}/s"
     return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < 1e15
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -48,7 +48,8 @@ class SubmitSettings(JobSettings):
     """A job to submit."""
 
     dry_run: bool = False
-    """Show the script, and have Slurm say when and where the job would start; submit nothing."""
+    """Show the script, and have Slurm say when and where the job would start; submit nothing. (As in a real submission, the
+    modules and lines of site.setup are run here, to see that they lead to genscale.)"""
 
 
 @dataclass(frozen=True)

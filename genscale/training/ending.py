@@ -106,8 +106,9 @@ class Ending:
         """What a process said about the end, if one did."""
         if self.taken_over():
             return None
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads(self._path.read_text())
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            content = json.loads(self._path.read_text()) if self._path.is_file() else None
+            return content if isinstance(content, dict) and {"how", "exit_code", "reason"} <= content.keys() else None
         return None
 
 

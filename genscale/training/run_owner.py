@@ -179,7 +179,7 @@ def who_has(run_folder: Path) -> str | None:
 
 
 def _numbers_in(folder: Path) -> list[int]:
-    return [int(path.stem) for path in folder.glob("*.json") if path.stem.isdigit()]
+    return [int(path.stem) for path in folder.glob("*.json") if path.stem.isascii() and path.stem.isdecimal()]
 
 
 def _this_process() -> dict[str, Any]:
@@ -211,11 +211,14 @@ def _lives(pid: int, started: float) -> bool:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """None for a file that is gone, or that a full disk or a torn copy has left without its content."""
+    """None for a file that is gone, or that a full disk, a torn copy or another program has left without its content."""
     try:
-        content = json.loads(file.read_text())
-        return content if "token" in content else None
-    except (FileNotFoundError, ValueError, TypeError):
+        content = json.loads(file.read_text()) if file.is_file() else None
+        whole = isinstance(content, dict) and {*_this_process(), "token", "folder"} <= content.keys()
+        sound = whole and type(content["pid"]) is int and 0 < content["pid"] < 2**31
+        sound = sound and isinstance(content["started"], (int, float)) and str(content["restart"]).isdecimal()
+        return content if sound else None
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
         return None
 
 
