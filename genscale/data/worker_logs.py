@@ -17,25 +17,26 @@ class _Warning(logging.Formatter):
 
 @dataclass(frozen=True)
 class Logs:
-    """The log files of a process with their formats, and whether genscale's own lines also go to its console."""
+    """The log files of a process with their kinds and formats, and whether genscale's own lines also go to its console."""
 
-    files: tuple[tuple[str, logging.Formatter | None], ...]
+    files: tuple[tuple[str, type[logging.FileHandler], logging.Formatter | None], ...]
     console: bool
 
     @classmethod
     def here(cls) -> Logs:
         """Those of this process."""
         handlers = [*logging.getLogger().handlers, *logging.getLogger("genscale").handlers]
-        files = {handler.baseFilename: handler.formatter for handler in handlers if isinstance(handler, logging.FileHandler)}
+        files = {handler.baseFilename: (AppendedLog if isinstance(handler, AppendedLog) else logging.FileHandler,
+                                        handler.formatter) for handler in handlers if isinstance(handler, logging.FileHandler)}
         console = any(not isinstance(handler, logging.FileHandler) for handler in logging.getLogger("genscale").handlers)
-        return cls(tuple(files.items()), console)
+        return cls(tuple((path, *about) for path, about in files.items()), console)
 
     def follow(self) -> None:
         """Log there from now on; lines are appended, and several processes may do so."""
         ours = logging.getLogger("genscale")
         ours.setLevel(logging.INFO)
-        for path, formatter in self.files:
-            file = AppendedLog(path, mode="a", encoding="utf-8")
+        for path, kind, formatter in self.files:
+            file = kind(path, mode="a", encoding="utf-8")
             file.setFormatter(formatter)
             ours.addHandler(file)
         if self.console:

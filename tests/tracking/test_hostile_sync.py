@@ -11,6 +11,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 from genscale.errors import UserError
 from genscale.tracking.wandb_lives import EVERY, Uploaded, join_lives
 from genscale.tracking.wandb_log import read_records, write_records
+from genscale.verbs.sync import sync
 
 
 @pytest.fixture
@@ -84,6 +85,13 @@ def test_rows_that_are_none_are_one_line(run, row) -> None:
     keep(run, *records_of(run), row)
     with pytest.raises(UserError, match="its W&B records are not as W&B writes them"):
         join_lives(run)
+
+
+def test_the_folder_says_not_to_whom_the_key_is_sent(run, monkeypatch) -> None:
+    (run / "wandb" / "settings").write_text("[default]\nbase_url = http://127.0.0.1:9\n")
+    monkeypatch.chdir(run)
+    with pytest.raises(UserError, match="wandb/settings would say which server this machine's W&B key is sent to"):
+        sync(Path("."))
 
 
 def test_logs_that_are_none(run) -> None:
