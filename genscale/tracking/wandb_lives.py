@@ -134,8 +134,6 @@ def join_lives(run_folder: Path) -> Joined:
     Raises:
         UserError: there is nothing, or W&B's format is not known to this version.
     """
-    from google.protobuf.message import DecodeError
-
     try:
         lives = _lives(run_folder)
         rows = _rows(lives)
@@ -146,8 +144,7 @@ def join_lives(run_folder: Path) -> Joined:
         if not RUN_ID.fullmatch(joined.run.run_id):
             raise ValueError(f"a run called {joined.run.run_id[:80]!r}")
         return joined
-    except (DecodeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
-            yaml.YAMLError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{run_folder}: its W&B records are not as W&B writes them ({type(error).__name__}: "
                         f"{str(error)[:200]}); remove those that are damaged") from None
 
@@ -160,7 +157,7 @@ def _lives(run_folder: Path) -> list[_Life]:
         if path.is_symlink() or path.parent.is_symlink() or not path.is_file():
             continue
         try:
-            lives.append(_Life(path, [Record.FromString(content) for content in read_records(path)]))
+            lives.append(_Life(path, [_parsed(Record, content) for content in read_records(path)]))
         except OtherFormat as error:
             raise UserError(f"{run_folder}: {error}; upload it with `wandb sync --include-online {run_folder}/wandb`") from None
         except OSError as error:
@@ -171,6 +168,13 @@ def _lives(run_folder: Path) -> list[_Life]:
     if not any(life.of_kind("run") for life in lives):
         lives[-1].records.append(_described(run_folder))
     return sorted(lives, key=lambda life: life.started)
+
+
+def _parsed(kind: Any, content: bytes) -> Any:
+    try:
+        return kind.FromString(content)
+    except Exception as error:  # protobuf's, whose name depends on how it is built
+        raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
 def _described(run_folder: Path) -> Any:
