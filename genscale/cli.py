@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -14,6 +15,7 @@ from genscale import __version__, exit_codes
 from genscale.errors import UserError, nearest
 from genscale.parallel.launcher import follow_launcher
 from genscale.parallel.leaving import run_and_leave
+from genscale.printable import printed_as_is, show_printable
 from genscale.training.signals import Stopped, StopSignal
 
 VERBS = {
@@ -35,6 +37,7 @@ def start(arguments: Sequence[str] | None = None) -> NoReturn:
     """`main` as the whole of a process, which ends with its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # None where it is closed
         sys.stdout.reconfigure(errors="backslashreplace")  # names need not be UTF-8, nor is every terminal
+    show_printable()
     if "RANK" in os.environ:  # one of a group
         run_and_leave(lambda: main(arguments))
     sys.exit(main(arguments))
@@ -50,7 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     verb, rest = arguments[0], arguments[1:]
-    return guarded(lambda: _verb(verb)(rest))
+    with contextlib.redirect_stdout(sys.stdout), contextlib.redirect_stderr(sys.stderr):  # as they were, at the end
+        show_printable()
+        with printed_as_is() if verb == "sample" else contextlib.nullcontext():
+            return guarded(lambda: _verb(verb)(rest))
 
 
 def guarded(run: Callable[[], int]) -> int:

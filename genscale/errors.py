@@ -9,11 +9,12 @@ from collections.abc import Iterable
 from dataclasses import MISSING, fields
 
 from genscale.masking import masked
+from genscale.printable import printable
 
 
 class UserError(Exception):
     """A wrong setting, path or file. Its message is one line: the key, the value, the reason, the nearest allowed setting;
-    no password or token.
+    no password or token, and nothing that a terminal would obey.
 
     Attributes:
         alone: this process is known to be the one to say it; else it leaves that to rank 0, which has the same error as a rule.
@@ -22,7 +23,7 @@ class UserError(Exception):
     alone = False
 
     def __init__(self, message: str) -> None:
-        super().__init__(as_utf8(masked(" ".join(str(message).split()))))
+        super().__init__(printable(as_utf8(masked(" ".join(str(message).split())))))
 
 
 _NO_UTF8 = re.compile("[\ud800-\udfff]")

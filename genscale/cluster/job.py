@@ -133,7 +133,7 @@ def settle(settings: JobSettings, site: Site, name: str) -> Job:
         if value is not None and not is_slurm_name(value):
             raise UserError(f"--{flag}: '{value}' is not a name that Slurm could have")
     container = settings.container or site.container
-    if container and not re.fullmatch(r"[^'\"\\`]+", container):
+    if container and not (re.fullmatch(r"[^'\"\\`]+", container) and container.isprintable()):
         raise UserError(f"--container: {container} is not a path that a job's script can hold (no quotes, no backslash)")
     return Job(name=name, nodes=settings.nodes, gpus_per_node=gpus, processes_per_node=processes,
                cpus_per_process=settings.cpus_per_process or site.cpus_per_process, time=settings.time,

@@ -18,17 +18,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 from genscale import exit_codes
 from genscale.cluster.checks import Check, host_name
 from genscale.cluster.clocks import server_offset
 from genscale.cluster.doctor import quick_check
 from genscale.cluster.job_nodes import compare_nodes
+from genscale.cluster.slurm_commands import JOB
 from genscale.errors import UserError
+from genscale.printable import printable
 from genscale.reading import read_json
 from genscale.training.checkpoint_names import latest_step
 from genscale.training.run_owner import RunOwner
+from genscale.writing import make_folder, no_link, write_whole
 
 NOTHING_TO_DO = 10
 """Exit code of `begin`: an earlier life of the job has completed the run."""
@@ -36,10 +39,15 @@ UNFIT = 11
 """Exit code of `begin`: a node is not fit to train on."""
 AGAIN = 75
 """Exit code of `end`: the job is to be requeued."""
+LARGEST = 16 * 2**20
+"""Bytes of a file that such records are read from."""
 FRUITLESS_LIVES = 3
 """So many in a row without a new checkpoint end a job."""
 NODES_SECONDS = 180.0
 """For the job's nodes to report, after the first of them has: a file server that a thousand nodes read Python from is slow."""
+
+
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
@@ -89,8 +97,8 @@ def begin(run: Path, max_requeues: int, workers: int) -> int:
     """
     job, restart = this_job()
     first = os.environ.get("SLURM_PROCID", "0") == "0"
-    for part in ("jobs/nodes", "logs"):
-        (run / part).mkdir(parents=True, exist_ok=True)
+    for part in ("jobs", "jobs/nodes", "logs"):
+        make_folder(run / part, parents=True)
     lives = read_lives(run)
     if first and lives and lives[-1].job == job and (read_ended(run) or {}).get("how") == "complete":
         tell(run, job, f"nothing to do: the run is complete at step {latest_step(run)}")
@@ -159,7 +167,7 @@ def _judge_nodes(run: Path, job: str, restart: int) -> int:
         return UNFIT
     excluded = sorted({*silent, *(node for node in faults if reports[node]["at_fault"])})
     if excluded and (len(excluded) < len(nodes) or len(nodes) == 1):
-        (run / "jobs" / "exclude").write_text(",".join(excluded))
+        write_whole(run / "jobs" / "exclude", ",".join(excluded))
     return UNFIT
 
 
@@ -168,8 +176,8 @@ def _reports(run: Path, nodes: Sequence[str], job: str, restart: int) -> dict[st
     while True:
         found = {}
         for node in nodes:
-            report = _read(run / "jobs" / "nodes" / f"{node}.json")
-            if report and (report["job"], report["restart"]) == (job, restart):
+            report = read_record(run / "jobs" / "nodes" / f"{node}.json")
+            if report and (report.get("job"), report.get("restart")) == (job, restart):
                 found[node] = report
         if len(found) == len(nodes) or time.monotonic() > deadline:
             return found
@@ -247,10 +255,21 @@ def why_no_more(lives: Sequence[Life], max_requeues: int) -> str | None:
 
 def read_lives(run: Path) -> list[Life]:
     """The oldest first; none where the file cannot be understood."""
-    content = _read(run / "jobs" / "lives.json") or {}
-    with contextlib.suppress(TypeError, KeyError):
-        return [Life(**{**life, "nodes": tuple(life["nodes"])}) for life in content["lives"]]
+    content = read_record(run / "jobs" / "lives.json") or {}
+    with contextlib.suppress(TypeError, KeyError, ValueError):
+        return [checked(Life(**{**life, "nodes": tuple(life["nodes"])})) for life in content["lives"]]
     return []
+
+
+def checked(entry: Entry) -> Entry:
+    """An entry as it was read from a run folder. Raises TypeError or ValueError where it is none that we have written."""
+    for name, kind in get_type_hints(type(entry)).items():
+        value = getattr(entry, name)
+        if not (all(isinstance(each, str) for each in value) if get_origin(kind) is tuple else isinstance(value, kind)):
+            raise TypeError(f"{name}: {value!r}")
+    if not JOB.fullmatch(entry.job):
+        raise ValueError(f"job: {entry.job!r}")
+    return entry
 
 
 def _write_lives(run: Path, lives: Sequence[Life]) -> None:
@@ -259,8 +278,9 @@ def _write_lives(run: Path, lives: Sequence[Life]) -> None:
 
 def tell(run: Path, job: str, line: str) -> None:
     """To the job's log, and to events.log."""
+    line = printable(line)
     print(f"genscale: job {job}: {line}", flush=True)
-    with contextlib.suppress(OSError), (run / "jobs" / "events.log").open("a") as file:
+    with contextlib.suppress(OSError), open(run / "jobs" / "events.log", "a", opener=no_link) as file:
         file.write(f"{_now()} job {job}: {line}\n")
 
 
@@ -270,10 +290,13 @@ def _nodes() -> list[str]:
 
 
 def read_ended(run: Path) -> dict[str, Any] | None:
-    return _read(run / "ended.json")
+    """What ended.json says; None where it does not say how."""
+    said = read_record(run / "ended.json") or {}
+    return said if isinstance(said.get("how"), str) and isinstance(said.get("exit_code"), int) else None
 
 
-def _read(file: Path) -> dict[str, Any] | None:
+def read_record(file: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is none, or not a file of ours."""
     with contextlib.suppress(OSError, ValueError):
         content = read_json(file)
         return content if isinstance(content, dict) else None
@@ -281,9 +304,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
-    temporary = file.with_name(f".{file.name}-{os.getpid()}-{host_name()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, file)
+    write_whole(file, json.dumps(content, indent=1) + "\n")
 
 
 def _now() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from genscale.cluster.job_records import active_jobs, jobs_of, runs_of, submitte
 from genscale.config_parser import parse_settings
 from genscale.errors import UserError
 
+MOST = 16 * 2**20
+"""Bytes of a file that are read at a time, and of its end at first."""
 POLL_SECONDS = 1.0
 QUEUE_SECONDS = 10.0
 """Between two looks at the queue and for new files, of which the controller would not like more."""
@@ -54,7 +57,7 @@ def files(folder: Path, ranks: bool) -> list[Path]:
         logs = [entry.log for entry in submitted(run) if entry.log]
         log = logs[-1] if logs else next(filter(None, map(slurm_commands.printed_to, reversed(jobs_of(run)))), None)
         found += [Path(log)] if log and Path(log).is_file() else []
-        found += sorted((run / "logs").glob("rank-*.log")) if ranks else []
+        found += sorted(path for path in (run / "logs").glob("rank-*.log") if path.is_file()) if ranks else []
     return found
 
 
@@ -66,13 +69,14 @@ def _show_news(file: Path, places: dict[Path, int], lines: int, named: bool, end
     """
     try:
         with file.open("rb") as opened:
-            opened.seek(places.get(file, 0))
-            news = opened.read()
+            size = opened.seek(0, os.SEEK_END)
+            start = opened.seek(places.get(file, max(0, size - MOST)))
+            news = opened.read(MOST)
     except OSError:
         return
     if not ended:
         news = news[:news.rfind(b"\n") + 1]
-    new, places[file] = file not in places, places.get(file, 0) + len(news)
+    new, places[file] = file not in places, start + len(news)
     shown = news.decode(errors="replace").splitlines()
     for line in shown[max(0, len(shown) - lines):] if new else shown:
         print(f"{file.name}: {line}" if named else line, flush=True)

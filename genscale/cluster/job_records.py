@@ -17,9 +17,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from genscale.cluster import slurm_commands
-from genscale.cluster.job_life import read_lives
+from genscale.cluster.job_life import checked, read_lives, read_record
 from genscale.cluster.slurm_commands import Queued
-from genscale.reading import read_json
+from genscale.writing import make_folder, write_whole
 
 
 @dataclass(frozen=True)
@@ -42,31 +42,31 @@ class Submitted:
 
 def new_folder(run: Path) -> Path:
     """An empty folder for what is submitted next: <run>/jobs/0001, and so on. Raises OSError."""
+    make_folder(run / "jobs", parents=True)
     number = max((int(path.name) for path in (run / "jobs").glob("[0-9]*") if path.name.isdigit()), default=0)
     while True:
         number += 1
         folder = run / "jobs" / f"{number:04d}"
         with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
 
 
 def record(folder: Path, entry: Submitted) -> None:
     """Note in that folder that the job was submitted. Raises OSError."""
     file = folder / "jobs" / "jobs.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent, parents=True)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     jobs = [asdict(each) for each in [*submitted(folder), entry]]
-    temporary = file.with_name(f".{file.name}-{os.getpid()}")
-    temporary.write_text(json.dumps({"jobs": [*jobs[:-1], {**jobs[-1], "time": now}]}, indent=1) + "\n")
-    os.replace(temporary, file)
+    write_whole(file, json.dumps({"jobs": [*jobs[:-1], {**jobs[-1], "time": now}]}, indent=1) + "\n")
 
 
 def submitted(folder: Path) -> list[Submitted]:
     """What was recorded in that folder, the oldest first, with its paths as they are reached through the folder."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-        entries = read_json(folder / "jobs" / "jobs.json")["jobs"]
-        return [_reached(folder, Submitted(**{**entry, "runs": tuple(entry["runs"])})) for entry in entries]
+    content = read_record(folder / "jobs" / "jobs.json") or {}
+    with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
+        entries = [checked(Submitted(**{**entry, "runs": tuple(entry["runs"])})) for entry in content["jobs"]]
+        return [_reached(folder, entry) for entry in entries]
     return []
 
 

@@ -16,11 +16,15 @@ from genscale.cluster.site import read_site
 from genscale.cluster.slurm_commands import Queued
 from genscale.config import RunSettings
 from genscale.errors import UserError
+from genscale.printable import printable
 from genscale.reading import read_yaml
 from genscale.tracking.metrics_file import read_metrics
 from genscale.tracking.progress import figure
 from genscale.training.checkpoint_names import latest_step
 
+LARGEST_CONFIG = 256 * 1024
+LONGEST = 1e9
+"""Seconds that are predicted at most: thirty years."""
 RECENT = 20
 """Logged steps that the speed is a mean of."""
 HEADINGS = ("RUN", "JOB", "STATE", "LIVES", "STEP", "LOSS", "SPEED", "TIME LEFT", "PREDICTED END", "NOTE")
@@ -99,12 +103,12 @@ def row_of(run: Path, jobs: Sequence[Queued]) -> Row:
     number = job.job if job else numbers[-1] if numbers else None
     state, note = _state(run, job, [life for life in lives if life.job == number], number)
     note = "; ".join(filter(None, (note, damage)))
-    logged = [line for line in metrics if "step_seconds" in line]
+    logged = [line for line in metrics if _is_number(line.get("step_seconds"))]
     steps, step = _steps(run), max(latest_step(run), logged[-1]["step"] if logged else 0)
     predicted = None
     if job and logged and steps and step < steps:
         recent = [line["step_seconds"] for line in logged[-RECENT:]]
-        predicted = sum(recent) / len(recent) * (steps - step)
+        predicted = min(sum(recent) / len(recent) * (steps - step), LONGEST)
     return Row(run, number, state, len(lives), step, steps, _loss(metrics), _speed(logged),
                job.time_left if job and job.state == "RUNNING" else None, predicted, note)
 
@@ -145,16 +149,20 @@ def _loss(metrics: Sequence[dict]) -> float | None:
     """The latest; of several phases that of the first."""
     for line in reversed(metrics):
         for name, value in line.items():
-            if (name == "loss" or name.endswith("/loss")) and value is not None:
+            if (name == "loss" or name.endswith("/loss")) and _is_number(value):
                 return value
     return None
 
 
 def _speed(logged: Sequence[dict]) -> str | None:
     for name, value in logged[-1].items() if logged else ():
-        if name.endswith("_per_second") and name != "tflops_per_second":
+        if name.endswith("_per_second") and name != "tflops_per_second" and _is_number(value):
             return f"{value:,.0f} {name.removesuffix('_per_second')}/s"
     return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < 1e15
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -165,5 +173,6 @@ def table(rows: Sequence[Row]) -> str:
         end = f"{datetime.now() + timedelta(seconds=row.predicted):%a %d %b %H:%M}" if row.predicted is not None else "-"
         lines.append((str(row.run), row.job or "-", row.state, str(row.lives), step,
                       "-" if row.loss is None else figure(row.loss), row.speed or "-", row.time_left or "-", end, row.note))
+    lines = [tuple(map(printable, line)) for line in lines]
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)

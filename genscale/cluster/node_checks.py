@@ -18,6 +18,7 @@ import psutil
 
 import genscale
 from genscale.cluster.checks import Check, count_of, host_name
+from genscale.writing import write_draft
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "datasets", "wandb")
 SMALLEST_SHARED_MEMORY = 2**30
@@ -121,9 +122,7 @@ def check_shared_memory(load: Load, folder: Path = Path("/dev/shm")) -> Iterator
     """What processes of one node hand each other."""
     try:
         usage = shutil.disk_usage(folder)
-        probe = folder / f"genscale-doctor-{os.getpid()}"
-        probe.write_bytes(b"0" * 4096)
-        probe.unlink()
+        write_draft(folder / "genscale-doctor", b"0" * 4096).unlink()
     except OSError as error:
         yield Check("shared memory", "failure", f"{folder} cannot be used ({error.strerror})", "mount a tmpfs there, at least "
                     "1 GiB", host_name(), of_node=True)

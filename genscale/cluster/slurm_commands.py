@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from genscale.errors import UserError
 
+JOB = re.compile(r"[0-9]{1,20}(_[0-9]{1,10})?")
+"""A job, or an element of an array. Nothing else from a run folder is handed to Slurm's commands."""
 SECONDS = 60
 """Longest wait for an answer: the controller may be busy, or away."""
 

@@ -29,6 +29,7 @@ from genscale.training.config_check import check_config
 from genscale.training.run_folder import config_yaml, run_folder
 from genscale.training.run_owner import who_has
 from genscale.training.supervision import group_timeout_minutes
+from genscale.writing import make_folder
 
 LAUNCH_FILE = Path("launch/ddp.yaml")
 SETUP_SECONDS = 120
@@ -47,7 +48,8 @@ class SubmitSettings(JobSettings):
     """A job to submit."""
 
     dry_run: bool = False
-    """Show the script, and have Slurm say when and where the job would start; submit nothing."""
+    """Show the script, and have Slurm say when and where the job would start; submit nothing. (As in a real submission, the
+    modules and lines of site.setup are run here, to see that they lead to genscale.)"""
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,7 @@ def _keep_and_submit(prepared: Prepared) -> None:
     job, folder, training = prepared.job, prepared.folder, prepared.training
     try:
         kept = new_folder(folder)
-        (folder / "logs").mkdir(exist_ok=True)
+        make_folder(folder / "logs")
         (kept / "config.yaml").write_text(config_yaml(prepared.configs[0]))
         script = kept / "job.sbatch"
         script.write_text(render(job, prepared.site, replace(training, config=str(kept / "config.yaml"), settings=()),

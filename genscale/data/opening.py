@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -16,10 +15,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from genscale.data.retrying import Passing, persist
+from genscale.data.retrying import Passing, in_threads, persist
 from genscale.data.source_file import DECOMPRESSORS, SourceFile, is_url, url_path
 from genscale.data.spec import Spec
-from genscale.data.web import AGAIN, answer_of, cause_of, innermost, passes, version_of
+from genscale.data.web import AGAIN, answer_of, answered, cause_of, innermost, part_of, passes, size_of, version_of
 from genscale.errors import SourceLost, UserError
 
 T = TypeVar("T")
@@ -160,12 +159,11 @@ def find_urls(spec: Spec, urls: Sequence[str]) -> list[SourceFile]:
         except UserError as error:
             return error
 
-    with ThreadPoolExecutor(min(PROBES, len(urls))) as pool:
-        answers = list(pool.map(answer, urls))
-    for answered in answers:
-        if isinstance(answered, UserError):
-            raise answered
-    return answers
+    found = [answer(urls[0])] if len(urls) == 1 else in_threads(answer, urls, PROBES)
+    for each in found:
+        if isinstance(each, UserError):
+            raise each
+    return found
 
 
 def _find_url(spec: Spec, url: str, patient: bool) -> SourceFile:
@@ -198,20 +196,24 @@ def _found(spec: Spec, url: str, where: str, response: Any) -> SourceFile:
     if status == 416:  # an empty file has no first byte
         return SourceFile(url, where, 0, version_of(headers), True, spec.retry_minutes)
     if status not in (200, 206):
-        raise _url_error(spec, url, f"the server answers {status} {response.reason}", {
+        raise _url_error(spec, url, answered(response), {
             401: NO_ACCESS, 403: NO_ACCESS,
             404: "there is nothing at this address; mend it", 410: "there is nothing at this address; mend it",
         }.get(status, "mend the address, or give a local copy"))
-    size = headers.get("Content-Range", "").rpartition("/")[2] or headers.get("Content-Length", "")
-    ranges = status == 206 and size.isdigit()
+    part = part_of(headers)
+    if status == 206 and (part is None or part[:2] != (0, 0)):
+        raise _url_error(spec, url, "asked for its first byte, the server gives another part", "mend the server, or give a "
+                         "local copy")
+    size = part[2] if part else size_of(headers)
+    ranges = status == 206 and size is not None
     if not ranges and (is_plain_parquet(url) or url_path(url).endswith(".jsonl")):
         raise _url_error(spec, url, "the server does not give parts of a file",
                          "give a compressed one (.jsonl.zst), or a local copy")
-    whole = size.isdigit() or "chunked" in headers.get("Transfer-Encoding", "").lower()
+    whole = size is not None or "chunked" in headers.get("Transfer-Encoding", "").lower()
     if not whole and Path(url_path(url).lower()).suffix not in DECOMPRESSORS:  # those tell when they were cut off
         raise _url_error(spec, url, "the server does not say how long it is, so that one cut off would look whole",
                          "give a compressed one, or a local copy")
-    return SourceFile(url, where, int(size) if size.isdigit() else 0, version_of(headers), ranges, spec.retry_minutes)
+    return SourceFile(url, where, size or 0, version_of(headers), ranges, spec.retry_minutes)
 
 
 def _at_once(spec: Spec, url: str, error: BaseException) -> UserError | None:

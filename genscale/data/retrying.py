@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import email.utils
 import logging
+import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 log = logging.getLogger("genscale")
+S = TypeVar("S")
 T = TypeVar("T")
 FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0
 """Seconds between tries, but for `Retry-After`."""
@@ -72,12 +74,39 @@ def persist(attempt: Callable[[], T], what: str, minutes: float) -> T:
             tries += 1
 
 
+def in_threads(do: Callable[[S], T], items: Sequence[S], most: int) -> list[T]:
+    """What `do` makes of each item, by `most` threads at a time. A signal that ends the program ends the wait for them: they
+    do not keep the interpreter, as a pool's threads would."""
+    todo, done = list(enumerate(items)), queue.SimpleQueue()
+
+    def work() -> None:
+        while todo:
+            try:
+                number, item = todo.pop()
+            except IndexError:  # another thread was faster
+                return
+            try:
+                done.put((number, do(item), None))
+            except BaseException as error:
+                done.put((number, None, error))
+
+    for _ in range(min(most, len(items))):
+        threading.Thread(target=work, daemon=True).start()
+    made: dict[int, T] = {}
+    for _ in items:
+        number, result, error = done.get()
+        if error is not None:
+            raise error
+        made[number] = result
+    return [made[number] for number in range(len(items))]
+
+
 def retry_after(headers: Mapping[str, str]) -> float:
     """Seconds that an answer asks to wait, which it gives as a number or as a date; 0 where it does not."""
     text = headers.get("Retry-After", "").strip()
-    if text.isdigit():
-        return float(text)
     try:
+        if text.isdigit():
+            return float(text)
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return 0.0

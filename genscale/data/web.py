@@ -8,13 +8,14 @@ started (another size, `ETag` or `Last-Modified`), is an error at once.
 from __future__ import annotations
 
 import io
+import re
 import socket
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from genscale.data.retrying import Passing, persist, retry_after
 from genscale.errors import SourceLost, UserError
@@ -26,8 +27,9 @@ BLOCK = 2 * 2**20
 """Bytes fetched at a time."""
 BLOCKS = 3
 """Blocks kept: archives and tables step back a little."""
-CONNECTIONS = 64
-"""Kept for each server: there may be one for every lane."""
+COMPRESSED = (".gz", ".tgz", ".xz", ".bz2", ".zst")
+SIZE = re.compile(r"[0-9]{1,18}")
+PART = re.compile(rf"bytes ({SIZE.pattern})-({SIZE.pattern})/({SIZE.pattern}|\*)", re.IGNORECASE)
 AGAIN = "a run goes on from its last checkpoint"
 
 
@@ -38,7 +40,7 @@ def passes(status: int) -> bool:
 
 def version_of(headers: Mapping[str, str]) -> str:
     """What tells a file from a later one at the same address; empty where the server does not say."""
-    return headers.get("ETag") or headers.get("Last-Modified") or ""
+    return (headers.get("ETag") or headers.get("Last-Modified") or "")[:200]
 
 
 def innermost(error: BaseException) -> BaseException:
@@ -56,15 +58,21 @@ def cause_of(error: BaseException) -> str:
     return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
 
 
-@lru_cache(maxsize=1)
-def _session() -> Any:
-    # Connections are kept. Redirects to anything but http and https are refused: the session knows no other scheme.
-    import requests
+def answered(response: Any) -> str:
+    """The server's answer in words, as many as one line holds."""
+    return f"the server answers {response.status_code} {(response.reason or '')[:80]}".rstrip()
 
-    session = requests.Session()
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=CONNECTIONS))
-    return session
+
+def part_of(headers: Mapping[str, str]) -> tuple[int, int, int | None] | None:
+    """First and last byte, and the size of the whole, of an answer that is a part; None where it does not say so."""
+    found = PART.fullmatch(headers.get("Content-Range", "").strip())
+    return (int(found[1]), int(found[2]), None if found[3] == "*" else int(found[3])) if found else None
+
+
+def size_of(headers: Mapping[str, str]) -> int | None:
+    """Bytes of a whole answer, where it says so."""
+    text = headers.get("Content-Length", "").strip()
+    return int(text) if SIZE.fullmatch(text) else None
 
 
 @contextmanager
@@ -82,11 +90,17 @@ def answer_of(url: str, part: str | None, seconds: float | None = None) -> Itera
     import requests
     import urllib3
 
+    from genscale.data.exchange import ask
+
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={part}"} if part else {})}
     try:
-        with _session().get(url, headers=headers, stream=True, timeout=seconds or SECONDS) as response:
+        with ask(url, headers, seconds or SECONDS) as response:
             if passes(response.status_code):
-                raise Passing(f"the server answers {response.status_code} {response.reason}", retry_after(response.headers))
+                raise Passing(answered(response), retry_after(response.headers))
+            encoding = response.headers.get("Content-Encoding", "").strip().lower()
+            # Some servers say it of files that are compressed, and mean no more than that.
+            if response.ok and encoding not in ("", "identity") and not urlsplit(url).path.lower().endswith(COMPRESSED):
+                raise requests.exceptions.ContentDecodingError(f"it is sent as {encoding[:80]}, which was not asked for")
             yield response
     except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError,
             urllib3.exceptions.HTTPError, OSError) as error:
@@ -132,22 +146,28 @@ class WebAddress:
             raise UserError(f"{self.where}: reading {self.url} broke off ({cause_of(error)}); mend that, and start again: "
                             f"{AGAIN}") from None
 
-    def check(self, response: Any, status: int) -> None:
+    def check(self, response: Any, asked: tuple[int, int] | None = None) -> None:
         """Refuse an answer that is not of the file that was there at the start.
 
+        Args:
+            asked: first and last byte that were asked for; None: the whole.
+
         Raises:
-            UserError: it is gone, or has changed.
+            UserError: it is gone, or has changed, or is another part of it.
         """
-        if response.status_code != status:
+        if response.status_code != (206 if asked else 200):
             advice = "put the file back"
             if response.status_code in (401, 403):
                 advice = "it refuses: an expired signed address, or no right to read it; give an address or a right that holds"
-            raise UserError(f"{self.where}: reading {self.url} broke off (the server answers {response.status_code} "
-                            f"{response.reason}); {advice}, and start again: {AGAIN}")
-        headers = response.headers
-        size = headers.get("Content-Range", "").rpartition("/")[2] if status == 206 else headers.get("Content-Length", "")
-        found = [(str(self.size) if self.size else "", size if size.isdigit() else "", " bytes"),
-                 (self.version, version_of(headers), "")]
+            raise UserError(f"{self.where}: reading {self.url} broke off ({answered(response)}); {advice}, and start again: "
+                            f"{AGAIN}")
+        headers, part = response.headers, part_of(response.headers)
+        if asked and (part is None or part[:2] != asked):
+            found = f"bytes {part[0]}-{part[1]}" if part else "a part, not saying which"
+            raise UserError(f"{self.where}: reading {self.url} broke off (asked for bytes {asked[0]}-{asked[1]}, the server "
+                            f"gave {found}); mend the server, or give a local copy, and start again: {AGAIN}")
+        size = part[2] if part else size_of(headers)
+        found = [(self.size, size, " bytes"), (self.version, version_of(headers), "")]
         for before, now, unit in found:
             if before and now and before != now:
                 raise UserError(f"{self.where}: {self.url} has changed since the run started (was {before}{unit}, now "
@@ -194,7 +214,7 @@ class WebFile(io.RawIOBase):
 
     def _fetch(self, first: int, stop: int) -> bytes:
         with answer_of(self._address.url, f"{first}-{stop - 1}") as response:
-            self._address.check(response, 206)
+            self._address.check(response, (first, stop - 1))
             content = response.raw.read(stop - first)
         if len(content) != stop - first:
             raise Passing(f"the server broke off after {len(content)} of {stop - first} bytes")
@@ -228,7 +248,7 @@ class WebStream(io.RawIOBase):
             if self._response is None:
                 self._open = answer_of(self._address.url, None)
                 self._response = self._open.__enter__()
-                self._address.check(self._response, 200)
+                self._address.check(self._response)
                 left = self._position
                 while left and (skipped := self._response.raw.read(min(left, BLOCK))):
                     left -= len(skipped)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from genscale.data.lanes import Data, Sample
 from genscale.data.loader import StepLoader
 from genscale.rng import torch_generator
+from genscale.writing import write_whole
 
 RECIPE: dict[str, Any] = {"version": 1, "channels": [32, 64, 128], "width": 64, "steps": 600, "batch": 128, "lr": 3e-3,
                           "weight_decay": 0.01, "sizes": [16, 32, 64], "seed": 0,
@@ -138,11 +138,9 @@ def _initialise(network: Classifier) -> None:
 
 def _keep(network: Classifier, file: Path) -> None:
     content = save({name: values.detach().cpu().contiguous() for name, values in network.state_dict().items()})
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(file)  # whole or not at all, also where two evaluations run at once
+        write_whole(file, content)  # also where two evaluations run at once
     except OSError as error:
         print(f"warning: the classifier cannot be kept in {file.parent} ({error.strerror}); the next evaluation trains it anew",
               file=sys.stderr)

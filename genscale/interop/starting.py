@@ -7,7 +7,6 @@ into its folder, from where a resumed run takes them.
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from genscale.interop.huggingface import TOKENIZER, find_folder, open_huggingfac
 from genscale.interop.tokenizer_files import GENERATION_CONFIG
 from genscale.interop.weights import Read
 from genscale.reading import Unreadable, read_yaml
+from genscale.writing import write_whole
 
 FREE = {"family", "from_", "dropout", "attention_dropout", "loss_chunk", "init_std"}
 """Settings that are the run's own whatever it starts from."""
@@ -135,4 +135,4 @@ def keep_for_export(config: Config, run: Path) -> None:
     """Copy the model's generation_config.json into the run folder, beside the tokenizer that it speaks of."""
     file = find_folder(config.model.from_) / GENERATION_CONFIG
     if config.data.tokenizer == config.model.from_ and file.is_file():
-        shutil.copyfile(file, run / GENERATION_CONFIG)
+        write_whole(run / GENERATION_CONFIG, file.read_bytes())

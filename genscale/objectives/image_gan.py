@@ -32,6 +32,7 @@ from genscale.objectives.gan import GAN, INITIAL_STD
 from genscale.objectives.gan_settings import GANObjectiveSettings, check_batch, check_losses
 from genscale.objectives.sample_quality import distance, distance_units, diversity
 from genscale.reading import Unreadable, read_json
+from genscale.writing import write_whole
 
 log = logging.getLogger("genscale")
 
@@ -106,7 +107,7 @@ class ImageGAN(GAN):
     def save_assets(self, folder: Path) -> None:
         """The names of the classes."""
         if self.class_names is not None:
-            (folder / CLASSES_FILE).write_text(json.dumps(self.class_names, ensure_ascii=False), encoding="utf-8")
+            write_whole(folder / CLASSES_FILE, json.dumps(self.class_names, ensure_ascii=False))
 
 
 def build(config: Config, data: Data) -> ImageGAN:

@@ -17,6 +17,7 @@ from genscale.models.decoding import generate
 from genscale.models.gpt import GPT, GPTSettings
 from genscale.objectives.base import Batch, Family, Networks, Objective, Phase, Terms
 from genscale.rng import Draws, torch_generator
+from genscale.writing import drafted
 
 TOKENIZER_FILE = "tokenizer.json"
 PREVIEW_TOKENS = 200
@@ -88,7 +89,8 @@ class LanguageModel(Objective):
 
     def save_assets(self, folder: Path) -> None:
         """Keep the tokenizer with the run: sampling must not depend on a file elsewhere."""
-        self.tokenizer.save(folder / TOKENIZER_FILE)
+        with drafted(folder / TOKENIZER_FILE) as draft:
+            self.tokenizer.save(draft)
 
     def use_assets(self, config: Config, folder: Path) -> None:
         """The text is cut into the tokens the network was trained on."""

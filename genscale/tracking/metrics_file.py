@@ -11,6 +11,7 @@ from typing import Any
 
 from genscale.errors import UserError
 from genscale.reading import Unreadable, parse_json, read_bytes
+from genscale.writing import drafted, no_link
 
 
 def _plain(value: Any) -> Any:
@@ -64,16 +65,20 @@ class MetricsFile:
 
     Raises:
         OSError: the file cannot be written (a full disk leaves the whole lines before it).
-        UserError: an existing file is damaged.
+        UserError: an existing file is damaged, a link or no plain file, or none can be made.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._waiting = b""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-            self._rewrite([line for line, _ in _read(self.path)])
-        self._open()
+        try:
+            self._open()
+        except OSError as error:
+            raise UserError(f"run.dir: cannot write to {self.path.parent} ({error.strerror}); set --run.dir to another "
+                            "folder") from None
+        if not self.path.read_bytes().endswith(b"\n"):
+            self.drop(lambda record: False)
 
     def append(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write one line `{"step": step, **metrics}`; it is with the operating system on return, so SIGKILL cannot lose it.
@@ -115,15 +120,13 @@ class MetricsFile:
         os.close(self._descriptor)
 
     def _open(self) -> None:
-        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._descriptor = no_link(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC)
 
     def _rewrite(self, lines: list[str]) -> None:
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
+        with drafted(self.path) as draft, draft.open("w", encoding="utf-8") as file:
             file.writelines(line + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, self.path)
         folder = os.open(self.path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # the rename itself is on the disk only when the folder is

@@ -12,13 +12,15 @@ from tqdm import tqdm
 
 from genscale.errors import UserError
 from genscale.masking import masked
+from genscale.printable import printable, printable_lines
+from genscale.writing import AppendedLog, make_folder
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # These put a console handler on their logger when they are first imported, which may be after the set-up.
 LATE_LIBRARIES = ("DeepSpeed", "datasets", "transformers")
 
 
-class _RankFile(logging.FileHandler):
+class _RankFile(AppendedLog):
     """The log file of this rank (a class of its own, so that a second set-up finds and replaces it)."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -34,7 +36,8 @@ class _RankFile(logging.FileHandler):
 
 
 class _Masked(logging.Formatter):
-    """Without passwords and tokens, whichever library has logged them (HTTP clients log the addresses they ask).
+    """Without passwords and tokens, whichever library has logged them (HTTP clients log the addresses they ask), and without
+    what a terminal would obey.
 
     Times are in UTC: a run may go on in another time zone."""
 
@@ -42,7 +45,11 @@ class _Masked(logging.Formatter):
     default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
 
     def format(self, record: logging.LogRecord) -> str:
-        return masked(super().format(record))
+        return printable_lines(masked(super().format(record)))
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        line = super().formatMessage(record)  # what others log, and ours at work, may have several
+        return printable(line) if record.name == "genscale" and record.levelno >= logging.WARNING else line
 
 
 class _Console(logging.Handler):
@@ -70,7 +77,7 @@ def setup_logging(run_folder: str | Path, rank: int) -> logging.Logger:
     """
     path = Path(run_folder) / "logs" / f"rank-{rank:05d}.log"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent, parents=True)
         file = _RankFile(path, mode="a", encoding="utf-8", errors="backslashreplace")  # names need not be UTF-8
     except OSError as error:
         raise UserError(f"run.dir: {run_folder} cannot be written ({error}); choose another folder with --run.dir") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from genscale.tracking.plots import plot_losses
 from genscale.tracking.progress import Progress
 from genscale.tracking.trackers import Trackers
 from genscale.tracking.writes import Writes
+from genscale.writing import drafted, write_whole
 
 log = logging.getLogger("genscale")
 
@@ -74,10 +76,10 @@ class RunRecord:
     def sample(self, step: int, file: Path, sample: str | np.ndarray) -> None:
         """A text, or a picture, uint8 `(height, width, 3)`."""
         if isinstance(sample, str):
-            self._writes.attempt("samples", lambda: file.write_text(sample))
+            self._writes.attempt("samples", lambda: write_whole(file, sample))
             self._trackers.log_text(step, "sample", sample)
         else:
-            self._writes.attempt("samples", lambda: Image.fromarray(sample).save(file))
+            self._writes.attempt("samples", lambda: write_whole(file, _as_png(sample)))
             self._trackers.log_image(step, "sample", sample)
 
     def close(self, failed: bool, loss_unit: str) -> None:
@@ -85,7 +87,14 @@ class RunRecord:
         self._progress.close()
         self._writes.attempt("metrics.jsonl", self._metrics.close)
         try:
-            plot_losses(self.folder / "metrics.jsonl", self.folder / "plots" / "loss.png", title=self.name, loss_unit=loss_unit)
+            with drafted(self.folder / "plots" / "loss.png") as picture:
+                plot_losses(self.folder / "metrics.jsonl", picture, title=self.name, loss_unit=loss_unit)
         except Exception as error:  # a picture is never worth a run
             log.warning("no loss curve: %s", error)
         self._trackers.close(exit_code=int(failed))
+
+
+def _as_png(image: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, format="png")
+    return content.getvalue()

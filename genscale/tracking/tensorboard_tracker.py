@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from genscale.writing import refuse_link
+
 FLUSH_SECONDS = 10
 """A killed run loses at most the events of this long."""
 
@@ -28,6 +30,7 @@ class TensorboardTracker:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and tensorboard may be absent
 
         folder = Path(run_folder) / "tensorboard"
+        refuse_link(folder)
         purge_step = first_step + 1 if first_step else None
         self._writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=FLUSH_SECONDS)
 

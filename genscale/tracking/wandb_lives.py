@@ -31,8 +31,10 @@ Row = dict[tuple[str, ...], str]
 SAMPLE = re.compile(r"(?P<key>.+)_(?P<step>\d+)_[0-9a-f]{20}\.(html|png)")
 """How W&B calls the file of a sample."""
 STEP, RUNTIME, TIMESTAMP = ("_step",), ("_runtime",), ("_timestamp",)
-ONCE = ("header", "run", "exit", "history", "summary", "files", "footer", "final")
-"""Records that are not simply taken over from every life."""
+EVERY = ("config", "environment", "metric", "output", "output_raw", "stats", "telemetry")
+"""Records that are simply taken over from every life. Others are put together here, or ask W&B for what no run of ours does:
+to upload files from anywhere on this machine, or to send messages."""
+RUN_ID = re.compile(r"[\w-]{1,128}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Joined:
         for life in self.lives:
             for record in life.records:
                 kind = record.WhichOneof("record_type")
-                if kind not in ONCE and not (kind == "stats" and _seconds(record.stats.timestamp) <= have.seconds):
+                if kind in EVERY and not (kind == "stats" and _seconds(record.stats.timestamp) <= have.seconds):
                     yield record
         for step, row in rows.items():
             record = Record()
@@ -132,12 +134,19 @@ def join_lives(run_folder: Path) -> Joined:
     Raises:
         UserError: there is nothing, or W&B's format is not known to this version.
     """
-    lives = _lives(run_folder)
-    rows = _rows(lives)
-    _complete(rows, run_folder)
-    for life in reversed(lives):
-        _add_samples(rows, life.path.parent / "files")
-    return Joined(lives, rows)
+    try:
+        lives = _lives(run_folder)
+        rows = _rows(lives)
+        _complete(rows, run_folder)
+        for life in reversed(lives):
+            _add_samples(rows, life.path.parent / "files")
+        joined = Joined(lives, rows)
+        if not RUN_ID.fullmatch(joined.run.run_id):
+            raise ValueError(f"a run called {joined.run.run_id[:80]!r}")
+        return joined
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{run_folder}: its W&B records are not as W&B writes them ({type(error).__name__}: "
+                        f"{str(error)[:200]}); remove those that are damaged") from None
 
 
 def _lives(run_folder: Path) -> list[_Life]:
@@ -145,8 +154,10 @@ def _lives(run_folder: Path) -> list[_Life]:
 
     lives = []
     for path in run_folder.glob("wandb/*run-*/run-*.wandb"):
+        if path.is_symlink() or path.parent.is_symlink() or not path.is_file():
+            continue
         try:
-            lives.append(_Life(path, [Record.FromString(content) for content in read_records(path)]))
+            lives.append(_Life(path, [_parsed(Record, content) for content in read_records(path)]))
         except OtherFormat as error:
             raise UserError(f"{run_folder}: {error}; upload it with `wandb sync --include-online {run_folder}/wandb`") from None
         except OSError as error:
@@ -157,6 +168,13 @@ def _lives(run_folder: Path) -> list[_Life]:
     if not any(life.of_kind("run") for life in lives):
         lives[-1].records.append(_described(run_folder))
     return sorted(lives, key=lambda life: life.started)
+
+
+def _parsed(kind: Any, content: bytes) -> Any:
+    try:
+        return kind.FromString(content)
+    except Exception as error:  # protobuf's, whose name depends on how it is built
+        raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
 def _described(run_folder: Path) -> Any:
@@ -215,7 +233,7 @@ def _add_samples(rows: dict[int, Row], files: Path) -> None:
     """Show the samples that W&B has kept in files, where the rows that showed them are lost."""
     for path in sorted(files.glob("media/*/*")):
         named = SAMPLE.fullmatch(path.name)
-        if not named or int(named["step"]) > max(rows, default=-1):
+        if not named or len(named["step"]) > 18 or int(named["step"]) > max(rows, default=-1) or not _is_own(path):
             continue
         step, key = int(named["step"]), named["key"]
         row = rows.setdefault(step, {STEP: str(step)})
@@ -225,8 +243,11 @@ def _add_samples(rows: dict[int, Row], files: Path) -> None:
         about = {"_type": "html-file", "path": path.relative_to(files).as_posix(), "size": len(content),
                  "sha256": hashlib.sha256(content).hexdigest()}
         if path.suffix == ".png":
-            with Image.open(path) as image:
-                about |= {"_type": "image-file", "format": "png", "width": image.width, "height": image.height}
+            try:
+                with Image.open(path, formats=["PNG"]) as image:
+                    about |= {"_type": "image-file", "format": "png", "width": image.width, "height": image.height}
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # no picture of a run
+                continue
         row |= {(key, name): json.dumps(value) for name, value in about.items()}
 
 
@@ -239,9 +260,9 @@ def _numbered(records: Iterator[Any]) -> Iterator[bytes]:
 
 def _link_files(source: Path, target: Path, text: str) -> Iterator[str]:
     """Samples and the like, under the names that the rows have for them."""
-    for path in source.rglob("*"):
+    for path in source.rglob("*") if not source.is_symlink() else ():
         name = path.relative_to(source).as_posix()
-        if not path.is_file() or not _is_wanted(name, text):
+        if not _is_own(path) or not _is_wanted(name, text):
             continue
         copy = target / name
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -251,6 +272,11 @@ def _link_files(source: Path, target: Path, text: str) -> Iterator[str]:
         except OSError:  # another file system, or one without links
             shutil.copyfile(path, copy)
         yield name
+
+
+def _is_own(path: Path) -> bool:
+    """Whether it is a file of the run: no link, which may lead to what is not to be uploaded, and no pipe."""
+    return path.is_file() and not path.is_symlink() and not path.parent.is_symlink()
 
 
 def _is_wanted(name: str, text: str) -> bool:

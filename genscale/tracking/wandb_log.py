@@ -7,6 +7,7 @@ room for a chunk's head stays zero.
 
 from __future__ import annotations
 
+import mmap
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
@@ -30,7 +31,9 @@ def read_records(path: Path) -> Iterator[bytes]:
         OtherFormat: another version, or another file.
         OSError: it cannot be read.
     """
-    data, position, parts = path.read_bytes(), HEADER, []
+    position, parts = HEADER, []
+    with path.open("rb") as file:  # mapped, for it may be larger than it looks, or than memory
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
     if data[:HEADER] != IDENTITY[: len(data)]:
         raise OtherFormat(f"{path} does not begin as W&B's logs do")
     while position + HEADER <= len(data):

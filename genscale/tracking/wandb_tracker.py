@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import html
 import logging
-import os
 import secrets
 import shlex
 import string
@@ -18,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from genscale.masking import masked
+from genscale.writing import make_folder, write_whole
 
 INIT_SECONDS = 8
 """Longest wait for the W&B server when a run starts online."""
@@ -35,9 +35,7 @@ def _run_id(folder: Path) -> str:
     if path.exists() and (kept := path.read_text(encoding="utf-8").strip()):
         return kept
     run_id = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
-    temporary = folder / "run_id.tmp"
-    temporary.write_text(run_id + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, run_id + "\n")
     return run_id
 
 
@@ -76,7 +74,7 @@ class WandbTracker:
         run_folder = Path(run_folder).resolve()
         str(run_folder).encode()  # W&B itself would log a traceback for a path that is no UTF-8
         folder = run_folder / "wandb"
-        folder.mkdir(parents=True, exist_ok=True)  # W&B itself would fall back to a temporary folder without a word
+        make_folder(folder, parents=True)  # W&B itself would fall back to a temporary folder without a word
         run_id = _run_id(folder)
         import wandb  # a second to import: only runs that use it pay
 

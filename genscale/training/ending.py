@@ -19,6 +19,7 @@ from genscale.reading import read_json
 from genscale.training.exclusive_file import give_name
 from genscale.training.run_owner import latest_claim
 from genscale.training.signals import Stopped
+from genscale.writing import write_draft
 
 How = Literal["complete", "stopped", "failed", "lost", "hang"]
 
@@ -78,16 +79,13 @@ class Ending:
             return True
         said = {"how": how, "signal": number.name if number else None, "step": self.step, "exit_code": exit_code,
                 "reason": reason or None, "rank": self.rank, "time": datetime.now(UTC).isoformat(timespec="seconds")}
-        temporary = self._path.with_name(f".ended-{self.rank}-{os.getpid()}")
         self._claimed = True
         try:
-            temporary.write_text(json.dumps(said, indent=1) + "\n")
-            give_name(temporary, self._path)
+            give_name(write_draft(self._path, json.dumps(said, indent=1) + "\n"), self._path)
         except FileExistsError:
             self._claimed = False
         except OSError:  # on a full disk each process speaks for itself
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+            pass
         return self._claimed
 
     def failed(self, error: BaseException) -> None:
@@ -111,7 +109,7 @@ class Ending:
             return None
         with contextlib.suppress(OSError, ValueError):
             said = read_json(self._path)
-            return said if isinstance(said, dict) else None
+            return said if isinstance(said, dict) and {"how", "exit_code", "reason"} <= said.keys() else None
         return None
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from genscale.training.step_report import StepReport
+from genscale.writing import drafted, make_folder, write_whole
 
 log = logging.getLogger("genscale")
 WARM_UP = 10  # steps: memory pools have grown, kernels are compiled and tuned
@@ -54,8 +55,9 @@ class Profile:
     def _write(self, profiler: profile) -> None:
         order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         try:
-            self.folder.mkdir(exist_ok=True)
-            profiler.export_chrome_trace(str(self.folder / "trace.json.gz"))
-            (self.folder / "table.txt").write_text(profiler.key_averages().table(sort_by=order, row_limit=ROWS) + "\n")
+            make_folder(self.folder)
+            with drafted(self.folder / "trace.json.gz") as trace:
+                profiler.export_chrome_trace(str(trace))
+            write_whole(self.folder / "table.txt", profiler.key_averages().table(sort_by=order, row_limit=ROWS) + "\n")
         except OSError as error:
             log.warning("profile could not be written: %s; training goes on", error.strerror or error)

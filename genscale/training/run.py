@@ -53,6 +53,7 @@ from genscale.training.supervision import Supervision, group_timeout_minutes
 from genscale.training.trainer import Trainer
 from genscale.training.update_guard import check_guards
 from genscale.training.watchdog import check_patience
+from genscale.writing import write_whole
 
 log = logging.getLogger("genscale")
 
@@ -184,7 +185,7 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
 def _write_what_it_is(config: Config, folder: Path, objective: Objective, pretrained: bool) -> None:
     """What is read of a run besides its checkpoints. Raises UserError where it cannot be written."""
     try:
-        (folder / "config.yaml").write_text(config_yaml(config))
+        write_whole(folder / "config.yaml", config_yaml(config))
         objective.save_assets(folder)
         if pretrained:
             keep_for_export(config, folder)

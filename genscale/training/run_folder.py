@@ -21,13 +21,16 @@ from genscale.data.opening import of_a_run_that_goes_on
 from genscale.data.plans import only_moved, plan_differences
 from genscale.errors import UserError
 from genscale.interop.starting import complete_from
-from genscale.masking import masked
+from genscale.masking import masked, masked_throughout
 from genscale.objectives import FAMILIES
 from genscale.reading import dump_yaml, parse_yaml, read_yaml
 from genscale.training.checkpoint_writing import clear_leftovers
 from genscale.training.checkpoints import Checkpoint, latest_valid, list_checkpoints
+from genscale.writing import make_folder, refuse_link, write_draft
 
 PARTS = ("checkpoints", "samples", "plots", "logs")
+OTHERS = ("wandb", "tensorboard", "profile")
+"""Folders in it that are made when something is written there."""
 
 
 def run_folder(config: Config) -> Path:
@@ -43,10 +46,10 @@ def create_run_folder(folder: Path) -> None:
     """Make the folder and its parts, and prove that files can be written there. Raises UserError."""
     try:
         for part in PARTS:
-            (folder / part).mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_bytes(b"0" * 4096)
-        probe.unlink()
+            make_folder(folder / part, parents=True)
+        for part in OTHERS:
+            refuse_link(folder / part)
+        write_draft(folder / "probe", b"0" * 4096).unlink()
     except OSError as error:
         raise UserError(f"run.dir: cannot write to {folder} ({error.strerror}); set --run.dir to a folder you can "
                         f"write to") from None
@@ -148,9 +151,10 @@ def check_may_continue(config: Config, checkpoint: Checkpoint, plan: dict[str, A
     # A setting that did not exist when the checkpoint was written had its default's effect.
     defaults = flatten(config_dict(Config(model=type(config.model)(), data=type(config.data)(),
                                           objective=type(config.objective)() if config.objective else None)))
-    old = {**{key: defaults.get(key) for key in new}, **flatten(checkpoint.config())}
+    # An earlier version may have known fewer shapes of tokens.
+    old = {**{key: defaults.get(key) for key in new}, **masked_throughout(flatten(checkpoint.config()))}
     changed = {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)}
-    recorded = checkpoint.state()["plan"]
+    recorded = masked_throughout(checkpoint.state()["plan"])
     differing = plan_differences(recorded, plan)
     moved = {key: pair for key, pair in changed.items() if only_moved(key, *pair, plan)}
     fatal = {key: pair for key, pair in changed.items() if key not in moved and (

@@ -27,6 +27,7 @@ import psutil
 from genscale.errors import UserError
 from genscale.reading import read_json
 from genscale.training.exclusive_file import give_name
+from genscale.writing import make_folder, write_whole
 
 BEAT_SECONDS = 5.0
 """Between two touches of the owner's file."""
@@ -59,7 +60,7 @@ class RunOwner:
     def __init__(self, run_folder: Path, say: Callable[[str], None]) -> None:
         self.run_folder, self._say = run_folder, say
         self._folder = run_folder / ".owner"
-        self._folder.mkdir(exist_ok=True)
+        make_folder(self._folder)
         self._mine = {"token": secrets.token_hex(8), **_this_process(), "folder": run_folder.stat().st_ino,
                       "since": datetime.now(UTC).isoformat(timespec="seconds")}
         self.number = self._claim()
@@ -84,7 +85,7 @@ class RunOwner:
         """The folder is free. Once more does nothing."""
         with contextlib.suppress(OSError, Fenced):
             self.check()
-            self._write(self._file(self.number), {**self._mine, "released": True})
+            write_whole(self._file(self.number), json.dumps({**self._mine, "released": True}, indent=1))
 
     def _claim(self) -> int:
         while True:
@@ -94,7 +95,7 @@ class RunOwner:
                 raise UserError(f"run.name: {self.run_folder} belongs to a run that goes on: {_describe(other)}; wait for it, "
                                 "stop it, or choose another --run.name")
             own = self._folder / f"claim-{self._mine['token']}"
-            self._write(own, self._mine)
+            write_whole(own, json.dumps(self._mine, indent=1))
             try:
                 give_name(own, self._file(latest + 1))
             except FileExistsError:
@@ -159,11 +160,6 @@ class RunOwner:
     def _file(self, number: int) -> Path:
         return self._folder / f"{number:08d}.json"
 
-    def _write(self, file: Path, content: dict[str, Any]) -> None:
-        temporary = file.with_name(f"new-{self._mine['token']}")
-        temporary.write_text(json.dumps(content, indent=1))
-        os.replace(temporary, file)
-
 
 def latest_claim(run_folder: Path) -> int:
     """Number of the claim whose run has the folder, for the processes that hold no claim themselves; 0 where none is seen."""
@@ -186,7 +182,7 @@ def who_has(run_folder: Path) -> str | None:
 
 
 def _numbers_in(folder: Path) -> list[int]:
-    return [int(path.stem) for path in folder.glob("*.json") if path.stem.isdigit()]
+    return [int(path.stem) for path in folder.glob("*.json") if path.stem.isascii() and path.stem.isdecimal()]
 
 
 def _this_process() -> dict[str, Any]:
@@ -218,11 +214,14 @@ def _lives(pid: int, started: float) -> bool:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """None for a file that is gone, or that a full disk or a torn copy has left without its content."""
+    """None for a file that is gone, or that a full disk, a torn copy or another program has left without its content."""
     try:
         content = read_json(file)
-        return content if content.keys() >= _KEYS else None
-    except (FileNotFoundError, ValueError, AttributeError):
+        sound = isinstance(content, dict) and content.keys() >= _KEYS
+        sound = sound and type(content["pid"]) is int and 0 < content["pid"] < 2**31
+        sound = sound and isinstance(content["started"], (int, float)) and str(content["restart"]).isdecimal()
+        return content if sound else None
+    except (FileNotFoundError, ValueError, TypeError):
         return None
 
 

@@ -23,6 +23,8 @@ IMPATIENCE = 5.0
 """Seconds after which one more Ctrl-C means: now."""
 START_SECONDS = 3.0
 """For a start to notice a signal; then it is waiting outside Python: for another process, or for a library."""
+UNWIND_SECONDS = 7.0
+"""For a start that has noticed it to end; then something that it closes is waiting."""
 
 
 class Stopped(BaseException):
@@ -110,6 +112,10 @@ class StopSignal:
             time.sleep(START_SECONDS)
             if number in SIGNALS and self._starting and self.received is None:
                 os._exit(exit_codes.of_signal(number))
+            if number in SIGNALS and self._starting:
+                time.sleep(UNWIND_SECONDS)
+                if self._starting and self._depth:
+                    os._exit(exit_codes.of_signal(number))
         os.close(pipe)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:

@@ -30,10 +30,12 @@ from genscale.config import Config
 from genscale.data.source_file import is_url
 from genscale.errors import UserError
 from genscale.parallel.processes import BOARD, Processes
+from genscale.printable import printable
 from genscale.reading import read_json
 from genscale.training.ending import Ending
 from genscale.training.hang import Report, innermost, verdict
 from genscale.training.run_owner import BEAT_SECONDS, Fenced, RunOwner
+from genscale.writing import no_link, write_whole
 
 DUMP = signal.SIGUSR2
 """Makes a process write its stacks, whatever it is at, and also after it was stopped."""
@@ -77,7 +79,7 @@ class Watchdog:
         self.poll = min(BEAT_SECONDS, max(0.25, self.limit / 8)) if minutes else BEAT_SECONDS
         self.logs = run_folder / "logs"
         self._alarm = self.logs / ".hang"
-        self._stacks = self._file("stacks-rank", processes.rank, "txt").open("w")
+        self._stacks = open(self._file("stacks-rank", processes.rank, "txt"), "w", opener=no_link)  # noqa: SIM115 (open to the end)
         # A process that is stopped in the middle of a step cannot write its heartbeat any more.
         board = None
         if hasattr(os, "memfd_create"):  # Linux
@@ -97,7 +99,7 @@ class Watchdog:
     @staticmethod
     def clear(run_folder: Path) -> None:
         """Remove what an earlier run has left; on rank 0, before any process starts its watchdog."""
-        for pattern in (".hang", "heartbeat-*", "stacks-rank-*.txt"):
+        for pattern in (".hang", "heartbeat-*", ".heartbeat-*", "stacks-rank-*.txt"):
             for path in (run_folder / "logs").glob(pattern):
                 path.unlink(missing_ok=True)
 
@@ -163,10 +165,8 @@ class Watchdog:
     def _beat(self) -> None:
         heartbeat = {**self._identity, "doing": self.processes.doing, "beats": self._seen[0],
                      "since": self._since_when.isoformat(timespec="seconds")}
-        file = self._file("heartbeat", self.processes.rank, "json")
-        partial = file.with_suffix(".partial")  # a process that is stopped in the middle leaves the former one
-        partial.write_text(json.dumps(heartbeat))
-        partial.replace(file)
+        # A process that is stopped in the middle leaves the former one.
+        write_whole(self._file("heartbeat", self.processes.rank, "json"), json.dumps(heartbeat))
 
     def _leave_with_the_others(self) -> None:
         """A process that waits for one that has failed may wait for long: in a library, or for a device."""
@@ -263,8 +263,9 @@ class Watchdog:
 
     def _exit(self, code: int, line: str) -> None:
         """Not through the console's or the log's own locks, which a thread that hangs may hold."""
+        line = printable(line)
         os.write(2, f"error: {line}\n".encode())
-        with contextlib.suppress(OSError), self._file("rank", self.processes.rank, "log").open("a") as log:
+        with contextlib.suppress(OSError), open(self._file("rank", self.processes.rank, "log"), "a", opener=no_link) as log:
             log.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} ERROR genscale: {line}\n")
         os._exit(code)
 

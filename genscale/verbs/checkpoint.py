@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 
 from genscale.config_parser import parse
 from genscale.errors import UserError, nearest
+from genscale.printable import printable
 from genscale.training.checkpoints import Checkpoint, find_checkpoints
 from genscale.training.tensor_files import write_whole
 
@@ -127,6 +128,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         state = f"DAMAGED: {row['problem']}" if row["problem"] else "valid"
         lines.append((row["path"], f"{row['bytes'] / 2**20:,.1f} MiB", _age(row["age_seconds"]), row.get("position", "-"),
                       marks or "-", _maker(row), state))
+    lines = [tuple(printable(str(cell)) for cell in line) for line in lines]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     right = (1, 2)
     return "\n".join("  ".join(cell.rjust(width) if column in right else cell.ljust(width)

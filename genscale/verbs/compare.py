@@ -11,6 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from genscale.config_parser import parse
+from genscale.printable import printable
 from genscale.training.comparison import Comparison, compare_runs
 
 DIFFERENT = 1
@@ -44,7 +45,7 @@ def _as_text(comparison: Comparison) -> str:
         steps = ", ".join(map(str, comparison.checkpoints))
         what = f"step {comparison.checkpoint.step}: {comparison.checkpoint}" if comparison.checkpoint else f"equal at {steps}"
         lines.append(f"checkpoints: {what}")
-    return "\n".join([*lines, comparison.verdict])
+    return "\n".join(map(printable, [*lines, comparison.verdict]))
 
 
 def _as_json(comparison: Comparison) -> dict[str, Any]:

@@ -33,6 +33,10 @@ def sync(folder: Path) -> None:
     """Upload a run, and say what was new. Raises UserError."""
     if not folder.is_dir():
         raise UserError(f"{folder}: is not a run folder; give one, like runs/demo")
+    if folder.resolve() == Path.cwd() and os.path.lexists(folder / "wandb" / "settings"):
+        # W&B takes its server, to which the key is sent, from such a file in the folder it is started in.
+        raise UserError(f"{folder.resolve()}/wandb/settings would say which server this machine's W&B key is sent to; run this "
+                        "from another folder, or remove that file")
     joined = join_lives(folder)
     if joined.rows and who_has(folder):
         del joined.rows[max(joined.rows)]  # more may come to it

@@ -5,7 +5,10 @@ Runs where the extra is installed: pip install 'genscale[eval]'; pytest tests/ev
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from genscale.config_parser import load_config
 from genscale.data.tokenizers import ByteTokenizer, load_tokenizer, train_bpe
 from genscale.errors import UserError
+from genscale.evaluation import task_files
 from genscale.evaluation.harness import GenscaleLM, cut_windows
 from genscale.interop.huggingface import open_huggingface
 from genscale.models.decoding import generate
@@ -205,6 +209,39 @@ def test_a_task_file_runs_no_code(line: str, words: list[str], genscale, trained
     message = genscale("evaluate", trained, "--tasks", "our_choice", "--include_path", tasks).message_of_run()
     assert all(word in message for word in words), message
     assert not mark.exists()
+
+
+@pytest.mark.parametrize(("key", "value", "words"), [
+    ("include", "../secret", ["include: ../secret leads out of", "set --include_path to a folder that holds both"]),
+    ("include", "/etc/passwd", ["include: /etc/passwd leads out of"]),
+    ("doc_to_text", "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", ["within 0.5 s"]),
+    ("doc_to_text", "{{ range(10 ** 9) | list }}", ["a template of the task is wrong", "Range too big"]),
+    ("doc_to_text", "{{ 'a' * 10 ** 10 }}", ["more than 10,000,000 characters"]),
+    ("doc_to_text", "{{ 9 ** (9 ** 9) }}", ["more than 10,000,000 characters"]),
+    ("doc_to_text", "{{ question", ["a template of the task is wrong", "end of template"]),
+])
+def test_a_task_file_holds_nobody_up_and_leads_nowhere_else(genscale, trained, tasks, monkeypatch, key, value, words) -> None:
+    monkeypatch.setattr(task_files, "TEMPLATE_SECONDS", 0.5)
+    (tasks.parent / "secret").write_text("task: [a secret of the user's own\n")
+    settings = yaml.safe_load((tasks / "our_choice.yaml").read_text())
+    (tasks / "our_choice.yaml").write_text(yaml.safe_dump({**settings, key: value}))
+    message = genscale("evaluate", trained, "--tasks", "our_choice", "--include_path", tasks).message_of_run()
+    assert all(word in message for word in words) and "secret of" not in message, message
+
+
+@pytest.mark.parametrize("text", ["a: &a [*a]\n", "[" * 20_000, "&a0 [x]: 1\n" + "".join(
+    f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(12)), None])
+def test_task_files_that_are_towers_or_pipes_are_looked_at_in_time(tmp_path, text) -> None:
+    """An alias within itself, brackets without end, aliases that stand for 9 ** 12 texts, and a pipe."""
+    file = tmp_path / "task.yaml"
+    if text is None:
+        os.mkfifo(file)
+    else:
+        file.write_text(text)
+    started = time.monotonic()
+    with contextlib.suppress(UserError, yaml.YAMLError):
+        task_files.refuse_code(tmp_path)
+    assert time.monotonic() - started < 5
 
 
 @pytest.mark.slow  # the harness reads all of its own tasks first

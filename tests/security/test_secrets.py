@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import http.server
+import json
 import logging
+import random
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -124,10 +128,62 @@ def test_a_password_is_read_from_netrc(tiny_text, tmp_path, monkeypatch) -> None
     ("https://h/tokens/x.txt?author=me&design=2&keyword=cat", "https://h/tokens/x.txt?author=me&design=2&keyword=cat"),
     ("data.source=https://h/x?token=1:2: not found", "data.source=https://h/x?token=***: not found"),
     ("mail me@home.org about a=b?token=c", "mail me@home.org about a=b?token=c"),
+    ("https://h/x?jwt=a.b.c&pass=p&hmac=1&session=2&sid=3&k=q&k=7", "https://h/x?jwt=***&pass=***&hmac=***&session=***&sid=***&"
+                                                                   "k=***&k=7"),
+    ("https://h/x;jsessionid=1A#access_token=z&state=on", "https://h/x;jsessionid=***#access_token=***&state=on"),
+    ("s3://AKIDX:s3cr@t@bucket/x and ftp://u@h/y", "s3://***@bucket/x and ftp://***@h/y"),
+    ("https://h/eyJhbGciOi.eyJzdWIiOiIx.c2ln/a.txt of hf_abcdefghijklmnopqrstuvwxyz012345", "https://h/***/a.txt of ***"),
+    # By shape: what is drawn by lot, under whatever name; not what says which file is meant.
+    ("https://h/x?u=9f86d081884c7d659a2feaa0c55ad015", "https://h/x?u=***"),
+    ("https://h/x?q=dBjftJeZ4CVP-mB92K27uhbUJU1p1r_wW1gFWFOEjXk", "https://h/x?q=***"),
+    ("https://h/x?g=123e4567-e89b-42d3-a456-426614174000&page=3", "https://h/x?g=***&page=3"),
+    ("https://h/x?w=3q2%2B7wAB%2FcdQ9zXy0123Kg%3D%3D", "https://h/x?w=***"),
+    ("https://h/x?id=1AbCdEfGhIjKlMnOpQrStUvWxYz012345&download=1", "https://h/x?id=1AbCdEfGhIjKlMnOpQrStUvWxYz012345&download=1"),
+    *((f"https://h/x?{plain}", f"https://h/x?{plain}") for plain in (
+        "page=3", "file=train.jsonl", "revision=main", "rev=9f86d081884c7d659a2feaa0c55ad015", "from=2024-01-15T12:00:00Z",
+        "sha256=9f86d081884c7d659a2feaa0c55ad015", "part=train-00001-of-00064", "to=20240115T120000Z", "at=1700000000123456789",
+        "model=Qwen2.5-0.5B-Instruct-GPTQ-Int4", "crawl=CC-MAIN-2024-10", "part=c4-train.00000-of-01024.json.gz",
+        "fileId=dBjftJeZ4CVPmB92K27uhbUJU1p1r", "versionId=3sL4kqtJlcpXroDTDmJ.rmSpXd3dIbrHY", "name=ünïcödé-ÄÖÜ-12345678901")),
 ])
 def test_what_is_masked_and_what_not(text, safe) -> None:
     assert masked(text) == safe
     assert masked(safe) == safe
+
+
+def test_what_is_drawn_by_lot_is_masked_nearly_always() -> None:
+    drawn = random.Random(1)
+    for length, least in ((16, 165), (24, 185), (32, 195)):
+        tokens = [base64.urlsafe_b64encode(drawn.randbytes(length)).decode().rstrip("=") for _ in range(200)]
+        assert sum(masked(f"https://h/x?u={token}") == "https://h/x?u=***" for token in tokens) >= least
+        assert all(masked(f"https://h/x?u={drawn.randbytes(length).hex()}") == "https://h/x?u=***" for _ in range(100))
+
+
+@pytest.mark.parametrize("text", ["://?u=" + "a-" * 100_000, "a-" * 100_000 + "://", "://" + "?token" * 50_000, "eyJ" * 60_000,
+                                  "://?" + "id_" * 50_000 + "=1"])
+def test_masking_takes_no_long_time(text) -> None:
+    started = time.monotonic()
+    masked(text)
+    assert time.monotonic() - started < 5
+
+
+def test_a_run_goes_on_with_a_new_token_of_a_name_that_nobody_knows(tiny_config, genscale, address, tiny_run) -> None:
+    """Nothing that it writes holds the old one; and one from before its shape was known is no other address."""
+    secrets = ("dBjftJeZ4CVPmB92K27uhbUJU1p1rwW1gFWFOEjXk", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.c2lnbmF0dXJl")
+    command = ["train", "--config", tiny_config, "--train.checkpoint_every", 1, "--data.source"]
+    assert genscale(*command, f"{address}?page=3&u={secrets[0]}&jwt={secrets[1]}", "--train.steps", 1).code == 0
+    written = [path.read_bytes() for path in tiny_run.rglob("*") if path.is_file()]
+    assert len(written) > 8 and not any(secret.encode() in content for secret in secrets for content in written)
+    assert f"{address}?page=3&u=***&jwt=***" in (tiny_run / "config.yaml").read_text()
+    config = next((tiny_run / "checkpoints").glob("step-*")) / "config.yaml"
+    old = config.read_text().replace("u=***", f"u={secrets[0]}")
+    manifest = json.loads((config.parent / "manifest.json").read_text())
+    manifest["files"]["config.yaml"] = {"bytes": len(old), "sha256": hashlib.sha256(old.encode()).hexdigest()}
+    config.write_text(old)
+    (config.parent / "manifest.json").write_text(json.dumps(manifest))
+    done = genscale(*command, f"{address}?page=3&u=Zz{secrets[0]}&jwt=x.y", "--train.steps", 2)
+    assert done.code == 0, done.err
+    said = genscale(*command, f"{address}?page=4&u=Zz{secrets[0]}&jwt=x.y", "--train.steps", 3).message_of_run()
+    assert "page=3&u=***&jwt=***" in said and "page=4&u=***&jwt=***" in said
 
 
 def test_errors_and_logs_are_masked_whoever_writes_them(tmp_path, monkeypatch, capsys) -> None:
