@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from genscale.cluster.environment import communication
+from genscale.cluster.environment import cleaning, communication
 from genscale.cluster.job import Job
 from genscale.cluster.site import Site
 
@@ -45,8 +45,8 @@ def render(job: Job, site: Site, training: Training, output: str | None = None) 
     """
     array = job.array
     output = output or ("%x-%A_%a.log" if array else "%x-%j.log")
-    parts = [_head(job, site, output), _what_it_trains(job, training), _environment(job, site, training), _meeting(job),
-             _life(job, _inside(job, site), training.workers)]
+    parts = [_head(job, site, output), _which_job(job), _what_it_trains(job, training), _environment(job, site, training),
+             _meeting(job), _life(job, _inside(job, site), training.workers)]
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 
@@ -88,6 +88,19 @@ def _head(job: Job, site: Site, output: str) -> list[str]:
 def _or_remark(option: str, value: str | None) -> str:
     """An option, or a line to make one of."""
     return f"#SBATCH --{option}={value}" if value else f"##SBATCH --{option}=...  (take away a #; else it is the cluster's own)"
+
+
+def _which_job(job: Job) -> list[str]:
+    # In an array the last element's SLURM_JOB_ID is that of the whole array.
+    own = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.array else "$SLURM_JOB_ID"
+    return [
+        "# -- only what Slurm gave this job: the rest is of whoever submitted it, from inside another job perhaps",
+        *cleaning(array=job.array is not None),
+        f"job={own}",
+        'if [ -n "$SLURM_RESTART_COUNT" ]; then  # which Slurm leaves as it was in the first life of a job',
+        '    case " $(scontrol --oneliner show job "$job") " in *" Restarts=0 "*) unset SLURM_RESTART_COUNT ;; esac',
+        "fi",
+    ]
 
 
 def _what_it_trains(job: Job, training: Training) -> list[str]:
@@ -140,12 +153,15 @@ def _meeting(job: Job) -> list[str]:
         "    { echo \"error: scontrol show hostnames names no node of '$SLURM_JOB_NODELIST'\" >&2; exit 1; }",
         f"export MASTER_ADDR=${{nodes%%$'\\n'*}} MASTER_PORT=$(({FIRST_PORT} + SLURM_JOB_ID % {PORTS}))",
         "export GENSCALE_NODES=$nodes GENSCALE_RUN=$run",
-        "# In an array the last element's SLURM_JOB_ID is that of the whole array.",
-        "job=$SLURM_JOB_ID",
-        '[ -z "$SLURM_ARRAY_JOB_ID" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID',
         "# When to stop, should the signal come while no process listens yet.",
         'ends=$(squeue --noheader --jobs="$job" --format=%e)',
-        f'[ -n "$ends" ] && ends=$(date -d "$ends" +%s 2>/dev/null) && export GENSCALE_STOP_AT=$((ends - {job.lead}))',
+        'if [ -n "$ends" ] && ends=$(date -d "$ends" +%s 2>/dev/null); then',
+        '    if [ "$ends" -gt "$(date +%s)" ]; then',
+        f"        export GENSCALE_STOP_AT=$((ends - {job.lead}))",
+        "    else",
+        '        echo "genscale: job $job: by squeue it ended at $(date -d "@$ends"), so it goes by the signal alone"',
+        "    fi",
+        "fi",
     ]
 
 
@@ -163,7 +179,7 @@ def _life(job: Job, inside: str, workers: int) -> list[str]:
     return [
         "# -- one life of the job. A task that has ended leaves the others in peace for a while, however it ended: it may have",
         "#    been the first to answer a signal",
-        'step=(srun --export=ALL --nodes="$SLURM_NNODES" --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0)',
+        'step=(srun --export=ALL --nodes="$SLURM_NNODES" --cpus-per-task="$SLURM_CPUS_PER_TASK" --mem=0 --kill-on-bad-exit=0)',
         "",
         "# -- its beginning looks at every node and counts the life; 10: the run is complete",
         '"${step[@]}" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --wait=300 \\',

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from genscale.cluster import slurm_commands
 from genscale.cluster.doctor import submission_check
+from genscale.cluster.environment import clean_environment
 from genscale.cluster.job import Job, JobSettings, settle
 from genscale.cluster.job_records import Submitted, active_jobs, new_folder, record
 from genscale.cluster.partition import check_fits, find_partition
@@ -200,7 +201,8 @@ def _check_setup(site: Site) -> None:
     lines = ["set -e", *site.setup_lines(None), *(f"export {name}={shlex.quote(value)}" for name, value in
                                                   site.environment.items()), "python -m genscale --version"]
     try:
-        done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, timeout=SETUP_SECONDS)
+        done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, timeout=SETUP_SECONDS,
+                              env=clean_environment())
     except subprocess.TimeoutExpired:
         raise UserError(f"site.setup: Python does not start within {SETUP_SECONDS} s after "
                         f"`{'; '.join(site.setup_lines(None))}`") from None
