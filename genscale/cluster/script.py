@@ -27,6 +27,7 @@ class Training:
         goes_on: whether a life after the first goes on from the latest checkpoint as it is; False where `run.resume` says
             otherwise, which is for the first only.
         workers: `data.workers`; of the runs of an array, the most.
+        submitted_with: the flags of `genscale slurm submit`, as they are typed, for the run to say what to type next.
     """
 
     config: str
@@ -35,6 +36,7 @@ class Training:
     collective_seconds: int = 1800
     goes_on: bool = True
     workers: int = 0
+    submitted_with: str | None = None
 
 
 def render(job: Job, site: Site, training: Training, output: str | None = None) -> str:
@@ -45,12 +47,12 @@ def render(job: Job, site: Site, training: Training, output: str | None = None) 
     """
     array = job.array
     output = output or ("%x-%A_%a.log" if array else "%x-%j.log")
-    parts = [_head(job, site, output), _which_job(job), _what_it_trains(job, training), _environment(job, site, training),
-             _meeting(job), _life(job, _inside(job, site), training.workers)]
+    parts = [_head(job, output), _which_job(job), _what_it_trains(job, training), _environment(job, site, training),
+             _meeting(job, training), _life(job, _inside(job, site), training.workers)]
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 
-def _head(job: Job, site: Site, output: str) -> list[str]:
+def _head(job: Job, output: str) -> list[str]:
     tasks = job.processes_per_node if job.launcher == "srun" else 1
     what = f"{job.nodes} node{'s' if job.nodes > 1 else ''}"
     if job.array:
@@ -65,12 +67,12 @@ def _head(job: Job, site: Site, output: str) -> list[str]:
         "# -- to change: what it asks for (and below, what it trains)",
         f"#SBATCH --job-name={shlex.quote(job.name)}",
         f"#SBATCH --nodes={job.nodes}",
-        *([f"#SBATCH --gpus-per-node={job.gpus_per_node}"] if job.gpus_per_node else []),
+        *(f"#SBATCH {option}" for option in job.gpus.option),
         f"#SBATCH --time={job.time}",
         *([f"#SBATCH --array={job.array.for_sbatch()}"] if job.array else []),
         _or_remark("partition", job.partition),
         _or_remark("account", job.account),
-        *(f"#SBATCH {line}" for line in site.sbatch),
+        *(f"#SBATCH {shlex.quote(option)}" for option in job.options),
         "#",
         f"# -- one task a {'process' if tasks > 1 or job.launcher == 'srun' else 'node'}, with its CPU cores",
         f"#SBATCH --ntasks-per-node={tasks}",
@@ -105,16 +107,10 @@ def _which_job(job: Job) -> list[str]:
 
 def _what_it_trains(job: Job, training: Training) -> list[str]:
     lines = [f"config={shlex.quote(training.config)}"]
-    array = job.array
-    if array is None:
+    if job.array is None:
         lines += [f"run={shlex.quote(training.run)}", f"settings=({shlex.join(training.settings)})"]
     else:
-        if array.is_range:
-            lines.append("value=$SLURM_ARRAY_TASK_ID")
-        else:
-            lines += [f"values=({shlex.join(array.values)})", "value=${values[SLURM_ARRAY_TASK_ID]}"]
-        lines += [f"run={shlex.quote(f'{training.run}-{array.short}')}${{value//[^A-Za-z0-9._+-]/-}}",
-                  f"settings=({shlex.join(training.settings)}{' ' if training.settings else ''}\"--{array.key}=$value\")"]
+        lines += job.array.script(training.run, training.settings)
     lines[-1] += '  # override those of the file'
     lines.append('settings+=(--run.dir "$(dirname "$run")" --run.name "$(basename "$run")")')
     if not training.goes_on:
@@ -132,11 +128,12 @@ def _environment(job: Job, site: Site, training: Training) -> list[str]:
                   f"export HF_HOME={home}"]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
     threads = "$SLURM_CPUS_PER_TASK" if job.launcher == "srun" else "$((SLURM_CPUS_PER_TASK / LOCAL_WORLD_SIZE))"
+    here = f"${{SLURM_GPUS_ON_NODE:-{job.gpus_per_node}}}  # on each node: one a GPU" if job.gpus_per_node else \
+        f"{job.processes_per_node}  # on each node"
     lines += [
         "",
         "# -- the environment of the processes",
-        "export LOCAL_WORLD_SIZE=" + ("$SLURM_GPUS_ON_NODE  # on each node: one a GPU" if job.gpus_per_node
-                        else f"{job.processes_per_node}  # on each node"),
+        f"export LOCAL_WORLD_SIZE={here}",
         f"export OMP_NUM_THREADS={threads}  # each process has its own cores",
     ]
     if not job.gpus_per_node:
@@ -146,13 +143,15 @@ def _environment(job: Job, site: Site, training: Training) -> list[str]:
     return lines + [f"{f'export {each.name}={each.value}':<{width}}  # {each.why}" for each in variables]
 
 
-def _meeting(job: Job) -> list[str]:
+def _meeting(job: Job, training: Training) -> list[str]:
     return [
         "# -- where the processes meet: on the first of the job's nodes, at a port of the job's own",
         'nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST") && [ -n "$nodes" ] ||',
         "    { echo \"error: scontrol show hostnames names no node of '$SLURM_JOB_NODELIST'\" >&2; exit 1; }",
         f"export MASTER_ADDR=${{nodes%%$'\\n'*}} MASTER_PORT=$(({FIRST_PORT} + SLURM_JOB_ID % {PORTS}))",
         "export GENSCALE_NODES=$nodes GENSCALE_RUN=$run",
+        *([] if training.submitted_with is None else
+          [f"export GENSCALE_SUBMIT={shlex.quote(training.submitted_with)}  # for the run to say what to type next"]),
         "# When to stop, should the signal come while no process listens yet.",
         'ends=$(squeue --noheader --jobs="$job" --format=%e)',
         'if [ -n "$ends" ] && ends=$(date -d "$ends" +%s 2>/dev/null); then',
@@ -187,7 +186,7 @@ def _life(job: Job, inside: str, workers: int) -> list[str]:
         "code=$?",
         '[ "$code" = 10 ] && exit 0',
         'if [ "$code" = 0 ]; then',
-        *(f"    {line}" for line in (_with_srun(inside) if job.launcher == "srun" else _with_accelerate(inside))),
+        *(f"    {line}" for line in (_with_srun(job, inside) if job.launcher == "srun" else _with_accelerate(inside))),
         "    code=$?",
         "fi",
         "",
@@ -222,11 +221,14 @@ def _with_accelerate(inside: str) -> list[str]:
     ]
 
 
-def _with_srun(inside: str) -> list[str]:
+def _with_srun(job: Job, inside: str) -> list[str]:
+    own, rank = "", "$SLURM_LOCALID"
+    if job.gpus_per_task:  # of which each process sees one, as device 0
+        own, rank = f"--gpus-per-task={job.gpus.kind + ':' if job.gpus.kind else ''}1 ", "0"
     return [
         '"${step[@]}" --ntasks=$((SLURM_NNODES * LOCAL_WORLD_SIZE)) --ntasks-per-node="$LOCAL_WORLD_SIZE" \\',
-        "    --cpu-bind=cores --wait=60 bash -c '",
-        "    export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID",
+        f"    {own}--cpu-bind=cores --wait=60 bash -c '",
+        f"    export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK={rank}",
         f"    exec {inside}python -m genscale train \"$@\"",
         "' train --config \"$config\" \"${settings[@]}\"",
     ]

@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from genscale.cluster.gpus import read_gpus
 from genscale.errors import UserError, nearest
 from genscale.masking import SECRET_VARIABLES, has_mask, masked
 
@@ -31,8 +32,10 @@ class Site:
     """Partition of the jobs (default: the cluster's own)."""
     account: str | None = None
     """Account that pays for them (default: the user's own)."""
-    gpus_per_node: int = 8
-    """GPUs of a node; 0 where jobs train on the CPU."""
+    gpus_per_node: int | str = 8
+    """GPUs of a node, also with their kind as a100:4; 0 where jobs train on the CPU."""
+    gres: str | None = None
+    """The same for a Slurm that knows no --gpus-per-node, as gpu:h100:8; comes before gpus_per_node."""
     cpus_per_process: int = 8
     """CPU cores for each training process, its loader workers included."""
     sbatch: list[str] = field(default_factory=list)
@@ -110,6 +113,9 @@ def _check_has_no_secret(key: str, value: Any, path: Path) -> None:
 
 
 def _checked(key: str, value: Any, kind: Any, path: Path) -> Any:
+    if key in ("gpus_per_node", "gres") and value is not None:
+        read_gpus(*((value, None) if key == "gpus_per_node" else (None, value)), f"site.{key}", f"site.{key}")
+        return value
     kinds = get_args(kind) if type(None) in get_args(kind) else (kind,)
     if value is None and type(None) in kinds:
         return None
@@ -117,7 +123,7 @@ def _checked(key: str, value: Any, kind: Any, path: Path) -> Any:
     if wanted is str and isinstance(value, str) and value and value.isprintable():
         _check_text(key, value, path)
         return value
-    if wanted is int and type(value) is int and value >= (0 if key == "gpus_per_node" else 1):
+    if wanted is int and type(value) is int and value >= 1:
         return value
     if wanted == list[str] and isinstance(value, list) and all(isinstance(each, str) and each.isprintable() for each in value):
         if key == "sbatch" and (others := [line for line in value if not line.startswith("--")]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -11,12 +12,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_type_hints
 
 from genscale.cluster import slurm_commands
 from genscale.cluster.doctor import submission_check
 from genscale.cluster.environment import clean_environment
-from genscale.cluster.job import Job, JobSettings, settle
-from genscale.cluster.job_records import Submitted, active_jobs, new_folder, record
+from genscale.cluster.job import Job, JobSettings, is_unlimited, no_time_limit, settle
+from genscale.cluster.job_life import read_ended
+from genscale.cluster.job_records import Submitted, active_jobs, jobs_of, new_folder, record, with_runs
 from genscale.cluster.partition import check_fits, find_partition
 from genscale.cluster.script import Training, render
 from genscale.cluster.site import Site, read_site
@@ -33,6 +36,8 @@ from genscale.training.supervision import group_timeout_minutes
 
 LAUNCH_FILE = Path("launch/ddp.yaml")
 SETUP_SECONDS = 120
+OF_THIS_JOB = ("--config", "--array", "--after", "--begin", "--dependency")
+"""Flags that another job of the run would not have."""
 
 
 @dataclass
@@ -72,7 +77,7 @@ class Prepared:
 
 def print_script(arguments: Sequence[str], settings: Sequence[str]) -> int:
     """genscale slurm render. Raises UserError."""
-    asked = parse_settings(RenderSettings, arguments, "genscale slurm render", "Write the script of a job.")
+    asked = parse_settings(RenderSettings, _gathered(arguments), "genscale slurm render", "Write the script of a job.")
     prepared = _prepare(asked, settings)
     script = render(prepared.job, prepared.site, prepared.training)
     if asked.out is None:
@@ -88,9 +93,11 @@ def print_script(arguments: Sequence[str], settings: Sequence[str]) -> int:
 
 def submit(arguments: Sequence[str], settings: Sequence[str]) -> int:
     """genscale slurm submit. Raises UserError, and then nothing is submitted."""
-    asked = parse_settings(SubmitSettings, arguments, "genscale slurm submit", "Submit a run, or an array of runs, to Slurm.")
+    asked = parse_settings(SubmitSettings, _gathered(arguments), "genscale slurm submit",
+                           "Submit a run, or an array of runs, to Slurm.")
     slurm_commands.need("sbatch")
-    prepared = _prepare(asked, settings)
+    again = _without([word for word in arguments if word.partition("=")[0] != "--dry-run"], OF_THIS_JOB)
+    prepared = _prepare(asked, settings, shlex.join(again))
     _check(prepared)
     if asked.dry_run:
         script = render(prepared.job, prepared.site, prepared.training, _output(prepared))
@@ -104,7 +111,23 @@ def submit(arguments: Sequence[str], settings: Sequence[str]) -> int:
     return 0
 
 
-def _prepare(asked: JobSettings, settings: Sequence[str]) -> Prepared:
+def _gathered(arguments: Sequence[str]) -> list[str]:
+    """With each flag that may be repeated as one list."""
+    flags = [name for name, kind in get_type_hints(JobSettings).items() if kind == list[str]]
+    values: dict[str, list[str]] = {f"--{flag}": [] for flag in flags}
+    rest, words = [], iter(arguments)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag not in values:
+            rest.append(word)
+        elif value := value if equals else next(words, ""):
+            values[flag].append(value)
+        else:
+            raise UserError(f"{flag}: needs a value, as in `{flag} VALUE`")
+    return rest + [f"{flag}={json.dumps(given)}" for flag, given in values.items() if given]
+
+
+def _prepare(asked: JobSettings, settings: Sequence[str], submitted_with: str | None = None) -> Prepared:
     if not asked.config:
         raise UserError("--config: name the YAML file of the run, as --config configs/gpt/demo.yaml")
     site = read_site(asked.site)
@@ -112,6 +135,11 @@ def _prepare(asked: JobSettings, settings: Sequence[str]) -> Prepared:
     config = parse_config(FAMILIES, words)
     if (scratch := site.scratch_folder()) and config.run.dir == RunSettings().dir:
         config.run.dir = f"{scratch}/{config.run.dir}"
+    if is_unlimited(asked.time):
+        partition = find_partition(asked.partition or site.partition) if shutil.which("sinfo") else None
+        raise UserError(no_time_limit(asked.time, partition.time if partition else None))
+    if asked.after:
+        asked.dependency = ",".join(filter(None, (asked.dependency, wait_for(asked.after)))) or None
     job = settle(asked, site, config.run.name)
     folder = run_folder(config)
     if not str(folder).isprintable() or {"'", "\\"} & set(str(folder)):  # after a \ sbatch leaves %j as it is
@@ -119,23 +147,36 @@ def _prepare(asked: JobSettings, settings: Sequence[str]) -> Prepared:
     configs = [config]
     if array := job.array:
         configs = []
-        for value in array.values:
-            one = parse_config(FAMILIES, [*words, f"--{array.key}={value}"])
-            one.run = replace(one.run, dir=config.run.dir, name=array.name_of(config.run.name, value))
+        for element in array.elements():
+            own = [f"--{key}={value}" for key, value in array.settings_of(element).items()]
+            one = parse_config(FAMILIES, [*words, *own])
+            one.run = replace(one.run, dir=config.run.dir, name=array.name_of(config.run.name, element))
             configs.append(one)
         if len(names := {each.run.name for each in configs}) < len(configs):
             raise UserError(f"--array: its {len(configs)} runs would have {len(names)} names, for values look alike in the "
                             "name of a folder")
     training = Training(asked.config, str(folder), _without(settings, ("--run.name", "--run.dir")),
                         int(60 * max(group_timeout_minutes(each.guards.hang_minutes) for each in configs)),
-                        config.run.resume == "auto", max(each.data.workers for each in configs))
+                        config.run.resume == "auto", max(each.data.workers for each in configs), submitted_with)
     prepared = Prepared(job, site, training, folder, configs)
     _check_configs(prepared, _check_has_no_token)
     return prepared
 
 
+def wait_for(words: Sequence[str]) -> str:
+    """sbatch's dependency on the jobs of those run folders; empty where all of the runs are complete. Raises UserError."""
+    jobs: dict[str, None] = {}
+    for folder in map(Path, words):
+        own, active = jobs_of(folder), active_jobs(with_runs([folder]))
+        if not active and (read_ended(folder) or {}).get("how") != "complete":
+            raise UserError(f"--after: {folder} has no job in the queue, and is no run that is complete")
+        # All of an array is one word.
+        jobs |= dict.fromkeys(base if (base := each.job.partition("_")[0]) in own else each.job for each in active)
+    return f"afterok:{':'.join(jobs)}" if jobs else ""
+
+
 def _without(settings: Sequence[str], flags: Sequence[str]) -> list[str]:
-    """The settings without those flags, for which the script has its own."""
+    """The words without those flags and their values."""
     kept, words = [], iter(settings)
     for word in words:
         if word.partition("=")[0] not in flags:
@@ -169,16 +210,19 @@ def _check(prepared: Prepared) -> None:
 
 def _check_configs(prepared: Prepared, check: Callable[[Config], None]) -> None:
     """Each run's; of runs that differ by their seed alone the first speaks for all, but for those that would go on."""
-    array = prepared.job.array
-    for number, (config, run) in enumerate(zip(prepared.configs, prepared.runs(), strict=True)):
-        if number and array.key == "run.seed" and not run.exists():
+    array, seen = prepared.job.array, set()
+    elements = array.elements() if array else [()]
+    for config, run, element in zip(prepared.configs, prepared.runs(), elements, strict=True):
+        others = tuple((key, value) for key, value in array.settings_of(element).items() if key != "run.seed") if array else ()
+        if others in seen and not run.exists():
             continue
+        seen.add(others)
         try:
             check(config)
         except UserError as error:
             if array is None:
                 raise
-            raise UserError(f"--array: {array.key}={array.values[number]}: {error}") from None
+            raise UserError(f"--array: {array.in_words(element)}: {error}") from None
 
 
 def _check_has_no_token(config: Config) -> None:
@@ -244,7 +288,7 @@ def _keep_and_submit(prepared: Prepared) -> None:
         slurm_commands.cancel([number])
         raise UserError(f"run.dir: cannot write to {error.filename or folder} ({error.strerror}), and job {number} was "
                         "cancelled; set --run.dir to a folder you can write to") from None
-    what = f"{len(prepared.configs)} runs {folder}-{job.array.short}*" if job.array else str(folder)
+    what = f"{len(prepared.configs)} runs {folder}-{job.array.axes[0].short}*" if job.array else str(folder)
     word = shlex.quote(str(folder))
     print(f"submitted job {number}: {what}, {job.nodes} node{'s' if job.nodes > 1 else ''} x {job.processes_per_node} "
           f"process{'es' if job.processes_per_node > 1 else ''}\nscript and config: {kept}\n\nnext:\n"
@@ -257,6 +301,7 @@ def _record(prepared: Prepared, number: str, kept: Path) -> None:
         record(folder, Submitted(number, str(kept), f"{folder}/logs/slurm-{number}.log", (str(folder),)))
         return
     record(folder, Submitted(number, str(kept), None, tuple(map(str, runs))))
-    for run, index in zip(runs, prepared.job.array.indices(), strict=True):
-        element = f"{number}_{index}"
-        record(run, Submitted(element, str(kept), f"{folder}/logs/slurm-{element}.log", (str(run),)))
+    array = prepared.job.array
+    for run, index, element in zip(runs, array.indices(), array.elements(), strict=True):
+        job = f"{number}_{index}"
+        record(run, Submitted(job, str(kept), f"{folder}/logs/slurm-{job}.log", (str(run),), array.settings_of(element)))

@@ -12,7 +12,7 @@ from genscale.config_parser import parse_config, split_flags, take_number
 from genscale.masking import masked
 from genscale.objectives import FAMILIES
 from genscale.parallel.launcher import has_launcher
-from genscale.training.ending import RUN, before_the_run
+from genscale.training.ending import RUN, SUBMIT, before_the_run
 from genscale.training.run import RunResult, derive_accumulation, train
 from genscale.training.signals import StopSignal
 
@@ -63,7 +63,8 @@ def command(settings: Sequence[str], drop: Sequence[str] = ()) -> str:
             kept.append(shlex.quote(word))
     if RUN in os.environ:
         own, rest = split_flags(kept, lambda name: name == "config")
-        return masked(" ".join(["genscale slurm submit --nodes", os.environ.get("SLURM_NNODES", "1"), *own, "--", *rest]))
+        asked = os.environ.get(SUBMIT, f"--nodes {os.environ.get('SLURM_NNODES', '1')}")
+        return masked(" ".join(["genscale slurm submit", *([asked] if asked else []), *own, "--", *rest]))
     if PROCESSES in os.environ:
         start = f"genscale train --processes {os.environ[PROCESSES]}"
     else:
@@ -88,14 +89,18 @@ def farewell(result: RunResult, settings: Sequence[str]) -> str:
         lines += ["sample:", *(f"  | {line}" for line in result.preview.splitlines()), ""]
     scores = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.metrics.items())
     longer = command([*settings, "--train.steps", str(2 * result.step)], drop=["--run.resume"])
+    word, again = shlex.quote(str(folder)), f"--config {shlex.quote(f'{folder}/config.yaml')}"
+
+    def sibling(suffix: str) -> str:
+        return f"--run.name {shlex.quote(f'{folder.name}-{suffix}')}"
+
     lines += [f"validation: {scores}", f"run folder: {folder}", f"loss curve: {folder}/plots/loss.png", "", "next:",
               f"  train on         {longer}",
-              f"  sample           genscale sample {folder} {SAMPLE_PICTURES if is_picture else SAMPLE_TEXT}"]
-    again, sibling = f"--config {folder}/config.yaml", f"--run.name {folder.name}"
-    lines += [f"  two processes    genscale train --processes 2 {again} {sibling}-2",
-              f"  a GPU            accelerate launch train.py {again} {sibling}-gpu --train.precision bf16"]
+              f"  sample           genscale sample {word} {SAMPLE_PICTURES if is_picture else SAMPLE_TEXT}"]
+    lines += [f"  two processes    genscale train --processes 2 {again} {sibling('2')}",
+              f"  a GPU            accelerate launch train.py {again} {sibling('gpu')} --train.precision bf16"]
     if any(folder.glob("wandb/offline-run-*")):
-        lines.append(f"  see it in W&B    wandb login && genscale sync {folder}")
+        lines.append(f"  see it in W&B    wandb login && genscale sync {word}")
     else:
-        lines.append(f"  see it in W&B    wandb login && genscale train {again} {sibling}-wandb --tracking.wandb online")
+        lines.append(f"  see it in W&B    wandb login && genscale train {again} {sibling('wandb')} --tracking.wandb online")
     return "\n".join(lines)
