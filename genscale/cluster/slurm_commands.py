@@ -98,15 +98,22 @@ def cancel(jobs: Iterable[str]) -> None:
         raise UserError(f"scancel: {_words(done.stderr)}")
 
 
-def submit(script: str, test_only: bool = False) -> str:
+def control(action: str, jobs: Iterable[str]) -> None:
+    """`scontrol hold` or `release`. Raises UserError."""
+    done = ask("scontrol", action, ",".join(jobs))
+    if done.returncode:
+        raise UserError(f"scontrol {action}: {_words(done.stderr)}")
+
+
+def submit(script: str, test_only: bool = False, options: Sequence[str] = ()) -> str:
     """Hand the script (a file) to sbatch. Returns the job's number, or what sbatch says of a job that it only tests.
 
-    The options at its top stand on the command line too, where nothing beats them.
+    The options at its top stand on the command line too, where nothing beats them; and after them `options`, which do.
 
     Raises UserError with Slurm's words and the name of the setting that they are about.
     """
-    options = ["--export=ALL", *options_in(Path(script).read_text())]
-    done = ask("sbatch", "--test-only" if test_only else "--parsable", *options, script)
+    asked = ["--export=ALL", *options_in(Path(script).read_text()), *options]
+    done = ask("sbatch", "--test-only" if test_only else "--parsable", *asked, script)
     if done.returncode:
         raise UserError(explain(_words(done.stderr)))
     if test_only:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import get_type_hints
 
 from genscale.cluster import slurm_commands
+from genscale.cluster.before_submission import check_is_free, check_launch_file, check_setup, wait_for
 from genscale.cluster.doctor import submission_check
-from genscale.cluster.environment import clean_environment
 from genscale.cluster.job import Job, JobSettings, is_unlimited, no_time_limit, settle
-from genscale.cluster.job_life import read_ended
-from genscale.cluster.job_records import Submitted, active_jobs, jobs_of, new_folder, record, with_runs
+from genscale.cluster.job_records import Submitted, new_folder, record
 from genscale.cluster.partition import check_fits, find_partition
 from genscale.cluster.script import Training, render
 from genscale.cluster.site import Site, read_site
-from genscale.cluster.slurm_commands import Queued
 from genscale.config import Config, RunSettings
 from genscale.config_parser import parse_config, parse_settings
 from genscale.errors import UserError
@@ -31,11 +29,8 @@ from genscale.masking import has_mask
 from genscale.objectives import FAMILIES
 from genscale.training.config_check import check_config
 from genscale.training.run_folder import config_yaml, run_folder
-from genscale.training.run_owner import who_has
 from genscale.training.supervision import group_timeout_minutes
 
-LAUNCH_FILE = Path("launch/ddp.yaml")
-SETUP_SECONDS = 120
 OF_THIS_JOB = ("--config", "--array", "--after", "--begin", "--dependency")
 """Flags that another job of the run would not have."""
 
@@ -163,18 +158,6 @@ def _prepare(asked: JobSettings, settings: Sequence[str], submitted_with: str | 
     return prepared
 
 
-def wait_for(words: Sequence[str]) -> str:
-    """sbatch's dependency on the jobs of those run folders; empty where all of the runs are complete. Raises UserError."""
-    jobs: dict[str, None] = {}
-    for folder in map(Path, words):
-        own, active = jobs_of(folder), active_jobs(with_runs([folder]))
-        if not active and (read_ended(folder) or {}).get("how") != "complete":
-            raise UserError(f"--after: {folder} has no job in the queue, and is no run that is complete")
-        # All of an array is one word.
-        jobs |= dict.fromkeys(base if (base := each.job.partition("_")[0]) in own else each.job for each in active)
-    return f"afterok:{':'.join(jobs)}" if jobs else ""
-
-
 def _without(settings: Sequence[str], flags: Sequence[str]) -> list[str]:
     """The words without those flags and their values."""
     kept, words = [], iter(settings)
@@ -189,14 +172,13 @@ def _without(settings: Sequence[str], flags: Sequence[str]) -> list[str]:
 def _check(prepared: Prepared) -> None:
     """Raises UserError for what would go wrong on the cluster."""
     job, site = prepared.job, prepared.site
-    if job.launcher == "accelerate" and not LAUNCH_FILE.is_file():
-        raise UserError(f"--launcher: accelerate reads {LAUNCH_FILE}, which is not in {Path.cwd()}; submit from the folder "
-                        "that genscale was cloned into, or with --launcher srun")
+    if job.launcher == "accelerate":
+        check_launch_file()
     if partition := find_partition(job.partition):
         check_fits(job, partition)
     waiting = slurm_commands.queue()
     for run in prepared.runs():
-        _check_is_free(run, waiting)
+        check_is_free(run, waiting)
     _check_configs(prepared, lambda config: check_config(config, job.world_size))
     for config in {each.tracking.wandb: each for each in prepared.configs}.values():  # of a config it asks for W&B alone
         for check in submission_check(config, prepared.folder, job.nodes):
@@ -205,7 +187,7 @@ def _check(prepared: Prepared) -> None:
             if check.state == "warning":
                 print(f"warning: {check.name}: {check.found}; {check.remedy}", file=sys.stderr)
     if not job.container:
-        _check_setup(site)
+        check_setup(site)
 
 
 def _check_configs(prepared: Prepared, check: Callable[[Config], None]) -> None:
@@ -231,29 +213,15 @@ def _check_has_no_token(config: Config) -> None:
                         "looks for it (HF_TOKEN, ~/.netrc), and leave it out here")
 
 
-def _check_is_free(run: Path, queue: Sequence[Queued]) -> None:
-    if own := active_jobs([run], queue):
-        raise UserError(f"run.name: {run} has a job already: {own[0].job} ({own[0].state.lower()}); wait for it, end it with "
-                        f"`genscale slurm cancel {shlex.quote(str(run))}`, or choose another name (-- --run.name NAME)")
-    if owner := who_has(run):
-        raise UserError(f"run.name: {run} belongs to a run that goes on: {owner}; wait for it, stop it, or choose another name "
-                        "(-- --run.name NAME)")
+def log_of(output: str, job: str) -> str:
+    """Where a job, as Slurm's commands take it, prints to.
 
-
-def _check_setup(site: Site) -> None:
-    """That the lines of the site lead to a Python that has genscale: on a node, it would be found out hours later."""
-    lines = ["set -e", *site.setup_lines(None), *(f"export {name}={shlex.quote(value)}" for name, value in
-                                                  site.environment.items()), "python -m genscale --version"]
-    try:
-        done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, timeout=SETUP_SECONDS,
-                              env=clean_environment())
-    except subprocess.TimeoutExpired:
-        raise UserError(f"site.setup: Python does not start within {SETUP_SECONDS} s after "
-                        f"`{'; '.join(site.setup_lines(None))}`") from None
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["no word why"])[-1]
-        raise UserError(f"site.setup: `{'; '.join(site.setup_lines(None))}` does not lead to a Python that has genscale: "
-                        f"{said}; set modules and setup in launch/site.yaml")
+    Args:
+        output: as sbatch is told.
+    """
+    number, _, index = job.partition("_")
+    words = {"%": "%", "j": number, "A": number, "a": index}
+    return re.sub(r"%([%jAa])", lambda found: words[found[1]], output)
 
 
 def _output(prepared: Prepared) -> str:
@@ -289,19 +257,23 @@ def _keep_and_submit(prepared: Prepared) -> None:
         raise UserError(f"run.dir: cannot write to {error.filename or folder} ({error.strerror}), and job {number} was "
                         "cancelled; set --run.dir to a folder you can write to") from None
     what = f"{len(prepared.configs)} runs {folder}-{job.array.axes[0].short}*" if job.array else str(folder)
-    word = shlex.quote(str(folder))
     print(f"submitted job {number}: {what}, {job.nodes} node{'s' if job.nodes > 1 else ''} x {job.processes_per_node} "
-          f"process{'es' if job.processes_per_node > 1 else ''}\nscript and config: {kept}\n\nnext:\n"
-          f"  genscale slurm status {word}\n  genscale slurm logs {word}\n  genscale slurm cancel {word}")
+          f"process{'es' if job.processes_per_node > 1 else ''}\nscript and config: {kept}\n\n{what_next(folder)}")
+
+
+def what_next(folder: Path) -> str:
+    """What to type after a job was submitted."""
+    word = shlex.quote(str(folder))
+    return "next:\n" + "\n".join(f"  genscale slurm {action} {word}" for action in ("status", "logs", "cancel"))
 
 
 def _record(prepared: Prepared, number: str, kept: Path) -> None:
-    folder, runs = prepared.folder, prepared.runs()
+    folder, runs, output = prepared.folder, prepared.runs(), _output(prepared)
     if prepared.job.array is None:
-        record(folder, Submitted(number, str(kept), f"{folder}/logs/slurm-{number}.log", (str(folder),)))
+        record(folder, Submitted(number, str(kept), log_of(output, number), (str(folder),)))
         return
     record(folder, Submitted(number, str(kept), None, tuple(map(str, runs))))
     array = prepared.job.array
     for run, index, element in zip(runs, array.indices(), array.elements(), strict=True):
         job = f"{number}_{index}"
-        record(run, Submitted(job, str(kept), f"{folder}/logs/slurm-{job}.log", (str(run),), array.settings_of(element)))
+        record(run, Submitted(job, str(kept), log_of(output, job), (str(run),), array.settings_of(element)))
