@@ -38,7 +38,7 @@ def check_is_free(run: Path, queue: Sequence[Queued]) -> None:
 
 def check_setup(site: Site) -> None:
     """That the lines of the site lead to a Python that has genscale: on a node, it would be found out hours later."""
-    lines = ["set -e", *site.setup_lines(None), *(f"export {name}={shlex.quote(value)}" for name, value in
+    lines = [*site.module_lines(), "set -e", *site.setup_lines(None), *(f"export {name}={shlex.quote(value)}" for name, value in
                                                   site.environment.items()), "python -m genscale --version"]
     try:
         done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, timeout=SETUP_SECONDS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from genscale.cluster.environment import cleaning, communication
 from genscale.cluster.job import Job
 from genscale.cluster.site import Site
+from genscale.errors import UserError
 
 FIRST_PORT, PORTS = 20000, 12000
 """Below those that systems give to whoever asks for any."""
@@ -39,6 +41,13 @@ class Training:
     submitted_with: str | None = None
 
 
+STOP = [
+    'stop() { echo "error: job $job: $1" >&2',
+    '    { echo "$(date -u +%FT%T+00:00) job $job: $1" >>"$run/jobs/events.log"; } 2>/dev/null; exit 1; }',
+    "stop_at_line() { stop \"site.setup: exit code $? of \\`$(sed -n \"${BASH_LINENO[-2]}p\" \"$0\")\\`\"; }",
+]
+
+
 def render(job: Job, site: Site, training: Training, output: str | None = None) -> str:
     """The script.
 
@@ -48,7 +57,8 @@ def render(job: Job, site: Site, training: Training, output: str | None = None) 
     array = job.array
     output = output or ("%x-%A_%a.log" if array else "%x-%j.log")
     parts = [_head(job, output), _which_job(job), _what_it_trains(job, training), _environment(job, site, training),
-             _meeting(job, training), _life(job, _inside(job, site), training.workers)]
+             _meeting(job, training), *([_before(site)] if site.node_setup or site.pre_commands else []),
+             _life(job, site, training)]
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 
@@ -119,7 +129,9 @@ def _what_it_trains(job: Job, training: Training) -> list[str]:
 
 
 def _environment(job: Job, site: Site, training: Training) -> list[str]:
-    lines = ["# -- the environment of the site", *site.setup_lines(job.container)]
+    lines = ["# -- the environment of the site; a line that fails ends the job, and is named", *STOP]
+    if setup := site.setup_lines(job.container):
+        lines += [*site.module_lines(), "trap stop_at_line ERR", *setup, "trap - ERR"]
     exports = dict(site.environment)
     if (folder := site.scratch_folder()) and "HF_HOME" not in exports:
         home = shlex.quote(f"{folder}/huggingface")
@@ -164,25 +176,68 @@ def _meeting(job: Job, training: Training) -> list[str]:
     ]
 
 
+def _before(site: Site) -> list[str]:
+    lines = []
+    if site.node_setup:
+        lines += ["# -- before the training, on every node",
+                  "srun --export=ALL --nodes=\"$SLURM_NNODES\" --ntasks=\"$SLURM_NNODES\" --ntasks-per-node=1 --mem=0 \\",
+                  "    --cpus-per-task=\"$SLURM_CPUS_PER_TASK\" --kill-on-bad-exit=1 bash -c '",
+                  '    for line; do eval "$line" || { code=$?',
+                  '        echo "error: $SLURMD_NODENAME: site.node_setup: exit code $code of \\`$line\\`" >&2; exit 1; }',
+                  "    done",
+                  f"' setup {shlex.join(site.node_setup)} ||",
+                  "    stop 'site.node_setup: a command has failed on a node (the line above names both)'"]
+    if site.pre_commands:
+        lines += ["# -- before the training, on the first node", f"for line in {shlex.join(site.pre_commands)}; do",
+                  '    eval "$line" || stop "site.pre_commands: exit code $? of \\`$line\\`"', "done"]
+    return lines
+
+
+def _after(site: Site) -> list[str]:
+    return ["# -- after the training, on the first node, whatever becomes of it",
+            f"for line in {shlex.join(site.post_commands)}; do",
+            '    (eval "$line") || echo "genscale: job $job: site.post_commands: exit code $? of \\`$line\\`" >&2', "done"]
+
+
 def _inside(job: Job, site: Site) -> str:
-    """What a program is started with, in the job's container."""
-    if not job.container:
+    """What a program is started with, in the job's container; empty where srun puts it there."""
+    if not job.container or site.container_kind == "pyxis":
         return ""
-    words = [*shlex.split(site.container_command), job.container]
-    # Double quotes, for a variable in it to be replaced, and since it stands between single ones.
-    return " ".join(word if re.fullmatch(r"[\w@%+=:,./-]+", word) else f'"{word}"' for word in words) + " "
+    return " ".join(map(_in_double_quotes, [*shlex.split(site.container_command), job.container])) + " "
 
 
-def _life(job: Job, inside: str, workers: int) -> list[str]:
+def _in_double_quotes(word: str) -> str:
+    """Where it needs any: for a variable in it to be replaced, and since it may stand between single ones."""
+    return word if re.fullmatch(r"[\w@%+=:,./-]+", word) else f'"{word}"'
+
+
+def _srun_container(job: Job, site: Site, run: str) -> list[str]:
+    """srun's options for the job's container, where it is one of pyxis."""
+    if not job.container or site.container_kind != "pyxis":
+        return []
+    folders = ["$PWD", *filter(None, [site.scratch_folder()]), *([os.path.dirname(run)] if os.path.isabs(run) else [])]
+    if odd := next((folder for folder in folders if re.search(r"[:,]", folder)), None):
+        raise UserError(f"run.dir: {odd} has a colon or a comma, and cannot be mounted in a container of pyxis; choose another")
+    mounts = [*(f"{folder}:{folder}" for folder in dict.fromkeys(folders)),
+              *(each if ":" in each else f"{each}:{each}" for each in site.container_mounts)]
+    return [f"--container-image={_in_double_quotes(job.container)}", f'--container-mounts="{",".join(mounts)}"',
+            '--container-workdir="$PWD"']
+
+
+def _life(job: Job, site: Site, training: Training) -> list[str]:
+    inside, container = _inside(job, site), _srun_container(job, site, training.run)
+    # What ends a life runs in the container too, and there only srun leads.
+    here = '"${step[@]}" --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" ' if container else inside
     cap = f"--max-requeues {job.max_requeues}"
     return [
         "# -- one life of the job. A task that has ended leaves the others in peace for a while, however it ended: it may have",
         "#    been the first to answer a signal",
         'step=(srun --export=ALL --nodes="$SLURM_NNODES" --cpus-per-task="$SLURM_CPUS_PER_TASK" --mem=0 --kill-on-bad-exit=0)',
+        *([f"step+=({' '.join(container)})"] if container else []),
         "",
         "# -- its beginning looks at every node and counts the life; 10: the run is complete",
         '"${step[@]}" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --wait=300 \\',
-        f'    {inside}python -m genscale slurm begin "$run" {cap} --workers {workers}  # data.workers',
+        f'    {inside}python -m genscale slurm begin "$run" {cap} --workers {training.workers}  # data.workers',
         "code=$?",
         '[ "$code" = 10 ] && exit 0',
         'if [ "$code" = 0 ]; then',
@@ -191,8 +246,9 @@ def _life(job: Job, inside: str, workers: int) -> list[str]:
         "fi",
         "",
         "# -- its end, as the run folder tells it, for no exit code comes through a launcher; 75: there is to be another life",
-        f'{inside}python -m genscale slurm end "$run" --code "$code" {cap}',
+        f'{here}python -m genscale slurm end "$run" --code "$code" {cap}',
         "code=$?",
+        *(_after(site) if site.post_commands else []),
         '[ "$code" = 75 ] || exit "$code"',
         "trap '' TERM  # which the requeue sends to this shell",
         "for try in {1..60}; do  # Slurm's controller may be away for minutes",
