@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -58,7 +59,7 @@ class Row:
     @property
     def outcome(self) -> str:
         """The state, or how it ended, in a word or two."""
-        return self.note.partition(":")[0] if self.state == "ended" else self.state
+        return re.split("[:;]", self.note)[0] if self.state == "ended" else self.state
 
 
 def show(folders: Sequence[Path], arguments: Sequence[str]) -> int:

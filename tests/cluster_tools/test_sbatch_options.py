@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -142,10 +140,10 @@ def test_a_run_waits_for_another(genscale, tool, tiny_config, tmp_path):
 
 
 def test_what_to_type_next_keeps_what_the_job_was_submitted_with(genscale, tool, tiny_config, tiny_run, tmp_path, monkeypatch):
-    for name, said in (("sbatch", "echo 12"), ("squeue", "exit 0"), ("sinfo", "exit 1")):
+    for name, said in (("sbatch", "echo 12"), ("squeue", "exit 0"), ("sinfo", "exit 1"), ("python", "exit 0")):
         tool(name, said)
     site = tmp_path / "my site.yaml"
-    site.write_text(f"setup: ['export PATH={Path(sys.executable).parent}:$PATH']\ncpus_per_process: 1\n")
+    site.write_text("setup: []\ncpus_per_process: 1\n")
     flags = ["--site", str(site), "--time", "2:00:00", "--gpus-per-node", "0", "--tasks-per-node", "2", "--sbatch=--nice=5"]
     done = genscale("slurm", "submit", "--config", tiny_config, "--begin", "now+1hour", *flags, "--launcher=srun")
     assert done.code == 0, done.err
