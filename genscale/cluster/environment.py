@@ -19,10 +19,11 @@ WHERE_SLURM_IS = ("SLURM_CONF", "SLURM_JWT")
 """Which cluster it is, and who one is there."""
 OF_EVERY_JOB = ("SLURM_JOB_*", "SLURM_JOBID", "SLURM_NODELIST", "SLURM_NNODES", "SLURM_NODEID", "SLURM_PROCID", "SLURM_LOCALID",
                 "SLURM_NTASKS", "SLURM_TASKS_PER_NODE", "SLURM_TASK_PID", "SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE",
-                "SLURM_GPUS_ON_NODE", "SLURM_RESTART_COUNT", "SLURM_SUBMIT_*", "SLURM_CLUSTER_NAME", "SLURM_TOPOLOGY_*",
+                "SLURM_RESTART_COUNT", "SLURM_SUBMIT_*", "SLURM_CLUSTER_NAME", "SLURM_TOPOLOGY_*",
                 "SLURMD_NODENAME")
 """What Slurm sets anew in each job of ours, whatever it was before (the restart count: in each life but the first)."""
 OF_AN_ARRAY = ("SLURM_ARRAY_*",)
+WITH_GPUS = ("SLURM_GPUS_ON_NODE", "CUDA_VISIBLE_DEVICES")
 
 
 def clean_environment(**others: str) -> dict[str, str]:
@@ -40,15 +41,15 @@ def _is_any(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def cleaning(array: bool) -> list[str]:
+def cleaning(array: bool, gpus: bool) -> list[str]:
     """Shell that does the same inside of a job, whoever submitted it, but for what is the job's own.
 
     Args:
         array: whether the job is an element of one.
+        gpus: whether it has any.
     """
-    own = (*WHERE_SLURM_IS, *OF_EVERY_JOB, *(OF_AN_ARRAY if array else ()))
-    # What Slurm gives a job of devices is the job's.
-    foreign = [name for name in (*OF_SLURM, *OF_A_LAUNCHER) if name != "CUDA_VISIBLE_DEVICES"]
+    own = (*WHERE_SLURM_IS, *OF_EVERY_JOB, *(OF_AN_ARRAY if array else ()), *(WITH_GPUS if gpus else ()))
+    foreign = (*OF_SLURM, *OF_A_LAUNCHER)
     return ["for name in $(compgen -e); do", "    case $name in", f"        {_folded(own)}) ;;",
             f"        {_folded(foreign)}) unset \"$name\" ;;", "    esac", "done"]
 

@@ -49,6 +49,8 @@ def _options_of(entry: str, setting: str) -> list[tuple[str, str | None]]:
         raise UserError(f"{setting}: '{entry}' has a quote that is not closed ({error})") from None
     if not words or not entry.isprintable() or not words[0].startswith("--"):
         raise UserError(f"{setting}: must be options of sbatch, as --qos=long, not '{entry}'")
+    if "=" in words[0] and not any(word.startswith("--") for word in words[1:]) and len(words) > 1:
+        words = [entry.strip()]  # one value with spaces
     options: list[tuple[str, str | None]] = []
     for word in words:
         name, equals, value = word[2:].partition("=")

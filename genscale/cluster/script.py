@@ -44,7 +44,10 @@ class Training:
 STOP = [
     'stop() { echo "error: job $job: $1" >&2',
     '    { echo "$(date -u +%FT%T+00:00) job $job: $1" >>"$run/jobs/events.log"; } 2>/dev/null; exit 1; }',
-    "stop_at_line() { stop \"site.setup: exit code $? of \\`$(sed -n \"${BASH_LINENO[-2]}p\" \"$0\")\\`\"; }",
+]
+STOP_AT_LINE = [
+    "stop_at_line() { trap - ERR EXIT DEBUG; stop \"site.setup: exit code $1 of \\`$(sed -n \"${at_line}p\" \"$0\")\\`\"; }",
+    "trap '((LINENO == 1)) || at_line=$LINENO' DEBUG; trap 'stop_at_line $?' ERR EXIT",
 ]
 
 
@@ -107,7 +110,7 @@ def _which_job(job: Job) -> list[str]:
     own = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.array else "$SLURM_JOB_ID"
     return [
         "# -- only what Slurm gave this job: the rest is of whoever submitted it, from inside another job perhaps",
-        *cleaning(array=job.array is not None),
+        *cleaning(array=job.array is not None, gpus=job.gpus_per_node > 0),
         f"job={own}",
         'if [ -n "$SLURM_RESTART_COUNT" ]; then  # which Slurm leaves as it was in the first life of a job',
         '    case " $(scontrol --oneliner show job "$job") " in *" Restarts=0 "*) unset SLURM_RESTART_COUNT ;; esac',
@@ -131,7 +134,7 @@ def _what_it_trains(job: Job, training: Training) -> list[str]:
 def _environment(job: Job, site: Site, training: Training) -> list[str]:
     lines = ["# -- the environment of the site; a line that fails ends the job, and is named", *STOP]
     if setup := site.setup_lines(job.container):
-        lines += [*site.module_lines(), "trap stop_at_line ERR", *setup, "trap - ERR"]
+        lines += [*site.module_lines(), *STOP_AT_LINE, *setup, "trap - ERR EXIT DEBUG"]
     exports = dict(site.environment)
     if (folder := site.scratch_folder()) and "HF_HOME" not in exports:
         home = shlex.quote(f"{folder}/huggingface")

@@ -130,11 +130,16 @@ def options_in(script: str) -> list[str]:
 # Slurm's words, and the settings of ours they are about.
 ABOUT = (
     (r"invalid partition", "--partition"),
-    (r"invalid account|account/partition|invalid qos", "--account"),
+    (r"invalid account|account/partition", "--account"),
     (r"time limit|time specification", "--time"),
+    (r"invalid qos", "--qos"),
+    (r"reservation", "--reservation"),
+    (r"constraint|feature", "--constraint"),
+    (r"dependency", "--dependency, --after"),
+    (r"memory", "--mem"),
     (r"node configuration|more processors|node count|gres|too many|cpu count", "--nodes, --gpus-per-node, --cpus-per-process"),
     (r"array", "--array"),
-    (r"memory|unrecognized option|invalid option|constraint|feature", "site.sbatch"),
+    (r"unrecognized option|invalid option", "--sbatch, site.sbatch"),
 )
 
 

@@ -26,8 +26,8 @@ def test_any_option_of_sbatch_by_name_or_as_it_is():
              "dependency": "afterok:7"}
     assert options(**named, exclusive=True) == (*(f"--{name.replace('_', '-')}={value}" for name, value in named.items()),
                                                 "--exclusive")
-    assert options(["--mem=0 --hint 'no multithread'"], ["--nice=5", "--licenses", "--exclusive"]) == \
-        ("--mem=0", "--hint=no multithread", "--nice=5", "--licenses", "--exclusive")
+    assert options(["--mem=0 --hint 'no multithread'"], ["--nice=5", "--comment=my own run", "--exclusive"]) == \
+        ("--mem=0", "--hint=no multithread", "--nice=5", "--comment=my own run", "--exclusive")
 
 
 def test_what_is_typed_comes_before_the_site_and_a_name_before_both():
@@ -51,7 +51,7 @@ def test_an_option_that_would_beat_ours_is_refused(word, instead):
             options(**given)
 
 
-@pytest.mark.parametrize("word", ["qos=long", "-q long", "", "--qos=a b c", "--qos='a", "--comment=a\nb"])
+@pytest.mark.parametrize("word", ["qos=long", "-q long", "", "--qos=a b --mem=0", "--qos='a", "--comment=a\nb"])
 def test_what_is_no_option(word):
     with pytest.raises(UserError, match=r"^--sbatch: "):
         options(typed=[word])

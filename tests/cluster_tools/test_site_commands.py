@@ -44,10 +44,11 @@ def job(genscale, tool, tiny_config, tiny_run, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("line", ["source nowhere/activate", "module load cuda/99", "(exit 3)  # as a comment"])
+@pytest.mark.parametrize("line", ["source nowhere/activate", "module load cuda/99", "(exit 3)  # and more",
+                                  "ls nowhere 2>/dev/null || exit 4"])
 def test_a_setup_line_that_fails_ends_the_job_with_its_name(line, job, tiny_run):
     code, said = job({"setup": ["[ -f nowhere ] && source nowhere", "cd .", line, "echo never"]})
-    number = {"s": 1, "m": 127, "(": 3}[line[0]]
+    number = {"s": 1, "m": 127, "(": 3, "l": 4}[line[0]]
     expected = f"job 77: site.setup: exit code {number} of `{line}`"
     assert code == 1 and said[-1] == f"error: {expected}" and not [each for each in said if each.startswith(("srun", "never"))]
     assert (tiny_run / "jobs" / "events.log").read_text().rstrip().endswith(expected)

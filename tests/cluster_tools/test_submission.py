@@ -110,6 +110,9 @@ def test_what_was_submitted_is_found_again(tmp_path):
     ("Batch job submission failed: Requested time limit is invalid (missing or exceeds some limit)", "--time"),
     ("Batch job submission failed: Invalid generic resource (gres) specification", "--nodes, --gpus-per-node"),
     ("Batch job submission failed: Invalid job array specification", "--array"),
+    ("Batch job submission failed: Invalid qos specification", "--qos"),
+    ("Batch job submission failed: Memory required by task is not available", "--mem"),
+    ("unrecognized option '--nicee=5'", "--sbatch, site.sbatch"),
     ("Batch job submission failed: Something new", "sbatch"),
 ])  # fmt: skip
 def test_slurms_words_are_passed_on_with_the_setting_they_are_about(words, setting, monkeypatch):
