@@ -185,14 +185,14 @@ def _before(site: Site) -> list[str]:
         lines += ["# -- before the training, on every node",
                   "srun --export=ALL --nodes=\"$SLURM_NNODES\" --ntasks=\"$SLURM_NNODES\" --ntasks-per-node=1 --mem=0 \\",
                   "    --cpus-per-task=\"$SLURM_CPUS_PER_TASK\" --kill-on-bad-exit=1 bash -c '",
-                  '    for line; do eval "$line" || { code=$?',
-                  '        echo "error: $SLURMD_NODENAME: site.node_setup: exit code $code of \\`$line\\`" >&2; exit 1; }',
-                  "    done",
+                  '    failed() { echo "error: $SLURMD_NODENAME: site.node_setup: exit code $? of \\`$line\\`" >&2; exit 1; }',
+                  '    trap failed EXIT; for line; do eval "$line" || exit; done; trap - EXIT',
                   f"' setup {shlex.join(site.node_setup)} ||",
                   "    stop 'site.node_setup: a command has failed on a node (the line above names both)'"]
     if site.pre_commands:
-        lines += ["# -- before the training, on the first node", f"for line in {shlex.join(site.pre_commands)}; do",
-                  '    eval "$line" || stop "site.pre_commands: exit code $? of \\`$line\\`"', "done"]
+        lines += ["# -- before the training, on the first node",
+                  "trap 'stop \"site.pre_commands: exit code $? of \\`$line\\`\"' EXIT",
+                  f"for line in {shlex.join(site.pre_commands)}; do eval \"$line\" || exit; done", "trap - EXIT"]
     return lines
 
 

@@ -80,10 +80,11 @@ def test_commands_before_and_after_the_training(job, tiny_run):
     assert code == 0 and said.index("after 75") < said.index("scontrol requeue 77")
 
 
+@pytest.mark.parametrize("line", ["ls /no-such-folder 2>/dev/null", "false || exit 2"])
 @pytest.mark.parametrize(("key", "where"), [("node_setup", "error: node7: "), ("pre_commands", "error: job 77: ")])
-def test_a_command_before_the_training_that_fails_ends_the_job(key, where, job):
-    code, said = job({**SITE, key: ["true", "ls /no-such-folder 2>/dev/null", "echo never"]})
-    assert code == 1 and f"{where}site.{key}: exit code 2 of `ls /no-such-folder 2>/dev/null`" in said
+def test_a_command_before_the_training_that_fails_ends_the_job(key, where, line, job):
+    code, said = job({**SITE, key: ["true", line, "echo never"]})
+    assert code == 1 and said.count(f"{where}site.{key}: exit code 2 of `{line}`") == 1
     assert not [line for line in said if line.startswith(("python", "never"))]
 
 
