@@ -27,7 +27,7 @@ VERBS = {
     "data": "fill the token cache ahead of a run, or see what a run would train on",
     "compare": "the first step at which two runs differ, and in what",
     "checkpoint": "list, verify, digest or consolidate checkpoints",
-    "slurm": "train on a cluster: render, submit, status, logs, cancel",
+    "slurm": "train on a cluster: render, submit, status, logs, cancel, and more",
     "sync": "upload a run's offline W&B records, however many lives it had, as one W&B run",
     "doctor": "what is wrong with this machine, or with the nodes of a job, before a run finds out",
 }

@@ -125,9 +125,11 @@ def test_a_mixture_and_pictures_are_asked_source_by_source(genscale, tmp_path):
     said = named(genscale("doctor", "--json", "--config", tmp_path / "mix.yaml", "--run.dir", tmp_path).out, "data")
     assert [check["state"] for check in said] == ["ok", "failure"] and "empty.txt" in said[1]["found"]
     pictures = ["--model.family", "vae", "--tracking.wandb", "disabled", "--run.dir", tmp_path]
+    (tmp_path / "empty").mkdir()
     (tmp_path / "some").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "some" / "0.png")
-    for source, state in (("digits", "ok"), (tmp_path / "none", "failure"), (tmp_path, "failure"), (tmp_path / "some", "ok")):
+    for source, state in (("digits", "ok"), *((tmp_path / name, state) for name, state in (
+            ("none", "failure"), ("empty", "failure"), ("some", "ok")))):
         (data,) = named(genscale("doctor", "--json", *pictures, "--data.source", source).out, "data")
         assert data["state"] == state, data
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
+from genscale.cluster.array import Array, read_array
+from genscale.cluster.gpus import Gpus, read_gpus, with_count
+from genscale.cluster.sbatch_options import NAMED, merge
 from genscale.cluster.site import Site, is_slurm_name
 from genscale.errors import UserError
 
-SHORTHANDS = {"seed": "run.seed"}
-LARGEST_INDEX = 1000
-"""Of an array's element, where a cluster has Slurm's own MaxArraySize."""
+LONGEST = "365-00:00:00"
+"""Of lives, where a partition has no limit of its own."""
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 
 
@@ -25,8 +27,12 @@ class JobSettings:
     """YAML file of the run. Settings that override it stand after `--`, as in `genscale train`."""
     nodes: PositiveInt = 1
     """Machines."""
-    gpus_per_node: NonNegativeInt | None = None
-    """GPUs of each, one a process; 0: train on the CPU (default: the site's)."""
+    gpus_per_node: str | None = None
+    """GPUs of each, one a process, also with their kind as a100:4; 0: train on the CPU (default: the site's)."""
+    gres: str | None = None
+    """The same for a Slurm that knows no --gpus-per-node, as gpu:h100:8 (default: the site's)."""
+    gpus_per_task: PositiveInt | None = None
+    """1, with the srun launcher: each process is given its own GPU, and sees no other (default: it sees all of its node's)."""
     tasks_per_node: PositiveInt | None = None
     """Processes on each node (default: one a GPU, or one without GPUs)."""
     cpus_per_process: PositiveInt | None = None
@@ -39,8 +45,9 @@ class JobSettings:
     """Account (default: the site's, or the user's own)."""
     container: str | None = None
     """Image that Python runs in (default: the site's)."""
-    array: str | None = None
-    """One run for each value of a setting: seed=0-4, seed=0-9%2 (two at a time), or optimizer.lr=1e-3,3e-4."""
+    array: list[str] = field(default_factory=list)
+    """One run for each value of a setting: seed=0-4, optimizer.lr=1e-3,3e-4, or optimizer.lr=@FILE (a value on each line); with
+    %2 at the end two at a time. Several make a grid."""
     launcher: Literal["accelerate", "srun"] = "accelerate"
     """accelerate: one task a node, which starts `accelerate launch`; srun: one task a process, without a launcher between."""
     lead: PositiveInt = 300
@@ -49,55 +56,50 @@ class JobSettings:
     """The signal that says so, where a library wants USR1 for itself."""
     max_requeues: NonNegativeInt = 100
     """How often the job may requeue itself."""
+    sbatch: list[str] = field(default_factory=list)
+    """Any other option of sbatch, as --sbatch=--nice=100; may be repeated."""
+    qos: str | None = None
+    """Quality of service, as these that follow are of sbatch."""
+    reservation: str | None = None
+    """Reservation to run in."""
+    constraint: str | None = None
+    """Features that the nodes must have, as 'h100&ib'."""
+    exclude: str | None = None
+    """Nodes not to be given, as node[3-4]."""
+    nodelist: str | None = None
+    """Nodes to be given."""
+    mem: str | None = None
+    """Memory of each node, as 200G; 0: all of it."""
+    exclusive: bool = False
+    """No other job on the nodes."""
+    mail_type: str | None = None
+    """When to send mail, as END,FAIL."""
+    mail_user: str | None = None
+    """Whom to."""
+    comment: str | None = None
+    """A text that Slurm keeps with the job."""
+    begin: str | None = None
+    """Earliest start, as now+2hours or 2030-01-31T08:00."""
+    dependency: str | None = None
+    """Jobs to wait for, as sbatch takes them: afterok:1234."""
+    after: list[str] = field(default_factory=list)
+    """A run to wait for until it is complete; may be repeated."""
     site: str | None = None
     """The site's settings (default: ~/.config/genscale/site.yaml, or launch/site.yaml)."""
 
 
 @dataclass(frozen=True)
-class Array:
-    """One run for each value of a setting.
+class Job:
+    """A job with nothing left to decide.
 
     Attributes:
-        key: of the config, as run.seed.
-        short: its last part, which the names of the runs have before the value.
-        at_once: most that run at a time; 0: any number.
+        gpus_per_task: whether each process sees its own GPU only.
+        options: further ones of sbatch.
     """
-
-    key: str
-    values: tuple[str, ...]
-    at_once: int = 0
-
-    @property
-    def short(self) -> str:
-        return self.key.rpartition(".")[2]
-
-    @property
-    def is_range(self) -> bool:
-        """Whether the values are whole numbers in a row, and small enough, to be their own indices."""
-        first = int(self.values[0]) if self.values[0].isdecimal() else 0
-        row = range(first, first + len(self.values))
-        return row[-1] <= LARGEST_INDEX and self.values == tuple(map(str, row))
-
-    def indices(self) -> list[int]:
-        """Slurm's numbers of the elements, in the order of the values."""
-        return [int(value) for value in self.values] if self.is_range else list(range(len(self.values)))
-
-    def for_sbatch(self) -> str:
-        indices = self.indices()
-        return f"{indices[0]}-{indices[-1]}" + (f"%{self.at_once}" if self.at_once else "")
-
-    def name_of(self, name: str, value: str) -> str:
-        """Of the run with that value, in an array called `name`."""
-        return f"{name}-{self.short}{re.sub(r'[^A-Za-z0-9._+-]', '-', value)}"
-
-
-@dataclass(frozen=True)
-class Job:
-    """A job with nothing left to decide."""
 
     name: str
     nodes: int
-    gpus_per_node: int
+    gpus: Gpus
     processes_per_node: int
     cpus_per_process: int
     time: str
@@ -109,6 +111,12 @@ class Job:
     lead: int
     signal: str
     max_requeues: int
+    gpus_per_task: bool = False
+    options: tuple[str, ...] = ()
+
+    @property
+    def gpus_per_node(self) -> int:
+        return self.gpus.count
 
     @property
     def world_size(self) -> int:
@@ -117,15 +125,18 @@ class Job:
 
 def settle(settings: JobSettings, site: Site, name: str) -> Job:
     """The job called `name`. Raises UserError for what cannot be asked of any Slurm."""
-    gpus = site.gpus_per_node if settings.gpus_per_node is None else settings.gpus_per_node
-    processes = settings.tasks_per_node or max(gpus, 1)
-    if gpus and processes != gpus:
-        raise UserError(f"--tasks-per-node: {processes} on {gpus} GPUs a node: there is one process a GPU; leave it out, or "
-                        f"set --gpus-per-node to {processes} (0: train on the CPU)")
+    gpus = _gpus(settings, site)
+    processes = settings.tasks_per_node or max(gpus.count, 1)
+    if gpus.count and processes != gpus.count:
+        raise UserError(f"--tasks-per-node: {processes} on {gpus.count} GPUs a node: there is one process a GPU; leave it out, "
+                        f"or set --gpus-per-node to {processes} (0: train on the CPU)")
+    if settings.gpus_per_task and (settings.gpus_per_task != 1 or settings.launcher != "srun" or not gpus.count):
+        raise UserError(f"--gpus-per-task: {settings.gpus_per_task} with --launcher {settings.launcher} on {gpus.count} GPUs a "
+                        "node: a process has one GPU, and only srun starts one task a process; nearest allowed: "
+                        "--gpus-per-task 1 --launcher srun")
     seconds = seconds_of(settings.time)
     if not seconds:
-        raise UserError(f"--time: '{settings.time}' is not a time limit; write [DAYS-]HOURS:MINUTES:SECONDS, as 24:00:00 or "
-                        "2-00:00:00, or whole minutes")
+        raise UserError(no_time_limit(settings.time, None))
     if settings.lead >= seconds:
         raise UserError(f"--lead: {settings.lead} s before the limit is before the job begins, with --time {settings.time}; "
                         f"nearest allowed: below {seconds} s, say {max(1, seconds // 3)}")
@@ -135,11 +146,48 @@ def settle(settings: JobSettings, site: Site, name: str) -> Job:
     container = settings.container or site.container
     if container and not (re.fullmatch(r"[^'\"\\`]+", container) and container.isprintable()):
         raise UserError(f"--container: {container} is not a path that a job's script can hold (no quotes, no backslash)")
-    return Job(name=name, nodes=settings.nodes, gpus_per_node=gpus, processes_per_node=processes,
+    return Job(name=name, nodes=settings.nodes, gpus=gpus, processes_per_node=processes,
                cpus_per_process=settings.cpus_per_process or site.cpus_per_process, time=settings.time,
                partition=settings.partition or site.partition, account=settings.account or site.account,
-               container=container, array=_array(settings.array), launcher=settings.launcher,
-               lead=settings.lead, signal=settings.signal, max_requeues=settings.max_requeues)
+               container=container, array=read_array(settings.array), launcher=settings.launcher,
+               lead=settings.lead, signal=settings.signal, max_requeues=settings.max_requeues,
+               gpus_per_task=settings.gpus_per_task is not None, options=_options(settings, site))
+
+
+def _gpus(settings: JobSettings, site: Site) -> Gpus:
+    """The flags' GPUs, or else the site's."""
+    if settings.gres is not None:
+        if settings.gpus_per_node is not None:
+            raise UserError(f"--gres: {settings.gres} says how many GPUs a node has; leave out --gpus-per-node")
+        return read_gpus(None, settings.gres)
+    own = read_gpus(site.gpus_per_node, site.gres, "site.gpus_per_node", "site.gres")
+    if settings.gpus_per_node is None:
+        return own
+    asked = read_gpus(settings.gpus_per_node, None)
+    return with_count(own, asked.count, asked.kind)
+
+
+def _options(settings: JobSettings, site: Site) -> tuple[str, ...]:
+    values = {name.replace("_", "-"): getattr(settings, name) for name in NAMED}
+    named: dict[str, str | None] = {name: value for name, value in values.items() if value is not None}
+    for name, value in named.items():
+        if not value or not value.isprintable():
+            raise UserError(f"--{name}: '{value}' is nothing that sbatch could be told")
+    if settings.exclusive:
+        named["exclusive"] = None
+    return tuple(merge(site.sbatch, settings.sbatch, named))
+
+
+def is_unlimited(time: str) -> bool:
+    """Whether Slurm would take it for no limit at all."""
+    return time.upper() in ("UNLIMITED", "INFINITE", "-1") or (TIME.fullmatch(time) is not None and not seconds_of(time))
+
+
+def no_time_limit(time: str, longest: str | None) -> str:
+    """What is wrong with it. A run must know when its life ends, for its checkpoint to be written before."""
+    nearest = f"; nearest allowed: {longest or LONGEST}" if is_unlimited(time) else ""
+    return (f"--time: '{time}' is not a time limit; write [DAYS-]HOURS:MINUTES:SECONDS, as 24:00:00 or 2-00:00:00, or whole "
+            f"minutes{nearest}")
 
 
 def seconds_of(time: str) -> int:
@@ -151,25 +199,3 @@ def seconds_of(time: str) -> int:
     # Without days, one number is minutes and two are minutes and seconds; after days the first number is hours.
     units = (3600, 60, 1) if match["days"] or len(parts) == 3 else (60, 1)
     return 86400 * int(match["days"] or 0) + sum(part * unit for part, unit in zip(parts, units, strict=False))
-
-
-def _array(text: str | None) -> Array | None:
-    if text is None:
-        return None
-    match = re.fullmatch(r"(?P<key>[\w.]+)=(?P<values>.+?)(?:%(?P<at_once>\d+))?", text)
-    if match is None:
-        raise UserError(f"--array: '{text}' is not SETTING=VALUES, as seed=0-4 or optimizer.lr=1e-3,3e-4")
-    key, values = SHORTHANDS.get(match["key"], match["key"]), match["values"].split(",")
-    if span := re.fullmatch(r"(\d+)-(\d+)", match["values"]):
-        first, last = int(span[1]), int(span[2])
-        if last < first or last - first >= 10_000:
-            raise UserError(f"--array: {match['values']} is not a range of values, the lowest first, of at most 10,000")
-        values = [str(number) for number in range(first, last + 1)]
-    if "" in values or len(set(values)) < len(values):
-        raise UserError(f"--array: '{text}' names a value twice, or none between two commas")
-    if "." not in key or key in ("run.name", "run.dir", "run.resume"):
-        raise UserError(f"--array: {key} is not a setting that runs of an array can differ in; as seed, or optimizer.lr")
-    at_once = int(match["at_once"] or 0)
-    if match["at_once"] and not at_once:
-        raise UserError(f"--array: '{text}' lets none run at a time; write %1 or more")
-    return Array(key, tuple(values), at_once)

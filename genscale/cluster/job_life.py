@@ -57,6 +57,7 @@ class Life:
     Attributes:
         job: as Slurm's commands take it, `12` or `12_3` of an array.
         restart: how often Slurm had requeued the job.
+        gpus: of all nodes together.
         step, end_step: of the latest checkpoint as the life began and ended.
         how: complete, stopped, failed or hang, as `ended.json` says; lost: a process, its machine or the data's server was
             gone; killed: nothing was said; unfit: a node was not fit. None while it goes on, and where the node has died that
@@ -74,6 +75,7 @@ class Life:
     code: int | None = None
     reason: str | None = None
     goes_on: bool = False
+    gpus: int = 0
 
 
 def this_job() -> tuple[str, int]:
@@ -130,7 +132,9 @@ def count_life(run: Path, job: str, restart: int, max_requeues: int) -> None:
     RunOwner(run, lambda line: tell(run, job, line)).release()
     (run / "ended.json").unlink(missing_ok=True)
     (run / "jobs" / "exclude").unlink(missing_ok=True)
-    life = Life(job, restart, tuple(_nodes()), _now(), latest_step(run))
+    here = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    life = Life(job, restart, tuple(_nodes()), _now(), latest_step(run),
+                gpus=int(here) * len(_nodes()) if here.isdigit() else 0)
     _write_lives(run, [*lives, life])
     tell(run, job, f"life {len(mine) + 1} begins on {', '.join(life.nodes)} after step {life.step}")
 

@@ -18,6 +18,7 @@ from typing import IO
 
 from genscale.cluster.checks import Check, count_of, host_name
 from genscale.cluster.clocks import judge_clocks
+from genscale.cluster.environment import clean_environment
 from genscale.cluster.shared_folder import answers, clear_token, judge, leave_token
 from genscale.cluster.storage_checks import existing
 from genscale.errors import UserError
@@ -67,7 +68,8 @@ def job_hosts() -> list[str]:
     if not nodes:
         return []
     try:
-        asked = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=30, check=True)
+        asked = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=30, check=True,
+                               env=clean_environment())
     except (OSError, subprocess.SubprocessError) as error:
         raise UserError(f"SLURM_JOB_NODELIST={nodes}: `scontrol show hostnames` does not work here ({error}); put Slurm's "
                         "commands on the PATH of the job") from None
@@ -124,9 +126,10 @@ def _ask(hosts: Sequence[str], command: Sequence[str], seconds: float) -> _Answe
     count, said = str(len(hosts)), _Answers()
     # A step beside whatever else the job runs, on all cores of each node; a node that fails must not silence the others.
     srun = ["srun", "--job-name=doctor", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--overlap",
-            "--cpu-bind=none", "--mpi=none", "--input=none", "--kill-on-bad-exit=0", "--wait=0"]
+            "--cpu-bind=none", "--mpi=none", "--input=none", "--kill-on-bad-exit=0", "--wait=0", "--mem=0", "--export=ALL"]
+    own = {name: os.environ[name] for name in ("SLURM_JOB_ID", "SLURM_CPUS_PER_TASK") if name in os.environ}
     process = subprocess.Popen([*srun, *command], text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               start_new_session=True)
+                               start_new_session=True, env=clean_environment(**own))
     readers = [threading.Thread(target=_each_line, args=(process.stdout, said.take), daemon=True),
                threading.Thread(target=_each_line, args=(process.stderr, said.complain), daemon=True)]
     for reader in readers:

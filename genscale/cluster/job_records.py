@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -31,12 +31,14 @@ class Submitted:
         kept: folder with script and config.
         log: what it prints; None of an array as a whole.
         runs: folders of the runs that it trains.
+        settings: of an element of an array, those that it differs from the others in.
     """
 
     job: str
     kept: str
     log: str | None
     runs: tuple[str, ...]
+    settings: dict[str, str] = field(default_factory=dict)
     time: str = ""
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from genscale.cluster import slurm_commands
+from genscale.cluster.gpu_hours import accounted, gpu_hours
 from genscale.cluster.job_life import Life, read_ended, read_lives
-from genscale.cluster.job_records import active_jobs, jobs_of, runs_of, submitted, with_runs
+from genscale.cluster.job_records import jobs_of, runs_of, submitted
 from genscale.cluster.site import read_site
 from genscale.cluster.slurm_commands import Queued
 from genscale.config import RunSettings
@@ -22,12 +24,11 @@ from genscale.tracking.metrics_file import read_metrics
 from genscale.tracking.progress import figure
 from genscale.training.checkpoint_names import latest_step
 
-LARGEST_CONFIG = 256 * 1024
 LONGEST = 1e9
 """Seconds that are predicted at most: thirty years."""
 RECENT = 20
 """Logged steps that the speed is a mean of."""
-HEADINGS = ("RUN", "JOB", "STATE", "LIVES", "STEP", "LOSS", "SPEED", "TIME LEFT", "PREDICTED END", "NOTE")
+HEADINGS = ("RUN", "JOB", "STATE", "LIVES", "STEP", "LOSS", "SPEED", "GPU HOURS", "TIME LEFT", "PREDICTED END", "NOTE")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Row:
     Attributes:
         speed: units a second, with the unit.
         time_left: of this life of the job.
+        gpu_hours: of all lives.
         predicted: seconds until the last step at the present speed, waits in the queue not counted.
     """
 
@@ -51,30 +53,27 @@ class Row:
     time_left: str | None
     predicted: float | None
     note: str
+    gpu_hours: float | None = None
+
+    @property
+    def progress(self) -> str:
+        return f"{self.step}/{self.steps}" if self.steps else str(self.step)
+
+    @property
+    def outcome(self) -> str:
+        """The state, or how it ended, in a word or two."""
+        return re.split("[:;]", self.note)[0] if self.state == "ended" else self.state
 
 
 def show(folders: Sequence[Path], arguments: Sequence[str]) -> int:
     """genscale slurm status [RUN ...]. Raises UserError."""
-    runs = runs_of(_chosen(folders, arguments, "status"))
-    jobs = slurm_commands.queue()
-    print(table([row_of(run, jobs) for run in runs]))
+    runs = runs_of(chosen(folders, arguments, "status"))
+    jobs, hours = slurm_commands.queue(), accounted([job for run in runs for job in jobs_of(run)])
+    print(table([row_of(run, jobs, hours) for run in runs]))
     return 0
 
 
-def cancel(folders: Sequence[Path], arguments: Sequence[str]) -> int:
-    """genscale slurm cancel RUN ... Raises UserError where none of them has a job."""
-    if not folders:
-        raise UserError("genscale slurm cancel: name the run folders whose jobs are to end")
-    found = active_jobs(with_runs(_chosen(folders, arguments, "cancel")))
-    if not found:
-        raise UserError(f"genscale slurm cancel: no job of {', '.join(map(str, folders))} is in the queue")
-    slurm_commands.cancel([each.job for each in found])
-    for each in found:
-        print(f"cancelled job {each.job} ({each.state.lower()})")
-    return 0
-
-
-def _chosen(folders: Sequence[Path], arguments: Sequence[str], action: str) -> list[Path]:
+def chosen(folders: Sequence[Path], arguments: Sequence[str], action: str) -> list[Path]:
     """The folders given, or all that have had a job in runs/ here and on the site's scratch disk."""
     if arguments:
         raise UserError(f"genscale slurm {action}: takes run folders, not '{arguments[0]}'")
@@ -92,11 +91,12 @@ def _chosen(folders: Sequence[Path], arguments: Sequence[str], action: str) -> l
     return found
 
 
-def row_of(run: Path, jobs: Sequence[Queued]) -> Row:
+def row_of(run: Path, jobs: Sequence[Queued], hours: Mapping[str, float] | None = None) -> Row:
     """What is to know of a run.
 
     Args:
         jobs: the queue.
+        hours: GPU hours by job, where Slurm's accounting has them.
     """
     numbers, lives, (metrics, damage) = jobs_of(run), read_lives(run), _metrics(run)
     job = next((each for each in jobs if each.job in numbers), None)
@@ -110,7 +110,8 @@ def row_of(run: Path, jobs: Sequence[Queued]) -> Row:
         recent = [line["step_seconds"] for line in logged[-RECENT:]]
         predicted = min(sum(recent) / len(recent) * (steps - step), LONGEST)
     return Row(run, number, state, len(lives), step, steps, _loss(metrics), _speed(logged),
-               job.time_left if job and job.state == "RUNNING" else None, predicted, note)
+               job.time_left if job and job.state == "RUNNING" else None, predicted, note,
+               gpu_hours(run, hours or {}, job.job if job and job.state != "PENDING" else None))
 
 
 def _state(run: Path, job: Queued | None, lives: Sequence[Life], number: str | None) -> tuple[str, str]:
@@ -169,10 +170,15 @@ def table(rows: Sequence[Row]) -> str:
     """Aligned columns; the note comes last, since it may be long."""
     lines = [HEADINGS]
     for row in rows:
-        step = f"{row.step}/{row.steps}" if row.steps else str(row.step)
         end = f"{datetime.now() + timedelta(seconds=row.predicted):%a %d %b %H:%M}" if row.predicted is not None else "-"
-        lines.append((str(row.run), row.job or "-", row.state, str(row.lives), step,
-                      "-" if row.loss is None else figure(row.loss), row.speed or "-", row.time_left or "-", end, row.note))
+        lines.append((str(row.run), row.job or "-", row.state, str(row.lives), row.progress,
+                      "-" if row.loss is None else figure(row.loss), row.speed or "-",
+                      "-" if row.gpu_hours is None else f"{row.gpu_hours:,.1f}", row.time_left or "-", end, row.note))
+    return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of as many cells each, in columns."""
     lines = [tuple(map(printable, line)) for line in lines]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)

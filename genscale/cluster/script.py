@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from genscale.cluster.environment import communication
+from genscale.cluster.environment import cleaning, communication
 from genscale.cluster.job import Job
 from genscale.cluster.site import Site
+from genscale.errors import UserError
 
 FIRST_PORT, PORTS = 20000, 12000
 """Below those that systems give to whoever asks for any."""
@@ -27,6 +29,7 @@ class Training:
         goes_on: whether a life after the first goes on from the latest checkpoint as it is; False where `run.resume` says
             otherwise, which is for the first only.
         workers: `data.workers`; of the runs of an array, the most.
+        submitted_with: the flags of `genscale slurm submit`, as they are typed, for the run to say what to type next.
     """
 
     config: str
@@ -35,6 +38,17 @@ class Training:
     collective_seconds: int = 1800
     goes_on: bool = True
     workers: int = 0
+    submitted_with: str | None = None
+
+
+STOP = [
+    'stop() { echo "error: job $job: $1" >&2',
+    '    { echo "$(date -u +%FT%T+00:00) job $job: $1" >>"$run/jobs/events.log"; } 2>/dev/null; exit 1; }',
+]
+STOP_AT_LINE = [
+    "stop_at_line() { trap - ERR EXIT DEBUG; stop \"site.setup: exit code $1 of \\`$(sed -n \"${at_line}p\" \"$0\")\\`\"; }",
+    "trap '((LINENO == 1)) || at_line=$LINENO' DEBUG; trap 'stop_at_line $?' ERR EXIT",
+]
 
 
 def render(job: Job, site: Site, training: Training, output: str | None = None) -> str:
@@ -45,12 +59,13 @@ def render(job: Job, site: Site, training: Training, output: str | None = None) 
     """
     array = job.array
     output = output or ("%x-%A_%a.log" if array else "%x-%j.log")
-    parts = [_head(job, site, output), _what_it_trains(job, training), _environment(job, site, training), _meeting(job),
-             _life(job, _inside(job, site), training.workers)]
+    parts = [_head(job, output), _which_job(job), _what_it_trains(job, training), _environment(job, site, training),
+             _meeting(job, training), *([_before(site)] if site.node_setup or site.pre_commands else []),
+             _life(job, site, training)]
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 
-def _head(job: Job, site: Site, output: str) -> list[str]:
+def _head(job: Job, output: str) -> list[str]:
     tasks = job.processes_per_node if job.launcher == "srun" else 1
     what = f"{job.nodes} node{'s' if job.nodes > 1 else ''}"
     if job.array:
@@ -65,12 +80,12 @@ def _head(job: Job, site: Site, output: str) -> list[str]:
         "# -- to change: what it asks for (and below, what it trains)",
         f"#SBATCH --job-name={shlex.quote(job.name)}",
         f"#SBATCH --nodes={job.nodes}",
-        *([f"#SBATCH --gpus-per-node={job.gpus_per_node}"] if job.gpus_per_node else []),
+        *(f"#SBATCH {option}" for option in job.gpus.option),
         f"#SBATCH --time={job.time}",
         *([f"#SBATCH --array={job.array.for_sbatch()}"] if job.array else []),
         _or_remark("partition", job.partition),
         _or_remark("account", job.account),
-        *(f"#SBATCH {line}" for line in site.sbatch),
+        *(f"#SBATCH {shlex.quote(option)}" for option in job.options),
         "#",
         f"# -- one task a {'process' if tasks > 1 or job.launcher == 'srun' else 'node'}, with its CPU cores",
         f"#SBATCH --ntasks-per-node={tasks}",
@@ -90,18 +105,25 @@ def _or_remark(option: str, value: str | None) -> str:
     return f"#SBATCH --{option}={value}" if value else f"##SBATCH --{option}=...  (take away a #; else it is the cluster's own)"
 
 
+def _which_job(job: Job) -> list[str]:
+    # In an array the last element's SLURM_JOB_ID is that of the whole array.
+    own = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.array else "$SLURM_JOB_ID"
+    return [
+        "# -- only what Slurm gave this job: the rest is of whoever submitted it, from inside another job perhaps",
+        *cleaning(array=job.array is not None, gpus=job.gpus_per_node > 0),
+        f"job={own}",
+        'if [ -n "$SLURM_RESTART_COUNT" ]; then  # which Slurm leaves as it was in the first life of a job',
+        '    case " $(scontrol --oneliner show job "$job") " in *" Restarts=0 "*) unset SLURM_RESTART_COUNT ;; esac',
+        "fi",
+    ]
+
+
 def _what_it_trains(job: Job, training: Training) -> list[str]:
     lines = [f"config={shlex.quote(training.config)}"]
-    array = job.array
-    if array is None:
+    if job.array is None:
         lines += [f"run={shlex.quote(training.run)}", f"settings=({shlex.join(training.settings)})"]
     else:
-        if array.is_range:
-            lines.append("value=$SLURM_ARRAY_TASK_ID")
-        else:
-            lines += [f"values=({shlex.join(array.values)})", "value=${values[SLURM_ARRAY_TASK_ID]}"]
-        lines += [f"run={shlex.quote(f'{training.run}-{array.short}')}${{value//[^A-Za-z0-9._+-]/-}}",
-                  f"settings=({shlex.join(training.settings)}{' ' if training.settings else ''}\"--{array.key}=$value\")"]
+        lines += job.array.script(training.run, training.settings)
     lines[-1] += '  # override those of the file'
     lines.append('settings+=(--run.dir "$(dirname "$run")" --run.name "$(basename "$run")")')
     if not training.goes_on:
@@ -110,7 +132,9 @@ def _what_it_trains(job: Job, training: Training) -> list[str]:
 
 
 def _environment(job: Job, site: Site, training: Training) -> list[str]:
-    lines = ["# -- the environment of the site", *site.setup_lines(job.container)]
+    lines = ["# -- the environment of the site; a line that fails ends the job, and is named", *STOP]
+    if setup := site.setup_lines(job.container):
+        lines += [*site.module_lines(), *STOP_AT_LINE, *setup, "trap - ERR EXIT DEBUG"]
     exports = dict(site.environment)
     if (folder := site.scratch_folder()) and "HF_HOME" not in exports:
         home = shlex.quote(f"{folder}/huggingface")
@@ -119,11 +143,12 @@ def _environment(job: Job, site: Site, training: Training) -> list[str]:
                   f"export HF_HOME={home}"]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
     threads = "$SLURM_CPUS_PER_TASK" if job.launcher == "srun" else "$((SLURM_CPUS_PER_TASK / LOCAL_WORLD_SIZE))"
+    here = f"${{SLURM_GPUS_ON_NODE:-{job.gpus_per_node}}}  # on each node: one a GPU" if job.gpus_per_node else \
+        f"{job.processes_per_node}  # on each node"
     lines += [
         "",
         "# -- the environment of the processes",
-        "export LOCAL_WORLD_SIZE=" + ("$SLURM_GPUS_ON_NODE  # on each node: one a GPU" if job.gpus_per_node
-                        else f"{job.processes_per_node}  # on each node"),
+        f"export LOCAL_WORLD_SIZE={here}",
         f"export OMP_NUM_THREADS={threads}  # each process has its own cores",
     ]
     if not job.gpus_per_node:
@@ -133,51 +158,100 @@ def _environment(job: Job, site: Site, training: Training) -> list[str]:
     return lines + [f"{f'export {each.name}={each.value}':<{width}}  # {each.why}" for each in variables]
 
 
-def _meeting(job: Job) -> list[str]:
+def _meeting(job: Job, training: Training) -> list[str]:
     return [
         "# -- where the processes meet: on the first of the job's nodes, at a port of the job's own",
         'nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST") && [ -n "$nodes" ] ||',
         "    { echo \"error: scontrol show hostnames names no node of '$SLURM_JOB_NODELIST'\" >&2; exit 1; }",
         f"export MASTER_ADDR=${{nodes%%$'\\n'*}} MASTER_PORT=$(({FIRST_PORT} + SLURM_JOB_ID % {PORTS}))",
         "export GENSCALE_NODES=$nodes GENSCALE_RUN=$run",
-        "# In an array the last element's SLURM_JOB_ID is that of the whole array.",
-        "job=$SLURM_JOB_ID",
-        '[ -z "$SLURM_ARRAY_JOB_ID" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID',
+        *([] if training.submitted_with is None else
+          [f"export GENSCALE_SUBMIT={shlex.quote(training.submitted_with)}  # for the run to say what to type next"]),
         "# When to stop, should the signal come while no process listens yet.",
         'ends=$(squeue --noheader --jobs="$job" --format=%e)',
-        f'[ -n "$ends" ] && ends=$(date -d "$ends" +%s 2>/dev/null) && export GENSCALE_STOP_AT=$((ends - {job.lead}))',
+        'if [ -n "$ends" ] && ends=$(date -d "$ends" +%s 2>/dev/null); then',
+        '    if [ "$ends" -gt "$(date +%s)" ]; then',
+        f"        export GENSCALE_STOP_AT=$((ends - {job.lead}))",
+        "    else",
+        '        echo "genscale: job $job: by squeue it ended at $(date -d "@$ends"), so it goes by the signal alone"',
+        "    fi",
+        "fi",
     ]
 
 
+def _before(site: Site) -> list[str]:
+    lines = []
+    if site.node_setup:
+        lines += ["# -- before the training, on every node",
+                  "srun --export=ALL --nodes=\"$SLURM_NNODES\" --ntasks=\"$SLURM_NNODES\" --ntasks-per-node=1 --mem=0 \\",
+                  "    --cpus-per-task=\"$SLURM_CPUS_PER_TASK\" --kill-on-bad-exit=1 bash -c '",
+                  '    failed() { echo "error: $SLURMD_NODENAME: site.node_setup: exit code $? of \\`$line\\`" >&2; exit 1; }',
+                  '    trap failed EXIT; for line; do eval "$line" || exit; done; trap - EXIT',
+                  f"' setup {shlex.join(site.node_setup)} ||",
+                  "    stop 'site.node_setup: a command has failed on a node (the line above names both)'"]
+    if site.pre_commands:
+        lines += ["# -- before the training, on the first node",
+                  "trap 'stop \"site.pre_commands: exit code $? of \\`$line\\`\"' EXIT",
+                  f"for line in {shlex.join(site.pre_commands)}; do eval \"$line\" || exit; done", "trap - EXIT"]
+    return lines
+
+
+def _after(site: Site) -> list[str]:
+    return ["# -- after the training, on the first node, whatever becomes of it",
+            f"for line in {shlex.join(site.post_commands)}; do",
+            '    (eval "$line") || echo "genscale: job $job: site.post_commands: exit code $? of \\`$line\\`" >&2', "done"]
+
+
 def _inside(job: Job, site: Site) -> str:
-    """What a program is started with, in the job's container."""
-    if not job.container:
+    """What a program is started with, in the job's container; empty where srun puts it there."""
+    if not job.container or site.container_kind == "pyxis":
         return ""
-    words = [*shlex.split(site.container_command), job.container]
-    # Double quotes, for a variable in it to be replaced, and since it stands between single ones.
-    return " ".join(word if re.fullmatch(r"[\w@%+=:,./-]+", word) else f'"{word}"' for word in words) + " "
+    return " ".join(map(_in_double_quotes, [*shlex.split(site.container_command), job.container])) + " "
 
 
-def _life(job: Job, inside: str, workers: int) -> list[str]:
+def _in_double_quotes(word: str) -> str:
+    """Where it needs any: for a variable in it to be replaced, and since it may stand between single ones."""
+    return word if re.fullmatch(r"[\w@%+=:,./-]+", word) else f'"{word}"'
+
+
+def _srun_container(job: Job, site: Site, run: str) -> list[str]:
+    """srun's options for the job's container, where it is one of pyxis."""
+    if not job.container or site.container_kind != "pyxis":
+        return []
+    folders = ["$PWD", *filter(None, [site.scratch_folder()]), *([os.path.dirname(run)] if os.path.isabs(run) else [])]
+    if odd := next((folder for folder in folders if re.search(r"[:,]", folder)), None):
+        raise UserError(f"run.dir: {odd} has a colon or a comma, and cannot be mounted in a container of pyxis; choose another")
+    mounts = [*(f"{folder}:{folder}" for folder in dict.fromkeys(folders)),
+              *(each if ":" in each else f"{each}:{each}" for each in site.container_mounts)]
+    return [f"--container-image={_in_double_quotes(job.container)}", f'--container-mounts="{",".join(mounts)}"',
+            '--container-workdir="$PWD"']
+
+
+def _life(job: Job, site: Site, training: Training) -> list[str]:
+    inside, container = _inside(job, site), _srun_container(job, site, training.run)
+    # What ends a life runs in the container too, and there only srun leads.
+    here = '"${step[@]}" --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" ' if container else inside
     cap = f"--max-requeues {job.max_requeues}"
     return [
         "# -- one life of the job. A task that has ended leaves the others in peace for a while, however it ended: it may have",
         "#    been the first to answer a signal",
-        'step=(srun --export=ALL --nodes="$SLURM_NNODES" --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0)',
+        'step=(srun --export=ALL --nodes="$SLURM_NNODES" --cpus-per-task="$SLURM_CPUS_PER_TASK" --mem=0 --kill-on-bad-exit=0)',
+        *([f"step+=({' '.join(container)})"] if container else []),
         "",
         "# -- its beginning looks at every node and counts the life; 10: the run is complete",
         '"${step[@]}" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --wait=300 \\',
-        f'    {inside}python -m genscale slurm begin "$run" {cap} --workers {workers}  # data.workers',
+        f'    {inside}python -m genscale slurm begin "$run" {cap} --workers {training.workers}  # data.workers',
         "code=$?",
         '[ "$code" = 10 ] && exit 0',
         'if [ "$code" = 0 ]; then',
-        *(f"    {line}" for line in (_with_srun(inside) if job.launcher == "srun" else _with_accelerate(inside))),
+        *(f"    {line}" for line in (_with_srun(job, inside) if job.launcher == "srun" else _with_accelerate(inside))),
         "    code=$?",
         "fi",
         "",
         "# -- its end, as the run folder tells it, for no exit code comes through a launcher; 75: there is to be another life",
-        f'{inside}python -m genscale slurm end "$run" --code "$code" {cap}',
+        f'{here}python -m genscale slurm end "$run" --code "$code" {cap}',
         "code=$?",
+        *(_after(site) if site.post_commands else []),
         '[ "$code" = 75 ] || exit "$code"',
         "trap '' TERM  # which the requeue sends to this shell",
         "for try in {1..60}; do  # Slurm's controller may be away for minutes",
@@ -206,11 +280,14 @@ def _with_accelerate(inside: str) -> list[str]:
     ]
 
 
-def _with_srun(inside: str) -> list[str]:
+def _with_srun(job: Job, inside: str) -> list[str]:
+    own, rank = "", "$SLURM_LOCALID"
+    if job.gpus_per_task:  # of which each process sees one, as device 0
+        own, rank = f"--gpus-per-task={job.gpus.kind + ':' if job.gpus.kind else ''}1 ", "0"
     return [
         '"${step[@]}" --ntasks=$((SLURM_NNODES * LOCAL_WORLD_SIZE)) --ntasks-per-node="$LOCAL_WORLD_SIZE" \\',
-        "    --cpu-bind=cores --wait=60 bash -c '",
-        "    export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID",
+        f"    {own}--cpu-bind=cores --wait=60 bash -c '",
+        f"    export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK={rank}",
         f"    exec {inside}python -m genscale train \"$@\"",
         "' train --config \"$config\" \"${settings[@]}\"",
     ]

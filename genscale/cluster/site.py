@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from genscale.cluster.gpus import read_gpus
 from genscale.errors import UserError, nearest
 from genscale.masking import SECRET_VARIABLES, has_mask, masked
 from genscale.reading import Unreadable, read_yaml
 
+CONTAINER_KINDS = ("apptainer", "pyxis")
 OF_THE_REPOSITORY = Path("launch/site.yaml")
 # TOKENIZERS_PARALLELISM is none, and HF_TOKEN_PATH says only where one is.
 _SECRET_NAME = re.compile(rf"(?:{'|'.join(SECRET_VARIABLES)}|\w*(?:TOKEN(?!IZ)|SECRET|PASSW|API_?KEY)\w*)(?<!_PATH)(?<!_FILE)",
@@ -31,8 +33,10 @@ class Site:
     """Partition of the jobs (default: the cluster's own)."""
     account: str | None = None
     """Account that pays for them (default: the user's own)."""
-    gpus_per_node: int = 8
-    """GPUs of a node; 0 where jobs train on the CPU."""
+    gpus_per_node: int | str = 8
+    """GPUs of a node, also with their kind as a100:4; 0 where jobs train on the CPU."""
+    gres: str | None = None
+    """The same for a Slurm that knows no --gpus-per-node, as gpu:h100:8; comes before gpus_per_node."""
     cpus_per_process: int = 8
     """CPU cores for each training process, its loader workers included."""
     sbatch: list[str] = field(default_factory=list)
@@ -41,17 +45,38 @@ class Site:
     """Modules to load (`module load`), as [cuda/12.8]."""
     setup: list[str] | None = None
     """Lines of shell after that (default: `source .venv/bin/activate`, or nothing with a container)."""
+    node_setup: list[str] = field(default_factory=list)
+    """Commands that each node runs before each life of a job, as [cp data.parquet /local]."""
+    pre_commands: list[str] = field(default_factory=list)
+    """Commands that the first node runs before each life, after that."""
+    post_commands: list[str] = field(default_factory=list)
+    """Commands that it runs after each life, however it ended; $code is 75 where the job is requeued."""
     environment: dict[str, str] = field(default_factory=dict)
     """Variables for all processes of a job, as {HF_HUB_OFFLINE: "1"}. No tokens: a job's script is kept in its run folder."""
     container: str | None = None
     """Image that Python runs in; it must have genscale installed."""
+    container_kind: str = "apptainer"
+    """apptainer, or what is called as it is; pyxis: srun's --container-image (enroot)."""
     container_command: str = "apptainer exec --nv --bind $PWD"
-    """What starts a program in the image, as far as the image's name."""
+    """apptainer: what starts a program in the image, as far as the image's name."""
+    container_mounts: list[str] = field(default_factory=list)
+    """pyxis: folders that the image sees besides those of the job, its runs and scratch, as [/data, /local:/mnt]."""
     scratch: str | None = None
     """Folder on the disk that all nodes share: runs go to <scratch>/runs where run.dir is not set, and what the Hugging Face
     libraries keep to <scratch>/huggingface."""
     network_interface: str | None = None
     """Network that the processes meet in, as ib0 (default: what NCCL and gloo choose)."""
+
+    def module_lines(self) -> list[str]:
+        """Shell that makes `module` known, which a login shell does, and a job has none."""
+        if not self.modules and not any(re.match(r"(module|ml)\b", line) for line in self.setup or ()):
+            return []
+        return ["if ! type module >/dev/null 2>&1; then  # which a login shell would know",
+                '    for file in "$MODULESHOME/init/bash" "$LMOD_PKG/init/bash" /etc/profile.d/{z00_lmod,lmod,modules}.sh \\',
+                "        /usr/share/{lmod/lmod,modules,Modules}/init/bash; do",
+                '        [ ! -r "$file" ] || { source "$file"; break; }',
+                "    done",
+                "fi"]
 
     def setup_lines(self, container: str | None) -> list[str]:
         """The shell's part in it, for a job in that container."""
@@ -110,6 +135,9 @@ def _check_has_no_secret(key: str, value: Any, path: Path) -> None:
 
 
 def _checked(key: str, value: Any, kind: Any, path: Path) -> Any:
+    if key in ("gpus_per_node", "gres") and value is not None:
+        read_gpus(*((value, None) if key == "gpus_per_node" else (None, value)), f"site.{key}", f"site.{key}")
+        return value
     kinds = get_args(kind) if type(None) in get_args(kind) else (kind,)
     if value is None and type(None) in kinds:
         return None
@@ -117,9 +145,11 @@ def _checked(key: str, value: Any, kind: Any, path: Path) -> Any:
     if wanted is str and isinstance(value, str) and value and value.isprintable():
         _check_text(key, value, path)
         return value
-    if wanted is int and type(value) is int and value >= (0 if key == "gpus_per_node" else 1):
+    if wanted is int and type(value) is int and value >= 1:
         return value
     if wanted == list[str] and isinstance(value, list) and all(isinstance(each, str) and each.isprintable() for each in value):
+        if key == "container_mounts" and (odd := [each for each in value if not re.fullmatch(r"[^'\"\\`,]+", each)]):
+            raise UserError(f"site.container_mounts: '{odd[0]}' is not a path that a job's script can hold (in {path})")
         if key == "sbatch" and (others := [line for line in value if not line.startswith("--")]):
             raise UserError(f"site.sbatch: must be options of sbatch, as --qos=long, not '{others[0]}' (in {path})")
         return value
@@ -133,6 +163,8 @@ def _checked(key: str, value: Any, kind: Any, path: Path) -> Any:
 
 
 def _check_text(key: str, value: str, path: Path) -> None:
+    if key == "container_kind" and value not in CONTAINER_KINDS:
+        raise UserError(f"site.container_kind: '{value}' is not one of {', '.join(CONTAINER_KINDS)} (in {path})")
     if key in ("partition", "account") and not is_slurm_name(value):
         raise UserError(f"site.{key}: '{value}' is not a name that Slurm could have (in {path})")
     if key == "container_command":

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import getpass
+import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from genscale.cluster.environment import clean_environment
 from genscale.errors import UserError
 
 JOB = re.compile(r"[0-9]{1,20}(_[0-9]{1,10})?")
@@ -41,17 +44,18 @@ def need(command: str) -> None:
 
 
 def ask(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run one of Slurm's commands. Raises UserError where there is none, or no answer."""
+    """Run one of Slurm's commands, in an environment that says nothing of another job. Raises UserError where there is none, or
+    no answer."""
     need(command)
     try:
-        return subprocess.run([command, *arguments], capture_output=True, text=True, timeout=SECONDS)
+        return subprocess.run([command, *arguments], capture_output=True, text=True, timeout=SECONDS, env=clean_environment())
     except subprocess.TimeoutExpired:
         raise UserError(f"{command}: no answer from Slurm within {SECONDS} s; try again later") from None
 
 
 def queue() -> list[Queued]:
     """The user's jobs that wait or run, elements of arrays one by one. Raises UserError."""
-    done = ask("squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%i|%T|%r|%N|%L")
+    done = ask("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i|%T|%r|%N|%L")
     if done.returncode:
         raise UserError(f"squeue: {_words(done.stderr)}")
     return [Queued(*line.split("|")) for line in done.stdout.splitlines() if line.count("|") == 4]
@@ -96,12 +100,22 @@ def cancel(jobs: Iterable[str]) -> None:
         raise UserError(f"scancel: {_words(done.stderr)}")
 
 
-def submit(script: str, test_only: bool = False) -> str:
+def control(action: str, jobs: Iterable[str]) -> None:
+    """`scontrol hold` or `release`. Raises UserError."""
+    done = ask("scontrol", action, ",".join(jobs))
+    if done.returncode:
+        raise UserError(f"scontrol {action}: {_words(done.stderr)}")
+
+
+def submit(script: str, test_only: bool = False, options: Sequence[str] = ()) -> str:
     """Hand the script (a file) to sbatch. Returns the job's number, or what sbatch says of a job that it only tests.
+
+    The options at its top stand on the command line too, where nothing beats them; and after them `options`, which do.
 
     Raises UserError with Slurm's words and the name of the setting that they are about.
     """
-    done = ask("sbatch", *(["--test-only"] if test_only else ["--parsable"]), script)
+    asked = ["--export=ALL", *options_in(Path(script).read_text()), *options]
+    done = ask("sbatch", "--test-only" if test_only else "--parsable", *asked, script)
     if done.returncode:
         raise UserError(explain(_words(done.stderr)))
     if test_only:
@@ -109,14 +123,25 @@ def submit(script: str, test_only: bool = False) -> str:
     return done.stdout.strip().partition(";")[0]
 
 
+def options_in(script: str) -> list[str]:
+    """The options of sbatch at the top of a script."""
+    lines = [line.removeprefix("#SBATCH") for line in script.splitlines() if line.startswith("#SBATCH ")]
+    return [word for line in lines for word in shlex.split(line, comments=True)]
+
+
 # Slurm's words, and the settings of ours they are about.
 ABOUT = (
     (r"invalid partition", "--partition"),
-    (r"invalid account|account/partition|invalid qos", "--account"),
+    (r"invalid account|account/partition", "--account"),
     (r"time limit|time specification", "--time"),
+    (r"invalid qos", "--qos"),
+    (r"reservation", "--reservation"),
+    (r"constraint|feature", "--constraint"),
+    (r"dependency", "--dependency, --after"),
+    (r"memory", "--mem"),
     (r"node configuration|more processors|node count|gres|too many|cpu count", "--nodes, --gpus-per-node, --cpus-per-process"),
     (r"array", "--array"),
-    (r"memory|unrecognized option|invalid option|constraint|feature", "site.sbatch"),
+    (r"unrecognized option|invalid option", "--sbatch, site.sbatch"),
 )
 
 

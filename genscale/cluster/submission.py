@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_type_hints
 
 from genscale.cluster import slurm_commands
+from genscale.cluster.before_submission import check_is_free, check_launch_file, check_setup, wait_for
 from genscale.cluster.doctor import submission_check
-from genscale.cluster.job import Job, JobSettings, settle
-from genscale.cluster.job_records import Submitted, active_jobs, new_folder, record
+from genscale.cluster.job import Job, JobSettings, is_unlimited, no_time_limit, settle
+from genscale.cluster.job_records import Submitted, new_folder, record
 from genscale.cluster.partition import check_fits, find_partition
 from genscale.cluster.script import Training, render
 from genscale.cluster.site import Site, read_site
-from genscale.cluster.slurm_commands import Queued
 from genscale.config import Config, RunSettings
 from genscale.config_parser import parse_config, parse_settings
 from genscale.errors import UserError
@@ -27,12 +29,11 @@ from genscale.masking import has_mask
 from genscale.objectives import FAMILIES
 from genscale.training.config_check import check_config
 from genscale.training.run_folder import config_yaml, run_folder
-from genscale.training.run_owner import who_has
 from genscale.training.supervision import group_timeout_minutes
 from genscale.writing import make_folder
 
-LAUNCH_FILE = Path("launch/ddp.yaml")
-SETUP_SECONDS = 120
+OF_THIS_JOB = ("--config", "--array", "--after", "--begin", "--dependency")
+"""Flags that another job of the run would not have."""
 
 
 @dataclass
@@ -73,7 +74,7 @@ class Prepared:
 
 def print_script(arguments: Sequence[str], settings: Sequence[str]) -> int:
     """genscale slurm render. Raises UserError."""
-    asked = parse_settings(RenderSettings, arguments, "genscale slurm render", "Write the script of a job.")
+    asked = parse_settings(RenderSettings, _gathered(arguments), "genscale slurm render", "Write the script of a job.")
     prepared = _prepare(asked, settings)
     script = render(prepared.job, prepared.site, prepared.training)
     if asked.out is None:
@@ -89,9 +90,11 @@ def print_script(arguments: Sequence[str], settings: Sequence[str]) -> int:
 
 def submit(arguments: Sequence[str], settings: Sequence[str]) -> int:
     """genscale slurm submit. Raises UserError, and then nothing is submitted."""
-    asked = parse_settings(SubmitSettings, arguments, "genscale slurm submit", "Submit a run, or an array of runs, to Slurm.")
+    asked = parse_settings(SubmitSettings, _gathered(arguments), "genscale slurm submit",
+                           "Submit a run, or an array of runs, to Slurm.")
     slurm_commands.need("sbatch")
-    prepared = _prepare(asked, settings)
+    again = _without([word for word in arguments if word.partition("=")[0] != "--dry-run"], OF_THIS_JOB)
+    prepared = _prepare(asked, settings, shlex.join(again))
     _check(prepared)
     if asked.dry_run:
         script = render(prepared.job, prepared.site, prepared.training, _output(prepared))
@@ -105,7 +108,23 @@ def submit(arguments: Sequence[str], settings: Sequence[str]) -> int:
     return 0
 
 
-def _prepare(asked: JobSettings, settings: Sequence[str]) -> Prepared:
+def _gathered(arguments: Sequence[str]) -> list[str]:
+    """With each flag that may be repeated as one list."""
+    flags = [name for name, kind in get_type_hints(JobSettings).items() if kind == list[str]]
+    values: dict[str, list[str]] = {f"--{flag}": [] for flag in flags}
+    rest, words = [], iter(arguments)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag not in values:
+            rest.append(word)
+        elif value := value if equals else next(words, ""):
+            values[flag].append(value)
+        else:
+            raise UserError(f"{flag}: needs a value, as in `{flag} VALUE`")
+    return rest + [f"{flag}={json.dumps(given)}" for flag, given in values.items() if given]
+
+
+def _prepare(asked: JobSettings, settings: Sequence[str], submitted_with: str | None = None) -> Prepared:
     if not asked.config:
         raise UserError("--config: name the YAML file of the run, as --config configs/gpt/demo.yaml")
     site = read_site(asked.site)
@@ -113,6 +132,11 @@ def _prepare(asked: JobSettings, settings: Sequence[str]) -> Prepared:
     config = parse_config(FAMILIES, words)
     if (scratch := site.scratch_folder()) and config.run.dir == RunSettings().dir:
         config.run.dir = f"{scratch}/{config.run.dir}"
+    if is_unlimited(asked.time):
+        partition = find_partition(asked.partition or site.partition) if shutil.which("sinfo") else None
+        raise UserError(no_time_limit(asked.time, partition.time if partition else None))
+    if asked.after:
+        asked.dependency = ",".join(filter(None, (asked.dependency, wait_for(asked.after)))) or None
     job = settle(asked, site, config.run.name)
     folder = run_folder(config)
     if not str(folder).isprintable() or {"'", "\\"} & set(str(folder)):  # after a \ sbatch leaves %j as it is
@@ -120,23 +144,24 @@ def _prepare(asked: JobSettings, settings: Sequence[str]) -> Prepared:
     configs = [config]
     if array := job.array:
         configs = []
-        for value in array.values:
-            one = parse_config(FAMILIES, [*words, f"--{array.key}={value}"])
-            one.run = replace(one.run, dir=config.run.dir, name=array.name_of(config.run.name, value))
+        for element in array.elements():
+            own = [f"--{key}={value}" for key, value in array.settings_of(element).items()]
+            one = parse_config(FAMILIES, [*words, *own])
+            one.run = replace(one.run, dir=config.run.dir, name=array.name_of(config.run.name, element))
             configs.append(one)
         if len(names := {each.run.name for each in configs}) < len(configs):
             raise UserError(f"--array: its {len(configs)} runs would have {len(names)} names, for values look alike in the "
                             "name of a folder")
     training = Training(asked.config, str(folder), _without(settings, ("--run.name", "--run.dir")),
                         int(60 * max(group_timeout_minutes(each.guards.hang_minutes) for each in configs)),
-                        config.run.resume == "auto", max(each.data.workers for each in configs))
+                        config.run.resume == "auto", max(each.data.workers for each in configs), submitted_with)
     prepared = Prepared(job, site, training, folder, configs)
     _check_configs(prepared, _check_has_no_token)
     return prepared
 
 
 def _without(settings: Sequence[str], flags: Sequence[str]) -> list[str]:
-    """The settings without those flags, for which the script has its own."""
+    """The words without those flags and their values."""
     kept, words = [], iter(settings)
     for word in words:
         if word.partition("=")[0] not in flags:
@@ -149,14 +174,13 @@ def _without(settings: Sequence[str], flags: Sequence[str]) -> list[str]:
 def _check(prepared: Prepared) -> None:
     """Raises UserError for what would go wrong on the cluster."""
     job, site = prepared.job, prepared.site
-    if job.launcher == "accelerate" and not LAUNCH_FILE.is_file():
-        raise UserError(f"--launcher: accelerate reads {LAUNCH_FILE}, which is not in {Path.cwd()}; submit from the folder "
-                        "that genscale was cloned into, or with --launcher srun")
+    if job.launcher == "accelerate":
+        check_launch_file()
     if partition := find_partition(job.partition):
         check_fits(job, partition)
     waiting = slurm_commands.queue()
     for run in prepared.runs():
-        _check_is_free(run, waiting)
+        check_is_free(run, waiting)
     _check_configs(prepared, lambda config: check_config(config, job.world_size))
     for config in {each.tracking.wandb: each for each in prepared.configs}.values():  # of a config it asks for W&B alone
         for check in submission_check(config, prepared.folder, job.nodes):
@@ -165,21 +189,24 @@ def _check(prepared: Prepared) -> None:
             if check.state == "warning":
                 print(f"warning: {check.name}: {check.found}; {check.remedy}", file=sys.stderr)
     if not job.container:
-        _check_setup(site)
+        check_setup(site)
 
 
 def _check_configs(prepared: Prepared, check: Callable[[Config], None]) -> None:
     """Each run's; of runs that differ by their seed alone the first speaks for all, but for those that would go on."""
-    array = prepared.job.array
-    for number, (config, run) in enumerate(zip(prepared.configs, prepared.runs(), strict=True)):
-        if number and array.key == "run.seed" and not run.exists():
+    array, seen = prepared.job.array, set()
+    elements = array.elements() if array else [()]
+    for config, run, element in zip(prepared.configs, prepared.runs(), elements, strict=True):
+        others = tuple((key, value) for key, value in array.settings_of(element).items() if key != "run.seed") if array else ()
+        if others in seen and not run.exists():
             continue
+        seen.add(others)
         try:
             check(config)
         except UserError as error:
             if array is None:
                 raise
-            raise UserError(f"--array: {array.key}={array.values[number]}: {error}") from None
+            raise UserError(f"--array: {array.in_words(element)}: {error}") from None
 
 
 def _check_has_no_token(config: Config) -> None:
@@ -188,28 +215,15 @@ def _check_has_no_token(config: Config) -> None:
                         "looks for it (HF_TOKEN, ~/.netrc), and leave it out here")
 
 
-def _check_is_free(run: Path, queue: Sequence[Queued]) -> None:
-    if own := active_jobs([run], queue):
-        raise UserError(f"run.name: {run} has a job already: {own[0].job} ({own[0].state.lower()}); wait for it, end it with "
-                        f"`genscale slurm cancel {shlex.quote(str(run))}`, or choose another name (-- --run.name NAME)")
-    if owner := who_has(run):
-        raise UserError(f"run.name: {run} belongs to a run that goes on: {owner}; wait for it, stop it, or choose another name "
-                        "(-- --run.name NAME)")
+def log_of(output: str, job: str) -> str:
+    """Where a job, as Slurm's commands take it, prints to.
 
-
-def _check_setup(site: Site) -> None:
-    """That the lines of the site lead to a Python that has genscale: on a node, it would be found out hours later."""
-    lines = ["set -e", *site.setup_lines(None), *(f"export {name}={shlex.quote(value)}" for name, value in
-                                                  site.environment.items()), "python -m genscale --version"]
-    try:
-        done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, timeout=SETUP_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise UserError(f"site.setup: Python does not start within {SETUP_SECONDS} s after "
-                        f"`{'; '.join(site.setup_lines(None))}`") from None
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["no word why"])[-1]
-        raise UserError(f"site.setup: `{'; '.join(site.setup_lines(None))}` does not lead to a Python that has genscale: "
-                        f"{said}; set modules and setup in launch/site.yaml")
+    Args:
+        output: as sbatch is told.
+    """
+    number, _, index = job.partition("_")
+    words = {"%": "%", "j": number, "A": number, "a": index}
+    return re.sub(r"%([%jAa])", lambda found: words[found[1]], output)
 
 
 def _output(prepared: Prepared) -> str:
@@ -244,19 +258,24 @@ def _keep_and_submit(prepared: Prepared) -> None:
         slurm_commands.cancel([number])
         raise UserError(f"run.dir: cannot write to {error.filename or folder} ({error.strerror}), and job {number} was "
                         "cancelled; set --run.dir to a folder you can write to") from None
-    what = f"{len(prepared.configs)} runs {folder}-{job.array.short}*" if job.array else str(folder)
-    word = shlex.quote(str(folder))
+    what = f"{len(prepared.configs)} runs {folder}-{job.array.axes[0].short}*" if job.array else str(folder)
     print(f"submitted job {number}: {what}, {job.nodes} node{'s' if job.nodes > 1 else ''} x {job.processes_per_node} "
-          f"process{'es' if job.processes_per_node > 1 else ''}\nscript and config: {kept}\n\nnext:\n"
-          f"  genscale slurm status {word}\n  genscale slurm logs {word}\n  genscale slurm cancel {word}")
+          f"process{'es' if job.processes_per_node > 1 else ''}\nscript and config: {kept}\n\n{what_next(folder)}")
+
+
+def what_next(folder: Path) -> str:
+    """What to type after a job was submitted."""
+    word = shlex.quote(str(folder))
+    return "next:\n" + "\n".join(f"  genscale slurm {action} {word}" for action in ("status", "logs", "cancel"))
 
 
 def _record(prepared: Prepared, number: str, kept: Path) -> None:
-    folder, runs = prepared.folder, prepared.runs()
+    folder, runs, output = prepared.folder, prepared.runs(), _output(prepared)
     if prepared.job.array is None:
-        record(folder, Submitted(number, str(kept), f"{folder}/logs/slurm-{number}.log", (str(folder),)))
+        record(folder, Submitted(number, str(kept), log_of(output, number), (str(folder),)))
         return
     record(folder, Submitted(number, str(kept), None, tuple(map(str, runs))))
-    for run, index in zip(runs, prepared.job.array.indices(), strict=True):
-        element = f"{number}_{index}"
-        record(run, Submitted(element, str(kept), f"{folder}/logs/slurm-{element}.log", (str(run),)))
+    array = prepared.job.array
+    for run, index, element in zip(runs, array.indices(), array.elements(), strict=True):
+        job = f"{number}_{index}"
+        record(run, Submitted(job, str(kept), log_of(output, job), (str(run),), array.settings_of(element)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,8 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
         content = read_json(folder / CONFIG)
     except FileNotFoundError:
         is_run = (folder / "checkpoints").is_dir() or (folder / "manifest.json").is_file()
-        advice = (f"it is a genscale run: write a Hugging Face folder with `genscale export {name} --out DIR` first" if is_run
-                  else "give the folder that transformers' save_pretrained wrote")
+        advice = (f"it is a genscale run: write a Hugging Face folder with `genscale export {shlex.quote(name)} --out DIR` "
+                  "first" if is_run else "give the folder that transformers' save_pretrained wrote")
         raise UserError(f"model.from: {name} holds no {CONFIG}; {advice}") from None
     except (OSError, Unreadable) as error:
         raise UserError(f"model.from: {name}: {CONFIG} cannot be read ({error}); copy the folder again") from None

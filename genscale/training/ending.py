@@ -25,6 +25,8 @@ How = Literal["complete", "stopped", "failed", "lost", "hang"]
 
 RUN = "GENSCALE_RUN"
 """In a job of Slurm: the run folder, in which its script looks for a word about the end."""
+SUBMIT = "GENSCALE_SUBMIT"
+"""There too: the flags of `genscale slurm submit` that made the job, as they are typed."""
 
 
 class PeerLost(UserError):

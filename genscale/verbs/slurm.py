@@ -1,4 +1,4 @@
-"""genscale slurm render | submit | status | logs | cancel; and begin and end, for the scripts of jobs."""
+"""genscale slurm: submit jobs and look after them; and begin and end, for the scripts of jobs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ ACTIONS = {
     "render": "print the script of a job (or write it with --out FILE)",
     "submit": "check the run and the site, keep script and config in the run folder, and submit the job",
     "status": "the jobs of runs (of all in runs/ and <scratch>/runs): queued, running, requeued, ended; step, loss, speed, "
-              "predicted end",
+              "GPU hours, predicted end; --sweep: the runs of arrays and their final metrics, side by side",
     "logs": "follow what rank 0 prints (--all: every rank)",
+    "resubmit": "submit the latest job of runs again, with the script and the config that were kept (after a fix)",
+    "hold": "keep the jobs of runs from starting, until they are released",
+    "release": "let them start",
     "cancel": "take the jobs of runs out of the queue, or end them",
     "begin": "in the script of a job, before the training: look at the node, count this life of the job",
     "end": "in the script of a job, after it: say how it ended, and whether it is to be requeued",
@@ -29,14 +32,14 @@ def main(arguments: list[str]) -> int:
         return _life(action, rest)
     if action in ("render", "submit"):
         return _submit(action, rest)
-    if action in ("status", "logs", "cancel"):
+    if action in ("status", "logs", "resubmit", "hold", "release", "cancel"):
         return _look(action, rest)
     raise UserError(f"genscale slurm: '{action}' is none of {', '.join(ACTIONS)}{nearest(action, ACTIONS)}")
 
 
 def _usage() -> str:
     lines = ["usage: genscale slurm ACTION ...", "", "Trains on a cluster of Slurm. The actions:", ""]
-    lines += [f"  {action:<8}{meaning}" for action, meaning in ACTIONS.items()]
+    lines += [f"  {action:<10}{meaning}" for action, meaning in ACTIONS.items()]
     return "\n".join([*lines, "", "`genscale slurm ACTION --help` lists the settings of an action. What is particular to a "
                       "cluster stands in launch/site.yaml, or in ~/.config/genscale/site.yaml."])
 
@@ -82,15 +85,21 @@ def _submit(action: str, arguments: list[str]) -> int:
 
 
 def _look(action: str, arguments: list[str]) -> int:
-    from genscale.cluster import job_logs, job_status
+    from genscale.cluster import job_control, job_logs, job_status, sweep
 
-    runs, arguments = _runs(arguments)
+    swept = action == "status" and "--sweep" in arguments
+    runs, arguments = _runs([word for word in arguments if not swept or word != "--sweep"])
     if action != "logs" and {"-h", "--help"} & set(arguments):
-        print(f"usage: genscale slurm {action} {'[RUN ...]' if action == 'status' else 'RUN ...'}\n\n{ACTIONS[action]}")
+        print(f"usage: genscale slurm {action} {'[--sweep] [RUN ...]' if action == 'status' else 'RUN ...'}\n\n"
+              f"{ACTIONS[action]}")
         return exit_codes.DONE
-    if action == "logs":
-        return job_logs.follow(runs, arguments)
-    return job_status.show(runs, arguments) if action == "status" else job_status.cancel(runs, arguments)
+    if action == "resubmit":  # loads torch
+        from genscale.cluster.resubmission import resubmit
+
+        return resubmit(runs, arguments)
+    act = {"status": sweep.show if swept else job_status.show, "logs": job_logs.follow, "hold": job_control.hold,
+           "release": job_control.release, "cancel": job_control.cancel}
+    return act[action](runs, arguments)
 
 
 def _runs(arguments: list[str]) -> tuple[list[Path], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> int:
     _check_writable(Path(settings.out))
     path = train_tokenizer(settings.data, settings.vocab_size, Path(settings.out), console_progress(), settings.text_megabytes)
     tokenizer = load_tokenizer(str(path))
-    print(f"{path}: {tokenizer.vocab_size} tokens; use it with --data.tokenizer {path}")
+    print(f"{path}: {tokenizer.vocab_size} tokens; use it with --data.tokenizer {shlex.quote(str(path))}")
     return 0
 
 

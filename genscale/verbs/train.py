@@ -14,7 +14,7 @@ from genscale.objectives import FAMILIES
 from genscale.parallel.launcher import has_launcher
 from genscale.parallel.processes import on_cpu
 from genscale.tracking.progress import figure
-from genscale.training.ending import RUN, before_the_run
+from genscale.training.ending import RUN, SUBMIT, before_the_run
 from genscale.training.run import RunResult, derive_accumulation, train
 from genscale.training.signals import StopSignal
 
@@ -65,7 +65,8 @@ def command(settings: Sequence[str], drop: Sequence[str] = ()) -> str:
             kept.append(shlex.quote(word))
     if RUN in os.environ:
         own, rest = split_flags(kept, lambda name: name == "config")
-        return masked(" ".join(["genscale slurm submit --nodes", os.environ.get("SLURM_NNODES", "1"), *own, "--", *rest]))
+        asked = os.environ.get(SUBMIT, f"--nodes {os.environ.get('SLURM_NNODES', '1')}")
+        return masked(" ".join(["genscale slurm submit", *([asked] if asked else []), *own, "--", *rest]))
     if PROCESSES in os.environ:
         start = f"genscale train --processes {os.environ[PROCESSES]}"
     else:
@@ -75,7 +76,7 @@ def command(settings: Sequence[str], drop: Sequence[str] = ()) -> str:
 
 def farewell(result: RunResult, settings: Sequence[str]) -> str:
     """What the run came to, where it lies, and what to type next."""
-    folder, quoted = result.folder, shlex.quote(str(result.folder))
+    folder = result.folder
     if result.stopped_by:
         stopped = (f"\nstopped by {result.stopped_by.name} after step {result.step}; "
                    f"a checkpoint was written to {folder}/checkpoints")
@@ -90,18 +91,20 @@ def farewell(result: RunResult, settings: Sequence[str]) -> str:
         lines += ["sample:", *(f"  | {line}" for line in result.preview.splitlines()), ""]
     scores = ", ".join(f"{name.replace('_', ' ')} {figure(value)}" for name, value in result.metrics.items())
     longer = command([*settings, "--train.steps", str(2 * result.step)], drop=["--run.resume"])
+    word, again = shlex.quote(str(folder)), f"--config {shlex.quote(f'{folder}/config.yaml')}"
+
+    def sibling(suffix: str) -> str:
+        return f"--run.name {shlex.quote(f'{folder.name}-{suffix}')}"
+
     lines += [f"validation: {scores}", f"run folder: {folder}", f"loss curve: {folder}/plots/loss.png", "", "next:",
               f"  train on         {longer}",
-              f"  sample           genscale sample {quoted} {SAMPLE_PICTURES if is_picture else SAMPLE_TEXT}"]
-    again = f"--config {shlex.quote(f'{folder}/config.yaml')} --run.name"
+              f"  sample           genscale sample {word} {SAMPLE_PICTURES if is_picture else SAMPLE_TEXT}"]
     if PROCESSES not in os.environ and "RANK" not in os.environ:
-        lines.append(f"  two processes    genscale train --processes 2 {again} {shlex.quote(f'{folder.name}-2')}")
+        lines.append(f"  two processes    genscale train --processes 2 {again} {sibling('2')}")
     if on_cpu():
-        lines.append(f"  a GPU            accelerate launch train.py {again} {shlex.quote(f'{folder.name}-gpu')} "
-                     "--train.precision bf16")
+        lines.append(f"  a GPU            accelerate launch train.py {again} {sibling('gpu')} --train.precision bf16")
     if any(folder.glob("wandb/offline-run-*")):
-        lines.append(f"  see it in W&B    wandb login && genscale sync {quoted}")
+        lines.append(f"  see it in W&B    wandb login && genscale sync {word}")
     else:
-        lines.append(f"  see it in W&B    wandb login && genscale train {again} {shlex.quote(f'{folder.name}-wandb')} "
-                     "--tracking.wandb online")
+        lines.append(f"  see it in W&B    wandb login && genscale train {again} {sibling('wandb')} --tracking.wandb online")
     return "\n".join(lines)

@@ -8,10 +8,16 @@ import pytest
 @pytest.fixture(scope="module")
 def submitted(cluster, jobs, source, tmp_path_factory):
     """Run and job by what is planted in them."""
-    found = {}
+    found: dict[str, tuple] = {}
+    foreign: dict[str, str] = {}
     for name, planted, *flags in (("array", "hold@4/0", "--array", "seed=0-2"), ("die", "die@2"), ("mistake", "mistake@2")):
         run = jobs.JobRun(tmp_path_factory.mktemp(name), source, **{"train.steps": 6})
-        found[name] = run, cluster.submit(run, "--launcher", "srun", *flags, planted=planted)
+        found[name] = run, cluster.submit(run, "--launcher", "srun", *flags, planted=planted, **foreign)
+        # The others are submitted from inside an element of the array, in its third life, by someone with habits of their own.
+        foreign = {"SLURM_ARRAY_JOB_ID": found["array"][1].id, "SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "1",
+                   "SLURM_RESTART_COUNT": "2", "SLURM_MEM_PER_CPU": "100", "SLURM_MEM_PER_NODE": "400",
+                   "SLURM_TIME_FORMAT": "relative", "SBATCH_TIMELIMIT": "1", "SBATCH_NO_REQUEUE": "1",
+                   "SBATCH_OPEN_MODE": "truncate", "SQUEUE_STATES": "COMPLETED", "GENSCALE_STOP_AT": "1"}
     return found
 
 
@@ -36,9 +42,11 @@ def test_an_element_of_an_array_is_requeued_alone(cluster, jobs, submitted):
 
 
 def test_a_run_that_dies_in_the_same_step_each_time_stops_after_three_lives(submitted):
-    _, job = submitted["die"]
+    run, job = submitted["die"]
     assert job.end("FAILED", 180)["Restarts"] == "2"
     assert "not requeued: 3 lives in a row have brought no new checkpoint" in job.output().splitlines()[-1]
+    assert job.details()["TimeLimit"] == "00:10:00"
+    assert [life["job"] for life in run.document("jobs/lives.json")["lives"]] == 3 * [job.id]
 
 
 def test_a_mistake_is_not_requeued(submitted):

@@ -64,3 +64,20 @@ def test_a_job_that_waits_is_shown_and_not_submitted_twice_and_cancelled(slurm, 
     assert job.state == "CANCELLED"
     assert "no job of" in slurm("cancel", run.folder).message()
     assert slurm("status", run.folder).out.splitlines()[1].split()[2] == "ended"
+
+
+def test_a_job_is_submitted_again_held_and_released(slurm, cluster, jobs, site, new_run):
+    run, comment = new_run(), "it's #1: a \"run\""
+    first = cluster.submit(run, "--site", str(site), "--begin", "now+1hour", "--comment", comment, "--sbatch=--nice=7")
+    assert "has a job already" in slurm("resubmit", run.folder).message()
+    slurm("cancel", run.folder)
+    again = slurm("resubmit", run.folder)
+    job = jobs.Job(cluster, again.out.partition("submitted job ")[2].partition(":")[0])
+    assert job.id != first.id, again.err
+    assert f"Comment={comment} " in cluster.slurm("scontrol", "-o", "show", "job", job.id)
+    assert (job.details()["Nice"], job.details()["Reason"]) == ("7", "JobHeldUser")
+    assert slurm("release", run.folder).out == f"released job {job.id} (pending)\n"
+    assert job.details()["Reason"] in ("None", "BeginTime")
+    assert slurm("hold", run.folder).out == f"held job {job.id}\n"
+    assert job.details()["Reason"] in ("JobHeldUser", "JobHeldAdmin")  # root's is
+    assert slurm("cancel", run.folder).out == f"cancelled job {job.id} (pending)\n"

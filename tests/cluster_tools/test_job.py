@@ -59,8 +59,9 @@ def test_a_flag_comes_before_the_site():
     ("seed=1000-1001", "run.seed", ("1000", "1001"), "0-1", "tiny-seed1000"),  # by default Slurm counts to 1000
 ])  # fmt: skip
 def test_arrays(text, key, values, for_sbatch, first_name):
-    array = job(array=text).array
-    assert (array.key, array.values, array.for_sbatch(), array.name_of("tiny", values[0])) == \
+    array = job(array=[text]).array
+    (axis,) = array.axes
+    assert (axis.key, axis.values, array.for_sbatch(), array.name_of("tiny", array.elements()[0])) == \
         (key, values, for_sbatch, first_name)
 
 
@@ -69,7 +70,7 @@ def test_arrays(text, key, values, for_sbatch, first_name):
 ])  # fmt: skip
 def test_what_is_no_array(text):
     with pytest.raises(UserError, match=r"^--array: "):
-        job(array=text)
+        job(array=[text])
 
 
 def test_a_site_is_read_from_the_user_or_from_the_repository(tmp_path, monkeypatch):

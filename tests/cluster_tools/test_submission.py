@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from genscale.cluster.gpus import gpus_in
 from genscale.cluster.job import JobSettings, settle
 from genscale.cluster.job_records import Submitted, jobs_of, new_folder, record, runs_of, submitted
-from genscale.cluster.partition import Node, Partition, check_fits, find_partition, gpus_in
+from genscale.cluster.partition import Node, Partition, check_fits, find_partition
 from genscale.cluster.site import Site
 from genscale.cluster.slurm_commands import explain
 from genscale.config_parser import load_config
@@ -28,7 +29,7 @@ def nowhere(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
 
 
-@pytest.mark.parametrize("action", ["submit", "status", "cancel", "logs"])
+@pytest.mark.parametrize("action", ["submit", "resubmit", "status", "hold", "cancel", "logs"])
 def test_without_slurm_it_says_so_and_that_render_works(action, genscale, tiny_config, copied, nowhere):
     (copied / "jobs").mkdir()
     words = ["--config", tiny_config] if action == "submit" else [copied]
@@ -109,6 +110,9 @@ def test_what_was_submitted_is_found_again(tmp_path):
     ("Batch job submission failed: Requested time limit is invalid (missing or exceeds some limit)", "--time"),
     ("Batch job submission failed: Invalid generic resource (gres) specification", "--nodes, --gpus-per-node"),
     ("Batch job submission failed: Invalid job array specification", "--array"),
+    ("Batch job submission failed: Invalid qos specification", "--qos"),
+    ("Batch job submission failed: Memory required by task is not available", "--mem"),
+    ("unrecognized option '--nicee=5'", "--sbatch, site.sbatch"),
     ("Batch job submission failed: Something new", "sbatch"),
 ])  # fmt: skip
 def test_slurms_words_are_passed_on_with_the_setting_they_are_about(words, setting, monkeypatch):
@@ -130,7 +134,8 @@ def test_mistakes_on_the_command_line(arguments, message, genscale):
     assert message in genscale("slurm", *arguments).message()
 
 
-@pytest.mark.parametrize("action", ["", "render", "submit", "status", "logs", "cancel", "begin", "end"])
+@pytest.mark.parametrize("action", ["", "render", "submit", "resubmit", "status", "logs", "hold", "release", "cancel", "begin",
+                                    "end"])
 def test_every_action_has_a_help(action, genscale):
     shown = genscale("slurm", *action.split(), "--help")
     assert shown.code == 0 and f"usage: genscale slurm {action}" in shown.out
