@@ -268,8 +268,9 @@ def read_lives(run: Path) -> list[Life]:
 def checked(entry: Entry) -> Entry:
     """An entry as it was read from a run folder. Raises TypeError or ValueError where it is none that we have written."""
     for name, kind in get_type_hints(type(entry)).items():
-        value = getattr(entry, name)
-        if not (all(isinstance(each, str) for each in value) if get_origin(kind) is tuple else isinstance(value, kind)):
+        value, whole = getattr(entry, name), get_origin(kind)
+        texts = [*value, *(value.values() if whole is dict else ())] if whole in (tuple, dict) else []
+        if not isinstance(value, whole if whole in (tuple, dict) else kind) or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"{name}: {value!r}")
     if not JOB.fullmatch(entry.job):
         raise ValueError(f"job: {entry.job!r}")

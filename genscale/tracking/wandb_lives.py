@@ -144,7 +144,7 @@ def join_lives(run_folder: Path) -> Joined:
         if not RUN_ID.fullmatch(joined.run.run_id):
             raise ValueError(f"a run called {joined.run.run_id[:80]!r}")
         return joined
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         raise UserError(f"{run_folder}: its W&B records are not as W&B writes them ({type(error).__name__}: "
                         f"{str(error)[:200]}); remove those that are damaged") from None
 

@@ -52,7 +52,7 @@ def test_the_kept_script_is_submitted_again_after_a_fix(slurm, tiny_run):
 def test_of_an_array_those_runs_that_are_not_complete(slurm, tiny_run):
     assert slurm("submit", "--array", "seed=3-6%2").code == 0
     runs = [tiny_run.parent / f"tiny-seed{seed}" for seed in range(3, 7)]
-    (runs[0] / "ended.json").write_text('{"how": "complete"}')
+    (runs[0] / "ended.json").write_text('{"how": "complete", "exit_code": 0}')
     slurm.queue("12_5|RUNNING|None|node0|1:00")
     done = slurm("resubmit", tiny_run)
     assert done.out.startswith(f"submitted job 13: 2 of 4 runs of {tiny_run}\n"), done.err
@@ -62,7 +62,7 @@ def test_of_an_array_those_runs_that_are_not_complete(slurm, tiny_run):
     assert (latest[1].log, latest[1].settings) == (f"{tiny_run}/logs/slurm-13_4.log", {"run.seed": "4"})
     assert slurm("resubmit", runs[1]).code == 0 and slurm.given()[2].split()[-2] == "--array=4%2"
     for run in runs:
-        (run / "ended.json").write_text('{"how": "complete"}')
+        (run / "ended.json").write_text('{"how": "complete", "exit_code": 0}')
     assert "each of its 4 runs is complete, or has a job" in slurm("resubmit", tiny_run).message()
 
 
@@ -135,7 +135,7 @@ def test_a_sweep_side_by_side(slurm, tiny_run, monkeypatch):
             continue  # still waits
         records = [{"step": 6, "loss": 2.0 + number, "step_seconds": 1.0}, {"step": 6, "validation_loss": 3.0 - number / 2}]
         (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        (run / "ended.json").write_text('{"how": "complete"}')
+        (run / "ended.json").write_text('{"how": "complete", "exit_code": 0}')
     slurm.queue("12_3|PENDING|Priority||1:00")
     shown = slurm("status", "--sweep", tiny_run).out.splitlines()
     assert shown[0] == f"{tiny_run}: 4 runs: 3 complete, 1 queued"
