@@ -192,7 +192,7 @@ class Config:
 MAY_CHANGE_AT_RESUME = ("run.", "parallel.", "tracking.", "train.log_every", "train.evaluate_every", "train.sample_every",
                         "train.checkpoint_", "train.micro_batch_size", "train.steps", "train.profile", "train.collapse",
                         "guards.", "data.workers", "data.prefetch_steps", "data.cache", "data.retry_minutes",
-                        "data.bad_share", "model.loss_chunk")
+                        "data.bad_share", "data.max_record_bytes", "data.max_array_bytes", "model.loss_chunk")
 """Key prefixes that do not change what is computed (`train.steps` may grow or shrink; the schedule then follows the
 new value; `train.collapse` decides about the evaluations to come)."""
 # run.seed changes what is computed although it stands under "run.".

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,8 @@ WHITES = (1, 255, 1023, 4095, 16383, 65535)
 """What white can be: floats and masks, 8, 10, 12, 14 and 16 bits."""
 LOOKED_AT = 16
 """Images of a source that are looked at."""
+BLANK_SIZE = 64
+"""Pixels a side at which they are looked at for what is in them at all."""
 DARK = 16
 """Of 255: where no picture has more in it, its numbers are hardly what they were taken for."""
 
@@ -79,7 +82,7 @@ def ranges_of(images: Iterable[tuple[str, Callable[[], bytes | np.ndarray]]], pi
 
 def warn_of_blank(images: Iterable[tuple[str, Callable[[], bytes | np.ndarray]]], picture: Picture, where: str) -> None:
     """A line in the log where all of these pictures come out as one colour each, or next to black."""
-    seen = []
+    seen, picture = [], replace(picture, size=min(picture.size, BLANK_SIZE))
     for _, raw in images:
         try:
             pixels = scaled(decode(raw(), picture), picture)

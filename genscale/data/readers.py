@@ -165,7 +165,7 @@ def damaged(shard: TableShard, error: Exception) -> Exception:
     reason = f"({error})" if isinstance(error, BadRow) else f"({type(error).__name__}: {error}"[:300] + ")"
     where = f"{shard.spec.key}={shard.spec.name}: "
     if isinstance(error, TooLarge):
-        higher = "set data.max_record_megabytes higher, or divide it" if type(shard.spec) is Spec else "decompress it"
+        higher = "set data.max_record_bytes higher, or divide it" if type(shard.spec) is Spec else "decompress it"
         return UserError(f"{where}{shard.name}: {error}; if that is meant, {higher}")
     if isinstance(error, OSError) and "requires too much memory" in str(error):  # as zstd says it
         return UserError(f"{where}{shard.name}: its zstd window is larger than the 128 MiB that are decompressed; compress it "

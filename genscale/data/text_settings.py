@@ -87,7 +87,7 @@ class TextDataSettings:
     """Longer documents are left out."""
     document: Document = "paragraph"
     """What one document of a .txt file is."""
-    max_record_megabytes: PositiveInt = 256
+    max_record_bytes: PositiveInt = 256 * 2**20
     """Longest piece of a file that is held in memory as a whole, decompressed: a line, a paragraph, a row, a .txt file that is
     one document, a parquet file that was compressed once more. A longer one is refused: a small file may grow to any size."""
     validation_source: list[str] | str | None = None
@@ -130,7 +130,7 @@ class Reading:
 
 ENTRY = ("subset", "split", "column", "document", "filters", "prompt_column", "answer_column", "messages_column",
          "answer_roles", "tools_column")
-OF_ALL = ("retry_minutes", "max_record_megabytes", "bad_share")
+OF_ALL = ("retry_minutes", "max_record_bytes", "bad_share")
 """Settings that are the same for all sources."""
 PLACE_OF_PAIRS = ("prompt_column", "answer_column", "messages_column")
 
@@ -226,7 +226,7 @@ def _spec(key: str, source: Sequence[str] | str, values: dict[str, Any], setting
                 filters=parse_filters(spec.setting("filters"), values["filters"]), prompt=prompt, answer=answer,
                 messages=messages, answer_roles=tuple(values["answer_roles"]), tools=values["tools_column"],
                 bad_share=values["bad_share"], shortest=settings.min_characters if settings else 0, longest=longest,
-                retry_minutes=values["retry_minutes"], max_record_bytes=values["max_record_megabytes"] * 2**20)
+                retry_minutes=values["retry_minutes"], max_record_bytes=values["max_record_bytes"])
 
 
 def _label(source: Sequence[str] | str) -> str:

@@ -52,7 +52,7 @@ JUST = b"a" * (2 * MEGABYTE - 12)
 def test_what_grows_beyond_the_bound_is_refused_by_name(tmp_path: Path, name: str, content: bytes, spec: dict,
                                                         words: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"{name}: {words}.* more than 2 MiB; .*data.max_record_megabytes") as caught:
+    with pytest.raises(UserError, match=f"{name}: {words}.* more than 2 MiB; .*data.max_record_bytes") as caught:
         read(tmp_path / name, **spec)
     assert "\n" not in str(caught.value)
 
@@ -69,9 +69,10 @@ def test_what_is_as_large_as_allowed_is_read(tmp_path: Path, name: str, content:
 
 def test_the_bound_is_a_setting_of_all_sources(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(LONG)
-    with pytest.raises(UserError, match="more than 1 MiB; .*data.max_record_megabytes"):
-        TextData(TextDataSettings(source=str(tmp_path / "a.txt"), max_record_megabytes=1, document="line"), seed=1)
-    settings = TextDataSettings(sources=[{"source": "python-docs"}], validation_source="python-docs", max_record_megabytes=7)
+    with pytest.raises(UserError, match="more than 1 MiB; .*data.max_record_bytes"):
+        TextData(TextDataSettings(source=str(tmp_path / "a.txt"), max_record_bytes=2**20, document="line"), seed=1)
+    settings = TextDataSettings(sources=[{"source": "python-docs"}], validation_source="python-docs",
+                                max_record_bytes=7 * MEGABYTE)
     assert readings(settings)[0].spec.max_record_bytes == validation_reading(settings).max_record_bytes == 7 * MEGABYTE
 
 
@@ -87,7 +88,7 @@ def test_a_dictionary_of_one_huge_text_is_read_a_row_at_a_time(tmp_path: Path, c
     assert next(rows).document == text and pa.total_allocated_bytes() - before < 8 * MEGABYTE
     assert len(list(rows)) == 63
     pq.write_table(pa.table({"text": [text * 2]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="a.parquet: row 0 has more than 2 MiB; .*data.max_record_megabytes"):
+    with pytest.raises(UserError, match="a.parquet: row 0 has more than 2 MiB; .*data.max_record_bytes"):
         read(tmp_path / "a.parquet")
 
 
@@ -96,7 +97,7 @@ def test_a_dictionary_of_one_huge_text_is_read_a_row_at_a_time(tmp_path: Path, c
 def test_a_bomb_takes_little_memory(tmp_path: Path, name: str, spec: dict) -> None:
     (tmp_path / name).write_bytes(zstandard.compress(b'{"text": "' + b"a" * 100 * MEGABYTE))
     tracemalloc.start()
-    with pytest.raises(UserError, match="more than 2 MiB; .*data.max_record_megabytes"):
+    with pytest.raises(UserError, match="more than 2 MiB; .*data.max_record_bytes"):
         read(tmp_path / name, **spec)
     assert tracemalloc.get_traced_memory()[1] < 16 * MEGABYTE
     tracemalloc.stop()
