@@ -6,10 +6,11 @@ import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache, reduce
+from operator import and_
 from typing import Any
 
 from genscale.data.conversations import conversations, read_document, said
-from genscale.data.json_values import DEEPEST, Values, deeper, shown
+from genscale.data.json_values import Values, shown
 from genscale.data.spec import Filter, Spec
 from genscale.errors import UserError
 
@@ -91,10 +92,6 @@ def _content(column: Any, key: str, setting: str, where: str, names: Sequence[st
         for i, value in enumerate(column):
             if value is not None and not isinstance(value, str):
                 raise UserError(f"{key}: {row_of(i)} holds {shown(value)}, not {wanted}")
-    elif deeper(column, DEEPEST + 1):
-        i = next(i for i, value in enumerate(column) if deeper(value))
-        raise UserError(f"{key}: {row_of(i)} is nested deeper than the {DEEPEST} lists and objects that are read; mend or "
-                        "remove it")
     return column
 
 
@@ -178,7 +175,7 @@ def _kept(rows: dict[str, Any], spec: Spec, where: str, row_of: RowOf) -> list[b
         return None
     masks = [_json_mask(column, rule, spec, row_of) if isinstance(column := rows[rule.column], list) else
              pc.fill_null(_holds(column, rule, spec, where), False).to_pylist() for rule in spec.filters]
-    return [all(holds) for holds in zip(*masks, strict=True)]
+    return reduce(lambda one, other: list(map(and_, one, other)), masks)
 
 
 def _json_mask(column: list[Any], rule: Filter, spec: Spec, row_of: RowOf) -> list[bool]:

@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping
 from itertools import repeat
 from typing import Any
 
-from genscale.data.json_values import shown
+from genscale.data.json_values import DEEPEST, deeper, shown
 from genscale.data.spec import Spec
 from genscale.errors import UserError
 
 BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 """What an answer may consist of where it has no content."""
+
+ENCODER = json.JSONEncoder(ensure_ascii=False, default=str)
+"""Of documents. (A message of a table may carry its time.)"""
 
 
 class Conversation(str):
@@ -54,14 +57,22 @@ def _document(first: Any, second: Any, spec: Spec, where: str) -> str | None:
             spec.left_out.pass_over([message["role"] for message in messages])
             return None
         tools = _tools(tools, f"{spec.setting('tools_column')}={spec.tools}: {where}")
+        document = Conversation(_written({"messages": messages, "tools": tools} if tools else messages, f"{key}: {where}"))
     except UserError as error:
         spec.left_out.refuse(error)
         return None
-    # A message may carry its time.
-    document = Conversation(json.dumps({"messages": messages, "tools": tools} if tools else messages, ensure_ascii=False,
-                                       default=str))
     document.where = f"{spec.key}={spec.name}: {where}"
     return document
+
+
+def _written(content: Any, where: str) -> str:
+    try:
+        text = ENCODER.encode(content)
+        if text.count("[") + text.count("{") <= DEEPEST or not deeper(content):
+            return text
+    except RecursionError:
+        pass
+    raise UserError(f"{where} is nested deeper than the {DEEPEST} lists and objects that are read; mend or remove it")
 
 
 def _pair(prompt: Any, answer: Any, spec: Spec, where: str) -> list[dict[str, Any]]:
@@ -77,7 +88,8 @@ def _message(message: Any, spec: Spec, where: str) -> dict[str, Any]:
         shape = isinstance(message, dict) and {"from", "value"} <= message.keys()
         advice = "; it has from and value, as ShareGPT: write them as role and content, human as user, gpt as assistant"
         raise UserError(f"{where} holds {str(message)[:80]!r}, not a message with role and content{advice if shape else ''}")
-    message = {name: value for name, value in message.items() if value is not None}  # as transformers does
+    if None in message.values():
+        message = {name: value for name, value in message.items() if value is not None}  # as transformers does
     content, answers = message.get("content"), message["role"] in spec.answer_roles
     if not spec.messages:
         answers = message["role"] == "assistant"
@@ -94,7 +106,8 @@ def _message(message: Any, spec: Spec, where: str) -> dict[str, Any]:
         if not said(message).strip() and not any(message.get(name) for name in BESIDE_CONTENT):
             advice = f"; {spec.setting('filters')} with {spec.answer}: \"!=\" leaves such rows out" if spec.answer else ""
             raise UserError(f"{where} has an empty answer; mend or remove it{advice}")
-        message = {**message, "role": "assistant"}
+        if message["role"] != "assistant":
+            message = {**message, "role": "assistant"}
     elif message["role"] == "assistant":  # who answers are others
         raise UserError(f"{where} has the role assistant, which {spec.setting('answer_roles')}={list(spec.answer_roles)} does "
                         "not name, though the template gives it the assistant's turns; name it too, or rename it")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from genscale.data.json_values import BOM, BadRow, Values, decoded, objects
+from genscale.data.json_values import BOM, BadRow, Values, column_of, decoded, objects
 from genscale.data.source_file import SourceFile, TooLarge
 
 CHUNK = 2**20
@@ -116,18 +116,19 @@ def _to_line_end(stream: Any, block: bytes, row: int, most: int) -> bytes:
 
 
 def json_rows(file: SourceFile, columns: Sequence[str], check: Callable[[list[str]], None], most: int,
-              at: At | None = None) -> Iterator[Rows]:
+              at: At | None = None, optional: str | None = None) -> Iterator[Rows]:
     """The rows of a file of JSON objects, as `Values`: JSON lines, objects over several lines, or one array of them.
 
     Args:
-        check: is given the names of all columns where no row of the file, or of its first `AHEAD` bytes, has some of `columns`.
+        check: is given the names of all columns where no row of the file, or of its first `AHEAD` bytes, has some of `columns`,
+            but for the `optional` one.
         most: bytes of the longest row.
 
     Raises:
         BadRow: a row is no JSON object.
         TooLarge: a row is longer.
     """
-    missing, names = set() if at and at[0] else set(columns), {}
+    missing, names = set() if at and at[0] else {*columns} - {optional}, {}
     for first, place, rows in _objects(file, columns, at, most):
         if not names or (missing and len(names) < NAMES):
             names |= dict.fromkeys(name for row in rows for name in row)
@@ -135,7 +136,7 @@ def json_rows(file: SourceFile, columns: Sequence[str], check: Callable[[list[st
             missing = {name for name in missing if not any(name in row for row in rows)}
             if missing and place[0] > AHEAD:
                 check(list(names))
-        values = Values({name: [row.get(name) for row in rows] for name in columns}, list(names), bool(missing))
+        values = Values({name: column_of(rows, name) for name in columns}, list(names), bool(missing))
         rows.clear()  # of what others read now no more is kept than what they asked for
         yield Rows(first, place, values)
     if missing and names:

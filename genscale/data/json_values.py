@@ -10,7 +10,10 @@ import codecs
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from operator import itemgetter
+from types import NoneType
 from typing import Any, NamedTuple
 
 import orjson
@@ -98,10 +101,14 @@ def objects(raw: bytes, first: int, columns: Sequence[str], last: bool) -> Objec
     keys = [json.dumps(name, ensure_ascii=False).encode() for name in columns]
     rows, size = _lines(raw, first)
     certain = raw if size == len(raw) else raw[:size]
-    twice = any(certain.count(key) > [name in row for row in rows].count(True) for name, key in zip(columns, keys, strict=True))
-    values = [row.get(name) for name in columns for row in rows]
-    kinds = set(map(type, values))
-    inexact = float in kinds and any(type(value) is float and abs(value) >= 2**63 for value in values)
+    twice, kinds, inexact = False, set(), False
+    for name, key in zip(columns, keys, strict=True):
+        values = column_of(rows, name)
+        found = set(map(type, values))
+        given = len(rows) if NoneType not in found else [name in row for row in rows].count(True)
+        twice = twice or certain.count(key) > given
+        inexact = inexact or (float in found and any(type(value) is float and abs(value) >= 2**63 for value in values))
+        kinds |= found
     if twice or ((inexact or list in kinds or dict in kinds) and _rounded(certain)):
         _read_again(certain, rows, first, columns, keys)
     if size == len(raw):
@@ -110,11 +117,23 @@ def objects(raw: bytes, first: int, columns: Sequence[str], last: bool) -> Objec
     return Objects(rows + found.rows, size + found.size)
 
 
+def column_of(rows: Sequence[dict[str, Any]], name: str) -> list[Any]:
+    """The values of a key; None where a row lacks it."""
+    try:
+        return list(map(itemgetter(name), rows))
+    except KeyError:
+        return [row.get(name) for row in rows]
+
+
 def _lines(raw: bytes, first: int) -> tuple[list[dict[str, Any]], int]:
     """The rows of the first lines, as far as each holds one; and the bytes of these lines."""
-    rows: list[dict[str, Any]] = []
-    size, loads = 0, orjson.loads
-    for line in raw.split(b"\n"):
+    lines, loads = raw.split(b"\n"), orjson.loads
+    with suppress(orjson.JSONDecodeError):
+        rows = list(map(loads, filter(None, lines)))
+        if {dict}.issuperset(map(type, rows)):
+            return rows, len(raw)
+    rows, size = [], 0  # something is no object on a line of its own: which?
+    for line in lines:
         if line and not line.isspace():
             try:
                 row = loads(line)

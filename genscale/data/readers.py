@@ -29,7 +29,7 @@ from genscale.data.opening import (
     open_hub,
 )
 from genscale.data.source_file import SourceFile, TooLarge, is_url
-from genscale.data.spec import Spec
+from genscale.data.spec import TOOLS, Spec
 from genscale.data.web import AGAIN
 from genscale.errors import SourceLost, UserError, as_utf8, nearest
 from genscale.masking import masked
@@ -133,7 +133,8 @@ class TableShard(Shard):
             group = self.part[0] if self.part[1] > 1 else None
             return parquet_rows(self.file, self.spec.columns, self.check_columns, group, self.spec.max_record_bytes, start)
         if builder == "json":
-            return json_rows(self.file, self.spec.columns, self.check_columns, self.spec.max_record_bytes, at)
+            return json_rows(self.file, self.spec.columns, self.check_columns, self.spec.max_record_bytes, at,
+                             self.spec.tools if self.spec.tools == TOOLS else None)
         return text_rows(self.file, self.spec.document, self.spec.max_record_bytes, at)
 
     def check_columns(self, names: list[str]) -> None:
