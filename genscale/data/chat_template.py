@@ -132,19 +132,28 @@ class ChatTemplate:
     def _answer(self, written: Written, start: int, stop: int, number: int, messages: Sequence[Message],
                 tools: list[Any] | None) -> list[Span]:
         """The part of a turn that the assistant writes, and what ends it."""
-        turn, last = written.text[start:stop], number == len(messages) - 1
+        turn, last = self._without_next(written.text[start:stop]), number == len(messages) - 1
         begin = start + self._beginning(turn, start, number, last, messages, tools)
         closed = turn.rstrip().endswith(self._special)
         if closed:
             stop = start + len(turn.rstrip())
-        elif (after := self._around(last).after) and turn.endswith(after):
-            stop -= len(after) - len(after.rstrip())
+        else:
+            after = self._around(last).after
+            stop = start + len(turn) - (len(after) - len(after.rstrip()) if after and turn.endswith(after) else 0)
         rest = written.text[stop:]
         if closed:  # a template may end the conversation with another token
             beyond = self._specials.fullmatch(rest) if self._specials and last else None
             return [(begin, stop), *([(stop + beyond.start(1), stop + beyond.end(1))] if beyond else [])]
         beyond = self._specials.fullmatch(rest) if self._specials and last else self._ends.match(rest) if self._ends else None
         return [(begin, stop + (beyond.end(1) if beyond else 0))]
+
+    def _without_next(self, turn: str) -> str:
+        """A turn without the beginning-of-text token that some templates write after it, for the turn that follows."""
+        begins = self._special_tokens.get("bos_token")
+        if not begins or begins == self._special_tokens.get("eos_token") or not turn.rstrip().endswith(begins):
+            return turn
+        rest = turn.rstrip().removesuffix(begins)
+        return rest if rest.rstrip().endswith(self._special) else turn
 
     def _beginning(self, turn: str, start: int, number: int, last: bool, messages: Sequence[Message],
                    tools: list[Any] | None) -> int:
@@ -153,7 +162,7 @@ class ChatTemplate:
             if turn.startswith(header):
                 return len(header)
         if number == 0:  # the template's own beginning comes before
-            for header in self._headers or [self._around(last).before]:
+            for header in [*self._headers, *map(str.lstrip, self._headers)] or [self._around(last).before]:
                 if header and header in turn:
                     return turn.index(header) + len(header)
             return 0
