@@ -24,7 +24,7 @@ from genscale.errors import SourceLost, UserError
 T = TypeVar("T")
 BUILDERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
-READABLE = "; .txt, .jsonl and .parquet are read, plain or compressed (.gz .zst .xz .bz2)"
+READABLE = "; .txt, .jsonl (JSON by lines or in an array) and .parquet are read, plain or compressed (.gz .zst .xz .bz2)"
 HUB_SECONDS = 10.0
 """Longest wait for the hub's first answer."""
 URL_SECONDS = 10.0
