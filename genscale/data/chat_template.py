@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from genscale.data.conversations import said
-from genscale.data.template_sandbox import Sandbox
+from genscale.data.template_sandbox import Sandbox, TooMuch
 from genscale.data.template_turns import Turn
 from genscale.errors import UserError
 
@@ -39,6 +39,10 @@ QUESTION = [{"role": "user", "content": "question"}]
 
 class Refusal(UserError):
     """A conversation that the template does not write."""
+
+
+class Unbounded(Refusal):
+    """A template that works or writes too much."""
 
 
 class Written(NamedTuple):
@@ -230,7 +234,15 @@ class ChatTemplate:
         return spans
 
     def check(self) -> None:
-        """Raises UserError for a template that does not show what the assistant says: the answers cannot be told then."""
+        """Raises UserError for a template that does not show what the assistant says: the answers cannot be told then. One that
+        works too much for a question and an answer is tried but once."""
+        try:
+            self._write([*QUESTION, {"role": "assistant", "content": "answer"}], None, False)
+        except Unbounded as refusal:
+            raise UserError(f"data.tokenizer={self._name}: its chat template fails on a mere question and its answer "
+                            f"({_reason(refusal.__context__)}); mend the template") from None
+        except Refusal:
+            pass
         turns = [self._around(last) for last in (False, True)]
         if self._marks_itself or any(any(turn) for turn in turns):
             return
@@ -280,7 +292,8 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
                 RecursionError) as error:
             beginning = json.dumps(list(messages), ensure_ascii=False, default=str)[:120]
-            raise Refusal(f"data.tokenizer={self._name}: its chat template refuses the conversation {beginning}... "
+            refusal = Unbounded if isinstance(error, TooMuch) else Refusal
+            raise refusal(f"data.tokenizer={self._name}: its chat template refuses the conversation {beginning}... "
                           f"({_reason(error)}); mend or remove it") from None
         rendering = self._sandbox.rendering
         return Written(text, rendering.shown, rendering.inner, rendering.last, rendering.generated)
