@@ -127,7 +127,7 @@ def _ask_hub(spec: Spec, ask: Callable[[], T]) -> T:
             raise
 
     try:
-        return persist(attempt, f"{spec.key}={spec.name}: the Hugging Face hub", spec.retry_minutes)
+        return persist(attempt, f"{spec.key}={spec.name}: there is no such path here; the Hugging Face hub", spec.retry_minutes)
     except Passing as failure:
         raise SourceLost(f"{spec.key}={spec.name}: the hub does not answer ({failure}; tried for data.retry_minutes="
                          f"{spec.retry_minutes:g}); start again when it does: {AGAIN}") from None
