@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from genscale.data.conversations import said
-from genscale.data.template_sandbox import Sandbox
+from genscale.data.template_sandbox import Sandbox, TooMuch
 from genscale.data.template_turns import Turn
 from genscale.errors import UserError
 
@@ -39,6 +39,10 @@ QUESTION = [{"role": "user", "content": "question"}]
 
 class Refusal(UserError):
     """A conversation that the template does not write."""
+
+
+class Unbounded(Refusal):
+    """A template that works or writes too much."""
 
 
 class Written(NamedTuple):
@@ -132,19 +136,28 @@ class ChatTemplate:
     def _answer(self, written: Written, start: int, stop: int, number: int, messages: Sequence[Message],
                 tools: list[Any] | None) -> list[Span]:
         """The part of a turn that the assistant writes, and what ends it."""
-        turn, last = written.text[start:stop], number == len(messages) - 1
+        turn, last = self._without_next(written.text[start:stop]), number == len(messages) - 1
         begin = start + self._beginning(turn, start, number, last, messages, tools)
         closed = turn.rstrip().endswith(self._special)
         if closed:
             stop = start + len(turn.rstrip())
-        elif (after := self._around(last).after) and turn.endswith(after):
-            stop -= len(after) - len(after.rstrip())
+        else:
+            after = self._around(last).after
+            stop = start + len(turn) - (len(after) - len(after.rstrip()) if after and turn.endswith(after) else 0)
         rest = written.text[stop:]
         if closed:  # a template may end the conversation with another token
             beyond = self._specials.fullmatch(rest) if self._specials and last else None
             return [(begin, stop), *([(stop + beyond.start(1), stop + beyond.end(1))] if beyond else [])]
         beyond = self._specials.fullmatch(rest) if self._specials and last else self._ends.match(rest) if self._ends else None
         return [(begin, stop + (beyond.end(1) if beyond else 0))]
+
+    def _without_next(self, turn: str) -> str:
+        """A turn without the beginning-of-text token that some templates write after it, for the turn that follows."""
+        begins = self._special_tokens.get("bos_token")
+        if not begins or begins == self._special_tokens.get("eos_token") or not turn.rstrip().endswith(begins):
+            return turn
+        rest = turn.rstrip().removesuffix(begins)
+        return rest if rest.rstrip().endswith(self._special) else turn
 
     def _beginning(self, turn: str, start: int, number: int, last: bool, messages: Sequence[Message],
                    tools: list[Any] | None) -> int:
@@ -153,7 +166,7 @@ class ChatTemplate:
             if turn.startswith(header):
                 return len(header)
         if number == 0:  # the template's own beginning comes before
-            for header in self._headers or [self._around(last).before]:
+            for header in [*self._headers, *map(str.lstrip, self._headers)] or [self._around(last).before]:
                 if header and header in turn:
                     return turn.index(header) + len(header)
             return 0
@@ -221,7 +234,15 @@ class ChatTemplate:
         return spans
 
     def check(self) -> None:
-        """Raises UserError for a template that does not show what the assistant says: the answers cannot be told then."""
+        """Raises UserError for a template that does not show what the assistant says: the answers cannot be told then. One that
+        works too much for a question and an answer is tried but once."""
+        try:
+            self._write([*QUESTION, {"role": "assistant", "content": "answer"}], None, False)
+        except Unbounded as refusal:
+            raise UserError(f"data.tokenizer={self._name}: its chat template fails on a mere question and its answer "
+                            f"({_reason(refusal.__context__)}); mend the template") from None
+        except Refusal:
+            pass
         turns = [self._around(last) for last in (False, True)]
         if self._marks_itself or any(any(turn) for turn in turns):
             return
@@ -271,7 +292,8 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
                 RecursionError) as error:
             beginning = json.dumps(list(messages), ensure_ascii=False, default=str)[:120]
-            raise Refusal(f"data.tokenizer={self._name}: its chat template refuses the conversation {beginning}... "
+            refusal = Unbounded if isinstance(error, TooMuch) else Refusal
+            raise refusal(f"data.tokenizer={self._name}: its chat template refuses the conversation {beginning}... "
                           f"({_reason(error)}); mend or remove it") from None
         rendering = self._sandbox.rendering
         return Written(text, rendering.shown, rendering.inner, rendering.last, rendering.generated)

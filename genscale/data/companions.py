@@ -53,7 +53,7 @@ def read_companions(folder: Path, name: str) -> Companions:
     special = {key: value["content"] if isinstance(value, dict) else value for key, value in config.items()
                if key.endswith("_token") and isinstance(value.get("content") if isinstance(value, dict) else value, str)}
     found = config.get("chat_template")
-    templates = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)} \
+    templates = {str(entry.get("name")): entry.get("template") for entry in found if isinstance(entry, dict)} \
         if isinstance(found, list) else {"default": found}
     for key, file in (("default", folder / "chat_template.jinja"),
                       (TOOL_USE, folder / "additional_chat_templates" / f"{TOOL_USE}.jinja")):

@@ -191,6 +191,7 @@ def decoded(raw: bytes, first: int, columns: Sequence[str], last: bool, array: b
         end = at
     except json.JSONDecodeError as error:
         cut = error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip()) - UNFINISHED
+        cut = cut and text[error.pos : error.pos + 1] not in ("]", "}")  # after a comma
         if last and cut:
             raise BadRow(first + len(rows), "is cut short: the file ends inside it") from None
         if last or not cut:

@@ -100,9 +100,9 @@ class LeftOut:
     def _judge(self, least: int = 1) -> None:
         for bad, count in ((self._unreadable, self.read), (self._refused, self.written)):
             if count >= least and bad > self._bad_share * count:
+                advice = f", or set data.bad_share above {bad / count:.3g} (also for a run that goes on)" if bad < count else ""
                 raise UserError(f"{self.first}; {bad} of {count} conversations cannot be learnt from, more than data.bad_share="
-                                f"{self._bad_share}: mend or remove them, or set data.bad_share above {bad / count:.3g} (also "
-                                "for a run that goes on)")
+                                f"{self._bad_share}: mend or remove them{advice}")
 
     def _nobody(self) -> str:
         roles = ", ".join(role for role, _ in self._roles.most_common(8))

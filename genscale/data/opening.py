@@ -24,7 +24,7 @@ from genscale.errors import SourceLost, UserError
 T = TypeVar("T")
 BUILDERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
-READABLE = "; .txt, .jsonl and .parquet are read, plain or compressed (.gz .zst .xz .bz2)"
+READABLE = "; .txt, .jsonl (JSON by lines or in an array) and .parquet are read, plain or compressed (.gz .zst .xz .bz2)"
 HUB_SECONDS = 10.0
 """Longest wait for the hub's first answer."""
 URL_SECONDS = 10.0
@@ -127,7 +127,7 @@ def _ask_hub(spec: Spec, ask: Callable[[], T]) -> T:
             raise
 
     try:
-        return persist(attempt, f"{spec.key}={spec.name}: the Hugging Face hub", spec.retry_minutes)
+        return persist(attempt, f"{spec.key}={spec.name}: there is no such path here; the Hugging Face hub", spec.retry_minutes)
     except Passing as failure:
         raise SourceLost(f"{spec.key}={spec.name}: the hub does not answer ({failure}; tried for data.retry_minutes="
                          f"{spec.retry_minutes:g}); start again when it does: {AGAIN}") from None

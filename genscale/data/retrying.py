@@ -40,7 +40,7 @@ class Retries:
             if time.monotonic() - self._told < LOG_SECONDS:
                 return
             self._told, total = time.monotonic(), self._total
-        log.warning("%s: %s; trying again in %.1f s (retry %d)", what, reason, delay, total)
+        log.warning("%s: %s; trying again in %.1f s (retry %d)", what, " ".join(reason.split()), delay, total)
 
     def take(self) -> int:
         """Retries since this was last asked."""

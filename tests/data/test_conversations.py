@@ -174,6 +174,7 @@ def test_rows_of_another_shape_are_one_line(tmp_path: Path, chat_model: str, mes
     with pytest.raises(UserError) as caught:
         open_data(source, chat_model)
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value), str(caught.value)
+    assert "set data.bad_share above" not in str(caught.value)  # which has no value above 1
 
 
 def test_no_role_is_no_setting(tmp_path: Path, chat_model: str) -> None:

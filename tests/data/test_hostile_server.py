@@ -18,7 +18,7 @@ import pytest
 from genscale.data import exchange, opening, web
 from genscale.data.opening import find_urls
 from genscale.data.readers import find_shards
-from genscale.data.retrying import in_threads, retry_after
+from genscale.data.retrying import Retries, in_threads, retry_after
 from genscale.data.spec import Spec
 from genscale.errors import UserError
 
@@ -262,7 +262,9 @@ def test_where_a_redirect_may_take_passwords(tmp_path, monkeypatch, asked, led_t
     assert ("Authorization" in request.headers) == sent
 
 
-def test_what_a_server_asks_to_wait_may_be_nonsense() -> None:
+def test_what_a_server_says_may_be_nonsense(caplog) -> None:
+    Retries().add("data.source=here", "BadStatusLine: garbage\r\n", 1.0)
+    assert caplog.messages == ["data.source=here: BadStatusLine: garbage; trying again in 1.0 s (retry 1)"]
     for text in ("²", "9" * 400, "Mon, 01 Jan 99999 00:00:00 GMT", "\x00", "-5"):
         assert retry_after({"Retry-After": text}) >= 0
 

@@ -111,7 +111,7 @@ GOOD = b'{"text": "a"}\n{"text": "b"}\n'
     (GOOD + b'{"text": "c"', ["row 2 is cut short"]), (GOOD + b'{"text": "c\n', ["row 2 is"]),
     (b'[{"text": "a"}, {"text": "b"}', ["row 2 ", "cut short"]), (b'[{"text": "a"}, {"te', ["row 1 is cut short"]),
     (b'[{"text": "a"}] {"text": "b"}', ["row 1 stands after the end of the array"]),
-    (b'[{"text": "a"} {"text": "b"}]', ["row 1 is no JSON", "',' delimiter"]), (b'[{"text": "a"},]', ["row 1 is"]),
+    (b'[{"text": "a"} {"text": "b"}]', ["row 1 is no JSON", "',' delimiter"]), (b'[{"text": "a"},]', ["row 1 is no JSON"]),
     (GOOD + b'{"text": "c"} and more\n', ["row 3 is"]), (GOOD + b'{"text": c}\n' + GOOD, ["row 2 is no JSON", "at \"c}"]),
     (GOOD + b'{"text": "c"},\n{"text": "d"}\n', ["row 3 is no JSON"]), (GOOD + b"{'text': 'c'}\n" + GOOD, ["row 2 is no JSON"]),
     (GOOD + b'{"text": "\\ud83d"}\n', ["row 2 holds", "\\ud83d", "surrogate", "'text'"]),

@@ -60,6 +60,9 @@ def test_what_is_no_text_is_refused(tmp_path: Path, column: pa.Array) -> None:
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="data.column=text: in a.parquet it holds .*, not text"):
         read(tmp_path / "a.parquet")
+    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], ["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="data.column=text: a.parquet of .* has 2 columns of that name"):
+        read(tmp_path / "a.parquet")
 
 
 def test_messages_have_the_keys_that_they_were_written_with(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_such_a_template_ends_a_run_before_its_first_step(refuse: Callable[..., 
     (tmp_path / "chats.jsonl").write_text("\n".join([json.dumps({"messages": MESSAGES})] * 60))
     message = refuse("--data.source", tmp_path / "chats.jsonl", "--data.messages_column", "messages", "--data.tokenizer",
                      tmp_path)
-    assert "row 0 of chats.jsonl" in message and "it writes more than" in message
+    assert "fails on a mere question and its answer (it writes more than" in message and "row 0" not in message
 
 
 def test_a_template_may_be_shared_by_threads() -> None:
@@ -190,6 +190,7 @@ def test_a_tokenizer_that_cannot_work_is_one_line(name: str, tmp_path: Path, cap
 @pytest.mark.parametrize(("config", "words"), [
     ({"chat_template": 3}, "its chat template 'default' is '3'"),
     ({"chat_template": [{"name": "default", "template": ["x"]}]}, "its chat template 'default' is"),
+    ({"chat_template": [{"name": ["tool_use"], "template": "x"}]}, None),
     ({"chat_template": ["x"], "eos_token": {"content": 3}}, None),
 ])
 def test_companions_of_another_shape_are_one_line(tmp_path: Path, config: dict[str, Any], words: str | None) -> None:
