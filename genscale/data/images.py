@@ -207,6 +207,7 @@ def _spec(key: str, source: Sequence[str] | str, settings: ImageDataSettings, sp
     return ImageSpec(key, f"{locations[0]} and {len(several) - 1} more" if several else locations[0], settings.subset,
                      split or settings.split, locations=several, image=settings.image_column,
                      label=settings.label_column if settings.labels else None, classes=tuple(names) if names else None,
+                     renames=bool(settings.class_names),
                      retry_minutes=settings.retry_minutes, max_image_bytes=settings.max_image_bytes,
                      max_array_bytes=settings.max_array_bytes, value_range=settings.value_range)
 

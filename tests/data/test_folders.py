@@ -185,8 +185,6 @@ def test_first_words(names: str, training: str, validation: str) -> None:
 @pytest.mark.parametrize("folders", ["train test", "Train TEST docs", "data/training data/validation", "train val .git"])
 def test_a_test_set_is_held_out_whatever_else_is_there(tmp_path: Path, kind: str, folders: str,
                                                        caplog: pytest.LogCaptureFixture) -> None:
-    if kind == "png":
-        folders = folders.replace("data/", "")
     first, second, *others = folders.split()
     for number in range(8):
         write(tmp_path / first / "x" / f"{number}.{kind}", number)
@@ -199,6 +197,14 @@ def test_a_test_set_is_held_out_whatever_else_is_there(tmp_path: Path, kind: str
     assert [line for line in said if "what else is there is not read (docs)" in line] == said * ("docs" in folders)
     aside = numbers(kind, tmp_path / first, validation_source=str(tmp_path))  # a source has its own test set
     assert aside == (list(range(8)), list(range(20, 28)))
+
+
+@pytest.mark.parametrize("folders", ["bottle/train bottle/test cable/train cable/test", "images/train images/val masks/train"])
+def test_a_test_set_in_each_folder_is_not_clear(tmp_path: Path, folders: str) -> None:
+    for number, folder in enumerate(folders.split()):
+        write(tmp_path / folder / "x" / f"{number}.png", number)
+    with pytest.raises(UserError, match=r"its folder (bottle|images) has folders train and (test|val) of its own, .*give .*/"):
+        images(tmp_path)
 
 
 def test_a_test_file_is_held_out_of_text(tmp_path: Path) -> None:
