@@ -317,9 +317,16 @@ def test_likelihood_by_importance_samples(vae, genscale):
     assert few["log_likelihood"] == pytest.approx(-few["validation"]["loss"], abs=8 * few["log_likelihood_standard_error"])
 
 
+def test_an_autoencoder_is_judged_by_few_images_too(vae, genscale):
+    done = genscale("evaluate", vae, "--data.validation_images", 20, "--importance-samples", 2)
+    result = report(done)
+    assert result["validation"]["samples"] == 20 and result["log_likelihood"] < 0 and "fd" not in result
+    assert "warning: data.validation_images: 20 images are too few for the 64 features of classifier" in done.err
+
+
 @pytest.mark.parametrize(("which", "arguments", "words"), [
     ("gan", ["--count", 64], ["--count", "64 images are too few", "64 features of", "65"]),
-    ("vae", ["--data.validation_images", 20], ["data.validation_images", "20 images are too few"]),
+    ("gan", ["--data.validation_images", 20], ["data.validation_images", "20 images are too few", "as --on SOURCE gives"]),
     ("gan", ["--features", "inception"], ["--features", "inception", "--inception FILE"]),
     ("gan", ["--features", "random", "--inception", "x.pth"], ["--features", "random", "x.pth"]),
     ("gan", ["--inception", "x.pth"], ["data.validation_images", "2048 features of inception", "2049"]),

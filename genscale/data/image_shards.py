@@ -285,8 +285,8 @@ class TarShard(Shard):
                             f"{self.spec.label}; mend it, or write labels as .cls")
         if self.spec.label not in fields:
             raise UserError(f"data.label_column={self.spec.label}: {group.key}.json of {self.name} of {self.spec.where} has "
-                            f"the fields {', '.join(fields)}{nearest(self.spec.label, fields)}; set data.label_column to the one "
-                            "that holds the labels, or data.labels to false")
+                            f"the fields {', '.join(fields)}{nearest(self.spec.label, fields)}; set data.label_column to the "
+                            "one that holds the labels, or data.labels to false")
         return label_of(fields[self.spec.label])
 
 
