@@ -24,7 +24,7 @@ from genscale.data.image_paths import content_at
 from genscale.data.image_settings import ARRAY_BYTES, IMAGE_BYTES
 from genscale.data.image_tars import LABEL_BYTES, LABELS, Archive, CheckedInfo, Group
 from genscale.data.readers import Row, Shard, TableShard, damaged
-from genscale.data.source_file import SourceFile
+from genscale.data.source_file import SourceFile, TooLarge
 from genscale.data.spec import Spec
 from genscale.errors import UserError, as_utf8, nearest
 
@@ -245,7 +245,7 @@ class TarShard(Shard):
         mode, base = ("r|", offset) if streamed else ("r:", 0)
         where = f"{self.spec.where}: {self.name}"
         try:
-            with (self.file.open(offset) as file,
+            with (self.file.open(offset, self.spec.max_image_bytes) as file,
                   closing(tarfile.open(fileobj=file, mode=mode, tarinfo=CheckedInfo)) as opened):
                 archive = Archive(opened, image_endings(), self.spec.max_image_bytes, where, streamed)
                 for begin, groups in archive.groups():
@@ -254,6 +254,9 @@ class TarShard(Shard):
                         if row >= start and row % modulus == residue:
                             yield Row(row, self._record(archive, group), place)
                         row += 1
+        except TooLarge as error:
+            raise UserError(f"data.max_image_bytes={self.spec.max_image_bytes:,}: {where} is too large: {error}; remove it, "
+                            "decompress it, or raise the bound to its size") from None
         except theirs as error:
             raise UserError(f"{where} is damaged or not what its name says ({type(error).__name__}: {error}); mend or remove "
                             "it") from None
