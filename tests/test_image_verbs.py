@@ -260,6 +260,7 @@ def test_images_that_are_no_numbers_are_no_black_ones(gan):
     ("vae", ["--files", "picture"], ["--files", "picture", "File exists", "give another"]),
     ("vae", ["--files", "new", "--traverse"], ["--traverse", "--files new", "leave one"]),
     ("vae", ["--files", "new", "--columns", 3], ["--columns", "--files new"]),
+    ("vae", ["--interpolate", "--columns", 1], ["--columns: 1 ", "at least 2"]),
     ("vae", ["--out", "x.npz", "--scale", 3], ["--scale", "--out x.npz"]),
     ("vae", ["--out", "picture/x.npz"], ["--out", "picture/x.npz", "cannot be written"]),
     ("vae", ["--prompt", "x"], ["--prompt", "unknown setting"]),

@@ -255,8 +255,8 @@ def say_parts(where: str, training: Iterable[str], validation: Iterable[str], ot
             examples(training), examples(validation), rest)
 
 
-def say_seen(validation: str, training: str, seen: Iterable[Any], trained: Iterable[Any]) -> None:
-    """Warn where what is validated on is also trained on.
+def say_seen(validation: str, training: str, seen: Iterable[Any], trained: Iterable[Any]) -> bool:
+    """Warn where what is validated on is also trained on. Returns whether it is.
 
     Args:
         validation, training: the sources, as `key=value`.
@@ -267,6 +267,7 @@ def say_seen(validation: str, training: str, seen: Iterable[Any], trained: Itera
         part = "all of it is" if both == len(seen) else f"{both:,} of its {len(seen):,} files are"
         LOG.warning("%s: %s trained on too (%s), so that its loss says nothing about what the model has not seen; give "
                     "another, or leave it out", validation, part, training)
+    return both > 0
 
 
 def say_repeated(locations: Sequence[str], key: str) -> None:

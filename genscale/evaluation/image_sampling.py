@@ -197,6 +197,8 @@ def _samples(run: TrainedRun, settings: ImageSampling, only: int | None) -> np.n
 
 def _walks(run: TrainedRun, settings: ImageSampling, only: int | None) -> np.ndarray:
     rows, columns = _rows_and_columns(settings)
+    if columns == 1:
+        raise UserError("--columns: 1 has room for one end of a walk alone; give at least 2 to --interpolate")
     ends = latents(run.objective, settings.seed, torch.arange(2 * rows))
     shares = torch.linspace(0, 1, columns)
     points = torch.cat([spherical(ends[2 * row], ends[2 * row + 1], shares) for row in range(rows)])

@@ -291,6 +291,18 @@ def test_a_validation_set_that_is_trained_on_is_warned_of(tmp_path: Path, kind: 
         assert f"data.validation_source={tmp_path}/{validation}: all of it is trained on too" in caplog.text
 
 
+def test_copies_in_the_validation_set_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(8):
+        write(tmp_path / "train" / f"{number}.png", number)
+        write(tmp_path / "val" / f"copy{number}.png", number if number < 6 else number + 20)
+        write(tmp_path / "other" / f"{number}.png", number + 4)
+    images(tmp_path)
+    assert "validation set: 6 of its 8 images are trained on too" in caplog.text
+    caplog.clear()
+    images(tmp_path / "train", validation_source=str(tmp_path / "other"))
+    assert "trained on too" not in caplog.text  # a few are in many sets
+
+
 @pytest.mark.skipif(not CASES.is_dir(), reason="the cases lie beside the repository where it is built")
 @pytest.mark.parametrize(("case", "classes", "said"), [
     ("hidden", ["a", "b"], "left out"), ("split_extra", ["a", "b"], "test held out for validation"),
