@@ -17,7 +17,7 @@ from genscale.errors import UserError
 from genscale.evaluation.classifier import RECIPE
 from genscale.evaluation.image_generation import as_uint8, decoded, latents
 from genscale.evaluation.image_scores import _opened as opened_images
-from genscale.evaluation.sample_files import write_pictures
+from genscale.evaluation.sample_files import picture_of_run, write_pictures
 from genscale.evaluation.trained_run import TrainedRun
 from genscale.models.feature_network import RandomFeatures
 from genscale.models.image_grid import grid
@@ -275,6 +275,15 @@ def test_sample_refuses(which, arguments, words, request, genscale, tmp_path, mo
     message = genscale("sample", request.getfixturevalue(which), *arguments)
     text = message.message_of_run() if "checkpoints" in message.err else message.message()
     assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize("link", ["samples", "samples/sample-seed7.png"])
+def test_a_link_in_a_run_folder_is_not_written_through(link, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / link).parent.mkdir(exist_ok=True)
+    (tmp_path / link).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"--out: .*{link} is a link, and nothing is written through one; remove it, or give"):
+        picture_of_run(tmp_path, "sample-seed7")
 
 
 def test_scores_in_the_features_of_the_random_network(vae, genscale):

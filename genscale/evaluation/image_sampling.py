@@ -17,7 +17,7 @@ from genscale.data.image_labels import composed
 from genscale.data.images import ImageData
 from genscale.errors import UserError, nearest
 from genscale.evaluation.image_generation import decoded, latents
-from genscale.evaluation.sample_files import empty_folder, write_images_npz, write_picture, write_pictures
+from genscale.evaluation.sample_files import empty_folder, picture_of_run, write_images_npz, write_picture, write_pictures
 from genscale.evaluation.trained_run import TrainedRun
 from genscale.models.image_grid import grid, tile_scale
 from genscale.models.lettering import class_captions
@@ -100,7 +100,7 @@ def sample_images(run: TrainedRun, settings: ImageSampling) -> None:
         _check_size(run, settings)
         picture = {"sample": _samples, "interpolate": _walks, "reconstruct": _reconstructions,
                    "traverse": _traversals}[mode](run, settings, only)
-        file = out or run.folder / "samples" / f"{mode}-seed{settings.seed}.png"
+        file = out or picture_of_run(run.folder, f"{mode}-seed{settings.seed}")
         write_picture(file, picture)
         height, width, _ = picture.shape
         print(f"{file} ({width} x {height} pixels)")
