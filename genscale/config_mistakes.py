@@ -18,7 +18,8 @@ TYPE_WORDS = {
     "PositiveFloat": "a number above 0", "NonNegativeFloat": "a number of at least 0",
     "ClosedUnitInterval": "a number from 0 to 1", "OpenUnitInterval": "a number between 0 and 1",
     "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "tuple": "a list like [0.9, 0.95]",
-    "list": "a list like [a, b]", "dict": "a mapping like {a: 1.0, b: 2.0}",
+    "list": "a list like [a, b]", "list[str]": "a list of texts like ['0', '1'] (numbers in quotes)",
+    "tuple[float, float]": "two numbers like [0, 255]", "dict": "a mapping like {a: 1.0, b: 2.0}",
 }
 
 

@@ -111,6 +111,8 @@ def test_inspect_of_a_mixture_names_the_sources(genscale: Callable, corpus: Path
     (["build"], ["data.cache=None", "set the folder"]),
     (["bild"], ["'bild' is not one of: build, inspect", "did you mean 'build'"]),
     (["inspect", "--data.source", "nowhere.txt"], ["data.source=nowhere.txt"]),
+    (["inspect", "--model.family", "vae", "--data.class_names", "[0, 1]"], ["class_names: must be a list of texts like ['0'"]),
+    (["inspect", "--model.family", "vae", "--data.value_range", "[5]"], ["value_range: must be two numbers like [0, 255]"]),
     (["build", "--data.cash", "x"], ["unknown setting", "data.cache"]),
 ])
 def test_mistakes_are_one_line(genscale: Callable, arguments: list[str], words: list[str]) -> None:

@@ -17,7 +17,7 @@ from genscale.errors import UserError
 from genscale.evaluation.classifier import RECIPE
 from genscale.evaluation.image_generation import as_uint8, decoded, latents
 from genscale.evaluation.image_scores import _opened as opened_images
-from genscale.evaluation.sample_files import write_pictures
+from genscale.evaluation.sample_files import picture_of_run, write_pictures
 from genscale.evaluation.trained_run import TrainedRun
 from genscale.models.feature_network import RandomFeatures
 from genscale.models.image_grid import grid
@@ -260,6 +260,7 @@ def test_images_that_are_no_numbers_are_no_black_ones(gan):
     ("vae", ["--files", "picture"], ["--files", "picture", "File exists", "give another"]),
     ("vae", ["--files", "new", "--traverse"], ["--traverse", "--files new", "leave one"]),
     ("vae", ["--files", "new", "--columns", 3], ["--columns", "--files new"]),
+    ("vae", ["--interpolate", "--columns", 1], ["--columns: 1 ", "at least 2"]),
     ("vae", ["--out", "x.npz", "--scale", 3], ["--scale", "--out x.npz"]),
     ("vae", ["--out", "picture/x.npz"], ["--out", "picture/x.npz", "cannot be written"]),
     ("vae", ["--prompt", "x"], ["--prompt", "unknown setting"]),
@@ -274,6 +275,15 @@ def test_sample_refuses(which, arguments, words, request, genscale, tmp_path, mo
     message = genscale("sample", request.getfixturevalue(which), *arguments)
     text = message.message_of_run() if "checkpoints" in message.err else message.message()
     assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize("link", ["samples", "samples/sample-seed7.png"])
+def test_a_link_in_a_run_folder_is_not_written_through(link, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / link).parent.mkdir(exist_ok=True)
+    (tmp_path / link).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"--out: .*{link} is a link, and nothing is written through one; remove it, or give"):
+        picture_of_run(tmp_path, "sample-seed7")
 
 
 def test_scores_in_the_features_of_the_random_network(vae, genscale):
@@ -317,9 +327,16 @@ def test_likelihood_by_importance_samples(vae, genscale):
     assert few["log_likelihood"] == pytest.approx(-few["validation"]["loss"], abs=8 * few["log_likelihood_standard_error"])
 
 
+def test_an_autoencoder_is_judged_by_few_images_too(vae, genscale):
+    done = genscale("evaluate", vae, "--data.validation_images", 20, "--importance-samples", 2)
+    result = report(done)
+    assert result["validation"]["samples"] == 20 and result["log_likelihood"] < 0 and "fd" not in result
+    assert "warning: data.validation_images: 20 images are too few for the 64 features of classifier" in done.err
+
+
 @pytest.mark.parametrize(("which", "arguments", "words"), [
     ("gan", ["--count", 64], ["--count", "64 images are too few", "64 features of", "65"]),
-    ("vae", ["--data.validation_images", 20], ["data.validation_images", "20 images are too few"]),
+    ("gan", ["--data.validation_images", 20], ["data.validation_images", "20 images are too few", "as --on SOURCE gives"]),
     ("gan", ["--features", "inception"], ["--features", "inception", "--inception FILE"]),
     ("gan", ["--features", "random", "--inception", "x.pth"], ["--features", "random", "x.pth"]),
     ("gan", ["--inception", "x.pth"], ["data.validation_images", "2048 features of inception", "2049"]),

@@ -83,6 +83,11 @@ REASONS = {NOWHERE: "dangling links", AGAIN: "links to what is read already", SP
            INVISIBLE: "hidden files or folders"}
 
 
+def is_hidden(name: str) -> bool:
+    """Whether what is called so is left out of a walk."""
+    return name.startswith(".") or name in HIDDEN
+
+
 def walk(root: Path, kind_of: Callable[[str], str | None], where: str) -> Folder:
     """What lies below a folder. Real folders come before links, so that a file has the name of the place where it lies.
 
@@ -140,7 +145,7 @@ class _Walk:
 
     def _look(self, entry: os.DirEntry, name: str, waiting: list[tuple[str, str]]) -> None:
         directory = entry.is_dir(follow_symlinks=False)
-        if entry.name.startswith(".") or entry.name in HIDDEN:
+        if is_hidden(entry.name):
             if directory or self._kind_of(name):
                 self._leave_out(INVISIBLE, name)
         elif directory:
@@ -250,8 +255,8 @@ def say_parts(where: str, training: Iterable[str], validation: Iterable[str], ot
             examples(training), examples(validation), rest)
 
 
-def say_seen(validation: str, training: str, seen: Iterable[Any], trained: Iterable[Any]) -> None:
-    """Warn where what is validated on is also trained on.
+def say_seen(validation: str, training: str, seen: Iterable[Any], trained: Iterable[Any]) -> bool:
+    """Warn where what is validated on is also trained on. Returns whether it is.
 
     Args:
         validation, training: the sources, as `key=value`.
@@ -262,6 +267,7 @@ def say_seen(validation: str, training: str, seen: Iterable[Any], trained: Itera
         part = "all of it is" if both == len(seen) else f"{both:,} of its {len(seen):,} files are"
         LOG.warning("%s: %s trained on too (%s), so that its loss says nothing about what the model has not seen; give "
                     "another, or leave it out", validation, part, training)
+    return both > 0
 
 
 def say_repeated(locations: Sequence[str], key: str) -> None:

@@ -111,6 +111,9 @@ def _grey_levels(images: np.ndarray, spec: ImageSpec, path: Path) -> np.ndarray:
     """The images as uint8."""
     if images.dtype == np.uint8 and spec.value_range is None:
         return images
+    if images.dtype.kind == "f" and not (np.isfinite(images.min()) and np.isfinite(images.max())):
+        raise UserError(f"{spec.where}: the array images of {path.name} is {images.dtype} and holds values that are no "
+                        "numbers; replace them")
     if images.dtype == bool:
         images, range_ = images.view(np.uint8), Range(0, 1)
     elif spec.value_range is not None:

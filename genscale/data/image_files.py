@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from genscale.data.folders import TRAINING, VALIDATION, File, Folder, divided, examples, identity, say_parts
+from genscale.data.folders import TRAINING, VALIDATION, File, Folder, divided, examples, identity, is_hidden, say_parts
 from genscale.data.image_arrays import arrays
 from genscale.data.image_labels import Classes, classes_of, composed, numbered
 from genscale.data.image_sets import ArraySet, FileSet, ImageSet
@@ -52,13 +54,16 @@ def image_parts(spec: ImageSpec, root: Path, found: Folder) -> tuple[Read, Read 
 
 
 def _image_folders(spec: ImageSpec, root: Path, files: list[File]) -> tuple[Read, Read | None]:
-    """The same of image files, by the names of the folders right below the root."""
-    folders: dict[str, list[File]] = {}
-    for file in files:
-        top, slash, _ = file.name.partition("/")
-        folders.setdefault(top if slash else "", []).append(file)
+    """The same of image files, by the names of the folders right below the root, or below the one that they all lie in."""
+    folders = _by_folder(files)
     names = [name for name in folders if name]
     training, held = divided(names)
+    if not training:
+        if len(folders) == 1 and names:
+            inner = [file._replace(name=file.name[len(names[0]) + 1 :]) for file in files]
+            if _parts_below(inner):
+                return _image_folders(replace(spec, name=f"{spec.name.rstrip('/')}/{names[0]}"), root / names[0], inner)
+        _refuse_parts_of_classes(spec, folders)
     if not training and len(names) == 1 and names[0].lower() in TRAINING:
         training = names
     if not training:
@@ -73,6 +78,36 @@ def _image_folders(spec: ImageSpec, root: Path, files: list[File]) -> tuple[Read
     reads = [partial(image_files, spec, root / name, [file._replace(name=file.name[len(name) + 1 :]) for file in folders[name]])
              for name in used]
     return reads[0], reads[1] if held else None
+
+
+def _by_folder(files: list[File]) -> dict[str, list[File]]:
+    """Files by the name of the folder right below the root; "" for those that lie in none."""
+    folders: dict[str, list[File]] = {}
+    for file in files:
+        top, slash, _ = file.name.partition("/")
+        folders.setdefault(top if slash else "", []).append(file)
+    return folders
+
+
+def _parts_below(files: list[File]) -> bool:
+    """Whether a training and a validation set part ways somewhere below a folder, before its files do."""
+    folders = _by_folder(files)
+    names = [name for name in folders if name]
+    if any(divided(names)):
+        return True
+    return len(folders) == 1 and bool(names) and _parts_below(
+        [file._replace(name=file.name[len(names[0]) + 1 :]) for file in files])
+
+
+def _refuse_parts_of_classes(spec: ImageSpec, folders: dict[str, list[File]]) -> None:
+    """Raises UserError where each folder has a training and a test set of its own: all would be trained on."""
+    for name, files in folders.items():
+        training, held = divided({file.name.split("/")[1] for file in files if file.name.count("/") > 1} if name else ())
+        if training:
+            shown, part, other = as_utf8(name), as_utf8(training[0]), as_utf8(held[0])
+            raise UserError(f"{spec.where}: its folder {shown} has folders {part} and {other} of its own, and it is not clear "
+                            f"whether {other} is to be trained on; give {spec.name}/{shown}, or a folder with {part} and "
+                            f"{other} right below it")
 
 
 def _check_class(spec: ImageSpec, name: str, folders: dict[str, list[File]]) -> None:
@@ -102,16 +137,29 @@ def image_files(spec: ImageSpec, root: Path, files: list[File], classes: list[st
     names = [file.name for file in files]
     labels, known = None, None
     if spec.label:
+        _say_empty(spec, root, names)
         folders = [composed(as_utf8(name.partition("/")[0])) if "/" in name else None for name in names]
         known = Classes(classes, spec.where) if classes else classes_of(folders, names, spec.where)
         if known and len(known.names) == 1:
             raise UserError(f"data.labels=true: all images of {spec.where} lie in its folder {known.names[0]}; give the folder "
                             "that holds one folder for each class, or set data.labels to false")
-        labels = numbered(folders, names, known) if known else None
+        part = root.relative_to(Path(spec.name).expanduser()).as_posix()
+        bearers = names if part == "." else [f"{part}/{name}" for name in names]
+        labels = numbered(folders, bearers, known) if known else None
     images = FileSet(root, names, [file.size for file in files], labels, known.names if known else None, spec.where,
                      spec.max_image_bytes)
     images.places = np.fromiter((file.identity % PRIME for file in files), np.uint64, len(files))  # there may be millions
     return images
+
+
+def _say_empty(spec: ImageSpec, root: Path, names: list[str]) -> None:
+    """A line in the log about folders that could be classes, but for the images."""
+    used = {name.partition("/")[0] for name in names}
+    with os.scandir(root) as entries:
+        empty = [entry.name for entry in entries if entry.name not in used and entry.is_dir() and not is_hidden(entry.name)]
+    if empty:
+        LOG.warning("%s: %s, which makes no class", spec.where, f"{len(empty):,} of its folders hold no image "
+                    f"({examples(empty)})" if len(empty) > 1 else f"its folder {as_utf8(empty[0])} holds no image")
 
 
 def array_file(spec: ImageSpec, path: Path, classes: list[str] | None) -> ArraySet:

@@ -32,7 +32,7 @@ def composed(name: str) -> str:
 def label_of(value: Any) -> Label:
     """A source's value as a text or a whole number; None where there is none. (What can be neither stays, to be named.)"""
     if isinstance(value, bytes):
-        value = value.decode(errors="replace")
+        value = value.decode(errors="backslashreplace")  # by replacements alone, names would be the same
     if isinstance(value, str):
         return composed(value) or None
     if isinstance(value, (float, Decimal)):
@@ -113,6 +113,8 @@ class Classes:
         shown = ", ".join(self.names[:SHOWN]) + (", ..." if len(self.names) > SHOWN else "")
         named = isinstance(label, int) and 0 <= label < len(self.names)
         reason = " (where classes are called by numbers, a number is a name and does not count them)" if named else ""
+        if isinstance(label, int) and not self._values:
+            reason = f" (a number counts them, from 0 to {len(self.names) - 1})"
         near = "" if named else nearest(str(label), self.names)
         return UserError(f"{self._where}: {of} has the label {label!r}, which is none of the {len(self.names)} classes "
                          f"{shown}{near}{reason}; mend it, or set data.class_names")

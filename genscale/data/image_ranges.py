@@ -47,7 +47,7 @@ def range_of(values: Values, kind: str, where: str) -> Range:
         UserError: it cannot be told.
     """
     least, most = values
-    if not (np.isfinite(least) and np.isfinite(most)) or most > WHITES[-1] or (least < 0 and (least < -1 or most > 1)):
+    if most > WHITES[-1] or (least < 0 and (least < -1 or most > 1)):
         raise UserError(f"data.value_range=None: the pictures of {where} are {kind} and hold values from {least:g} to "
                         f"{most:g}, which do not tell what is black and what is white; set data.value_range to these two, "
                         "as in [0, 255]")
@@ -81,17 +81,24 @@ def ranges_of(images: Iterable[tuple[str, Callable[[], bytes | np.ndarray]]], pi
 
 
 def warn_of_blank(images: Iterable[tuple[str, Callable[[], bytes | np.ndarray]]], picture: Picture, where: str) -> None:
-    """A line in the log where all of these pictures come out as one colour each, or next to black."""
-    seen, picture = [], replace(picture, size=min(picture.size, BLANK_SIZE))
+    """A line in the log where all of these pictures come out as one colour each, or next to black, or the range that is set
+    has no effect on them."""
+    seen, bytes_alone, picture = [], True, replace(picture, size=min(picture.size, BLANK_SIZE))
     for _, raw in images:
         try:
-            pixels = scaled(decode(raw(), picture), picture)
+            content = raw()
+            pixels = scaled(decode(content, picture), picture)
+            bytes_alone &= not isinstance(content, np.ndarray) and deep_pixels(content, picture) is None
         except DamagedImage:
             continue
         seen.append((int(pixels.max()) - int(pixels.min()), int(pixels.max())))
+    if seen and bytes_alone and picture.value_range:
+        log.warning("%s: data.value_range=%s has no effect: none of the %d pictures looked at is read with more than 8 bits "
+                    "(in colour none is); leave it out", where, list(picture.value_range), len(seen))
+    advice = ", which must use the whole range from 0 to 255" if bytes_alone else ", and at data.value_range"
     if seen and all(spread <= 1 for spread, _ in seen):
-        log.warning("%s: every one of the %d pictures looked at is of one colour alone; look at the files, and at "
-                    "data.value_range", where, len(seen))
+        log.warning("%s: every one of the %d pictures looked at is of one colour alone; look at the files%s", where, len(seen),
+                    advice)
     elif seen and all(most <= DARK for _, most in seen):
-        log.warning("%s: the %d pictures looked at are next to black, with no value above %d of 255; look at the files, and "
-                    "at data.value_range", where, len(seen), max(most for _, most in seen))
+        log.warning("%s: the %d pictures looked at are next to black, with no value above %d of 255; look at the files%s",
+                    where, len(seen), max(most for _, most in seen), advice)

@@ -62,7 +62,8 @@ class ImageDataSettings:
     max_image_pixels: PositiveInt = IMAGE_PIXELS
     """An image of more pixels counts as damaged: it is not decoded."""
     max_image_bytes: PositiveInt = IMAGE_BYTES
-    """An image whose file has more bytes counts as damaged."""
+    """An image whose file has more bytes counts as damaged. A .tar.gz that grows to more, and to over 200 times its size, is
+    refused."""
     max_array_bytes: PositiveInt = ARRAY_BYTES
     """Of a .npz file's array in memory; a larger one is refused before it is read."""
     lanes: PositiveInt = 48

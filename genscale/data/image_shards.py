@@ -7,6 +7,7 @@ import logging
 import re
 import tarfile
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from genscale.data.image_paths import content_at
 from genscale.data.image_settings import ARRAY_BYTES, IMAGE_BYTES
 from genscale.data.image_tars import LABEL_BYTES, LABELS, Archive, CheckedInfo, Group
 from genscale.data.readers import Row, Shard, TableShard, damaged
-from genscale.data.source_file import SourceFile
+from genscale.data.source_file import SourceFile, TooLarge
 from genscale.data.spec import Spec
 from genscale.errors import UserError, as_utf8, nearest
 
@@ -112,13 +113,15 @@ class ImageSpec(Spec):
 
     Attributes:
         image, label: columns of the images and of their labels; None: labels are not read.
-        classes: names of the classes, where the settings give them.
+        classes: names of the classes, where they are known.
+        renames: the settings give them, so that they may call a table's own classes otherwise.
         max_image_bytes, max_array_bytes, value_range: see `ImageDataSettings`.
     """
 
     image: str = "image"
     label: str | None = None
     classes: tuple[str, ...] | None = None
+    renames: bool = False
     max_image_bytes: int = IMAGE_BYTES
     max_array_bytes: int = ARRAY_BYTES
     value_range: tuple[float, float] | None = None
@@ -206,8 +209,7 @@ class ImageTableShard(TableShard):
         names = _names_of((rows.schema.metadata or {}).get(b"huggingface"), self.spec.label)
         if not names:
             return labels
-        renamed = self.spec.classes and not {composed(name) for name in self.spec.classes}.intersection(names)
-        if renamed:
+        if self.spec.renames and not {composed(name) for name in self.spec.classes}.intersection(names):
             return [None if label == -1 else label for label in labels]
         return [names[label] if isinstance(label, int) and 0 <= label < len(names) else None if label == -1 else label
                 for label in labels]
@@ -243,7 +245,7 @@ class TarShard(Shard):
         mode, base = ("r|", offset) if streamed else ("r:", 0)
         where = f"{self.spec.where}: {self.name}"
         try:
-            with (self.file.open(offset) as file,
+            with (self.file.open(offset, self.spec.max_image_bytes) as file,
                   closing(tarfile.open(fileobj=file, mode=mode, tarinfo=CheckedInfo)) as opened):
                 archive = Archive(opened, image_endings(), self.spec.max_image_bytes, where, streamed)
                 for begin, groups in archive.groups():
@@ -252,6 +254,9 @@ class TarShard(Shard):
                         if row >= start and row % modulus == residue:
                             yield Row(row, self._record(archive, group), place)
                         row += 1
+        except TooLarge as error:
+            raise UserError(f"data.max_image_bytes={self.spec.max_image_bytes:,}: {where} is too large: {error}; remove it, "
+                            "decompress it, or raise the bound to its size") from None
         except theirs as error:
             raise UserError(f"{where} is damaged or not what its name says ({type(error).__name__}: {error}); mend or remove "
                             "it") from None
@@ -272,13 +277,20 @@ class TarShard(Shard):
         if len(content) > LABEL_BYTES:
             raise UserError(f"{where} is too large for a label (more than {LABEL_BYTES:,} bytes); mend it")
         if kind == "cls":
-            text = content.decode(errors="replace").strip()
-            return label_of(int(text) if INTEGER.fullmatch(text) else text)
+            text = (label_of(content.removeprefix(BOM_UTF8)) or "").strip()
+            return int(text) if INTEGER.fullmatch(text) else text or None
         try:
             fields = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where} is no JSON ({error}); mend it") from None
-        return label_of(fields.get(self.spec.label)) if isinstance(fields, dict) else None
+        if not isinstance(fields, dict):
+            raise UserError(f"{where} holds {fields!r:.60}, and a label is read from an object with the field "
+                            f"{self.spec.label}; mend it, or write labels as .cls")
+        if self.spec.label not in fields:
+            raise UserError(f"data.label_column={self.spec.label}: {group.key}.json of {self.name} of {self.spec.where} has "
+                            f"the fields {', '.join(fields)}{nearest(self.spec.label, fields)}; set data.label_column to the "
+                            "one that holds the labels, or data.labels to false")
+        return label_of(fields[self.spec.label])
 
 
 @lru_cache

@@ -142,7 +142,8 @@ def first_images(stream: ImageStream, count: int, spec: ImageSpec, classes: Clas
 def _packed(shards: Sequence[Shard], spec: ImageSpec, classes: Classes | None) -> PackedSet | None:
     """All images of the shards, or None where they exceed `MEMORY_LIMIT` (compressed files and streams tell only when read)."""
     size = known_size(shards)
-    if size is None or size > MEMORY_LIMIT or any(isinstance(shard, TarShard) and not shard.size for shard in shards):
+    if size is None or size > MEMORY_LIMIT or any(
+            isinstance(shard, TarShard) and not shard.size and is_url(shard.file.path) for shard in shards):
         return None
     records, size = [], 0
     for shard in shards:

@@ -2,7 +2,7 @@
 
 A member's key is its path up to the first dot of its name, and the rest is what it is of the sample: `a/7.png`, `a/7.cls`,
 `a/7.mask.png`. Where no member of a key is the image itself, the names have dots of their own (`7.5.png`), and the key reaches
-to the last one. Nothing is ever unpacked, and no link is followed.
+to the last one. Nothing is ever unpacked, no link is followed, and what is hidden is left out, as in folders.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from genscale.data.folders import is_hidden
 from genscale.errors import UserError
 
 LABELS = ("cls", "json")
@@ -103,7 +104,10 @@ class Archive:
             self._archive.members = []  # tarfile keeps a list of all it has seen
             folder, _, base = info.name.rpartition("/")
             stem, _, what = base.partition(".")
-            if not stem or info.isdir():
+            if info.isdir():
+                continue
+            if not stem or any(is_hidden(part) for part in folder.split("/") if part.strip(".")):
+                self.left.add(info.name)
                 continue
             key = f"{folder}/{stem}" if folder else stem
             if group.key != key:

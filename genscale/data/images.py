@@ -67,13 +67,13 @@ class ImageData(Data):
         self.classes = opened.classes if settings.labels else None
         aside = self._other_validation_set() if own else opened.validation
         self.order: ShuffledImages | StreamedImages | None = None
+        trained: np.ndarray | None = None
         held, whole = (None if aside is None else (aside, np.arange(len(aside)))), None
-        if own and for_training:
-            say_seen(f"data.validation_source={settings.validation_source}", self._spec.where, aside.places,
-                     opened.training.places)
+        seen = own and for_training and say_seen(f"data.validation_source={settings.validation_source}", self._spec.where,
+                                                 aside.places, opened.training.places)
         if for_training or held is None:
             whole = self._picture(opened.training, self._spec.where, settings.crop, settings.flip)
-            self.order, out = self._ordered(opened.training, whole, hold_out=held is None)
+            self.order, out, trained = self._ordered(opened.training, whole, hold_out=held is None)
             held = held or out
         crop = "none" if settings.crop == "none" else "center"
         if aside is None:
@@ -84,7 +84,13 @@ class ImageData(Data):
             _check_alike(whole, picture, where)
         chosen = self._chosen(held[1])
         self._validation = self._validation_samples(held[0], chosen, picture)
-        self._validation_digest = _digest(held[0], chosen) if aside is not None else None
+        self._validation_digest: str | None = None
+        if aside is not None:
+            hashes = np.fromiter((content_hash(aside.read(index)) for index in chosen.tolist()), np.uint64, len(chosen))
+            if trained is not None and not seen:
+                _say_copies(hashes, trained, where)
+            # Of what is in the files: what decoders make of them differs between machines.
+            self._validation_digest = digest_of([hashes] if aside.labels is None else [hashes, aside.labels[chosen]])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_validation": []}  # worker processes read lanes
@@ -120,15 +126,16 @@ class ImageData(Data):
         return held
 
     def _ordered(self, images: ImageSet | ImageStream, picture: Picture,
-                 hold_out: bool) -> tuple[ShuffledImages | StreamedImages, tuple[ImageSet, np.ndarray] | None]:
-        """The lanes, and the images held out of them: a set, and which of its images."""
+                 hold_out: bool) -> tuple[ShuffledImages | StreamedImages, tuple[ImageSet, np.ndarray] | None,
+                                          np.ndarray | None]:
+        """The lanes; the images held out of them: a set, and which of its images; and the hashes of all, of no stream."""
         settings = self.settings
         if isinstance(images, ImageStream):
             order = StreamedImages(images, self._reader(picture), self._classes, self.seed, picture.draws)
             if not hold_out:
-                return order, None
+                return order, None, None
             out = first_images(images, settings.validation_images, self._spec, self._classes)
-            return order, (out, np.arange(len(out)))
+            return order, (out, np.arange(len(out))), None
         hashes = images.hashes()
         held = _held_out(hashes, settings.validation_fraction if hold_out else 0.0)
         if hold_out and held.all():
@@ -139,7 +146,7 @@ class ImageData(Data):
                                draws=picture.draws, labelled=settings.labels, identity=digest(images, hashes))
         if settings.labels and (unevenness := uneven(images.classes, order.class_counts())):
             log.warning("%s: %s", self._spec.where, unevenness)
-        return order, (images, np.flatnonzero(held))
+        return order, (images, np.flatnonzero(held)), hashes
 
     def _chosen(self, indices: np.ndarray) -> np.ndarray:
         """Those to validate on."""
@@ -207,12 +214,16 @@ def _spec(key: str, source: Sequence[str] | str, settings: ImageDataSettings, sp
     return ImageSpec(key, f"{locations[0]} and {len(several) - 1} more" if several else locations[0], settings.subset,
                      split or settings.split, locations=several, image=settings.image_column,
                      label=settings.label_column if settings.labels else None, classes=tuple(names) if names else None,
+                     renames=bool(settings.class_names),
                      retry_minutes=settings.retry_minutes, max_image_bytes=settings.max_image_bytes,
                      max_array_bytes=settings.max_array_bytes, value_range=settings.value_range)
 
 
 def _refuse_unheeded(settings: ImageDataSettings) -> None:
-    """Settings of hub datasets and tables where there is neither. Raises UserError."""
+    """Settings of hub datasets and tables where there is neither, and a range that is none. Raises UserError."""
+    if settings.value_range and settings.value_range[0] == settings.value_range[1]:
+        raise UserError(f"data.value_range: {list(settings.value_range)} makes black and white the same; give two numbers, "
+                        "as in [0, 255]")
     locations = [settings.source] if isinstance(settings.source, str) else settings.source
     if settings.validation_source is not None:
         own = settings.validation_source
@@ -246,10 +257,12 @@ def _check_alike(training: Picture | None, validation: Picture, where: str) -> N
                         "data.value_range", where, range_.white, mode, of_training.white)
 
 
-def _digest(images: ImageSet, chosen: np.ndarray) -> str:
-    """Of what is in the files: what decoders make of them differs between machines."""
-    hashes = np.fromiter((content_hash(images.read(index)) for index in chosen.tolist()), np.uint64, len(chosen))
-    return digest_of([hashes] if images.labels is None else [hashes, images.labels[chosen]])
+def _say_copies(hashes: np.ndarray, trained: np.ndarray, where: str) -> None:
+    """A line in the log where most of the images to validate on are also trained on, by their content."""
+    both = int(np.isin(hashes, trained).sum())
+    if 2 * both > len(hashes):
+        log.warning("%s: %d of its %d images are trained on too, under other names; its loss says little about what the model "
+                    "has not seen", where, both, len(hashes))
 
 
 def _held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:

@@ -17,7 +17,7 @@ from genscale.data.image_labels import composed
 from genscale.data.images import ImageData
 from genscale.errors import UserError, nearest
 from genscale.evaluation.image_generation import decoded, latents
-from genscale.evaluation.sample_files import empty_folder, write_images_npz, write_picture, write_pictures
+from genscale.evaluation.sample_files import empty_folder, picture_of_run, write_images_npz, write_picture, write_pictures
 from genscale.evaluation.trained_run import TrainedRun
 from genscale.models.image_grid import grid, tile_scale
 from genscale.models.lettering import class_captions
@@ -100,7 +100,7 @@ def sample_images(run: TrainedRun, settings: ImageSampling) -> None:
         _check_size(run, settings)
         picture = {"sample": _samples, "interpolate": _walks, "reconstruct": _reconstructions,
                    "traverse": _traversals}[mode](run, settings, only)
-        file = out or run.folder / "samples" / f"{mode}-seed{settings.seed}.png"
+        file = out or picture_of_run(run.folder, f"{mode}-seed{settings.seed}")
         write_picture(file, picture)
         height, width, _ = picture.shape
         print(f"{file} ({width} x {height} pixels)")
@@ -197,6 +197,8 @@ def _samples(run: TrainedRun, settings: ImageSampling, only: int | None) -> np.n
 
 def _walks(run: TrainedRun, settings: ImageSampling, only: int | None) -> np.ndarray:
     rows, columns = _rows_and_columns(settings)
+    if columns == 1:
+        raise UserError("--columns: 1 has room for one end of a walk alone; give at least 2 to --interpolate")
     ends = latents(run.objective, settings.seed, torch.arange(2 * rows))
     shares = torch.linspace(0, 1, columns)
     points = torch.cat([spherical(ends[2 * row], ends[2 * row + 1], shares) for row in range(rows)])

@@ -47,6 +47,10 @@ SHOWN_CLASSES = 12
 FeatureNetwork = Classifier | RandomFeatures | InceptionFeatures
 
 
+class TooFewImages(UserError):
+    """Fewer than the scores of generated images take."""
+
+
 @dataclass
 class ImageScoring:
     """How to score generated images."""
@@ -74,7 +78,8 @@ def score_images(run: TrainedRun, settings: ImageScoring) -> dict[str, Any]:
     other, and of uniform noise against real images.
 
     Raises:
-        UserError: features that cannot be had, or too few images for them.
+        TooFewImages: the features take more.
+        UserError: features that cannot be had.
     """
     data, kind = _data_and_kind(run, settings)
     reals = data.validation()
@@ -154,8 +159,9 @@ def _check_counts(kind: str, count: int, reals: int) -> None:
     width = {"classifier": Classifier, "random": RandomFeatures, "inception": InceptionFeatures}[kind].width
     for key, number in (("data.validation_images", reals), ("--count", count)):
         if number <= width:
-            raise UserError(f"{key}: {number} images are too few for the {width} features of {kind}, whose covariance they "
-                            f"leave singular; at least {width + 1} are needed")
+            more = ", as --on SOURCE gives (or data.validation_fraction)" if number == reals else ""
+            raise TooFewImages(f"{key}: {number} images are too few for the {width} features of {kind}, whose covariance they "
+                               f"leave singular; at least {width + 1} are needed{more}")
 
 
 class _Features:

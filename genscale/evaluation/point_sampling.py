@@ -10,7 +10,7 @@ import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from genscale.evaluation.image_generation import latents
-from genscale.evaluation.sample_files import write_array, write_picture
+from genscale.evaluation.sample_files import picture_of_run, write_array, write_picture
 from genscale.evaluation.trained_run import TrainedRun
 from genscale.objectives.points import draw_points
 
@@ -44,7 +44,7 @@ def sample_points(run: TrainedRun, settings: PointSampling) -> None:
         drawn = latents(objective, settings.seed, numbers).to(run.device)
         parts.append(objective.generate(objective.networks, drawn).cpu().numpy())
     points = np.concatenate(parts)
-    file = Path(settings.out) if settings.out else run.folder / "samples" / f"sample-seed{settings.seed}.png"
+    file = Path(settings.out) if settings.out else picture_of_run(run.folder, f"sample-seed{settings.seed}")
     if file.suffix in (".npz", ".csv"):
         write_array(file, "points", points)
     else:

@@ -25,6 +25,14 @@ LONGEST_NAME = 200
 """Bytes of a class in the name of a file, of which file systems take 255."""
 
 
+def picture_of_run(folder: Path, name: str) -> Path:
+    """Where a picture lies in a run folder that may be a stranger's. Raises UserError where a link leads out of it."""
+    file = folder / "samples" / f"{name}.png"
+    if link := next((path for path in (file.parent, file) if path.is_symlink()), None):
+        raise UserError(f"--out: {link} is a link, and nothing is written through one; remove it, or give --out a file")
+    return file
+
+
 def empty_folder(folder: Path) -> None:
     """Make the folder that `write_pictures` fills. Raises UserError where it holds something or cannot be made."""
     try:

@@ -18,6 +18,7 @@ from genscale.config_keys import as_key
 from genscale.config_parser import parse_config, parse_settings, split_flags, take_number, take_text
 from genscale.data.lanes import Sample
 from genscale.errors import UserError
+from genscale.evaluation.image_scores import TooFewImages
 from genscale.evaluation.likelihood import check_likelihood, likelihood
 from genscale.evaluation.scorers import SCORERS, Scorer
 from genscale.evaluation.trained_run import TrainedRun
@@ -115,8 +116,15 @@ def _scores(config: Config, checkpoint: Checkpoint | Published, scorer: Scorer, 
     run = open_run(config, checkpoint, settings.live)
     if settings.importance_samples is not None:
         check_likelihood(run, settings.importance_samples)
-    report = scorer.run(run, settings)
-    if hasattr(run.objective, "encode"):
+    encodes = hasattr(run.objective, "encode")
+    try:
+        report = scorer.run(run, settings)
+    except TooFewImages as error:
+        if not encodes:
+            raise
+        print(f"warning: {error}; the scores of generated images are left out", file=sys.stderr)
+        report = {}
+    if encodes:
         samples = _samples(config)
         report["validation"] = _validation(run, samples)
         if settings.importance_samples is not None:  # the longest last: what is wrong has shown before

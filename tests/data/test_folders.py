@@ -185,8 +185,6 @@ def test_first_words(names: str, training: str, validation: str) -> None:
 @pytest.mark.parametrize("folders", ["train test", "Train TEST docs", "data/training data/validation", "train val .git"])
 def test_a_test_set_is_held_out_whatever_else_is_there(tmp_path: Path, kind: str, folders: str,
                                                        caplog: pytest.LogCaptureFixture) -> None:
-    if kind == "png":
-        folders = folders.replace("data/", "")
     first, second, *others = folders.split()
     for number in range(8):
         write(tmp_path / first / "x" / f"{number}.{kind}", number)
@@ -199,6 +197,14 @@ def test_a_test_set_is_held_out_whatever_else_is_there(tmp_path: Path, kind: str
     assert [line for line in said if "what else is there is not read (docs)" in line] == said * ("docs" in folders)
     aside = numbers(kind, tmp_path / first, validation_source=str(tmp_path))  # a source has its own test set
     assert aside == (list(range(8)), list(range(20, 28)))
+
+
+@pytest.mark.parametrize("folders", ["bottle/train bottle/test cable/train cable/test", "images/train images/val masks/train"])
+def test_a_test_set_in_each_folder_is_not_clear(tmp_path: Path, folders: str) -> None:
+    for number, folder in enumerate(folders.split()):
+        write(tmp_path / folder / "x" / f"{number}.png", number)
+    with pytest.raises(UserError, match=r"its folder (bottle|images) has folders train and (test|val) of its own, .*give .*/"):
+        images(tmp_path)
 
 
 def test_a_test_file_is_held_out_of_text(tmp_path: Path) -> None:
@@ -283,6 +289,18 @@ def test_a_validation_set_that_is_trained_on_is_warned_of(tmp_path: Path, kind: 
     if kind == "txt" or not validation.endswith(".txt"):
         numbers(kind, tmp_path / "root", validation_source=str(tmp_path / validation))
         assert f"data.validation_source={tmp_path}/{validation}: all of it is trained on too" in caplog.text
+
+
+def test_copies_in_the_validation_set_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(8):
+        write(tmp_path / "train" / f"{number}.png", number)
+        write(tmp_path / "val" / f"copy{number}.png", number if number < 6 else number + 20)
+        write(tmp_path / "other" / f"{number}.png", number + 4)
+    images(tmp_path)
+    assert "validation set: 6 of its 8 images are trained on too" in caplog.text
+    caplog.clear()
+    images(tmp_path / "train", validation_source=str(tmp_path / "other"))
+    assert "trained on too" not in caplog.text  # a few are in many sets
 
 
 @pytest.mark.skipif(not CASES.is_dir(), reason="the cases lie beside the repository where it is built")

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,12 @@ from genscale.errors import UserError
 COUNT = 40
 
 
+class Said(NamedTuple):
+    """What stands in a label's file."""
+
+    content: bytes
+
+
 def png(number: int) -> bytes:
     """A picture of 4x4 pixels that are all its number."""
     file = io.BytesIO()
@@ -37,7 +43,10 @@ def write_tar(path: Path, label: Callable[[int], Any], kind: str = "cls") -> Pat
     with tarfile.open(path, "w") as archive:
         for number in range(COUNT):
             said = label(number)
-            said = str(said).encode() if kind == "cls" else json.dumps({"label": said}).encode()
+            if isinstance(said, Said):
+                said = said.content
+            else:
+                said = str(said).encode() if kind == "cls" else json.dumps({"label": said}).encode()
             for ending, data in (("png", png(number)), (kind, said)):
                 member = tarfile.TarInfo(f"{number:03}.{ending}")
                 member.size = len(data)
@@ -133,6 +142,8 @@ def test_a_number_counts_the_classes_where_none_is_called_by_one(tmp_path: Path)
         opened(source, class_names=["7", "8", "9"])
     with pytest.raises(UserError, match="the label 1, which may be the class 01 or 1.0; set data.class_names"):
         opened(source, class_names=["0", "01", "1.0", "2"])
+    with pytest.raises(UserError, match=r"label 2, which is none of the 2 classes a, b \(a number counts them, from 0 to 1\)"):
+        opened(source, class_names=["a", "b"])
     with pytest.raises(UserError, match="data.class_names: two classes of .* are called é"):
         opened(source, class_names=["é", "x", unicodedata.normalize("NFD", "é")])
 
@@ -150,6 +161,9 @@ def test_each_table_counts_its_own_classes(tmp_path: Path) -> None:
     assert named(opened(one, class_names=["3", "2", "10"])) == expected(lambda number: ["10", "2", "3"][number % 3])
     assert named(opened(one, class_names=["x", "y", "z"])) == expected(lambda number: "xyz"[number % 3])
     unlabelled = write_table(tmp_path / "b.parquet", lambda number: -1 if number == 7 else 0, ["a", "b"])
+    other = write_table(tmp_path / "c.parquet", lambda number: number % 3, ["cat", "dog", "owl"])
+    with pytest.raises(UserError, match="validation_source=.*row 0 of c.parquet has the label 'cat', which is none of the 3"):
+        opened(one, validation_source=str(other))
     with pytest.raises(UserError, match="1 of 40 have none, the first is row 7 of b.parquet|row 7 of b.parquet .*has no label"):
         opened(unlabelled)
 
@@ -164,6 +178,23 @@ def test_composed_and_decomposed_names_are_one_class(tmp_path: Path) -> None:
             data = opened(source, class_names=names)
             assert set(data.classes) == {"tea", composed}
             assert named(data) == expected(lambda number: composed if number % 3 else "tea")
+
+
+def test_bytes_of_other_encodings_are_names_of_their_own(tmp_path: Path) -> None:
+    write = lambda path, name: write_tar(path, lambda number: Said(name(number)))  # noqa: E731
+    assert opened(write(tmp_path / "a.tar", lambda number: bytes([0xE8 + number % 2]))).classes == ["\\xe8", "\\xe9"]
+    assert named(opened(write(tmp_path / "b.tar", lambda number: f"{number % 3}".encode("utf-8-sig")))) == expected(
+        lambda number: number % 3)
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    ({"class": 1, "id": 2}, "data.label_column=label: 000.json of a.tar of .* has the fields class, id; set data.label_co"),
+    (3, "000.json of a.tar holds 3, and a label is read from an object with the field label"),
+])
+def test_json_without_the_label_is_named(tmp_path: Path, content: Any, words: str) -> None:
+    source = write_tar(tmp_path / "a.tar", lambda number: Said(json.dumps(content).encode()), "json")
+    with pytest.raises(UserError, match=words):
+        opened(source)
 
 
 @pytest.mark.parametrize(("label", "words"), [
@@ -190,6 +221,10 @@ def test_empty_and_single_classes_are_said(tmp_path: Path, caplog: pytest.LogCap
     caplog.clear()
     data = opened(tmp_path / "a.tar", class_names=["1", "2", "3"])
     assert named(data) == expected(lambda number: number % 3 + 1) and "no image" not in caplog.text
+    write_folders(tmp_path / "folders", lambda number: "ab"[number % 2])
+    (tmp_path / "folders" / "c").mkdir()
+    (tmp_path / "folders" / ".git").mkdir()
+    assert opened(tmp_path / "folders").classes == ["a", "b"] and "its folder c holds no image" in caplog.text
     write_arrays(tmp_path / "a.npz", lambda number: f"caption {number:02}")
     opened(tmp_path / "a.npz", validation_source=str(tmp_path / "a.npz"))
     assert "40 images to train on are of 40 classes" in caplog.text

@@ -142,6 +142,22 @@ def test_blank_sources_are_warned_of(genscale: Callable, tmp_path: Path, pixels:
     assert (said is None) == ("looked at" not in caplog.text) and (said or "") in caplog.text
 
 
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_range_that_no_picture_heeds_is_said(tmp_path: Path, deep: bool, caplog: pytest.LogCaptureFixture) -> None:
+    pixels = (SHADES > 0.5).astype(np.int32 if deep else np.uint8)
+    assert decoded(folder(tmp_path / "images", pixels), value_range=(0, 1)).max() == (255 if deep else 1)
+    assert ("data.value_range=[0, 1] has no effect: none of the " in caplog.text) == (not deep)
+    assert ("look at the files, which must use the whole range" in caplog.text) == (not deep)
+
+
+@pytest.mark.parametrize("range_", [None, (0, 1)])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_arrays_with_numbers_that_are_none_are_refused(tmp_path: Path, range_: tuple | None, value: float) -> None:
+    np.savez(tmp_path / "a.npz", images=np.where(SHADES > 0.5, value, SHADES))
+    with pytest.raises(UserError, match="the array images of a.npz is float64 and holds values that are no numbers; replace"):
+        decoded(tmp_path / "a.npz", value_range=range_)
+
+
 def test_numbers_that_are_none_are_named() -> None:
     broken = np.full((4, 4), np.nan, np.float32)
     with pytest.raises(DamagedImage, match="it holds values that are no numbers"):

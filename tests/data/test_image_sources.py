@@ -232,6 +232,7 @@ def wrong(tmp_path: Path) -> Path:
     ("float.npz", {}, ["data.value_range=None: ", "float64", "from -3000.5 to"]),
     ("labels.npz", {}, ["the array labels", "one for each of the 6"]),
     ("none.npz", {}, ["data.labels=true: ", "data.labels to false"]),
+    ("good.npz", {"value_range": (5.0, 5.0)}, ["data.value_range: [5.0, 5.0] makes black and white the same"]),
     ("good.npz", {"class_names": ["a", "b"]}, ["the label 2", "none of the 2 classes a, b", "data.class_names"]),
     ("damaged.npz", {}, ["damaged.npz cannot be read"]),
     ("damaged.parquet", {}, ["damaged.parquet is damaged or not what its name says"]),

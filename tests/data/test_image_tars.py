@@ -94,6 +94,27 @@ def test_links_and_devices_are_not_followed(path: Path, caplog: pytest.LogCaptur
     assert "4 of its files belong to no image, the first is a.png" in caplog.text
 
 
+def test_what_is_hidden_is_left_out(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = [".git/1.png", "./a/1.png", "a/._1.png", "__MACOSX/a/1.png", "a/.b/1.png", "../a/2.png", "2.png"]
+    write(path, [(name, png(number)) for number, name in enumerate(names)])
+    assert [key for key, _, _ in found(path)] == ["./a/1", "../a/2", "2"]
+    assert f"{path.name}: 4 of its files belong to no image, the first is .git/1.png" in caplog.text
+
+
+@pytest.mark.parametrize("member", ["b.bin", "b.png"])
+def test_an_archive_that_grows_beyond_all_bounds_is_refused(tmp_path: Path, member: str) -> None:
+    source = write(tmp_path / "a.tar.gz", {"1.png": png(1), member: bytes(10**6)})
+    assert len(list(shard(source).rows())) > 0  # below the bound it may
+    with pytest.raises(UserError, match="data.max_image_bytes=1,000: .*a.tar.gz is too large: it decompresses to over 200 "):
+        list(shard(source, max_image_bytes=1000).rows())
+
+
+def test_an_empty_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").touch()
+    with pytest.raises(UserError, match="a.tar is damaged or not what its name says .ReadError: empty file"):
+        ImageData(ImageDataSettings(source=str(tmp_path / "a.tar"), labels=True), 1)
+
+
 def test_a_damaged_header_is_not_the_end(path: Path) -> None:
     write(path, {f"{i}.png": png(i) for i in range(4)})
     with tarfile.open(path) as archive:
