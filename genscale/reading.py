@@ -27,6 +27,8 @@ MAX_DEPTH = 64
 """Levels of lists and mappings, one in the other."""
 MAX_VALUES = 200_000
 """Of a YAML file: a second or two of reading."""
+MAX_DIGITS = 4000
+"""Of a whole number in a YAML file; Python's own limit is a little more."""
 MAX_REPEATED = 10_000
 """Values that the aliases of a YAML file may stand for in all."""
 KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
@@ -134,7 +136,8 @@ def parse_yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise Unreadable(f"is not valid YAML: {where}{error.problem or error.context}") from error
+        what = ": ".join(filter(None, (error.context if error.problem == "second occurrence" else None, error.problem)))
+        raise Unreadable(f"is not valid YAML: {where}{what or error.context}") from error
     except Unreadable:
         raise
     except (yaml.YAMLError, ValueError) as error:
@@ -235,6 +238,8 @@ def _construct_bool(loader: _Loader, node: yaml.ScalarNode) -> bool:
 
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
     value = loader.construct_scalar(node)
+    if len(value) > MAX_DIGITS:
+        raise ValueError(f"a number has {len(value):,} digits, and at most {MAX_DIGITS:,} are read")
     return int(value[2:], {"0o": 8, "0x": 16}[value[:2]]) if value[:2] in ("0o", "0x") else int(value)
 
 
