@@ -16,7 +16,7 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -45,14 +45,36 @@ def read_bytes(path: str | Path, limit: int | None = None) -> bytes:
         OSError: it cannot be read.
         Unreadable: it is larger, or no plain file.
     """
-    _check_plain(os.stat(path), path)  # before it is opened: to open a device may do something
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with open(descriptor, "rb") as file:
-        _check_plain(os.fstat(descriptor), path)
+    with open_plain(path) as file:
         content = file.read() if limit is None else file.read(limit + 1)
     if limit is not None and len(content) > limit:
         raise Unreadable(f"has more than the {limit:,} bytes that are read of such a file")
     return content
+
+
+def read_lines(path: str | Path, limit: int) -> Iterator[str]:
+    """The lines of a plain file with their line breaks, of at most `limit` bytes each; what is no UTF-8 is replaced.
+
+    Raises as `read_bytes`."""
+    with open_plain(path) as file:
+        number = 0
+        while line := file.readline(limit + 1):
+            number += 1
+            if len(line) > limit:
+                raise Unreadable(f"has more than {limit:,} bytes in line {number}")
+            yield line.decode(errors="replace")
+
+
+def open_plain(path: str | Path) -> BinaryIO:
+    """A plain file, opened to be read. Raises as `read_bytes`."""
+    _check_plain(os.stat(path), path)  # before it is opened: to open a device may do something
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        _check_plain(os.fstat(descriptor), path)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
 
 
 def _check_plain(status: os.stat_result, path: str | Path) -> None:
