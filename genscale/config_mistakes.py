@@ -10,7 +10,8 @@ from typing import Any, get_args, get_type_hints
 from urllib.parse import urlsplit
 
 from genscale.config_keys import as_key, in_users_words
-from genscale.errors import UserError, as_utf8, is_utf8, nearest
+from genscale.config_numbers import WHOLE_NUMBERS
+from genscale.errors import UserError, as_utf8, is_utf8, nearest, shortened
 from genscale.masking import has_mask, has_password
 
 TYPE_WORDS = {
@@ -27,8 +28,6 @@ NO_SETTINGS = {"config", "help", "print_config"}
 """What the command line has besides settings."""
 
 
-WHOLE_NUMBERS = 2**63 - 1
-"""What fits wherever they go."""
 MOST = {"model.layers": 2000, "model.heads": 2**20, "model.kv_heads": 2**20, "model.head_width": 2**20,
         "model.mlp_width": 2**24, "model.positions": 2**30, "model.vocab_size": 2**30, "model.width": 2**17,
         "model.discriminator_width": 2**17, "model.hidden_width": 2**20, "model.latent": 2**24, "model.latents": 2**24,
@@ -84,12 +83,12 @@ def check_values(section: Any, prefix: str) -> None:
             raise UserError(f"{prefix}{as_key(name)}: must be {wanted}, not None; leave the key out for its default")
         if refusal := empty(f"{prefix}{as_key(name)}", value):
             raise refusal
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{prefix}{as_key(name)}: must be a finite number, not {value}")
         most = MOST.get(f"{prefix}{name}", WHOLE_NUMBERS)
-        for number in value if isinstance(value, list) else [value]:
+        for number in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{prefix}{as_key(name)}: must be a finite number, not {number}")
             if isinstance(number, int) and number > most:
-                raise UserError(f"{prefix}{as_key(name)}: must be at most {most}, not {number}")
+                raise UserError(f"{prefix}{as_key(name)}: must be at most {most}, not {shortened(str(number))}")
         for address in _texts(value):
             if not address.isascii() and not is_utf8(address):
                 raise UserError(f"{prefix}{as_key(name)}={as_utf8(address)}: is no UTF-8, as config.yaml and checkpoints must "
@@ -158,20 +157,25 @@ def one_line(message: str) -> str:
     text = re.sub(r'^(?:Parser key|argument) "?(?:--)?([\w.]+)"?:', r"\1:", text)
     if match := re.match(r"^([\w.]+): Not of type (\w+): (.*)$", text):
         key, kind, why = match.groups()
-        value = why.split(" does not conform")[0].rsplit(": ", 1)[-1]
+        value = re.split(r" does not conform| not an? (?:integer|number)$", why)[0].rsplit(": ", 1)[-1]
+        if found := re.search(r"argument must be .*, not '(\w+)'$", why):
+            value = {"NoneType": "null", "list": "a list", "dict": "a mapping"}.get(found[1], found[1])
         return f"{key}: must be {TYPE_WORDS.get(kind, kind)}, not {value}"
-    if match := re.match(r"^([\w.]+): Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)$", text):
+    if match := re.match(r"^([\w.]+): Expected a typing\.Literal\[(.*?)\]\. Got value: ?(.*)$", text):
         key, choices, value = match.groups()
         allowed = [choice.strip(" '\"") for choice in choices.split(",")]
-        return f"{key}: must be one of {', '.join(allowed)}, not {value}{nearest(value, allowed)}"
-    if match := re.match(r"^([\w.]+): Does not validate .* Subtypes: \[(.*?), <class 'NoneType'>\] .*Given value: (.*)$", text):
-        key, kind, value = match.groups()
+        return f"{key}: must be one of {', '.join(allowed)}, not {value or repr(value)}{nearest(value, allowed)}"
+    if match := re.match(r"^([\w.]+): Does not validate .* Subtypes: \[(.*?), <class 'NoneType'>\] .*Given value:(.*)$", text):
+        key, kind, value = match[1], match[2], match[3].strip()
         words = re.findall(r"(\w+)'", kind)
         wanted = f"one of {', '.join(words)}" if "Literal" in kind else TYPE_WORDS.get(words[-1] if words else kind, kind)
-        return f"{key}: must be {wanted}, or null, not {value}"
-    if match := re.match(r"^([\w.]+): Expected a <class '(\w+)'>\. Got value: (.*)$", text):
+        return f"{key}: must be {wanted}, or null, not {value or repr(value)}"
+    if match := re.match(r"^([\w.]+): Expected a <class '(\w+)'>\. Got value: ?(.*)$", text):
         key, kind, value = match.groups()
-        return f"{key}: must be {TYPE_WORDS.get(kind, kind)}, not {value}"
+        return f"{key}: must be {TYPE_WORDS.get(kind, kind)}, not {value or repr(value)}"
+    if match := re.match(r"^([\w.]+): Expected a tuple with (\d+) elements\. Got value: (.*)$", text):
+        key, count, value = match.groups()
+        return f"{key}: must be a list of {count}, not {value}"
     if match := re.match(r"^([\w.]+): Does not validate .* Subtypes: \[list\[str\].*Given value: (.*)$", text):
         return f"{match.group(1)}: must be text or a list of texts, not {match.group(2)}"
     return text[:600]

@@ -3,12 +3,16 @@ and `1_000`, `1:30` or digits of another script are none."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from genscale.config_keys import as_key
-from genscale.errors import UserError
+from genscale.errors import UserError, shortened
 from genscale.reading import Unreadable, parse_yaml
+
+WHOLE_NUMBERS = 2**63 - 1
+"""What fits wherever they go."""
 
 
 def number_keys(sections: Mapping[str, type]) -> set[str]:
@@ -22,7 +26,7 @@ def numbers_of(section: type) -> set[str]:
 
 
 def _is_number(kind: Any) -> bool:
-    kinds = list(_leaves(kind))
+    kinds = list(_leaves(get_args(kind)[-1] if get_origin(kind) is dict else kind))
     return str not in kinds and any(issubclass(each, (int, float)) and each is not bool for each in kinds)
 
 
@@ -49,7 +53,10 @@ def _check(path: str, value: Any) -> None:
         for each in value.values() if isinstance(value, dict) else value:
             _check(path, each)
     elif isinstance(value, str) and _number(value) is None and any(map(str.isdigit, value)):
-        raise UserError(f"{path}: must be a number, not {value!r}, which is a text in YAML 1.2; write it in plain digits")
+        raise UserError(f"{path}: must be a number, not {shortened(repr(value))}, which is a text in YAML 1.2; write it in "
+                        "plain digits")
+    elif isinstance(value, int) and abs(value) > sys.float_info.max:  # which nothing reckons with
+        raise UserError(f"{path}: must be at most {WHOLE_NUMBERS}, not {shortened(str(value))}")
 
 
 def with_plain_numbers(arguments: Sequence[str], keys: set[str]) -> list[str]:
@@ -70,10 +77,14 @@ def with_plain_numbers(arguments: Sequence[str], keys: set[str]) -> list[str]:
 def _plain(path: str, text: str) -> str:
     number = _number(text)
     if number is None:
-        if not text.startswith(("[", "{")):
-            _check(path, text)
+        try:
+            value = parse_yaml(text) if text.startswith(("[", "{")) else text
+        except Unreadable as error:
+            raise UserError(f"{path}: {shortened(text)} {error}") from None
+        _check(path, value)
         return text
-    return str(int(number)) if number == number // 1 and abs(number) < 2**53 else repr(number)
+    _check(path, number)
+    return str(int(number)) if number == number // 1 and abs(number) <= WHOLE_NUMBERS else repr(number)
 
 
 def _number(text: str) -> int | float | None:

@@ -11,6 +11,9 @@ from dataclasses import MISSING, fields
 from genscale.masking import masked
 from genscale.printable import printable
 
+LONGEST = 4000
+"""Characters of a message: more than any that genscale makes of names and paths that a system takes."""
+
 
 class UserError(Exception):
     """A wrong setting, path or file. Its message is one line: the key, the value, the reason, the nearest allowed setting;
@@ -23,7 +26,10 @@ class UserError(Exception):
     alone = False
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(as_utf8(masked(" ".join(str(message).split())))))
+        line = printable(as_utf8(masked(" ".join(str(message).split()))))
+        if len(line) > LONGEST:  # of a stranger's file, whose names and values may be as long as they please
+            line = f"{line[:LONGEST // 2]} ... {line[-LONGEST // 2:]}"
+        super().__init__(line)
 
 
 _NO_UTF8 = re.compile("[\ud800-\udfff]")
@@ -41,6 +47,11 @@ def as_utf8(name: str) -> str:
 
 class SourceLost(UserError):
     """The server of a run's data, or the hub, has not answered for as long as the run waits; nothing is wrong with the run."""
+
+
+def shortened(value: str) -> str:
+    """What is left of a value in a message: its beginning, where it is long."""
+    return value if len(value) <= 80 else f"{value[:60]}... ({len(value):,} characters)"
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -18,12 +18,15 @@ _PASSWORD = re.compile(r"(\b[a-z][a-z0-9+.-]{0,15}://)[^/\s?#'\"]*@", re.IGNOREC
 _WEB_PASSWORD = re.compile(r"https?://[^/\s?#'\"]*@", re.IGNORECASE)
 # As in ?token=..., &X-Amz-Signature=..., &sig=... (Azure), &Key-Pair-Id=... (CloudFront), ;jsessionid=..., #access_token=...
 _SECRET_NAME = re.compile(
-    r".*(?:token|secret|passw|pwd|signature|credential|api[-_]?key|access[-_]?key|key-pair-id|session|jwt|hmac|bearer).*"
-    r"|sig|sign|key|auth|authorization|policy|pass|passphrase|pin|otp|sas|sid|ticket", re.IGNORECASE)
+    r".*(?:token|secret|passw|passcode|pwd|signature|credential|cookie|csrf|xsrf|oauth|api[-_.]?key|access[-_.]?key|key-pair-id"
+    r"|session|jwt|hmac|bearer).*|(?:.*[-_.])?(?:key|auth|pw|psw|tok|creds?|(?:access|auth)[-_.]?code)(?:\[\])?"
+    r"|authkey|sig|sign|authorization|policy|pass|passphrase|pin|otp|sas|sid|ticket", re.IGNORECASE)
 _NAME_OF_A_FILE = re.compile(
     r".*(?:(?<![a-z])id|[a-z_-]id|uuid|guid|file|path|name|revision|commit|version|release|snapshot|checksum|digest|sha\d*|md5|hash"
     r"|etag)|rev|ref|tag|branch|dataset|split|config|subset|doi|cid|oid", re.IGNORECASE)
-_PARAMETER = re.compile(r"(?P<start>[?&#;])(?P<name>[^=&#;?\s]*)=(?P<value>(?:[^&#\s'\",;:)\]}]|:(?=\S))+)")
+_PARAMETER = re.compile(r"(?P<start>[?&#;])(?P<name>[^=&#;?\s]*)=(?P<value>(?:[^&#\s'\",;:)\]}]|:(?=\S)|['\",)\]}](?=\w))+)")
+_NAME_INSIDE = re.compile(r"(?:^|[~!,;?&#{\"'])\s*([\w.-]{1,64})[\"']?[=:]")
+"""Of what a value is made of in turn: as Akamai's exp=...~acl=...~hmac=..., another address, or JSON."""
 # Tokens that say what they are: JSON web tokens, and those of Hugging Face, GitHub, GitLab, Slack, OpenAI and Amazon.
 _KNOWN_SHAPE = re.compile(r"(?<![A-Za-z0-9])(?:eyJ[\w-]{5,}\.eyJ[\w-]{5,}(?:\.[\w-]*)?|hf_[A-Za-z0-9]{30,}"
                           r"|gh[pousr]_[A-Za-z0-9]{30,}"
@@ -46,9 +49,10 @@ def masked(text: str) -> str:
 
 
 def _masked_parameter(found: re.Match[str]) -> str:
-    name, value = unquote(found["name"]), found["value"]
+    name, value = unquote(found["name"]), unquote(found["value"])
     if _SECRET_NAME.fullmatch(name) or (name == "k" and not value.isdecimal()) or (
-            not _NAME_OF_A_FILE.fullmatch(name) and looks_secret(unquote(value))):
+            not _NAME_OF_A_FILE.fullmatch(name) and looks_secret(value)) or any(
+            map(_SECRET_NAME.fullmatch, _NAME_INSIDE.findall(value))):
         return f"{found['start']}{found['name']}={MASK}"
     return found[0]
 

@@ -16,7 +16,7 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -27,6 +27,8 @@ MAX_DEPTH = 64
 """Levels of lists and mappings, one in the other."""
 MAX_VALUES = 200_000
 """Of a YAML file: a second or two of reading."""
+MAX_DIGITS = 4000
+"""Of a whole number in a YAML file; Python's own limit is a little more."""
 MAX_REPEATED = 10_000
 """Values that the aliases of a YAML file may stand for in all."""
 KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
@@ -43,14 +45,36 @@ def read_bytes(path: str | Path, limit: int | None = None) -> bytes:
         OSError: it cannot be read.
         Unreadable: it is larger, or no plain file.
     """
-    _check_plain(os.stat(path), path)  # before it is opened: to open a device may do something
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with open(descriptor, "rb") as file:
-        _check_plain(os.fstat(descriptor), path)
+    with open_plain(path) as file:
         content = file.read() if limit is None else file.read(limit + 1)
     if limit is not None and len(content) > limit:
         raise Unreadable(f"has more than the {limit:,} bytes that are read of such a file")
     return content
+
+
+def read_lines(path: str | Path, limit: int) -> Iterator[str]:
+    """The lines of a plain file with their line breaks, of at most `limit` bytes each; what is no UTF-8 is replaced.
+
+    Raises as `read_bytes`."""
+    with open_plain(path) as file:
+        number = 0
+        while line := file.readline(limit + 1):
+            number += 1
+            if len(line) > limit:
+                raise Unreadable(f"has more than {limit:,} bytes in line {number}")
+            yield line.decode(errors="replace")
+
+
+def open_plain(path: str | Path) -> BinaryIO:
+    """A plain file, opened to be read. Raises as `read_bytes`."""
+    _check_plain(os.stat(path), path)  # before it is opened: to open a device may do something
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        _check_plain(os.fstat(descriptor), path)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
 
 
 def _check_plain(status: os.stat_result, path: str | Path) -> None:
@@ -134,7 +158,8 @@ def parse_yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise Unreadable(f"is not valid YAML: {where}{error.problem or error.context}") from error
+        what = ": ".join(filter(None, (error.context if error.problem == "second occurrence" else None, error.problem)))
+        raise Unreadable(f"is not valid YAML: {where}{what or error.context}") from error
     except Unreadable:
         raise
     except (yaml.YAMLError, ValueError) as error:
@@ -235,6 +260,8 @@ def _construct_bool(loader: _Loader, node: yaml.ScalarNode) -> bool:
 
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
     value = loader.construct_scalar(node)
+    if len(value) > MAX_DIGITS:
+        raise ValueError(f"a number has {len(value):,} digits, and at most {MAX_DIGITS:,} are read")
     return int(value[2:], {"0o": 8, "0x": 16}[value[:2]]) if value[:2] in ("0o", "0x") else int(value)
 
 

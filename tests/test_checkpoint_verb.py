@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from datetime import UTC, datetime
@@ -111,6 +112,16 @@ def test_consolidate_refuses(arguments, words, genscale, gan_run, tmp_path, monk
     message = genscale("checkpoint", "consolidate", gan_run, *options).message()
     assert all(word in message for word in words), message
     assert [path.name for path in tmp_path.iterdir()] == ["there"] and (tmp_path / "there").read_text() == "precious"
+
+
+def test_consolidate_writes_through_no_link(genscale, trained, tmp_path):
+    """Folders that all may write to: neither the file itself, nor one that it is written to first."""
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "out").symlink_to(tmp_path / "new")
+    (tmp_path / f".model.partial-{os.getpid()}").symlink_to(tmp_path / "precious")
+    assert "is there already" in genscale("checkpoint", "consolidate", trained, "--out", tmp_path / "out").message()
+    assert genscale("checkpoint", "consolidate", trained, "--out", tmp_path / "model").code == 0
+    assert (tmp_path / "precious").read_text() == "precious" and not (tmp_path / "new").exists()
 
 
 def test_consolidate_refuses_a_damaged_checkpoint(genscale, trained, tmp_path):

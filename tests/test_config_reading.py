@@ -20,7 +20,7 @@ from genscale.training.run_folder import config_yaml
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefghij", "bcdefghijk", strict=True))
-NUMBERS = {"010": 10, "0o10": 8, "0x10": 16, "1e3": 1000, "+7": 7, "1.0": 1, "12": 12}
+NUMBERS = {"010": 10, "0o10": 8, "0x10": 16, "1e3": 1000, "+7": 7, "1.0": 1, "1e18": 10**18}
 NO_NUMBERS = ["1:30", "1_000", "0b11", "1,000", "٣", "²", "10 000", "1__0"]
 
 
@@ -100,6 +100,24 @@ def test_what_only_python_or_version_1_1_takes_for_a_number_is_none(text: str) -
 def test_both_are_asked(tmp_path: Path) -> None:
     assert refused("train: {steps: 1:30}", tmp_path).startswith("train.steps: must be a number, not '1:30'")
     assert refused("run: {seed: 1}", tmp_path, "--train.steps", "1_000").startswith("train.steps: must be a number, not '1_0")
+
+
+@pytest.mark.parametrize(("flag", "text", "words"), [
+    ("train.steps", "~", "a whole number of at least 1, not "), ("train.steps", "5.5", "at least 1, not "),
+    ("train.steps", "[5]", "at least 1, not a list"), ("train.steps", "{a: 5}", "at least 1, not a mapping"),
+    ("train.steps", "9" * 400, "at most 9223372036854775807, not 999"), ("optimizer.lr", "9" * 400, "at most 922"),
+    ("optimizer.betas", f"[{'9' * 400}, 0.9]", "at most 922"), ("optimizer.betas", "[0.9]", "a list of 2, not [0.9]"),
+    ("optimizer.lr_of", f"{{a: {'9' * 400}}}", "at most 922"), ("optimizer.lr_of", "{a: .inf}", "a finite number, not inf"),
+    ("optimizer.lr_of", "{a: 1_0}", "a number, not '1_0'"), ("optimizer.lr", "true", "a number above 0, not ")])
+def test_what_is_no_number_is_said_in_plain_words(flag: str, text: str, words: str, tmp_path: Path) -> None:
+    section, key = flag.split(".")
+    for said in (refused(f"{section}: {{{key}: {text}}}", tmp_path), refused("run: {seed: 1}", tmp_path, f"--{flag}", text)):
+        assert said.startswith(f"{flag}: must be ") and words in said and len(said) < 200, said
+        assert "argument" not in said and "not an" not in said and "not a number" not in said
+
+
+def test_a_flag_gives_no_key_twice(tmp_path: Path) -> None:
+    assert "'a' twice" in refused("run: {seed: 1}", tmp_path, "--optimizer.lr_of", "{a: 1, a: 2}")
 
 
 # --- nothing is lost, and nothing is taken in from elsewhere ---------------------------------------------------------------

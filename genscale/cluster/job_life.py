@@ -28,7 +28,7 @@ from genscale.cluster.job_nodes import compare_nodes
 from genscale.cluster.slurm_commands import JOB
 from genscale.errors import UserError
 from genscale.printable import printable
-from genscale.reading import read_json
+from genscale.reading import read_json, read_text
 from genscale.training.checkpoint_names import latest_step
 from genscale.training.run_owner import RunOwner
 from genscale.writing import make_folder, no_link, write_whole
@@ -226,7 +226,9 @@ def _with_end(run: Path, life: Life, said: dict[str, Any] | None, code: int) -> 
     if said is None and code == exit_codes.DONE:
         how = "complete"  # on a full disk, say, it could not write so
     elif said is None and code == UNFIT:
-        how, reason = "unfit", (run / "jobs" / "exclude").read_text() if (run / "jobs" / "exclude").exists() else None
+        how = "unfit"
+        with contextlib.suppress(OSError, ValueError):  # there need not be any
+            reason = read_text(run / "jobs" / "exclude", LARGEST)
     elif said is None and code == exit_codes.USER_ERROR:
         how = "failed"
     elif said and said.get("signal"):

@@ -108,7 +108,7 @@ def row_of(run: Path, jobs: Sequence[Queued], hours: Mapping[str, float] | None 
     predicted = None
     if job and logged and steps and step < steps:
         recent = [line["step_seconds"] for line in logged[-RECENT:]]
-        predicted = min(sum(recent) / len(recent) * (steps - step), LONGEST)
+        predicted = max(0.0, min(sum(recent) / len(recent) * (steps - step), LONGEST))
     return Row(run, number, state, len(lives), step, steps, _loss(metrics), _speed(logged),
                job.time_left if job and job.state == "RUNNING" else None, predicted, note,
                gpu_hours(run, hours or {}, job.job if job and job.state != "PENDING" else None))
@@ -142,7 +142,9 @@ def _steps(run: Path) -> int | None:
     """In all, as the latest submission says, or else as the run itself."""
     for file in [*(Path(entry.kept) / "config.yaml" for entry in reversed(submitted(run))), run / "config.yaml"]:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            return int(read_yaml(file)["train"]["steps"])
+            steps = read_yaml(file)["train"]["steps"]
+            if type(steps) is int and 0 < steps < 2**63:
+                return steps
     return None
 
 

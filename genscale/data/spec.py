@@ -144,7 +144,7 @@ def parse_filters(key: str, filters: Mapping[str, Any] | None) -> tuple[Filter, 
 
 
 def _number(text: str) -> Any:
-    for kind in (int, float):
+    for kind in (int, float) if text.isascii() and "_" not in text else ():  # which Python alone would read
         try:
             return kind(text)
         except ValueError:

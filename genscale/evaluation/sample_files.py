@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import unicodedata
@@ -17,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from genscale.errors import UserError
+from genscale.writing import drafted
 
 SHOWN_AFTER_SECONDS = 2.0
 COPIED = 2**20
@@ -131,14 +131,10 @@ def _said(key: str, path: Path) -> Iterator[None]:
 @contextmanager
 def _replacing(file: Path) -> Iterator[Path]:
     """A file beside it, to be written, which takes its place once it is whole."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
     with _said("--out", file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with drafted(file) as draft:
             yield draft
-            os.replace(draft, file)
-        finally:
-            draft.unlink(missing_ok=True)
 
 
 def _shown(batches: Iterable[Tensor], count: int) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from genscale.errors import UserError
-from genscale.reading import Unreadable, parse_json, read_bytes
+from genscale.reading import MAX_JSON_BYTES, Unreadable, open_plain, parse_json, read_lines
 from genscale.writing import drafted, no_link
 
 
@@ -28,22 +28,23 @@ def _plain(value: Any) -> Any:
 
 def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """(line, record) of every whole line. A last line that was cut short by a kill or a full disk is left out."""
+    records = []
     try:
-        lines = read_bytes(path).decode(errors="replace").split("\n")
+        for number, line in enumerate(read_lines(path, MAX_JSON_BYTES), 1):
+            if not line.strip():
+                continue
+            try:
+                record, why = parse_json(line), "not a JSON object with a step"
+            except Unreadable as error:
+                record, why = None, str(error)
+            if isinstance(record, dict) and type(record.get("step")) is int and 0 <= record["step"] < 2**63:
+                records.append((line.removesuffix("\n"), record))
+            elif line.endswith("\n"):
+                raise UserError(f"{path}: line {number} is damaged ({why}); delete that line to go on")
     except Unreadable as error:
         raise UserError(f"{path} {error}") from None
-    records = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record, why = parse_json(line), "not a JSON object with a step"
-        except Unreadable as error:
-            record, why = None, str(error)
-        if isinstance(record, dict) and type(record.get("step")) is int and 0 <= record["step"] < 2**63:
-            records.append((line, record))
-        elif number < len(lines):
-            raise UserError(f"{path}: line {number} is damaged ({why}); delete that line to go on")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
     return records
 
 
@@ -77,7 +78,10 @@ class MetricsFile:
         except OSError as error:
             raise UserError(f"run.dir: cannot write to {self.path.parent} ({error.strerror}); set --run.dir to another "
                             "folder") from None
-        if not self.path.read_bytes().endswith(b"\n"):
+        with open_plain(self.path) as file:
+            file.seek(-min(1, os.fstat(file.fileno()).st_size), os.SEEK_END)
+            is_whole = file.read() == b"\n"
+        if not is_whole:
             self.drop(lambda record: False)
 
     def append(self, step: int, metrics: Mapping[str, Any]) -> None:

@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 LINE_SECONDS = 10.0
 """Least time between two plain lines."""
+LONGEST = 1e12
+"""Seconds that are said of what is left, 31,700 years."""
 BAR_FORMAT = "step {n_fmt}/{total_fmt} |{bar}|{desc}  {remaining} left"
 BAR_COLUMNS = 24
 """Of it without the numbers of steps and the description, with the least of a bar."""
@@ -121,4 +123,4 @@ class Progress:
     def _left(self, step: int) -> timedelta:
         # Wall time, so evaluation and checkpoints count: that is how long the person waits.
         seconds = (time.monotonic() - self._start) / max(step - self._first, 1) * max(self._total - step, 0)
-        return timedelta(seconds=round(seconds))
+        return timedelta(seconds=round(min(seconds, LONGEST)))

@@ -24,6 +24,7 @@ from PIL import Image
 from genscale.errors import UserError
 from genscale.reading import Unreadable, read_yaml
 from genscale.tracking.metrics_file import read_metrics
+from genscale.tracking.wandb_id import RUN_ID, read_run_id
 from genscale.tracking.wandb_log import OtherFormat, read_records, write_records
 
 Row = dict[tuple[str, ...], str]
@@ -34,7 +35,6 @@ STEP, RUNTIME, TIMESTAMP = ("_step",), ("_runtime",), ("_timestamp",)
 EVERY = ("config", "environment", "metric", "output", "output_raw", "stats", "telemetry")
 """Records that are simply taken over from every life. Others are put together here, or ask W&B for what no run of ours does:
 to upload files from anywhere on this machine, or to send messages."""
-RUN_ID = re.compile(r"[\w-]{1,128}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _described(run_folder: Path) -> Any:
 
     try:
         config = read_yaml(run_folder / "config.yaml")
-        run_id = (run_folder / "wandb" / "run_id").read_text().strip()
+        run_id = read_run_id(run_folder / "wandb")
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror}); W&B has kept nothing else of this run") from None
     except Unreadable as error:

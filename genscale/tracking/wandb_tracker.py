@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import html
 import logging
+import os
 import secrets
 import shlex
 import string
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from genscale.masking import masked
+from genscale.tracking.wandb_id import NAME, read_run_id
 from genscale.writing import make_folder, write_whole
 
 INIT_SECONDS = 8
@@ -31,9 +33,9 @@ class Unfinished(Exception):
 
 def _run_id(folder: Path) -> str:
     """The W&B run id kept in the folder, made when there is none: a resumed run must continue under the same id."""
-    path = folder / "run_id"
-    if path.exists() and (kept := path.read_text(encoding="utf-8").strip()):
-        return kept
+    path = folder / NAME
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or path.stat().st_size):
+        return read_run_id(folder)
     run_id = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
     write_whole(path, run_id + "\n")
     return run_id

@@ -16,6 +16,7 @@ from genscale.errors import UserError, nearest
 from genscale.printable import printable
 from genscale.training.checkpoints import Checkpoint, find_checkpoints
 from genscale.training.tensor_files import write_whole
+from genscale.writing import drafted
 
 ACTIONS = {
     "list": "step, size, age, validity and place in the data of each, and which are kept as the best or for ever",
@@ -71,14 +72,12 @@ def consolidate(checkpoint: Checkpoint, out: Path, network: str | None, live: bo
     if network is not None and network not in names:
         raise UserError(f"--network: {network} is not in {checkpoint.path}, which holds {', '.join(names)}"
                         f"{nearest(network, names)}")
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"--out: {out} is there already; give another name")
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
-        write_whole(partial, checkpoint.weights(network or names[0], averaged=not live))
-        partial.rename(out)
+        with drafted(out) as draft:
+            write_whole(draft, checkpoint.weights(network or names[0], averaged=not live))
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"--out: {out} cannot be written ({error.strerror or error})") from None
     print(out)
 

@@ -133,6 +133,12 @@ def test_a_password_is_read_from_netrc(tiny_text, tmp_path, monkeypatch) -> None
     ("https://h/x;jsessionid=1A#access_token=z&state=on", "https://h/x;jsessionid=***#access_token=***&state=on"),
     ("s3://AKIDX:s3cr@t@bucket/x and ftp://u@h/y", "s3://***@bucket/x and ftp://***@h/y"),
     ("https://h/eyJhbGciOi.eyJzdWIiOiIx.c2ln/a.txt of hf_abcdefghijklmnopqrstuvwxyz012345", "https://h/***/a.txt of ***"),
+    ("https://h/x?auth_key=a&api.key=b&key[]=c&oauth=d&cred=e&pw=f&access_code=g&cookie=h&csrf=i&passcode=j&keys=2",
+     "https://h/x?auth_key=***&api.key=***&key[]=***&oauth=***&cred=***&pw=***&access_code=***&cookie=***&csrf=***&passcode=***"
+     "&keys=2"),
+    ("https://h/x?token='a'b&sig=a,b)c, then", "https://h/x?token=***&sig=***, then"),
+    ("https://h/x?hdnts=exp=17~acl=/*~hmac=0a&url=https%3A%2F%2Fg%2F%3Ftoken%3Dz&j=%7B%22key%22%3A1%7D&q=a=b",
+     "https://h/x?hdnts=***&url=***&j=***&q=a=b"),
     # By shape: what is drawn by lot, under whatever name; not what says which file is meant.
     ("https://h/x?u=9f86d081884c7d659a2feaa0c55ad015", "https://h/x?u=***"),
     ("https://h/x?q=dBjftJeZ4CVP-mB92K27uhbUJU1p1r_wW1gFWFOEjXk", "https://h/x?q=***"),

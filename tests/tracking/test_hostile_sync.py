@@ -11,6 +11,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 from genscale.errors import UserError
 from genscale.tracking.wandb_lives import EVERY, Uploaded, join_lives
 from genscale.tracking.wandb_log import read_records, write_records
+from genscale.tracking.wandb_tracker import _run_id
 from genscale.verbs.sync import sync
 
 
@@ -51,6 +52,25 @@ def test_links_and_pipes_are_not_uploaded(run, tmp_path) -> None:
     assert set(joined.rows[4]) == {("_step",), ("loss",)}
     folder = joined.write(tmp_path / "out", Uploaded())
     assert [path.name for path in (folder / "files").rglob("*") if not path.is_dir()] == ["output.log"]
+
+
+def test_the_id_of_a_run_is_one_and_its_own(run, tmp_path) -> None:
+    (tmp_path / "key").write_text("0123456789abcdef0123456789abcdef01234567")
+    file = run / "wandb" / "run_id"
+    file.symlink_to(tmp_path / "key")
+    with pytest.raises(UserError, match="is a link"):
+        _run_id(run / "wandb")
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(UserError, match="named pipe"):
+        _run_id(run / "wandb")
+    file.unlink()
+    for content, words in ((b"\x1b[31m", "no id"), (b"a b", "no id"), (b"\xff\xfa", "no text|UTF"), (b"x" * 2000, "1,024")):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=words):
+            _run_id(run / "wandb")
+    file.write_text("")  # of a full disk
+    assert _run_id(run / "wandb") == _run_id(run / "wandb") == file.read_text().strip()
 
 
 def test_records_that_ask_for_more_are_left_out(run, tmp_path) -> None:

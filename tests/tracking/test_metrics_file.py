@@ -64,6 +64,16 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
         read_metrics(path)
 
 
+def test_what_is_no_file_of_lines_is_one_line(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with open(tmp_path / "huge", "wb") as file:
+        file.truncate(2**36)  # of holes
+    for read, name, words in ((read_metrics, "folder", "cannot be read"), (read_metrics, "huge", "67,108,864 bytes in line 1"),
+                              (MetricsFile, "huge", "67,108,864 bytes in line 1")):
+        with pytest.raises(UserError, match=words):
+            read(tmp_path / name)
+
+
 def test_a_killed_process_leaves_every_line_it_appended(tmp_path):
     path = tmp_path / "metrics.jsonl"
     code = (

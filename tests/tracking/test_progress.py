@@ -13,7 +13,7 @@ import termios
 
 import pytest
 
-from genscale.tracking.progress import describe, figure
+from genscale.tracking.progress import Progress, describe, figure
 
 METRICS = "{'loss': 3.21449, 'learning_rate': 2.9e-4, 'grad_norm': 0.834, 'tokens_per_second': 12345.2, 'step_seconds': 1.0}"
 
@@ -111,3 +111,9 @@ def test_a_terminal_without_a_width_gets_lines():
 ])  # fmt: skip
 def test_counts_are_whole_numbers_and_no_number_is_hidden(value, words):
     assert figure(value) == words
+
+
+def test_what_is_left_of_the_longest_run_is_said() -> None:
+    left = Progress(2**63 - 1)
+    left._start -= 1000.0
+    assert left._left(1).days > 10**6
