@@ -30,7 +30,7 @@ from genscale.config import Config
 from genscale.data.source_file import is_url
 from genscale.errors import UserError
 from genscale.parallel.processes import BOARD, Processes
-from genscale.printable import printable
+from genscale.printable import printable, say_at_once
 from genscale.reading import read_json
 from genscale.training.ending import Ending
 from genscale.training.hang import Report, innermost, verdict
@@ -264,7 +264,7 @@ class Watchdog:
     def _exit(self, code: int, line: str) -> None:
         """Not through the console's or the log's own locks, which a thread that hangs may hold."""
         line = printable(line)
-        os.write(2, f"error: {line}\n".encode())
+        say_at_once(f"error: {line}")
         with contextlib.suppress(OSError), open(self._file("rank", self.processes.rank, "log"), "a", opener=no_link) as log:
             log.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} ERROR genscale: {line}\n")
         os._exit(code)
