@@ -16,7 +16,7 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -43,14 +43,23 @@ def read_bytes(path: str | Path, limit: int | None = None) -> bytes:
         OSError: it cannot be read.
         Unreadable: it is larger, or no plain file.
     """
-    _check_plain(os.stat(path), path)  # before it is opened: to open a device may do something
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with open(descriptor, "rb") as file:
-        _check_plain(os.fstat(descriptor), path)
+    with open_plain(path) as file:
         content = file.read() if limit is None else file.read(limit + 1)
     if limit is not None and len(content) > limit:
         raise Unreadable(f"has more than the {limit:,} bytes that are read of such a file")
     return content
+
+
+def open_plain(path: str | Path) -> BinaryIO:
+    """A plain file, to be read piece by piece. Raises as `read_bytes`."""
+    _check_plain(os.stat(path), path)  # before it is opened: to open a device may do something
+    file = open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")  # noqa: SIM115 (the caller closes it)
+    try:
+        _check_plain(os.fstat(file.fileno()), path)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def _check_plain(status: os.stat_result, path: str | Path) -> None:

@@ -71,7 +71,7 @@ class RunRecord:
         def before(record: Mapping[str, Any]) -> bool:
             return record["step"] == step and any(name.startswith("validation_") for name in record)
 
-        self._writes.attempt("metrics.jsonl", lambda: self._metrics.drop(before))
+        self._writes.attempt("metrics.jsonl", lambda: self._metrics.drop(before, since=step))
 
     def sample(self, step: int, file: Path, sample: str | np.ndarray) -> None:
         """A text, or a picture, uint8 `(height, width, 3)`."""

@@ -121,7 +121,7 @@ def test_the_log_of_a_link_is_not_written(tmp_path, elsewhere) -> None:
 
 def test_a_pipe_as_metrics_is_one_line_and_no_wait(tmp_path) -> None:
     os.mkfifo(tmp_path / "metrics.jsonl")
-    with pytest.raises(UserError, match=r"metrics.jsonl: is no plain file"):
+    with pytest.raises(UserError, match=r"metrics.jsonl is a named pipe, not a plain file"):
         read_metrics(tmp_path / "metrics.jsonl")
     with pytest.raises(UserError, match="cannot write to"):
         MetricsFile(tmp_path / "metrics.jsonl")
