@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import signal
 import sys
@@ -15,7 +14,7 @@ from genscale import __version__, exit_codes
 from genscale.errors import UserError, nearest
 from genscale.parallel.launcher import follow_launcher
 from genscale.parallel.leaving import run_and_leave
-from genscale.printable import printed_as_is, show_printable
+from genscale.printable import OutputLost, occupy_closed_streams, printed_as_is, show_printable
 from genscale.training.signals import Stopped, StopSignal
 
 VERBS = {
@@ -32,11 +31,14 @@ VERBS = {
     "doctor": "what is wrong with this machine, or with the nodes of a job, before a run finds out",
 }
 
+PRINTING = {"sample", "evaluate", "compare", "doctor", "checkpoint list", "checkpoint verify", "checkpoint digest",
+            "data inspect", "slurm render", "slurm status", "slurm logs"}
+"""What is there for what it prints."""
+
 
 def start(arguments: Sequence[str] | None = None) -> NoReturn:
     """`main` as the whole of a process, which ends with its exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # None where it is closed
-        sys.stdout.reconfigure(errors="backslashreplace")  # names need not be UTF-8, nor is every terminal
+    occupy_closed_streams()
     show_printable()
     if "RANK" in os.environ:  # one of a group
         run_and_leave(lambda: main(arguments))
@@ -54,9 +56,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     verb, rest = arguments[0], arguments[1:]
     with contextlib.redirect_stdout(sys.stdout), contextlib.redirect_stderr(sys.stderr):  # as they were, at the end
-        show_printable()
-        with printed_as_is() if verb == "sample" else contextlib.nullcontext():
-            return guarded(lambda: _verb(verb)(rest))
+        show_printable(_output_is_product(verb, rest))
+        code = exit_codes.DONE
+        try:
+            with printed_as_is() if verb == "sample" else contextlib.nullcontext():
+                try:
+                    code = guarded(lambda: _verb(verb)(rest))
+                finally:
+                    sys.stdout.flush()
+        except OutputLost as lost:
+            if not lost.reader_gone:  # else `genscale ... | head`
+                print(f"error: standard output cannot be written: {lost}; free some space, or send it elsewhere",
+                      file=sys.stderr)
+                code = code or exit_codes.USER_ERROR
+        return code
+
+
+def _output_is_product(verb: str, rest: Sequence[str]) -> bool:
+    """Whether what goes to standard output is what the verb is there for. Else it only tells of the work, which goes on
+    without it."""
+    if {"-h", "--help"} & set(rest) or any(word.startswith("--print_config") for word in rest):
+        return True
+    return verb in PRINTING or f"{verb} {''.join(rest[:1])}" in PRINTING
 
 
 def guarded(run: Callable[[], int]) -> int:
@@ -68,7 +89,8 @@ def guarded(run: Callable[[], int]) -> int:
             # Launchers end all processes as soon as one fails: rank 0, which has the same error as a rule, must be the first.
             # Whoever is still alive afterwards was alone with it.
             time.sleep(10)
-        sys.stdout.flush()
+        with contextlib.suppress(OutputLost):
+            sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr, flush=True)
         return exit_codes.USER_ERROR
     except Stopped as stopped:
@@ -78,9 +100,6 @@ def guarded(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return exit_codes.of_signal(signal.SIGINT)
-    except BrokenPipeError:  # `genscale ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _verb(verb: str) -> Callable[[list[str]], int]:

@@ -5,8 +5,8 @@
     2        a user's mistake, a run that went wrong (a loss that is no number, a collapse), or data whose server is down, with
              one line that says what
     75       ended by the watchdog: no progress for guards.hang_minutes. Start it again, and it goes on
-    130, 143, 138    stopped by SIGINT, SIGTERM or SIGUSR1 (128 + its number): the last step done is in a checkpoint on disk,
-             or no step was done since the start. Start it again, and it goes on
+    130, 143, 138, 129    stopped by SIGINT, SIGTERM, SIGUSR1 or SIGHUP (128 + its number; SIGHUP: the terminal is gone): the
+             last step done is in a checkpoint on disk, or no step was done since the start. Start it again, and it goes on
     128 + n  a process was ended by signal n, which it could not answer (137: SIGKILL, by a person or for want of memory)
 
 `genscale train` and `genscale train --processes N` end with these codes. `accelerate launch` and torchrun do not pass them on:

@@ -52,21 +52,8 @@ def read_bytes(path: str | Path, limit: int | None = None) -> bytes:
     return content
 
 
-def read_lines(path: str | Path, limit: int) -> Iterator[str]:
-    """The lines of a plain file with their line breaks, of at most `limit` bytes each; what is no UTF-8 is replaced.
-
-    Raises as `read_bytes`."""
-    with open_plain(path) as file:
-        number = 0
-        while line := file.readline(limit + 1):
-            number += 1
-            if len(line) > limit:
-                raise Unreadable(f"has more than {limit:,} bytes in line {number}")
-            yield line.decode(errors="replace")
-
-
 def open_plain(path: str | Path) -> BinaryIO:
-    """A plain file, opened to be read. Raises as `read_bytes`."""
+    """A plain file, to be read piece by piece. Raises as `read_bytes`."""
     _check_plain(os.stat(path), path)  # before it is opened: to open a device may do something
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:

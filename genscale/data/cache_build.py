@@ -132,7 +132,7 @@ def _end_with_parent() -> None:
 @contextmanager
 def _interrupts_later() -> Iterator[None]:
     # Blocked, not ignored: starting takes seconds, and a Ctrl-C in them counts when they are over.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:
         yield
     finally:

@@ -27,7 +27,7 @@ from genscale.errors import UserError
 
 CLOSE_SECONDS = 2.0
 """Longest wait for workers that close their data; then they are killed."""
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """Signals that mean the trainer, and reach its children too where a terminal or Slurm sends them."""
 
 

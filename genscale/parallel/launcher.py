@@ -134,7 +134,7 @@ def _pass_signals_on() -> Iterator[None]:
             raise SystemExit(exit_codes.of_signal(number))
         for worker in workers:
             with suppress(ProcessLookupError):  # it may have ended meanwhile
-                os.kill(worker, signal.SIGTERM if number == signal.SIGHUP else number)
+                os.kill(worker, number)
 
     # What the shell told us to ignore (nohup, a background job) stays ignored.
     stops = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)

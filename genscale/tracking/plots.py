@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 
 from genscale.models.lettering import font_files, missing_letters
-from genscale.tracking.metrics_file import read_metrics
+from genscale.tracking.metrics_file import read_some_metrics
 
 COLOURS = {"training": "#3b76af", "validation": "#d1602b", "learning_rate": "#4d8f57", "grad_norm": "#8a6bb0"}
 PHASES = ("#3b76af", "#b8497a", "#8d8636", "#2f9c98", "#6b6b6b")
 RATES = ("-", "--", ":", "-.")
 TITLE_LETTERS = 40
 """In a line."""
+MOST_POINTS = 10_000
+"""Of a curve: of a longer one, so many of its points are read and drawn, more than the picture has columns."""
 SMOOTH_FROM = 120
 """With more points than this, a running median is drawn over a noisy curve."""
 
@@ -76,7 +78,7 @@ def plot_losses(metrics_path: str | Path, out_png: str | Path, title: str, loss_
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
     from matplotlib.figure import Figure  # not pyplot: it keeps global state and may look for a display
 
-    records = read_metrics(metrics_path)
+    records = read_some_metrics(metrics_path, MOST_POINTS)
     phases = phases_of(records)
     apart = bool(phases) and any("validation_loss" in record for record in records)
     figure = Figure(figsize=(8, 7.5 if apart else 6), dpi=150, layout="constrained")
@@ -179,7 +181,7 @@ def _curve(axes: Any, steps: np.ndarray, values: np.ndarray, label: str, noisy: 
     if values.size > SMOOTH_FROM and noisy:
         axes.plot(steps, values, **style | {"alpha": 0.3, "linewidth": 0.7})
         width = values.size // 40 | 1
-        values, label = _running_median(values, width), f"{label}, median of {width} logged steps"
+        values, label = _running_median(values, width), f"{label}, running median"
     axes.plot(steps, values, label=label, **style)
 
 

@@ -65,9 +65,12 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
 
 
-def _on_terminal() -> bool:
-    # Some terminals (a container's, a recorder's) report no width: no bar fits there.
-    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+def _columns() -> int:
+    """Of the terminal; 0 where there is none, not any more, or one (a container's, a recorder's) that reports no width."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns if sys.stderr.isatty() else 0
+    except (OSError, ValueError):
+        return 0
 
 
 class Progress:
@@ -85,7 +88,7 @@ class Progress:
         self._printed: float | None = None  # when the last plain line was printed
         self._pending: str | None = None  # the latest line that was held back
         self._bar = None
-        if _on_terminal():
+        if _columns():
             self._bar = tqdm(total=total_steps, initial=first_step, file=sys.stderr, bar_format=BAR_FORMAT, dynamic_ncols=True)
 
     def update(self, step: int, metrics: Mapping[str, float | None] | None = None) -> None:
@@ -94,7 +97,7 @@ class Progress:
         if self._bar is not None:
             if metrics:
                 shown = {name: value for name, value in metrics.items() if name != "grad_norm"}  # 80 columns hold no more
-                width = os.get_terminal_size(sys.stderr.fileno()).columns - BAR_COLUMNS - 2 * len(str(self._total))
+                width = _columns() - BAR_COLUMNS - 2 * len(str(self._total))
                 self._bar.set_description_str(f" {describe(shown, self._unit, width)}", refresh=False)
             self._bar.update(step - self._bar.n)
         elif metrics:

@@ -71,15 +71,17 @@ class RunRecord:
         def before(record: Mapping[str, Any]) -> bool:
             return record["step"] == step and any(name.startswith("validation_") for name in record)
 
-        self._writes.attempt("metrics.jsonl", lambda: self._metrics.drop(before))
+        self._writes.attempt("metrics.jsonl", lambda: self._metrics.drop(before, since=step))
 
     def sample(self, step: int, file: Path, sample: str | np.ndarray) -> None:
         """A text, or a picture, uint8 `(height, width, 3)`."""
-        if isinstance(sample, str):
-            self._writes.attempt("samples", lambda: write_whole(file, sample))
+        is_text = isinstance(sample, str)
+        self._writes.attempt("samples", lambda: write_whole(file, sample if is_text else _as_png(sample)))
+        if not file.parent.is_dir():  # W&B would make the folder of a run anew that was moved away
+            return
+        if is_text:
             self._trackers.log_text(step, "sample", sample)
         else:
-            self._writes.attempt("samples", lambda: write_whole(file, _as_png(sample)))
             self._trackers.log_image(step, "sample", sample)
 
     def close(self, failed: bool, loss_unit: str) -> None:

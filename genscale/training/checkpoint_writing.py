@@ -25,9 +25,11 @@ Files = dict[str, dict[str, Any]]
 
 
 def new_partial(folder: Path, step: int) -> Path:
-    """An empty folder to write the checkpoint of a step in, which no other attempt has, on this machine or another."""
+    """An empty folder to write the checkpoint of a step in, which no other attempt has, on this machine or another.
+
+    Raises OSError, also where `folder` is gone: a run folder that was moved away must not come to be again."""
     partial = folder / f".partial-step-{step:08d}-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
-    partial.mkdir(parents=True)
+    partial.mkdir()
     return partial
 
 
@@ -99,6 +101,7 @@ def write_checkpoint(folder: Path, step: int, tensors: Mapping[str, Mapping[str,
     Raises OSError (a full disk, a read-only folder); the folder then holds no trace of the attempt, and earlier checkpoints
     are whole.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     partial = new_partial(folder, step)
     try:
         files: Files = {}

@@ -68,6 +68,10 @@ class Ending:
             return self.claim_number is not None and latest_claim(self._path.parent) > self.claim_number
         return False
 
+    def moved(self, run_folder: Path) -> None:
+        """The run folder is there now."""
+        self._path = run_folder / self._path.name
+
     def clear(self) -> None:
         """The run begins."""
         self._path.unlink(missing_ok=True)

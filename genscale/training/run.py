@@ -103,9 +103,7 @@ def _start(config: Config, stop: StopSignal) -> RunResult:
     processes = Processes(plan.needs_group, group_timeout_minutes(config.guards.hang_minutes))
     try:
         with Supervision(config, folder, processes, stop) as supervision:
-            result = _train(config, processes, plan, shape, folder, supervision)
-            supervision.ended(result.stopped_by)
-            return result
+            return _train(config, processes, plan, shape, folder, supervision)
     finally:
         processes.close()
 
@@ -233,6 +231,7 @@ def _loop(config: Config, folder: Path, engine: Engine, objective: Objective, lo
             raise Collapsed(hooks.collapse)
         stopped_by = supervision.stop.agreed
         outcome = "stopped" if stopped_by else "complete"
+        supervision.ended(stopped_by)  # before what takes time and may be cut short: trackers, and the loss curve
         return RunResult(folder, report.step if report else done, hooks.evaluation, hooks.preview, stopped_by,
                          engine.processes.is_main)
     except BaseException as error:

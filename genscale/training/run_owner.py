@@ -43,6 +43,19 @@ class Fenced(UserError):
     """Another process has taken the run folder over: this one must not write there any more."""
 
 
+class FolderGone(FileNotFoundError):
+    """The run folder was moved or deleted: what is written by its name would be nobody's.
+
+    Attributes:
+        now: where it is now; None where it was deleted, or where that cannot be told.
+    """
+
+    def __init__(self, run_folder: Path, now: Path | None) -> None:
+        what = f"was moved to {now}" if now else "was moved or deleted"
+        super().__init__(errno.ENOENT, f"{run_folder} {what} while the run goes on", str(run_folder))
+        self.now = now
+
+
 class RunOwner:
     """The right to write into a run folder, held by rank 0 of a run.
 
@@ -61,9 +74,14 @@ class RunOwner:
         self.run_folder, self._say = run_folder, say
         self._folder = run_folder / ".owner"
         make_folder(self._folder)
+        self._opened = os.open(run_folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # follows it wherever it is moved
         self._mine = {"token": secrets.token_hex(8), **_this_process(), "folder": run_folder.stat().st_ino,
                       "since": datetime.now(UTC).isoformat(timespec="seconds")}
-        self.number = self._claim()
+        try:
+            self.number = self._claim()
+        except BaseException:
+            os.close(self._opened)
+            raise
 
     def beat(self) -> None:
         """Show that this run lives. Raises what `check` raises; OSError where the file cannot be touched."""
@@ -71,10 +89,11 @@ class RunOwner:
         os.utime(self._file(self.number))
 
     def check(self) -> None:
-        """Raises Fenced where another process has taken the folder over, OSError where that cannot be told."""
+        """Raises Fenced where another process has taken the folder over, FolderGone where it is not in its place any more, and
+        OSError where that cannot be told."""
         latest = self._latest()
-        if latest < self.number:
-            raise FileNotFoundError(errno.ENOENT, "the owner's file is gone", str(self._file(self.number)))
+        if latest < self.number or not self._is_in_its_place(self.run_folder):
+            raise FolderGone(self.run_folder, self._moved_to())
         if latest == self.number and (_read(self._file(latest)) or self._mine)["token"] == self._mine["token"]:
             return
         other = _read(self._file(latest)) or {}
@@ -83,9 +102,25 @@ class RunOwner:
 
     def release(self) -> None:
         """The folder is free. Once more does nothing."""
+        if self._opened < 0:
+            return
         with contextlib.suppress(OSError, Fenced):
             self.check()
             write_whole(self._file(self.number), json.dumps({**self._mine, "released": True}, indent=1))
+        os.close(self._opened)
+        self._opened = -1
+
+    def _is_in_its_place(self, place: Path) -> bool:
+        try:
+            return os.path.samestat(os.stat(place), os.fstat(self._opened))
+        except FileNotFoundError:
+            return False
+
+    def _moved_to(self) -> Path | None:
+        now = Path(_link(f"/proc/self/fd/{self._opened}"))
+        with contextlib.suppress(OSError):
+            return now if now.is_absolute() and self._is_in_its_place(now) else None
+        return None
 
     def _claim(self) -> int:
         while True:

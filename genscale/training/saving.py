@@ -66,7 +66,8 @@ class Saver:
     """Saves the checkpoints of a run, one after the other. Its methods are collective, except `finish`.
 
     Args:
-        folder: of the checkpoints.
+        folder: of the checkpoints; made here where it is not there, and not later, for a run folder that was moved away must
+            not come to be again.
         keep, keep_every: which to keep, as `retention.prune` has it.
         may_commit: raises where the run folder is another's by now; called on rank 0 before a checkpoint comes to be.
     """
@@ -75,6 +76,8 @@ class Saver:
                  may_commit: Callable[[], object] | None = None) -> None:
         self.folder, self.processes, self.keep, self.keep_every = folder, processes, keep, keep_every
         self.may_commit = may_commit
+        if processes.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
         self._buffers: dict[str, TensorBuffer] = {}
         self._save: _Save | None = None
 

@@ -1,4 +1,5 @@
-"""SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (`--signal=USR1@60` of Slurm): a run ends with a checkpoint, to be taken up again."""
+"""SIGINT (Ctrl-C), SIGTERM, SIGUSR1 (`--signal=USR1@60` of Slurm) and SIGHUP (the terminal, or ssh, is gone): a run ends with a
+checkpoint, to be taken up again."""
 
 from __future__ import annotations
 
@@ -11,11 +12,12 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from genscale import exit_codes
+from genscale.parallel.launcher import has_launcher
 
 if TYPE_CHECKING:  # loads torch, and this module is the first to be read
     from genscale.parallel.processes import Processes
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 STOP_AT = "GENSCALE_STOP_AT"
 """In a job of Slurm: when to stop, in seconds since 1970, should the signal be lost that says so. It is where it comes while a
 launcher, which must not heed it, has not started its processes yet."""
@@ -72,7 +74,8 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if not self._depth and threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS
+                              if not _is_to_be_survived(number)}
             if self._starting:
                 self._listen()
                 self._set_alarm()
@@ -126,3 +129,8 @@ class StopSignal:
                 raise Stopped(number)
         elif number == signal.SIGINT and time.monotonic() - self._since > IMPATIENCE:
             raise KeyboardInterrupt
+
+
+def _is_to_be_survived(number: int) -> bool:
+    """nohup has it so; but torchrun listens to SIGHUP all the same, and ends what does not follow."""
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN and not has_launcher()

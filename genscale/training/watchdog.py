@@ -12,7 +12,9 @@ import contextlib
 import dataclasses
 import faulthandler
 import json
+import logging
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -30,19 +32,22 @@ from genscale.config import Config
 from genscale.data.source_file import is_url
 from genscale.errors import UserError
 from genscale.parallel.processes import BOARD, Processes
-from genscale.printable import printable
+from genscale.printable import printable, say_at_once
 from genscale.reading import read_json
 from genscale.training.ending import Ending
 from genscale.training.hang import Report, innermost, verdict
-from genscale.training.run_owner import BEAT_SECONDS, Fenced, RunOwner
+from genscale.training.run_owner import BEAT_SECONDS, Fenced, FolderGone, RunOwner
 from genscale.writing import no_link, write_whole
 
+log = logging.getLogger("genscale")
 DUMP = signal.SIGUSR2
 """Makes a process write its stacks, whatever it is at, and also after it was stopped."""
 GRACE_SECONDS = 5.0
 """For a process to end by itself after another one has failed."""
 CLOSING_SECONDS = 25.0
 """For a process that has failed to close what it has open."""
+GONE_BEATS = 4
+"""So often in a row the run folder must be missing for the run to end: a file server may be away for a moment."""
 VERDICT_SECONDS = 30.0
 """Longest wait for the process that says where the run hangs."""
 
@@ -93,6 +98,7 @@ class Watchdog:
         self._seen, self._since, self._since_when = self._progress(), time.monotonic(), datetime.now(UTC)
         self._left: float | None = None  # when the end of the run was first seen
         self._in_loop = False
+        self._missed = 0  # looks in a row that have not found the run folder
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -142,7 +148,8 @@ class Watchdog:
                 self._since += asleep
             if (progress := self._progress()) != self._seen:
                 self._seen, self._since, self._since_when = progress, time.monotonic(), datetime.now(UTC)
-            self._keep_the_folder()
+            if not self._keep_the_folder():
+                continue
             with contextlib.suppress(OSError):  # a full disk
                 self._beat()
             self._leave_with_the_others()
@@ -150,17 +157,43 @@ class Watchdog:
             if self._in_loop and (late or os.path.exists(self._alarm)):  # Path.exists raises where a server is out of reach
                 self._hang()
 
-    def _keep_the_folder(self) -> None:
-        """Keep the run folder ours. Another run that has it would take this one's heartbeats and alarm for its own."""
+    def _keep_the_folder(self) -> bool:
+        """Keep the run folder ours. Another run that has it would take this one's heartbeats and alarm for its own.
+
+        Returns: whether it is there, as far as can be told."""
         try:
             if self.owner is not None:
                 self.owner.beat()
             elif self.ending.taken_over():
                 os._exit(exit_codes.USER_ERROR)  # rank 0 says why
+            if self._missed:
+                log.warning("%s is there again; the run goes on", self.logs.parent)
+            self._missed = 0
         except Fenced as fenced:
             self._exit(exit_codes.USER_ERROR, str(fenced))
+        except FolderGone as gone:
+            self._folder_is_gone(gone)
+            return False
         except OSError:
             pass  # nothing can be told now
+        return True
+
+    def _folder_is_gone(self, gone: FolderGone) -> None:
+        self._missed += 1
+        if self._missed == 1:
+            seconds = (GONE_BEATS - 1) * self.poll
+            log.warning("%s; the run stops in %.0f seconds if it is not there again", gone.strerror, seconds)
+        if self._missed < GONE_BEATS:
+            return
+        again = "put it back"
+        if gone.now:
+            again += f", or add --run.dir {shlex.quote(str(gone.now.parent))} --run.name {shlex.quote(gone.now.name)},"
+        line = f"run.dir: {gone.strerror}; to go on from its latest checkpoint, {again} and start the run again"
+        if gone.now:  # the end is told to whoever finds it
+            self.logs = gone.now / "logs"
+            self.ending.moved(gone.now)
+            self.ending.claim("failed", exit_codes.USER_ERROR, reason=line)
+        self._exit(exit_codes.USER_ERROR, line)
 
     def _beat(self) -> None:
         heartbeat = {**self._identity, "doing": self.processes.doing, "beats": self._seen[0],
@@ -264,7 +297,7 @@ class Watchdog:
     def _exit(self, code: int, line: str) -> None:
         """Not through the console's or the log's own locks, which a thread that hangs may hold."""
         line = printable(line)
-        os.write(2, f"error: {line}\n".encode())
+        say_at_once(f"error: {line}")
         with contextlib.suppress(OSError), open(self._file("rank", self.processes.rank, "log"), "a", opener=no_link) as log:
             log.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} ERROR genscale: {line}\n")
         os._exit(code)

@@ -126,11 +126,14 @@ def _print_totals(cache: str, data: TextData, sources: list[EncodedSource]) -> N
 
 @contextmanager
 def _noting_signals(into: list[int]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask for an end; nothing is interrupted in the middle of a write."""
+    """Ctrl-C, SIGTERM and SIGHUP ask for an end; nothing is interrupted in the middle of a write."""
     def note(number: int, _: object) -> None:
         into.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    stops = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        stops.append(signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in stops}
     try:
         yield
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import sys
 
 from genscale.config_parser import parse_settings, split_flags, take_number
@@ -33,8 +32,6 @@ def main(arguments: list[str]) -> int:
         config = config_of(checkpoint, overrides)
     run = open_run(config, checkpoint, live=getattr(settings, "live", False))
     print(f"{checkpoint.path}", file=sys.stderr)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # letters that a terminal does not know, names that are no UTF-8
     sampler.run(run, settings)
     return 0
 

@@ -289,6 +289,7 @@ def test_a_damaged_checkpoint_does_not_count_as_one_that_is_kept(damage: str, tm
 
 def write_in_parts(folder: Path, cuts: list[list[float]]) -> Checkpoint:
     """As processes would that have the stretches between these shares of every tensor; a cut at 0 or 1 leaves one with none."""
+    folder.mkdir(exist_ok=True)
     partial, files = new_partial(folder, 20), {}
     for name, values in tensors().items():
         for rank, (begin, end) in enumerate(cuts):

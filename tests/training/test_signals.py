@@ -78,3 +78,17 @@ def test_what_has_ended_before_its_time_is_left_in_peace(monkeypatch) -> None:
     with StopSignal(starting=True):
         pass
     time.sleep(1.5)  # SIGUSR1 would end this process
+
+
+def test_a_hangup_that_is_to_be_survived_is_but_not_where_a_launcher_passes_it_on(monkeypatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received is None
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received == signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, before)
