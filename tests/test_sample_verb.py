@@ -11,6 +11,7 @@ import threading
 import pytest
 
 from genscale.cli import main
+from genscale.errors import UserError
 from genscale.evaluation.samplers import TextSampling, prompts_of
 
 
@@ -82,6 +83,13 @@ def test_only_a_line_break_ends_a_prompt(tmp_path):
     writer.start()
     assert prompts_of(TextSampling(prompts=str(pipe))) == expected
     writer.join()
+
+
+def test_prompts_are_of_a_plain_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name, words in ((tmp_path / "pipe", "is a named pipe"), ("/dev/zero", "is a device"), (tmp_path, "Is a directory")):
+        with pytest.raises(UserError, match=f"^prompts: {name} cannot be read .*{words}"):
+            prompts_of(TextSampling(prompts=str(name)))
 
 
 def test_a_prompt_that_is_no_text_or_no_file_is_one_line(genscale, trained):

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from genscale.errors import UserError
@@ -14,6 +13,10 @@ from genscale.evaluation.generation import stream_texts
 from genscale.evaluation.image_sampling import ImageSampling, sample_images
 from genscale.evaluation.point_sampling import PointSampling, sample_points
 from genscale.evaluation.trained_run import TrainedRun
+from genscale.reading import Unreadable, read_text
+
+MAX_PROMPTS = 2**30
+"""Bytes of a file of prompts."""
 
 
 @dataclass
@@ -73,8 +76,8 @@ def prompts_of(settings: TextSampling) -> list[str]:
     if not settings.prompts:
         raise UserError("prompts: '' names no file; give a UTF-8 file of one prompt a line, or leave it out")
     try:
-        text = Path(settings.prompts).read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(settings.prompts, MAX_PROMPTS)
+    except (OSError, Unreadable) as error:
         raise UserError(f"prompts: {settings.prompts} cannot be read ({getattr(error, 'strerror', None) or error}); give a "
                         "UTF-8 file of one prompt a line") from None
     # Not splitlines, which also ends a line at a form feed, U+2028 and others that may stand in a text.
