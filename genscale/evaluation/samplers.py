@@ -13,9 +13,8 @@ from genscale.evaluation.generation import stream_texts
 from genscale.evaluation.image_sampling import ImageSampling, sample_images
 from genscale.evaluation.point_sampling import PointSampling, sample_points
 from genscale.evaluation.trained_run import TrainedRun
-from genscale.reading import Unreadable, read_text
 
-MAX_PROMPTS = 2**30
+MAX_PROMPTS = 2**27
 """Bytes of a file of prompts."""
 
 
@@ -76,8 +75,12 @@ def prompts_of(settings: TextSampling) -> list[str]:
     if not settings.prompts:
         raise UserError("prompts: '' names no file; give a UTF-8 file of one prompt a line, or leave it out")
     try:
-        text = read_text(settings.prompts, MAX_PROMPTS)
-    except (OSError, Unreadable) as error:
+        with open(settings.prompts, "rb") as file:  # of a pipe too, as `<(command)` is
+            content = file.read(MAX_PROMPTS + 1)
+        if len(content) > MAX_PROMPTS:
+            raise UserError(f"prompts: {settings.prompts} has more than the {MAX_PROMPTS:,} bytes that are read of prompts")
+        text = content.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts: {settings.prompts} cannot be read ({getattr(error, 'strerror', None) or error}); give a "
                         "UTF-8 file of one prompt a line") from None
     # Not splitlines, which also ends a line at a form feed, U+2028 and others that may stand in a text.
