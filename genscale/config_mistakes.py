@@ -34,6 +34,7 @@ MOST = {"model.layers": 2000, "model.heads": 2**20, "model.kv_heads": 2**20, "mo
         "model.multipliers": 2**10, "model.attention": 2**20, "model.hidden_layers": 1000, "model.blocks": 1000,
         "model.classes": 2**24, "data.size": 2**14, "data.pack": 2**16, "data.sequence_length": 2**30,
         "data.validation_points": 10**7, "data.workers": 512, "data.prefetch_steps": 10**6,
+        "objective.importance_samples": 10**6, "objective.discriminator_steps": 10**4,
         "train.global_batch_size": 2**31, "train.micro_batch_size": 2**31}
 """Of what sizes something: more than anybody has use for, and little enough to be reckoned with before memory is asked for."""
 

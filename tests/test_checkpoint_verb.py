@@ -119,6 +119,7 @@ def test_consolidate_writes_through_no_link(genscale, trained, tmp_path):
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "out").symlink_to(tmp_path / "new")
     (tmp_path / f".model.partial-{os.getpid()}").symlink_to(tmp_path / "precious")
+    assert "path: '' is empty" in genscale("checkpoint", "list", "").message()
     assert "is there already" in genscale("checkpoint", "consolidate", trained, "--out", tmp_path / "out").message()
     assert genscale("checkpoint", "consolidate", trained, "--out", tmp_path / "model").code == 0
     assert (tmp_path / "precious").read_text() == "precious" and not (tmp_path / "new").exists()

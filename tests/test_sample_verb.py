@@ -11,6 +11,7 @@ import threading
 import pytest
 
 from genscale.cli import main
+from genscale.errors import UserError
 from genscale.evaluation.samplers import TextSampling, prompts_of
 
 
@@ -82,6 +83,12 @@ def test_only_a_line_break_ends_a_prompt(tmp_path):
     writer.start()
     assert prompts_of(TextSampling(prompts=str(pipe))) == expected
     writer.join()
+
+
+def test_prompts_are_read_up_to_a_size(tmp_path):
+    for name, words in (("/dev/zero", "has more than the 134,217,728 bytes"), (tmp_path, "cannot be read .Is a directory")):
+        with pytest.raises(UserError, match=f"^prompts: {name} {words}"):
+            prompts_of(TextSampling(prompts=str(name)))
 
 
 def test_a_prompt_that_is_no_text_or_no_file_is_one_line(genscale, trained):

@@ -60,10 +60,11 @@ def stream_texts(network: GPT, tokenizer: Tokenizer, prompts: Sequence[str], *, 
         UserError: a setting out of range.
     """
     check_sampling(tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, count=count)
-    texts = [(tokenizer.encode(prompt) if prompt else [], i) for prompt in prompts for i in range(count)]
+    encoded = [tokenizer.encode(prompt) if prompt else [] for prompt in prompts]
+    texts = len(prompts) * count
     device = next(network.parameters()).device
-    for first in range(0, len(texts), TEXTS_AT_ONCE):
-        chunk = texts[first:first + TEXTS_AT_ONCE]
+    for first in range(0, texts, TEXTS_AT_ONCE):
+        chunk = [(encoded[text // count], text % count) for text in range(first, min(first + TEXTS_AT_ONCE, texts))]
         # A document follows the end of another, so that token is what an empty prompt stands for; it is not shown. What the
         # network cannot read of a long prompt is left out here, so that it does not widen the batch.
         starts = [ids[-network.settings.positions:] or [tokenizer.end_of_text] for ids, _ in chunk]

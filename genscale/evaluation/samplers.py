@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from genscale.errors import UserError
@@ -14,6 +13,9 @@ from genscale.evaluation.generation import stream_texts
 from genscale.evaluation.image_sampling import ImageSampling, sample_images
 from genscale.evaluation.point_sampling import PointSampling, sample_points
 from genscale.evaluation.trained_run import TrainedRun
+
+MAX_PROMPTS = 2**27
+"""Bytes of a file of prompts."""
 
 
 @dataclass
@@ -73,7 +75,11 @@ def prompts_of(settings: TextSampling) -> list[str]:
     if not settings.prompts:
         raise UserError("prompts: '' names no file; give a UTF-8 file of one prompt a line, or leave it out")
     try:
-        text = Path(settings.prompts).read_bytes().decode("utf-8-sig")
+        with open(settings.prompts, "rb") as file:  # of a pipe too, as `<(command)` is
+            content = file.read(MAX_PROMPTS + 1)
+        if len(content) > MAX_PROMPTS:
+            raise UserError(f"prompts: {settings.prompts} has more than the {MAX_PROMPTS:,} bytes that are read of prompts")
+        text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts: {settings.prompts} cannot be read ({getattr(error, 'strerror', None) or error}); give a "
                         "UTF-8 file of one prompt a line") from None

@@ -138,7 +138,7 @@ def _rope_settings(reader: _Reader, positions: int) -> dict[str, Any]:
     kind = str(rope.get("rope_type", rope.get("type", "default")))
     keys = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}.get(kind, [])
     reader.missing += [f"rope_scaling.{key}" for key in keys if rope.get(key) is None]
-    values = {key: reader.positive(f"rope_scaling.{key}", rope.get(key) or 1.0) for key in keys}
+    values = {key: reader.positive(f"rope_scaling.{key}", 1.0 if rope.get(key) is None else rope[key]) for key in keys}
     base = rope.get("rope_theta", reader.get("rope_theta", DEFAULT_ROPE_BASE))
     fields: dict[str, Any] = {"rope_base": reader.positive("rope_theta", base)}
     share = rope.get("partial_rotary_factor", reader.get("partial_rotary_factor", 1.0))

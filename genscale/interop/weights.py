@@ -141,7 +141,7 @@ class SafetensorsFolder:
             return list(opened.keys()), opened
         except FileNotFoundError:
             raise UserError(f"model.from: {self.name}: {file}, named in {INDEX}, is missing; copy the folder again") from None
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, MemoryError, RuntimeError) as error:  # a file of more than there are addresses for
             raise UserError(f"model.from: {self.name}: {file} is damaged ({error}); copy the folder again") from None
 
     def __contains__(self, key: str) -> bool:

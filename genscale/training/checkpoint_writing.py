@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -59,7 +60,7 @@ def commit(partial: Path, step: int, files: Files, state: Mapping[str, Any], con
         final.rename(replaced)
     partial.rename(final)
     fsync(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
     return Checkpoint(final)
 
 
@@ -90,7 +91,16 @@ def delete(path: Path) -> None:
         path.rename(doomed)
     except FileNotFoundError:  # it has become a checkpoint meanwhile
         return
-    shutil.rmtree(doomed, ignore_errors=True)
+    _remove(doomed)
+
+
+def _remove(path: Path) -> None:
+    """Delete whatever it is, as far as that goes: rmtree would wait for somebody to write into a named pipe."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def write_checkpoint(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any],

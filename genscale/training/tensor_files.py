@@ -143,7 +143,7 @@ class TensorFiles:
                     raise OSError("it is no plain file")
                 file = safe_open(str(path), framework="pt")
                 cut = _cut_shapes(file.metadata() or {})
-            except (OSError, SafetensorError, Unreadable) as error:
+            except (OSError, SafetensorError, MemoryError, RuntimeError, Unreadable) as error:
                 raise UserError(f"checkpoint file {path} cannot be read: {error}") from None
             self._open.append(file)
             for key in file.keys():  # noqa: SIM118 - no mapping

@@ -11,6 +11,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from genscale.config_mistakes import empty
 from genscale.config_parser import parse
 from genscale.errors import UserError, nearest
 from genscale.printable import printable
@@ -41,6 +42,8 @@ def main(arguments: list[str]) -> int:
         actions.add_subcommand(name, action, help=meaning)
     parsed = parse(parser, arguments)
     chosen = parsed[parsed.subcommand]
+    if refusal := empty("path", chosen.path):
+        raise refusal
     checkpoints = list(find_checkpoints(Path(chosen.path)))
     if parsed.subcommand == "digest":
         print(_undamaged(checkpoints[-1]).digest())

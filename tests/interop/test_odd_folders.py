@@ -150,8 +150,8 @@ def test_code_that_a_config_names_is_not_run(model_named, saved, some_tokens, ca
     {"rope_scaling": 5}, {"rope_parameters": {"rope_type": ["x"]}}, {"architectures": [["x"]]},
     {"model_type": ["qwen3"]}, {"quantization_config": 5}, {"layer_types": 5}, {"layer_types": [["x"]]},
     {"tie_word_embeddings": "no"}, {"head_dim": 0}, {"rms_norm_eps": "x"},
-    {"max_window_layers": "x", "use_sliding_window": True},
-], ids=range(19))  # fmt: skip
+    {"max_window_layers": "x", "use_sliding_window": True}, {"rope_parameters": {"rope_type": "linear", "factor": 0}},
+], ids=range(20))  # fmt: skip
 def test_a_config_that_means_harm_is_one_line(changes, model_named, saved) -> None:
     folder = saved(model_named("qwen3"))
     edit_config(folder, **changes)

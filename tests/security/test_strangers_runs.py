@@ -19,7 +19,7 @@ from genscale.errors import UserError
 from genscale.evaluation.task_files import refuse_code
 from genscale.reading import Unreadable
 from genscale.tracking.metrics_file import read_metrics
-from genscale.training.checkpoint_writing import write_checkpoint
+from genscale.training.checkpoint_writing import clear_leftovers, write_checkpoint
 from genscale.training.checkpoints import Checkpoint
 from genscale.training.comparison import compare_runs
 
@@ -85,6 +85,17 @@ def test_a_config_of_a_run_that_means_harm(config: str, words: str, tmp_path: Pa
     with pytest.raises(UserError, match=words):
         compare_runs(run(tmp_path / "a", {"step": 1}), run(tmp_path / "b", {"step": 1}, config=config))
     assert time.monotonic() - started < 5
+
+
+def test_a_checkpoint_takes_the_place_of_a_pipe(tmp_path: Path) -> None:
+    for name in ("step-00000001", ".partial-x", ".partial-replaced-step-00000009-x"):
+        os.mkfifo(tmp_path / name)
+    state = {"step": 1, "data": {"batches": 0, "cursors": {}}, "scalers": {"gpt": {}}, "plan": {}}
+    made = write_checkpoint(tmp_path, 1, {"networks/gpt": {"w": torch.ones(2)}}, state, "train: {}\n")
+    assert made.problem() is None
+    (tmp_path / ".partial-replaced-step-00000009-x").unlink()
+    clear_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
