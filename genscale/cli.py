@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from genscale import __version__, exit_codes
+from genscale.cluster.slurm_task import adopt_slurm_task, is_slurm_task
 from genscale.errors import UserError, nearest
 from genscale.parallel.launcher import follow_launcher
 from genscale.parallel.leaving import run_and_leave
@@ -40,7 +41,7 @@ def start(arguments: Sequence[str] | None = None) -> NoReturn:
     """`main` as the whole of a process, which ends with its exit code."""
     occupy_closed_streams()
     show_printable()
-    if "RANK" in os.environ:  # one of a group
+    if "RANK" in os.environ or is_slurm_task():  # one of a group
         run_and_leave(lambda: main(arguments))
     sys.exit(main(arguments))
 
@@ -132,6 +133,7 @@ def _verb(verb: str) -> Callable[[list[str]], int]:
 
 
 def _train(arguments: list[str]) -> int:
+    adopt_slurm_task()  # `srun -n 4 genscale train` is one run
     follow_launcher(starting=True)
     with StopSignal(starting=True) as stop:  # before the import, during which a scheduler may already want the machine back
         from genscale.verbs.train import main as run

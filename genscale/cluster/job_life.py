@@ -43,6 +43,8 @@ LARGEST = 16 * 2**20
 """Bytes of a file that such records are read from."""
 FRUITLESS_LIVES = 3
 """So many in a row without a new checkpoint end a job."""
+RETRY_SECONDS = (5.0, 20.0)
+"""Between tries to write the end of a life down."""
 NODES_SECONDS = 180.0
 """For the job's nodes to report, after the first of them has: a file server that a thousand nodes read Python from is slow."""
 
@@ -213,12 +215,27 @@ def end(run: Path, code: int, max_requeues: int) -> int:
     mine = [each for each in lives if each.job == job] + [life]
     stop = why_not_again(life, mine, max_requeues)
     life = replace(life, goes_on=stop is None)
-    _write_lives(run, [*lives, life])
+    _keep_lives(run, job, [*lives, life])
     how = f"{life.how}{f' ({life.reason})' if life.reason and life.how != 'complete' else ''}"
     tell(run, job, f"life {len(mine)} ended after step {life.end_step}: {how}; {stop or 'the job is requeued'}")
     if stop is None:
         return AGAIN
     return exit_codes.DONE if life.how == "complete" else life.code or exit_codes.OUR_ERROR
+
+
+def _keep_lives(run: Path, job: str, lives: Sequence[Life]) -> None:
+    """A disk that is full, or away for a moment, must not be the end of a job whose last checkpoint is whole: without a word
+    about its end, the next life takes this one for killed. Raises OSError where the run folder is gone."""
+    for seconds in (*RETRY_SECONDS, None):
+        try:
+            _write_lives(run, lives)
+            return
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except OSError as error:
+            then = "goes on without" if seconds is None else f"tries again in {seconds:g} s"
+            tell(run, job, f"the end of this life cannot be written to {run} ({error.strerror}); {then}")
+        time.sleep(seconds or 0)
 
 
 def _with_end(run: Path, life: Life, said: dict[str, Any] | None, code: int) -> Life:

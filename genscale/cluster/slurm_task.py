@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import os
 
-from genscale.cluster.job_nodes import job_hosts
-
 FIRST_PORT, PORTS = 40_000, 20_000
 """Apart from the ports of training, which goes on in the same job perhaps."""
+
+
+def is_slurm_task() -> bool:
+    """Whether srun has started several tasks, of which this is one, and no launcher has said so yet."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # only srun sets it; a batch script has the job's variables
+    return "RANK" not in os.environ and tasks != "1"
 
 
 def adopt_slurm_task() -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK and where to meet from srun's variables, where it started several tasks and no launcher
     has set them. Raises UserError where Slurm does not name the nodes."""
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # only srun sets it; a batch script has the job's variables
-    if "RANK" in os.environ or tasks == "1":
+    if not is_slurm_task():
         return
+    from genscale.cluster.job_nodes import job_hosts  # every start of genscale reads this module
+
+    # Where each task has a GPU of its own (--gpus-per-task), that is its device 0.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    local_rank = "0" if visible and "," not in visible else os.environ["SLURM_LOCALID"]
     place = int(os.environ["SLURM_JOB_ID"]) + int(os.environ.get("SLURM_STEP_ID", "0"))
-    os.environ |= {"RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": tasks, "LOCAL_RANK": os.environ["SLURM_LOCALID"],
-                   "LOCAL_WORLD_SIZE": _tasks_here(), "MASTER_ADDR": job_hosts()[0],
+    os.environ |= {"RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
+                   "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": _tasks_here(), "MASTER_ADDR": job_hosts()[0],
                    "MASTER_PORT": str(FIRST_PORT + place % PORTS)}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from genscale import exit_codes
 from genscale.config_parser import parse_config, split_flags, take_number
+from genscale.errors import UserError
 from genscale.masking import masked
 from genscale.objectives import FAMILIES
 from genscale.parallel.launcher import has_launcher
@@ -32,6 +33,9 @@ DESCRIPTION = ("Train a model. A run is one YAML file; every setting in it is al
 
 def main(arguments: list[str], stop: StopSignal) -> int:
     processes, arguments = take_number(arguments, "--processes", least=1)
+    if processes is not None and "RANK" in os.environ:
+        raise UserError(f"--processes: {processes} has no effect beside a launcher (or srun) that has started "
+                        f"{os.environ.get('WORLD_SIZE', '?')} processes; leave it out")
     audited, settings = take_number(arguments, "--audit", least=1)
     with before_the_run():
         config = parse_config(FAMILIES, settings, description=DESCRIPTION)
@@ -69,6 +73,8 @@ def command(settings: Sequence[str], drop: Sequence[str] = ()) -> str:
         return masked(" ".join(["genscale slurm submit", *([asked] if asked else []), *own, "--", *rest]))
     if PROCESSES in os.environ:
         start = f"genscale train --processes {os.environ[PROCESSES]}"
+    elif "SLURM_STEP_NUM_TASKS" in os.environ and "RANK" in os.environ and not has_launcher():
+        start = f"srun -n {os.environ['WORLD_SIZE']} genscale train"
     else:
         start = "accelerate launch train.py" if "RANK" in os.environ else "genscale train"
     return masked(" ".join([start, *kept]))

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from genscale.cluster import job_life
 from genscale.cluster.job_life import read_lives
 from genscale.training.run_owner import RunOwner
 
@@ -253,3 +254,21 @@ def test_a_run_folder_that_cannot_be_written_is_one_line(genscale, tmp_path, in_
     for words in (("begin",), ("end", "--code", 1)):
         message = genscale("slurm", words[0], tmp_path / "file" / "run", *words[1:]).message()
         assert message.startswith(f"run.dir: cannot write to {tmp_path}/file/run (Not a directory)")
+
+
+def test_a_full_disk_at_the_end_of_a_life_does_not_end_the_job(genscale, run, in_job, checkpoint_at, monkeypatch):
+    monkeypatch.setattr(job_life, "RETRY_SECONDS", (0.01, 0.01))
+    in_job("7", 0)
+    assert genscale("slurm", "begin", run).code == GO_ON
+    checkpoint_at(4)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # every write fails
+    try:
+        ended = genscale("slurm", "end", run, "--code", 143)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert ended.code == AGAIN and ended.out.count("the end of this life cannot be written") == 3, ended.out + ended.err
+    in_job("7", 1)
+    assert genscale("slurm", "begin", run).code == GO_ON
+    first = read_lives(run)[0]
+    assert (first.how, first.end_step, first.goes_on) == ("killed", 4, True)
