@@ -91,8 +91,9 @@ def run_here(*arguments: object) -> Outcome:
 
 
 def _not_deaf() -> None:
-    # What a shell starts in the background ignores Ctrl-C, and so would its children.
+    # What a shell starts in the background ignores Ctrl-C, under nohup the end of the terminal, and so would its children.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def start(*arguments: object, command: tuple[str, ...] = GENSCALE, **variables: str) -> subprocess.Popen:

@@ -63,7 +63,7 @@ def test_a_wrong_key_or_value_in_the_file(sections, words, refuse, tiny_config):
     (["--optimizer.lr", 0], ["optimizer.lr", "above 0", "0"]),
     (["--optimizer.lr", "inf"], ["optimizer.lr", "inf"]),
     (["--optimizer.lr", "nan"], ["optimizer.lr", "nan"]),
-    (["--optimizer.betas", "[0.9]"], ["optimizer.betas", "2 elements", "[0.9]"]),
+    (["--optimizer.betas", "[0.9]"], ["optimizer.betas", "list of 2", "[0.9]"]),
     (["--optimizer.betas", "[0.9, 1.5]"], ["optimizer.betas", "from 0 to 1", "1.5"]),
     (["--optimizer.betas", "0.9"], ["optimizer.betas", "[0.9, 0.95]", "0.9"]),
     (["--schedule.final_share", 2], ["schedule.final_share", "from 0 to 1", "2"]),

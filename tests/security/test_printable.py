@@ -137,6 +137,7 @@ def test_progress_bars_still_move(monkeypatch) -> None:
             inner.update(1)
             outer.update(1)
 
+    tqdm._instances.clear()  # bars that another test left would take the first place
     plain, shown = io.StringIO(), io.StringIO()
     bars(plain)
     monkeypatch.setattr(sys, "stderr", shown)
