@@ -65,6 +65,7 @@ MODERN = {"model.preset": "qwen3", "model.kv_heads": 1, "model.head_width": 8, "
           "model.attention_dropout": 0.1, "data.separate_documents": "true", "optimizer.name": "muon", "train.steps": 6}
 
 
+@pytest.mark.slow
 def test_dropout_document_masks_and_muon_are_the_same_on_any_shape(train, difference, tmp_path):
     single = train(tmp_path / "single", "single", **MODERN)
     for strategy, micro_batch_size in (("ddp", 3), ("fsdp2", 2)):
