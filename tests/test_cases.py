@@ -50,6 +50,7 @@ REFUSED = [
     (text("nonobject.jsonl"), ["nonobject.jsonl", "row 8"]),
     (("train", "--config", TEXT / "cfg-dupkey.yaml", "--print_config"), ["train", "twice"]),
     (images("images_and_tar"), ["originals.tar", "images_and_tar"]),
+    (chat("chat-parts-mixed", "chatml"), ["its 8 conversation(s), all alike, do not divide"]),
 ]
 
 

@@ -57,8 +57,11 @@ class MemorySource(Source):
         elif fraction > 0 and alone and not held.any():
             held = hashes == hashes.min()
         if held.all():
-            raise UserError(f"{spec.key}={spec.name}: its {len(texts)} document(s) do not divide into a training and a "
-                            "validation set; set data.validation_source, or a smaller data.document")
+            kind = "conversation(s)" if spec.pairs else "document(s)"
+            alike = ", all alike," if len(texts) > 1 else ""  # equal ones stay on one side
+            smaller = "" if spec.pairs else ", or a smaller data.document"
+            raise UserError(f"{spec.key}={spec.name}: its {len(texts)} {kind}{alike} do not divide into a training and a "
+                            f"validation set; set data.validation_source{smaller}")
         self._held_out = [text for text, out in zip(texts, held, strict=True) if out]
         # One buffer, so that neither forked processes nor the garbage collector touch millions of strings.
         training = [text.encode() for text, out in zip(texts, held, strict=True) if not out]
