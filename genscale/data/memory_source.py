@@ -58,7 +58,7 @@ class MemorySource(Source):
             held = hashes == hashes.min()
         if held.all():
             kind = "conversation(s)" if spec.pairs else "document(s)"
-            alike = ", all alike," if len(texts) > 1 else ""  # equal ones stay on one side
+            alike = ", all alike," if len(texts) > 1 == len(set(texts)) else ""  # equal ones stay on one side
             smaller = "" if spec.pairs else ", or a smaller data.document"
             raise UserError(f"{spec.key}={spec.name}: its {len(texts)} {kind}{alike} do not divide into a training and a "
                             f"validation set; set data.validation_source{smaller}")
