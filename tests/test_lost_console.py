@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -144,6 +145,7 @@ def test_a_terminal_that_is_gone_stops_a_run_with_a_checkpoint(launcher, tiny_co
     monkeypatch.chdir(Path(__file__).parents[1])
     process, controller = pty.fork()
     if not process:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
         os.execv(sys.executable, [sys.executable, *launcher, "--config", str(tiny_config), "--train.steps", "100000",
                                   "--train.checkpoint_every", "0"])
     try:
@@ -152,7 +154,7 @@ def test_a_terminal_that_is_gone_stops_a_run_with_a_checkpoint(launcher, tiny_co
             assert time.monotonic() < deadline
             time.sleep(0.1)
         os.close(controller)
-        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        code = psutil.Process(process).wait(60)
     finally:
         with contextlib.suppress(psutil.NoSuchProcess):
             psutil.Process(process).kill()
