@@ -239,7 +239,7 @@ case $verb in
     install | usable | start | stop) "$verb" ;;
     start-controller) start_controller ;;
     kill-controller) kill -KILL "$(alive controller)" ;;
-    start-node) start_node "$(number_of "$1")"; until_true 30 up 1 -n "$1" || die "$1 does not come up" ;;
+    start-node) start_node "$(number_of "$1")"; until_true 60 up 1 -n "$1" || die "$1 does not come up" ;;
     cut-power) number=$(number_of "$1"); pid=$(process_of "$1"); ip link set "$(cable "$number")" down; kill -KILL "$pid" ;;
     split) ip link set "$(cable "$(number_of "$1")")" down ;;
     exec) pid=$(process_of "$1"); shift; exec nsenter -t "$pid" -n -u -m -p -- "$@" ;;
