@@ -52,6 +52,10 @@ class Range(NamedTuple):
     white: float
 
 
+FULL_RANGE = Range(0, 65535)
+"""Of 16 bits."""
+
+
 @dataclass(frozen=True)
 class Picture:
     """How images are brought to one shape; see `ImageDataSettings`.
@@ -168,7 +172,7 @@ def _shades(deep: Deep, picture: Picture) -> np.ndarray:
     """uint8 grey levels. Raises OutOfRange for values that are no such."""
     if not np.isfinite(deep.values).all():
         raise OutOfRange("it holds values that are no numbers")
-    range_ = picture.value_range or picture.ranges.get(deep.mode) or (Range(0, 65535) if deep.mode == "I;16" else None)
+    range_ = picture.value_range or picture.ranges.get(deep.mode) or (FULL_RANGE if deep.mode == "I;16" else None)
     if range_ is None:
         raise OutOfRange(f"of mode {deep.mode}, as no picture was that was looked at first; set data.value_range")
     least, most = deep.values.min(), deep.values.max()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 
 from genscale.data.folders import say_seen
-from genscale.data.image_decoding import Picture, Range
+from genscale.data.image_decoding import FULL_RANGE, Picture, Range
 from genscale.data.image_labels import Classes, uneven
 from genscale.data.image_order import ShuffledImages
 from genscale.data.image_ranges import LOOKED_AT, ranges_of, warn_of_blank
@@ -67,12 +67,14 @@ class ImageData(Data):
         self.classes = opened.classes if settings.labels else None
         aside = self._other_validation_set() if own else opened.validation
         self.order: ShuffledImages | StreamedImages | None = None
+        self._ranges: Mapping[str, Range] = {}
         trained: np.ndarray | None = None
         held, whole = (None if aside is None else (aside, np.arange(len(aside)))), None
         seen = own and for_training and say_seen(f"data.validation_source={settings.validation_source}", self._spec.where,
                                                  aside.places, opened.training.places)
         if for_training or held is None:
             whole = self._picture(opened.training, self._spec.where, settings.crop, settings.flip)
+            self._ranges = whole.ranges
             self.order, out, trained = self._ordered(opened.training, whole, hold_out=held is None)
             held = held or out
         crop = "none" if settings.crop == "none" else "center"
@@ -101,9 +103,10 @@ class ImageData(Data):
         range_ = Range(*settings.value_range) if settings.value_range else None
         picture = Picture(settings.size, settings.channels, crop, flip, settings.max_image_pixels, settings.max_image_bytes,
                           range_)
+        some = _some(images)
         if range_ is None:
-            picture = replace(picture, ranges=ranges_of(_some(images), picture, where))
-        warn_of_blank(_some(images), picture, where)
+            picture = replace(picture, ranges=ranges_of(some, picture, where))
+        warn_of_blank(some, picture, where)
         return picture
 
     def _stream_order(self, fraction: float) -> Order:
@@ -191,7 +194,9 @@ class ImageData(Data):
         names += tuple(name for name in ("value_range",) if getattr(self.settings, name) is not None)
         settings = masked_throughout({name: getattr(self.settings, name) for name in names})
         own = {"validation_content": self._validation_digest} if self._validation_digest else {}
-        return {**settings, "seed": self.seed, **self.order.plan(), **own}
+        # Of 16 bits that are used in full nothing need be said: so they have always been read.
+        ranges = {mode: list(range_) for mode, range_ in self._ranges.items() if range_ != FULL_RANGE}
+        return {**settings, "seed": self.seed, **self.order.plan(), **own, **({"ranges": ranges} if ranges else {})}
 
     def close(self) -> None:
         """Nothing stays open between two images."""

@@ -92,6 +92,13 @@ def test_a_sources_values_say_what_is_white(tmp_path: Path, kind: str, write: st
     assert ("for white (data.value_range sets others)" in caplog.text) == (white != 65535)
 
 
+@pytest.mark.parametrize(("kind", "ranges"), [("12 bits in 16", {"I;16": [0, 4095]}), ("16 bits", None)])
+def test_a_run_does_not_go_on_with_other_shades(tmp_path: Path, kind: str, ranges: dict | None) -> None:
+    """Which an earlier version gave those that do not use their bits in full, and a later one may."""
+    source = folder(tmp_path / "images", DEEP[kind][0](SHADES))
+    assert ImageData(ImageDataSettings(source=str(source), size=8, lanes=2), 1).plan().get("ranges") == ranges
+
+
 @pytest.mark.parametrize(("pixels", "right"), [
     ((SHADES * 2 - 1).astype(np.float64), SHADES), (SHADES > 0.5, SHADES > 0.5),
     ((SHADES > 0.5).astype(np.int64), SHADES > 0.5),
