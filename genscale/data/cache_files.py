@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from genscale.errors import UserError
+from genscale.reading import read_json
+from genscale.writing import write_whole
 
 FILES, SEEN = "files.json", "files.seen"
 DIGESTED_BYTES = 2 * 2**30
@@ -45,7 +46,7 @@ def check_files(folder: Path, files: Sequence[tuple[str, str]], key: str) -> Non
     digested = sum(one.st_size for one in stats) <= DIGESTED_BYTES
     now = [_content(path) for _, path in files] if digested else [one.st_mtime_ns for one in stats]
     try:
-        known = json.loads((folder / FILES).read_text())
+        known = read_json(folder / FILES)
     except (OSError, ValueError):
         known = None
     if isinstance(known, list) and len(known) == len(now):
@@ -54,9 +55,7 @@ def check_files(folder: Path, files: Sequence[tuple[str, str]], key: str) -> Non
                 raise _changed(f"{key}={folder}", name, path, was)
     with suppress(OSError):  # a cache that is only read
         if known is None:
-            draft = folder / f".{FILES}.{secrets.token_hex(4)}"
-            draft.write_text(json.dumps(now))
-            os.replace(draft, folder / FILES)
+            write_whole(folder / FILES, json.dumps(now))
         with open(folder / SEEN, "a") as seen:
             seen.write(f"{stamp}\n")
 

@@ -18,6 +18,7 @@ from stat import S_ISDIR, S_ISREG
 from typing import Any, NamedTuple
 
 from genscale.errors import UserError, as_utf8
+from genscale.printable import printable
 
 LOG = logging.getLogger(__name__)
 HIDDEN = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini"}
@@ -215,7 +216,7 @@ def identity(path: str | Path) -> int:
 def examples(names: Iterable[str]) -> str:
     """Some of the names, for messages."""
     first = nsmallest(SHOWN + 1, names)
-    return ", ".join(map(as_utf8, first[:SHOWN])) + ", ..." * (len(first) > SHOWN)
+    return ", ".join(printable(as_utf8(name)) for name in first[:SHOWN]) + ", ..." * (len(first) > SHOWN)
 
 
 def divided(names: Iterable[str]) -> tuple[list[str], list[str]]:

@@ -225,8 +225,8 @@ def _active(means: Tensor) -> int:
 
 def build(config: Config, data: ImageData) -> VAEObjective:
     """The objective of a run, its network initialised from the run's seed. Raises UserError for an impossible model."""
-    images = torch.from_numpy(np.stack([sample["image"] for sample in data.validation()]))
-    return _build(config, examples_of(data), bool(_without_grey(images).all()))
+    images = (torch.from_numpy(sample["image"])[None] for sample in data.validation())
+    return _build(config, examples_of(data), all(bool(_without_grey(image)) for image in images))
 
 
 def restore(config: Config, folder: Path) -> VAEObjective:

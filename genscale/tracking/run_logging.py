@@ -49,7 +49,8 @@ class _Masked(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         line = super().formatMessage(record)  # what others log, and ours at work, may have several
-        return printable(line) if record.name == "genscale" and record.levelno >= logging.WARNING else line
+        ours = record.name.partition(".")[0] == "genscale"
+        return printable(line) if ours and record.levelno >= logging.WARNING else line
 
 
 class _Console(logging.Handler):

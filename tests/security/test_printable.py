@@ -51,6 +51,7 @@ def test_errors_logs_and_events_are_printable(tmp_path, capsys) -> None:
     assert not steers(str(UserError(f"data.source={EVIL}: no")), "")
     setup_logging(tmp_path, 0)
     logging.getLogger("genscale").warning("left out %s", f"x\nERROR genscale: forged {LOGGED}")
+    logging.getLogger("genscale.data.folders").warning("left out %s", f"x\nERROR genscale: forged {LOGGED}")
     logging.getLogger("urllib3").info("answer %s", LOGGED)
     try:
         raise ValueError(LOGGED)
