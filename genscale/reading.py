@@ -96,19 +96,20 @@ def parse_json(text: str) -> Any:
         raise
     except ValueError as error:
         raise Unreadable(f"is not valid JSON: {error}") from None
-    if text.count("[") + text.count("{") > MAX_DEPTH:
-        level, depth = [content], 1
-        while level := [child for parent in level for child in _children(parent)]:
-            depth += 1
-            if depth > MAX_DEPTH:
-                raise Unreadable(_too_deep())
+    if text.count("[") + text.count("{") > MAX_DEPTH and deeper(content, MAX_DEPTH):
+        raise Unreadable(_too_deep())
     return content
 
 
-def _children(value: Any) -> Iterator[Any]:
-    """The lists and mappings in one."""
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return (each for each in values if isinstance(each, (dict, list)))
+def deeper(value: Any, limit: int) -> bool:
+    """Whether lists and mappings lie inside each other more than `limit` levels deep."""
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(limit):
+        level = [child for parent in level for child in (parent.values() if isinstance(parent, dict) else parent)
+                 if isinstance(child, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from itertools import repeat
 from typing import Any
 
-from genscale.data.json_values import DEEPEST, deeper, shown
+from genscale.data.json_values import DEEPEST, shown
 from genscale.data.spec import Spec
 from genscale.errors import UserError
+from genscale.reading import deeper
 
 BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 """What an answer may consist of where it has no content."""
@@ -68,7 +69,7 @@ def _document(first: Any, second: Any, spec: Spec, where: str) -> str | None:
 def _written(content: Any, where: str) -> str:
     try:
         text = ENCODER.encode(content)
-        if text.count("[") + text.count("{") <= DEEPEST or not deeper(content):
+        if text.count("[") + text.count("{") <= DEEPEST or not deeper(content, DEEPEST):
             return text
     except RecursionError:
         pass

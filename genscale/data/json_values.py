@@ -70,22 +70,6 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def deeper(value: Any, limit: int = DEEPEST) -> bool:
-    """Whether lists and objects lie inside each other more often than the limit has it."""
-    level = [value]
-    for _ in range(limit + 1):
-        inner: list[Any] = []
-        for outer in level:
-            if type(outer) is list:
-                inner += outer
-            elif type(outer) is dict:
-                inner += outer.values()
-        if not inner:
-            return False
-        level = inner
-    return True
-
-
 def objects(raw: bytes, first: int, columns: Sequence[str], last: bool) -> Objects:
     """The objects that follow each other in lines of a file.
 
