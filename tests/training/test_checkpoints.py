@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import subprocess
 import pickle
 import shutil
 from collections.abc import Callable
@@ -128,6 +129,23 @@ def test_the_files_of_a_checkpoint_are_its_own(tmp_path: Path) -> None:
         manifest["files"][name] = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
         (found.path / "manifest.json").write_text(json.dumps(manifest))
         assert words in found.problem() and not found.has_its_files(), name
+
+
+def test_a_file_that_cannot_be_read_is_damage(tmp_path: Path) -> None:
+    found = write(tmp_path)
+    file = found.path / WEIGHTS
+    file.write_bytes(b"")
+    # The memory of a process stands for a bad sector: it is a file, and reading its first byte fails.
+    done = subprocess.run(["mount", "--bind", f"/proc/{os.getpid()}/mem", file], capture_output=True, text=True, timeout=20)
+    if done.returncode:
+        pytest.skip(f"nothing can be mounted here ({done.stderr.strip()})")
+    try:
+        manifest = found.manifest()
+        manifest["files"][WEIGHTS]["bytes"] = 0
+        (found.path / "manifest.json").write_text(json.dumps(manifest))
+        assert found.problem().startswith(f"{WEIGHTS} cannot be read")
+    finally:
+        subprocess.run(["umount", file], check=False, timeout=20)
 
 
 def test_a_manifest_lists_what_is_read(tmp_path: Path) -> None:
