@@ -6,9 +6,9 @@ import hashlib
 import io
 import json
 import os
-import subprocess
 import pickle
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
