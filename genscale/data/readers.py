@@ -259,7 +259,6 @@ def _file_shards(spec: Spec, root: Path, files: Sequence[File]) -> list[Shard]:
             raise UserError(f"{where}: files of this kind are not read{READABLE}")
         try:
             found.append((as_utf8(name), SourceFile.local(root / name, where)))
-            (root / name).open("rb").close()
         except OSError as error:
             refused.append(error)
     if refused:

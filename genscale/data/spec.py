@@ -98,7 +98,6 @@ class Spec:
         tools = [self.tools] if self.messages and self.tools else []
         return list(dict.fromkeys([*self.content.values(), *(rule.column for rule in self.filters), *tools]))
 
-
     def unknown_columns(self, where: str, columns: Sequence[str]) -> UserError | None:
         """The error for a column that `where` does not have, or that several have the name of."""
         tools = {"tools_column": self.tools} if self.messages and self.tools not in (None, TOOLS) else {}
