@@ -45,7 +45,6 @@ COMMON_SECTIONS = {"run": RunSettings, "train": TrainSettings, "guards": GuardSe
 Families = Mapping[str, Any]
 
 
-
 def _load(text: str) -> Any:
     """A file, or the value of a flag."""
     content = parse_yaml(text)
