@@ -49,6 +49,14 @@ class SourceLost(UserError):
     """The server of a run's data, or the hub, has not answered for as long as the run waits; nothing is wrong with the run."""
 
 
+class UnfitNode(UserError):
+    """This node, or the software on it, is not fit to train on; nothing is wrong with the run."""
+
+
+class PortTaken(UserError):
+    """Another program listens where the processes are to meet; nothing is wrong with the run."""
+
+
 def shortened(value: str) -> str:
     """What is left of a value in a message: its beginning, where it is long."""
     return value if len(value) <= 80 else f"{value[:60]}... ({len(value):,} characters)"

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from genscale.cluster.environment import clean_environment
-from genscale.cluster.job_life import read_ended
 from genscale.cluster.job_records import active_jobs, jobs_of, with_runs
+from genscale.cluster.lives import read_ended
 from genscale.cluster.site import Site
 from genscale.cluster.slurm_commands import Queued
 from genscale.errors import UserError

@@ -9,25 +9,19 @@ import time
 from collections.abc import Iterator
 
 from genscale.cluster.checks import Check, count_of, host_name
+from genscale.cluster.promised_devices import DRIVER_SECONDS, promised_gpus
 
 QUERY = ("index", "name", "driver_version", "memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total")
-DRIVER_SECONDS = 15
-"""A driver with a GPU in trouble may not answer at all."""
 PRODUCT = 2048
 """Rows and columns of the matrices that a GPU multiplies."""
 
 
 def check_driver() -> Iterator[Check]:
     """The GPUs that the driver shows, against those that Slurm gave; faults and leftovers on them."""
-    given = os.environ.get("SLURM_GPUS_ON_NODE", "")
-    promised = int(given) if given.isdigit() else 0
-    tool = shutil.which("nvidia-smi")
+    promised, tool = promised_gpus(), shutil.which("nvidia-smi")
     if tool is None:
-        if promised:
-            yield Check("GPUs", "warning", f"Slurm gave {count_of(promised, 'GPU')}, and there is no NVIDIA driver here: a run "
-                        "computes on the CPU", "ask for other nodes, or for none (--gpus-per-node 0)", host_name())
-        else:
-            yield Check("GPUs", "ok", "none: a run computes on the CPU, over gloo", host=host_name())
+        found = "no nvidia-smi here" if promised else "none: a run computes on the CPU, over gloo"
+        yield Check("GPUs", "ok", found, host=host_name())
         return
     try:
         asked, fields = _ask(tool, QUERY), QUERY

@@ -17,6 +17,7 @@ from genscale.cluster.node_checks import (
     check_shared_memory,
     check_versions,
 )
+from genscale.cluster.promised_devices import check_promised
 from genscale.cluster.storage_checks import QUICK_BYTES, SPEED_BYTES, check_run_folder
 from genscale.config import Config
 from genscale.errors import UserError
@@ -40,6 +41,7 @@ def node_check(run_folder: Path, load: Load, size: int = QUICK_BYTES) -> list[Ch
     return run_checks([
         ("versions", check_versions),
         ("GPUs", check_driver),
+        ("promised GPUs", check_promised),
         ("CPU cores", lambda: check_cores(load)),
         ("limits", lambda: check_limits(load)),
         ("shared memory", lambda: check_shared_memory(load)),

@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from genscale.cluster import slurm_commands
-from genscale.cluster.job_life import Life, read_lives
 from genscale.cluster.job_records import jobs_of
+from genscale.cluster.lives import Life, read_lives
 
 
 def accounted(jobs: Iterable[str]) -> dict[str, float]:

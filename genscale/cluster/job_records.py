@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from genscale.cluster import slurm_commands
-from genscale.cluster.job_life import checked, read_lives, read_record
+from genscale.cluster.lives import checked, read_lives, read_record
 from genscale.cluster.slurm_commands import Queued
 from genscale.writing import make_folder, write_whole
 

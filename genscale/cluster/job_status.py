@@ -12,10 +12,11 @@ from typing import Any
 
 from genscale.cluster import slurm_commands
 from genscale.cluster.gpu_hours import accounted, gpu_hours
-from genscale.cluster.job_life import Life, read_ended, read_lives
 from genscale.cluster.job_records import jobs_of, runs_of, submitted
+from genscale.cluster.lives import Life, read_ended, read_lives
 from genscale.cluster.site import read_site
 from genscale.cluster.slurm_commands import Queued
+from genscale.cluster.why_ended import log_of, why_ended
 from genscale.config import RunSettings
 from genscale.errors import UserError
 from genscale.printable import printable
@@ -118,16 +119,30 @@ def _state(run: Path, job: Queued | None, lives: Sequence[Life], number: str | N
     """In a word, and a note on it."""
     if job is not None:
         if job.state == "PENDING":
-            return ("requeued" if lives else "queued"), job.reason
+            ill = lives and lives[-1].how not in (None, "stopped", "complete")
+            return ("requeued" if lives else "queued"), f"{job.reason}{f'; after {_how(lives[-1])}' if ill else ''}"
         return job.state.lower(), job.nodes
     if lives and lives[-1].how and not lives[-1].goes_on:
         last = lives[-1]
-        return "ended", f"{last.how}{f': {last.reason}' if last.reason and last.how != 'complete' else ''}"
+        return "ended", _how(last) if last.how == "complete" else \
+            "; ".join(filter(None, (_how(last), last.stop, _where(run, last.job))))
     ended = read_ended(run)
     if ended and ended.get("how") == "complete":
         return "ended", "complete"
     slurm = slurm_commands.last_state(number) if number else None
-    return "ended", (slurm or "Slurm has forgotten the job").lower().replace("_", " ")
+    state = (slurm or "Slurm has forgotten the job").lower().replace("_", " ")
+    reason = why_ended(run, number, None, None) if number and slurm not in ("COMPLETED", "CANCELLED") else None
+    return "ended", "; ".join(filter(None, (f"{state}{f': {reason}' if reason else ''}", number and _where(run, number))))
+
+
+def _how(life: Life) -> str:
+    return f"{life.how}{f': {life.reason}' if life.reason and life.how != 'complete' else ''}"
+
+
+def _where(run: Path, job: str) -> str | None:
+    """To read on."""
+    log = log_of(run, job)
+    return f"see {log}" if log and log.is_file() else None
 
 
 def _metrics(run: Path) -> tuple[list[dict[str, Any]], str]:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from genscale.cluster import slurm_commands
 from genscale.cluster.before_submission import check_is_free, check_launch_file
-from genscale.cluster.job_life import read_ended
 from genscale.cluster.job_records import Submitted, active_jobs, record, submitted
 from genscale.cluster.job_status import chosen
+from genscale.cluster.lives import read_ended
 from genscale.cluster.slurm_commands import options_in
 from genscale.cluster.submission import log_of, what_next
 from genscale.config_parser import load_config

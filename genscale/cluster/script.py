@@ -10,11 +10,9 @@ from dataclasses import dataclass
 
 from genscale.cluster.environment import cleaning, communication
 from genscale.cluster.job import Job
+from genscale.cluster.job_life import FRUITLESS_LIVES
 from genscale.cluster.site import Site
 from genscale.errors import UserError
-
-FIRST_PORT, PORTS = 20000, 12000
-"""Below those that systems give to whoever asks for any."""
 
 
 @dataclass(frozen=True)
@@ -143,12 +141,12 @@ def _environment(job: Job, site: Site, training: Training) -> list[str]:
                   f"export HF_HOME={home}"]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
     threads = "$SLURM_CPUS_PER_TASK" if job.launcher == "srun" else "$((SLURM_CPUS_PER_TASK / LOCAL_WORLD_SIZE))"
-    here = f"${{SLURM_GPUS_ON_NODE:-{job.gpus_per_node}}}  # on each node: one a GPU" if job.gpus_per_node else \
+    here = f"${{SLURM_GPUS_ON_NODE:={job.gpus_per_node}}}  # on each node: one a GPU" if job.gpus_per_node else \
         f"{job.processes_per_node}  # on each node"
     lines += [
         "",
         "# -- the environment of the processes",
-        f"export LOCAL_WORLD_SIZE={here}",
+        f"export {'SLURM_GPUS_ON_NODE ' if job.gpus_per_node else ''}LOCAL_WORLD_SIZE={here}",
         f"export OMP_NUM_THREADS={threads}  # each process has its own cores",
     ]
     if not job.gpus_per_node:
@@ -160,11 +158,10 @@ def _environment(job: Job, site: Site, training: Training) -> list[str]:
 
 def _meeting(job: Job, training: Training) -> list[str]:
     return [
-        "# -- where the processes meet: on the first of the job's nodes, at a port of the job's own",
+        "# -- where the processes meet: on the first of the job's nodes, at a port that each life looks for",
         'nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST") && [ -n "$nodes" ] ||',
         "    { echo \"error: scontrol show hostnames names no node of '$SLURM_JOB_NODELIST'\" >&2; exit 1; }",
-        f"export MASTER_ADDR=${{nodes%%$'\\n'*}} MASTER_PORT=$(({FIRST_PORT} + SLURM_JOB_ID % {PORTS}))",
-        "export GENSCALE_NODES=$nodes GENSCALE_RUN=$run",
+        "export MASTER_ADDR=${nodes%%$'\\n'*} GENSCALE_NODES=$nodes GENSCALE_RUN=$run",
         *([] if training.submitted_with is None else
           [f"export GENSCALE_SUBMIT={shlex.quote(training.submitted_with)}  # for the run to say what to type next"]),
         "# When to stop, should the signal come while no process listens yet.",
@@ -233,6 +230,16 @@ def _life(job: Job, site: Site, training: Training) -> list[str]:
     here = '"${step[@]}" --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" ' if container else inside
     cap = f"--max-requeues {job.max_requeues}"
     return [
+        "# -- where not even that starts which ends a life: what has started before may do so on another node",
+        "cannot_start() {",
+        '    words="genscale cannot be started on $SLURMD_NODENAME (the log says why)"',
+        '    [ -s "$run/jobs/lives.json" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt ' + str(job.max_requeues) + ' ] &&',
+        f'        [ "$(tail -n {FRUITLESS_LIVES - 1} "$run/jobs/events.log" | grep -c "genscale cannot be started")" -lt '
+        f'{FRUITLESS_LIVES - 1} ] || stop "$words"',
+        '    (stop "$words; the job is requeued, and the node left out")',
+        '    echo "$SLURMD_NODENAME" >"$run/jobs/exclude"; code=75',
+        "}",
+        "",
         "# -- one life of the job. A task that has ended leaves the others in peace for a while, however it ended: it may have",
         "#    been the first to answer a signal",
         'step=(srun --export=ALL --nodes="$SLURM_NNODES" --cpus-per-task="$SLURM_CPUS_PER_TASK" --mem=0 --kill-on-bad-exit=0)',
@@ -244,6 +251,7 @@ def _life(job: Job, site: Site, training: Training) -> list[str]:
         "code=$?",
         '[ "$code" = 10 ] && exit 0',
         'if [ "$code" = 0 ]; then',
+        '    export MASTER_PORT=$(cat "$run/jobs/port")',
         *(f"    {line}" for line in (_with_srun(job, inside) if job.launcher == "srun" else _with_accelerate(inside))),
         "    code=$?",
         "fi",
@@ -251,6 +259,7 @@ def _life(job: Job, site: Site, training: Training) -> list[str]:
         "# -- its end, as the run folder tells it, for no exit code comes through a launcher; 75: there is to be another life",
         f'{here}python -m genscale slurm end "$run" --code "$code" {cap}',
         "code=$?",
+        f'[ "$code" = 0 ] || [ "$code" = 75 ] || {here}python -m genscale --version >/dev/null || cannot_start',
         *(_after(site) if site.post_commands else []),
         '[ "$code" = 75 ] || exit "$code"',
         "trap '' TERM  # which the requeue sends to this shell",

@@ -86,6 +86,12 @@ def last_state(job: str) -> str | None:
     return None
 
 
+def states_of_lives(job: str) -> list[str]:
+    """How each life of a job ended, as NODE_FAIL, the first one first; empty where there is no accounting. Raises UserError."""
+    done = ask("sacct", "--noheader", "--allocations", "--duplicates", "--parsable2", "--format=State", "--jobs", job)
+    return re.findall(r"^[A-Z_]+", done.stdout, re.MULTILINE) if not done.returncode else []
+
+
 def printed_to(job: str) -> str | None:
     """The file that a job prints to, while Slurm remembers it."""
     done = ask("scontrol", "show", "job", job)

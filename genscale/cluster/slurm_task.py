@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
-FIRST_PORT, PORTS = 40_000, 20_000
-"""Apart from the ports of training, which goes on in the same job perhaps."""
+FIRST_PORT, PORTS = 10_000, 10_000
+"""Apart from the ports of training, which goes on in the same job perhaps, and below those that systems give to whoever asks
+for any. Each step and each life of a job has another one."""
 
 
 def is_slurm_task() -> bool:
@@ -24,7 +25,8 @@ def adopt_slurm_task() -> None:
     # Where each task has a GPU of its own (--gpus-per-task), that is its device 0.
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     local_rank = "0" if visible and "," not in visible else os.environ["SLURM_LOCALID"]
-    place = int(os.environ["SLURM_JOB_ID"]) + int(os.environ.get("SLURM_STEP_ID", "0"))
+    job, step, life = (int(os.environ.get(name) or 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+    place = job + 61 * step + 997 * life
     os.environ |= {"RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
                    "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": _tasks_here(), "MASTER_ADDR": job_hosts()[0],
                    "MASTER_PORT": str(FIRST_PORT + place % PORTS)}

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from genscale.errors import UserError
+from genscale.errors import PortTaken, UserError
 from genscale.parallel.precision import keep_fp32
 
 T = TypeVar("T")
@@ -26,6 +26,9 @@ class Processes:
     Args:
         need_group: make a process group even for a single process (ZeRO and FSDP2 need one).
         timeout_minutes: a collective that waits longer raises instead of hanging for ever.
+
+    Raises:
+        PortTaken: the processes cannot meet.
 
     Attributes:
         accelerator: the `accelerate.Accelerator`; it wraps networks for DDP and owns nothing else.
@@ -53,7 +56,14 @@ class Processes:
             backend = "gloo" if use_cpu else None
             handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=timeout_minutes)))
         # mixed_precision="no": genscale.parallel.precision owns precision, alike under every strategy.
-        self.accelerator = Accelerator(cpu=use_cpu, mixed_precision="no", kwargs_handlers=handlers)
+        try:
+            self.accelerator = Accelerator(cpu=use_cpu, mixed_precision="no", kwargs_handlers=handlers)
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise PortTaken(f"MASTER_PORT: {os.environ.get('MASTER_PORT')} is taken by another program on "
+                            f"{os.environ.get('MASTER_ADDR')}; start again with another port (the next life of a job has "
+                            "one)") from None
         self.device: torch.device = self.accelerator.device
         keep_fp32()
         self.rank = dist.get_rank() if dist.is_initialized() else 0

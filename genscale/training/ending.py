@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from genscale import exit_codes
-from genscale.errors import SourceLost, UserError
+from genscale.errors import PortTaken, SourceLost, UnfitNode, UserError
 from genscale.masking import masked
 from genscale.reading import read_json
 from genscale.training.exclusive_file import give_name
@@ -21,7 +21,7 @@ from genscale.training.run_owner import latest_claim
 from genscale.training.signals import Stopped
 from genscale.writing import write_draft
 
-How = Literal["complete", "stopped", "failed", "lost", "hang"]
+How = Literal["complete", "stopped", "failed", "lost", "hang", "unfit"]
 
 RUN = "GENSCALE_RUN"
 """In a job of Slurm: the run folder, in which its script looks for a word about the end."""
@@ -41,7 +41,7 @@ def before_the_run() -> Iterator[None]:
         yield
     except UserError as error:
         if RUN in os.environ:
-            Ending(Path(os.environ[RUN]), int(os.environ.get("RANK", "0"))).claim("failed", exit_codes.USER_ERROR,
+            Ending(Path(os.environ[RUN]), int(os.environ.get("RANK", "0"))).claim(_how(error), exit_codes.USER_ERROR,
                                                                                   reason=str(error))
         raise
 
@@ -99,7 +99,7 @@ class Ending:
         if self._claimed:
             return
         number = error.signal if isinstance(error, Stopped) else None
-        how: How = "stopped" if number else "lost" if isinstance(error, (PeerLost, SourceLost)) else "failed"
+        how: How = "stopped" if number else _how(error)
         reason = masked(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
         # The root's handlers are the log file; what stands on the console is the caller's.
         logging.getLogger().error("%s", reason, exc_info=None if isinstance(error, (UserError, Stopped)) else error)
@@ -117,6 +117,12 @@ class Ending:
             said = read_json(self._path)
             return said if isinstance(said, dict) and {"how", "exit_code", "reason"} <= said.keys() else None
         return None
+
+
+def _how(error: BaseException) -> How:
+    if isinstance(error, UnfitNode):
+        return "unfit"
+    return "lost" if isinstance(error, (PeerLost, SourceLost, PortTaken)) else "failed"
 
 
 def _exit_code(error: BaseException) -> int:

@@ -100,7 +100,8 @@ def _start(config: Config, stop: StopSignal) -> RunResult:
         folder = run_folder(config)
         check_batch_memory(config, shape[0])
     clear_launch_environment()
-    processes = Processes(plan.needs_group, group_timeout_minutes(config.guards.hang_minutes))
+    with before_the_run():
+        processes = Processes(plan.needs_group, group_timeout_minutes(config.guards.hang_minutes))
     try:
         with Supervision(config, folder, processes, stop) as supervision:
             return _train(config, processes, plan, shape, folder, supervision)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from genscale import exit_codes
+from genscale.cluster.promised_devices import check_devices
 from genscale.config_parser import parse_config, split_flags, take_number
 from genscale.errors import UserError
 from genscale.masking import masked
@@ -49,6 +50,8 @@ def main(arguments: list[str], stop: StopSignal) -> int:
         from genscale.training.audit import audit
 
         return exit_codes.DONE if audit(config, audited) else exit_codes.USER_ERROR
+    with before_the_run():
+        check_devices()
     result = train(config, stop)
     if result.is_main:
         print(farewell(result, settings), flush=True)

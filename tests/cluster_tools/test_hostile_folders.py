@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from genscale.cluster.job import JobSettings, settle
-from genscale.cluster.job_life import read_ended, read_lives
 from genscale.cluster.job_logs import MOST, _show_news
 from genscale.cluster.job_records import jobs_of, submitted
+from genscale.cluster.lives import read_ended, read_lives
 from genscale.cluster.site import Site
 from genscale.errors import UserError
 from genscale.training.run_owner import RunOwner, who_has

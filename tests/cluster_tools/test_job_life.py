@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from genscale.cluster import job_life
-from genscale.cluster.job_life import read_lives
+from genscale.cluster.lives import read_lives
 from genscale.training.run_owner import RunOwner
 
 GO_ON, COMPLETE, UNFIT, AGAIN = 0, 10, 11, 75

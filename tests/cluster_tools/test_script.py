@@ -77,6 +77,9 @@ def tell(render, tmp_path, *arguments, site_text="setup: []", **variables):
                    "SLURM_JOB_NODELIST": "node[3-4]", "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "16",
                    "SLURM_GPUS_ON_NODE": "4", "SLURM_NODEID": "1", "SLURM_PROCID": "5", "SLURM_NTASKS": "8",
                    "SLURM_LOCALID": "1", **variables}
+    for name in ("demo", "other", "demo-lr3e-4"):
+        (tmp_path / "runs" / name / "jobs").mkdir(parents=True, exist_ok=True)  # as `slurm begin` leaves it
+        (tmp_path / "runs" / name / "jobs" / "port").write_text("20345\n")
     script = tmp_path / "job.sbatch"
     script.write_text(render(*DEMO, "--nodes", 2, *arguments, site_text=site_text))
     return subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path)

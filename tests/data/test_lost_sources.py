@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from genscale.cluster.job_life import Life, why_not_again
+from genscale.cluster.job_life import why_not_again
+from genscale.cluster.lives import Life
 from genscale.data.readers import TableShard, damaged
 from genscale.data.spec import Spec
 from genscale.errors import SourceLost

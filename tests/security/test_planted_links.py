@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from genscale.cluster import job_life, job_records
+from genscale.cluster import job_records, lives
 from genscale.errors import UserError
 from genscale.tracking.metrics_file import MetricsFile, read_metrics
 from genscale.tracking.run_logging import setup_logging
@@ -89,8 +89,8 @@ def in_jobs(run: Path) -> dict[str, Callable[[], object]]:
     """What the scripts of jobs write."""
     entry = job_records.Submitted("7", "kept", None, (str(run),))
     return {"jobs/jobs.json": lambda: job_records.record(run, entry),
-            "jobs/lives.json": lambda: job_life._write_lives(run, []),
-            "jobs/events.log": lambda: job_life.tell(run, "7", "a word"),
+            "jobs/lives.json": lambda: lives.write_lives(run, []),
+            "jobs/events.log": lambda: lives.tell(run, "7", "a word"),
             "wandb/run_id": lambda: _run_id(run / "wandb"),
             "ended.json": lambda: Ending(run, 0).claim("complete", 0)}
 

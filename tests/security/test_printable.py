@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from genscale import cli
 from genscale.cluster import job_status
-from genscale.cluster.job_life import tell
+from genscale.cluster.lives import tell
 from genscale.data.worker_logs import Logs
 from genscale.errors import UserError
 from genscale.evaluation import samplers

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from genscale.cluster.job_life import read_ended
 from genscale.cluster.job_records import submitted
+from genscale.cluster.lives import read_ended
 from genscale.cluster.site import read_site
 from genscale.errors import UserError
 from genscale.evaluation.task_files import refuse_code
