@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -14,7 +15,7 @@ from genscale.cluster import job_life
 from genscale.cluster.lives import read_lives
 from genscale.training.run_owner import RunOwner
 
-GO_ON, COMPLETE, UNFIT, AGAIN = 0, 10, 11, 75
+GO_ON, COMPLETE, UNFIT, NO_ROOM, AGAIN = 0, 10, 11, 12, 75
 
 
 @pytest.fixture
@@ -178,9 +179,10 @@ def test_a_bad_node_is_named_and_not_to_be_given_again(genscale, run, in_job, mo
     monkeypatch.setenv("SLURM_PROCID", "0")
     begun = genscale("slurm", "begin", run)
     assert begun.code == UNFIT and "node1 is not fit: open files: too few" in begun.out
+    ended = genscale("slurm", "end", run, "--code", UNFIT)
+    assert ended.code == AGAIN and "node1 is left out of the next life" in ended.out
     assert (run / "jobs" / "exclude").read_text() == "node1"
-    assert genscale("slurm", "end", run, "--code", UNFIT).code == AGAIN
-    assert read_lives(run)[-1].how == "unfit"
+    assert (read_lives(run)[-1].how, read_lives(run)[-1].reason) == ("unfit", "node1: open files: too few")
 
 
 def test_nodes_are_held_against_each_other(genscale, run, in_job, monkeypatch, tmp_path):
@@ -200,6 +202,7 @@ def test_nodes_are_held_against_each_other(genscale, run, in_job, monkeypatch, t
     begun = genscale("slurm", "begin", run)
     assert begun.code == UNFIT and "wandb 0.1: not those of the other nodes" in begun.out
     assert "clocks: node1 is 100.0 s ahead of node0" in begun.out
+    assert genscale("slurm", "end", run, "--code", UNFIT).code == AGAIN
     assert (run / "jobs" / "exclude").read_text() == "node1"
     assert not list(run.glob("**/.clock-*"))
 
@@ -224,6 +227,7 @@ def test_a_node_that_says_nothing_is_named(genscale, run, in_job, monkeypatch):
     in_job("7", GENSCALE_NODES="node0 node1")
     begun = genscale("slurm", "begin", run)
     assert begun.code == UNFIT and "node1 has not reported" in begun.out
+    assert genscale("slurm", "end", run, "--code", UNFIT).code == AGAIN
     assert (run / "jobs" / "exclude").read_text() == "node1"
 
 
@@ -237,15 +241,41 @@ def test_outside_of_a_job_it_says_so(genscale, run):
     assert "SLURM_JOB_ID is not set" in genscale("slurm", "begin", run).message()
 
 
-def test_a_fault_that_other_nodes_would_have_too_ends_the_job(genscale, run, in_job, small_disk):
-    """Too little space, say."""
+@pytest.mark.parametrize(("checkpoint", "code", "words"), [
+    (0, NO_ROOM, "not requeued: there is no checkpoint yet that could be lost"), (4, AGAIN, "the job is requeued"),
+])  # fmt: skip
+def test_a_full_disk_at_the_beginning_ends_no_job_that_has_a_checkpoint(checkpoint, code, words, genscale, in_job, small_disk,
+                                                                        monkeypatch):
+    monkeypatch.setattr(job_life, "ROOM_SECONDS", (0.01,))
+    monkeypatch.setattr(job_life, "RETRY_SECONDS", (0.01,))
     full = small_disk("2m")
-    in_job("7")
-    begun = genscale("slurm", "begin", full / "run")
-    assert begun.code == UNFIT and "node0 is not fit: " in begun.out, begun.out + begun.err
+    if checkpoint:
+        (full / "run" / "checkpoints" / f"step-{checkpoint:08d}").mkdir(parents=True)
+    for restart in range(5 if checkpoint else 1):  # as long as it takes, unlike lives that train in vain
+        in_job("7", restart)
+        begun = genscale("slurm", "begin", full / "run")
+        assert begun.code == NO_ROOM and "cannot be written" in begun.out and "tries again in" in begun.out, begun.out
+        ended = genscale("slurm", "end", full / "run", "--code", NO_ROOM, "--max-requeues", 4)
+        if restart < 4:
+            assert ended.code == code and words in ended.out, ended.out + ended.err
     assert not (full / "run" / "jobs" / "exclude").exists()
-    ended = genscale("slurm", "end", full / "run", "--code", UNFIT)
-    assert ended.code == UNFIT and "not requeued: other nodes would do no better" in ended.out
+    assert ended.code == NO_ROOM and (not checkpoint or "the job has had 5 lives (--max-requeues 4)" in ended.out)
+
+
+def test_a_disk_that_is_full_for_a_moment_costs_a_moment(genscale, run, in_job, monkeypatch):
+    monkeypatch.setattr(job_life, "ROOM_SECONDS", (1.0,))
+    in_job("7")
+    (run / "jobs").mkdir(parents=True)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    room = threading.Timer(0.8, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # every write fails
+    room.start()
+    try:
+        begun = genscale("slurm", "begin", run)
+    finally:
+        room.join()
+    assert begun.code == GO_ON and begun.out.count("tries again in 1 s") == 1, begun.out + begun.err
+    assert len(read_lives(run)) == 1
 
 
 def test_a_run_folder_that_cannot_be_written_is_one_line(genscale, tmp_path, in_job):

@@ -67,7 +67,7 @@ def test_a_job_that_waits_for_its_next_life(genscale, submitted, in_job, checkpo
 
 
 @pytest.mark.parametrize(("how", "code", "note"), [
-    ("complete", 0, "complete"), ("failed", 2, "failed: data.source: gone"),
+    ("complete", 0, "complete"), ("failed", 2, "failed: data.source: gone; not requeued: it would fail again"),
 ])  # fmt: skip
 def test_a_job_that_has_ended(how, code, note, genscale, submitted, in_job, say_ended):
     in_job("7")
