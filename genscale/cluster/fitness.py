@@ -11,9 +11,11 @@ from typing import Any
 
 from genscale.cluster.checks import Check, host_name
 from genscale.cluster.job_nodes import compare_nodes
-from genscale.cluster.lives import read_record, write_record
+from genscale.cluster.lives import one_line, read_record, write_record
 from genscale.writing import write_whole
 
+NAMED = 4
+"""Nodes in a line."""
 OF_THE_DISK = ("run folder", "disk space")
 """Checks whose failure may be over in a while, and that has nothing to do with the node."""
 
@@ -39,8 +41,12 @@ class Verdict:
     @property
     def reason(self) -> str | None:
         """Why the job cannot train on these nodes, in a line; None where it can."""
-        said = [f"{node}: {fault}" for node, fault in self.faults.items()]
-        return "; ".join([*said, *(f"{node} has not reported" for node in self.silent)]) or None
+        found: dict[str, list[str]] = {}  # nodes by what they have
+        for node, fault in [*self.faults.items(), *((node, "has not reported") for node in self.silent)]:
+            found.setdefault(fault, []).append(node)
+        said = [f"{', '.join(nodes[:NAMED])}{f' and {len(nodes) - NAMED} more' if len(nodes) > NAMED else ''}: {fault}"
+                for fault, nodes in found.items()]
+        return one_line("; ".join(said)) or None
 
 
 def report(run: Path, job: str, restart: int, checks: Sequence[Check], clock: float) -> None:

@@ -20,10 +20,13 @@ from typing import Any, TypeVar, get_origin, get_type_hints
 from genscale.cluster.checks import host_name
 from genscale.cluster.slurm_commands import JOB
 from genscale.errors import UserError
+from genscale.masking import masked
 from genscale.printable import printable
 from genscale.reading import read_json
 from genscale.writing import no_link, write_whole
 
+LONGEST = 300
+"""Characters of a reason."""
 Entry = TypeVar("Entry")
 
 
@@ -122,6 +125,12 @@ def read_record(file: Path) -> dict[str, Any] | None:
 def write_record(file: Path, content: dict[str, Any]) -> None:
     """Raises OSError."""
     write_whole(file, json.dumps(content, indent=1) + "\n")
+
+
+def one_line(text: str) -> str:
+    """What comes from elsewhere, as a reason that can be kept and shown."""
+    line = printable(masked(" ".join(text.split())))
+    return line if len(line) <= LONGEST else f"{line[:LONGEST - 4]} ..."
 
 
 def now() -> str:

@@ -14,15 +14,12 @@ from pathlib import Path
 
 from genscale.cluster import slurm_commands
 from genscale.cluster.job_records import submitted
+from genscale.cluster.lives import one_line
 from genscale.errors import UserError
-from genscale.masking import masked
-from genscale.printable import printable
 from genscale.reading import open_plain
 
 TAIL_BYTES = 2**18
 """Of a log, in which the reason is looked for."""
-LONGEST = 300
-"""Characters of a line that are kept."""
 _SLURM = re.compile(r"CANCELLED AT \S+ DUE TO (?P<why>(?!JOB REQUEUE)[A-Z ]+)|(?P<node>Node failure on \S+)", re.MULTILINE)
 _MEMORY = re.compile(r"^.*(?:out[ -]of[ -]memory|oom[-_]kill).*$", re.MULTILINE | re.IGNORECASE)
 _PORT = re.compile(r"^.*(?:EADDRINUSE|address already in use|another process is utilizing it).*$", re.MULTILINE | re.IGNORECASE)
@@ -80,12 +77,12 @@ def reason_in(text: str) -> str | None:
     """What a log says of the end: Slurm's reason, a lack of memory, a port that was taken, or else the first error that is not
     the consequence of another. None where it says nothing."""
     if found := list(_SLURM.finditer(text)):
-        return _line(f"Slurm: {(found[-1]['why'] or found[-1]['node']).strip().lower()}")
+        return one_line(f"Slurm: {(found[-1]['why'] or found[-1]['node']).strip().lower()}")
     for label, pattern in (("out of memory", _MEMORY), ("a port is taken", _PORT)):
         if match := pattern.search(text):
-            return _line(f"{label}: {match[0]}")
+            return one_line(f"{label}: {match[0]}")
     lines = [match[0] for match in _FIRST.finditer(text)]
-    return _line(next((line for line in lines if not _CONSEQUENCE.search(line)), lines[0])) if lines else None
+    return one_line(next((line for line in lines if not _CONSEQUENCE.search(line)), lines[0])) if lines else None
 
 
 def _of_code(code: int) -> str:
@@ -95,11 +92,6 @@ def _of_code(code: int) -> str:
         name = signal.Signals(code - 128).name
         return f"ended by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
     return f"exit code {code}"
-
-
-def _line(text: str) -> str:
-    line = printable(masked(" ".join(text.split())))
-    return line if len(line) <= LONGEST else f"{line[:LONGEST - 4]} ..."
 
 
 def _tail(file: Path) -> str:
