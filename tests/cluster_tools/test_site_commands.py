@@ -80,6 +80,22 @@ def test_commands_before_and_after_the_training(job, tiny_run):
     assert code == 0 and said.index("after 75") < said.index("scontrol requeue 77")
 
 
+def test_where_python_cannot_be_started_the_job_ends_or_goes_to_another_node(job, tool, tiny_run):
+    """The first life ends with a reason; a job that has lived is requeued twice, without the node."""
+    tool("python", "exit 127")
+    jobs, words = tiny_run / "jobs", "job 77: genscale cannot be started on node7 (the log says why)"
+    code, said = job({})
+    assert code == 1 and said[-1] == f"error: {words}" and (jobs / "events.log").read_text().endswith(f"{words}\n")
+    assert not (jobs / "exclude").exists()
+    (jobs / "events.log").unlink()
+    (jobs / "lives.json").write_text('{"lives": []}')
+    for again in (True, True, False):
+        code, said = job({})
+        assert code == (0 if again else 1) and ("scontrol requeue 77" in said) == again, said
+        assert not again or "scontrol update JobId=77 ExcNodeList=node7" in said
+    assert (jobs / "events.log").read_text().count(f"{words}; the job is requeued, and the node left out") == 2
+
+
 @pytest.mark.parametrize("line", ["ls /no-such-folder 2>/dev/null", "false || exit 2"])
 @pytest.mark.parametrize(("key", "where"), [("node_setup", "error: node7: "), ("pre_commands", "error: job 77: ")])
 def test_a_command_before_the_training_that_fails_ends_the_job(key, where, line, job):
