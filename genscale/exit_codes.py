@@ -11,16 +11,17 @@
 
 `genscale train` and `genscale train --processes N` end with these codes. `accelerate launch` and torchrun do not pass them on:
 they end with 1 whatever a process ended with, and die of SIGUSR1 themselves. So the run folder says the same in `ended.json`
-(`how`: complete, stopped, failed, lost or hang; `signal`, `step`, `exit_code`, and the `time` in UTC), which is removed when
-the run starts again; where there is none, the run goes on, or was killed outright. `lost`: another process of the run was
-killed, its machine is gone, or the server of its data does not answer.
+(`how`: complete, stopped, failed, lost, hang or unfit; `signal`, `step`, `exit_code`, and the `time` in UTC), which is removed
+when the run starts again; where there is none, the run goes on, or was killed outright. `lost`: another process of the run was
+killed, its machine is gone, the server of its data does not answer, or the port where the processes meet is taken. `unfit`:
+the node has no GPU for a process that Slurm gave one.
 
 A job of Slurm ends with 0 where its run is complete, and else with the exit code of its run's last life (under a launcher, its
 processes end with 0 after a signal, which is no failure that the launcher should act upon). In its script,
-`genscale slurm begin` ends with 0 for the training to start, 10 where the run is complete, 11 where a node is not fit; and
-`genscale slurm end` with 75 for the job to be requeued, else with the exit code of the job. It is requeued after a signal, a
-hang, a crash or the loss of a node or of the data's server, unless three lives in a row have brought no new
-checkpoint; not after a user's mistake (2).
+`genscale slurm begin` ends with 0 for the training to start, 10 where the run is complete, 11 where a node is not fit, 12 where
+the run folder cannot be written; and `genscale slurm end` with 75 for the job to be requeued, else with the exit code of the
+job. It is requeued after a signal, a hang, a crash, the loss of a node or of the data's server, or a full disk where there is a
+checkpoint, unless three lives in a row have brought no new checkpoint; not after a user's mistake (2).
 """
 
 DONE = 0

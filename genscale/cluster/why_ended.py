@@ -35,7 +35,7 @@ _FIRST = re.compile("|".join((
     r"Signal \d+ \(SIG\w+\) received by PID \d+",  # of torchrun
 )), re.MULTILINE)  # fmt: skip
 _CONSEQUENCE = re.compile(r"ChildFailedError|SignalException|Connection (?:reset|closed|refused)|Broken pipe|BrokenPipeError|"
-                          r"Dist(?:Network|Store|Backend)Error|RendezvousConnectionError|CalledProcessError")
+                          r"Dist(?:Network|Store|Backend)Error|RendezvousConnectionError|CalledProcessError|Exited with")
 """Of what another process has met."""
 
 
@@ -82,7 +82,8 @@ def reason_in(text: str) -> str | None:
         if match := pattern.search(text):
             return one_line(f"{label}: {match[0]}")
     lines = [match[0] for match in _FIRST.finditer(text)]
-    return one_line(next((line for line in lines if not _CONSEQUENCE.search(line)), lines[0])) if lines else None
+    # srun may be ahead of what a task has printed, and says of its exit code only that there is one.
+    return one_line(min(lines, key=lambda line: (bool(_CONSEQUENCE.search(line)), "Exited with" in line))) if lines else None
 
 
 def _of_code(code: int) -> str:

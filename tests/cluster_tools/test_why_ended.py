@@ -18,14 +18,14 @@ from genscale.errors import PortTaken
 from genscale.parallel.processes import Processes
 from genscale.training.ending import before_the_run
 
-PORT = ("ConnectionError: Tried to launch distributed communication on port `20007`, but another process is utilizing it. Please "
-        "specify a different port")
+PORT = ("ConnectionError: Tried to launch distributed communication on port `20007`, but another process is utilizing it. "
+        "Please specify a different port")
 CANCELLED = "slurmstepd: error: *** JOB 7 ON node0 CANCELLED AT 2026-01-01T00:00:00 DUE TO %s ***"
 
 
 @pytest.mark.parametrize(("printed", "reason"), [
-    ("Traceback (most recent call last):\n  File \"x\"\nModuleNotFoundError: No module named 'numpy'\nsrun: error: node0: task 0: "
-     "Exited with exit code 1", "ModuleNotFoundError: No module named 'numpy'"),
+    ("srun: error: node0: task 0: Exited with exit code 1\nTraceback (most recent call last):\n  File \"x\"\n"
+     "ModuleNotFoundError: No module named 'numpy'", "ModuleNotFoundError: No module named 'numpy'"),
     (f"Traceback (most recent call last):\n{PORT}", f"a port is taken: {PORT}"),
     ("usage: accelerate <command> [<args>]\nAccelerate CLI tool: error: unrecognized arguments: --nope",
      "Accelerate CLI tool: error: unrecognized arguments: --nope"),
@@ -33,7 +33,7 @@ CANCELLED = "slurmstepd: error: *** JOB 7 ON node0 CANCELLED AT 2026-01-01T00:00
     ("/usr/bin/python: No module named genscale", "/usr/bin/python: No module named genscale"),
     ("slurmstepd: error: execve(): python: No such file or directory\nsrun: error: node0: task 0: Exited with exit code 2",
      "slurmstepd: error: execve(): python: No such file or directory"),
-    ("FATAL:   could not open image /x.sif: failed to retrieve path", "FATAL: could not open image /x.sif: failed to retrieve path"),
+    ("FATAL:   could not open image /x.sif: no such file", "FATAL: could not open image /x.sif: no such file"),
     ("slurmstepd: error: Detected 1 oom_kill event in StepId=7.1.\nsrun: error: node0: task 0: Out Of Memory",
      "out of memory: slurmstepd: error: Detected 1 oom_kill event in StepId=7.1."),
     ("srun: error: node1: task 1: Killed", "srun: error: node1: task 1: Killed"),
@@ -74,7 +74,8 @@ def test_a_life_that_ends_in_its_launcher_says_why_and_where_to_read_on(genscale
         say(f"FileNotFoundError: launch/ddp.yaml of life {restart}\x1b[2J " + 999 * "x" + "\n")
         say(genscale("slurm", "end", run, "--code", 1).out)
         life = read_lives(run)[-1]
-        assert life.how == "killed" and f"launch/ddp.yaml of life {restart}\\x1b[2J xx" in life.reason and len(life.reason) <= 300
+        assert life.how == "killed" and len(life.reason) <= 300
+        assert f"launch/ddp.yaml of life {restart}\\x1b[2J xx" in life.reason
         assert life.reason in (run / "jobs" / "events.log").read_text().splitlines()[-1]
         if restart == 0:
             row = row_of(run, [Queued("7", "PENDING", "BeginTime", "", "1:00")])
