@@ -114,7 +114,8 @@ def _reports(run: Path, nodes: Sequence[str], job: str, restart: int, seconds: f
 
 def _said(run: Path, node: str, job: str, restart: int) -> dict[str, Any] | None:
     said = read_record(_file(run, node))
-    return said if said and (said.get("job"), said.get("restart")) == (job, restart) else None
+    mine = said and (said.get("job"), said.get("restart")) == (job, restart)
+    return said if mine and {"failures", "at_fault", "clock", "versions"} <= said.keys() else None
 
 
 def _file(run: Path, node: str) -> Path:
