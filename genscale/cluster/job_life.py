@@ -30,6 +30,7 @@ from genscale.errors import UserError
 from genscale.printable import printable
 from genscale.reading import read_json, read_text
 from genscale.training.checkpoint_names import latest_step
+from genscale.training.code_version import commit, in_words, snapshot
 from genscale.training.run_owner import RunOwner
 from genscale.writing import make_folder, no_link, write_whole
 
@@ -60,6 +61,7 @@ class Life:
         job: as Slurm's commands take it, `12` or `12_3` of an array.
         restart: how often Slurm had requeued the job.
         gpus: of all nodes together.
+        commit, snapshot: of the code that it ran (see `code_version`).
         step, end_step: of the latest checkpoint as the life began and ended.
         how: complete, stopped, failed or hang, as `ended.json` says; lost: a process, its machine or the data's server was
             gone; killed: nothing was said; unfit: a node was not fit. None while it goes on, and where the node has died that
@@ -78,6 +80,8 @@ class Life:
     reason: str | None = None
     goes_on: bool = False
     gpus: int = 0
+    commit: str | None = None
+    snapshot: str | None = None
 
 
 def this_job() -> tuple[str, int]:
@@ -136,9 +140,10 @@ def count_life(run: Path, job: str, restart: int, max_requeues: int) -> None:
     (run / "jobs" / "exclude").unlink(missing_ok=True)
     here = os.environ.get("SLURM_GPUS_ON_NODE", "")
     life = Life(job, restart, tuple(_nodes()), _now(), latest_step(run),
-                gpus=int(here) * len(_nodes()) if here.isdigit() else 0)
+                gpus=int(here) * len(_nodes()) if here.isdigit() else 0, commit=commit(), snapshot=snapshot())
     _write_lives(run, [*lives, life])
-    tell(run, job, f"life {len(mine) + 1} begins on {', '.join(life.nodes)} after step {life.step}")
+    tell(run, job, f"life {len(mine) + 1} begins on {', '.join(life.nodes)} after step {life.step}"
+                   f"{f': {code}' if (code := in_words(life.commit, life.snapshot)) else ''}")
 
 
 def _closed(run: Path, life: Life) -> Life:
@@ -211,7 +216,8 @@ def end(run: Path, code: int, max_requeues: int) -> int:
         return code
     else:  # stopped before it was counted
         step = latest_step(run)
-        life = Life(job, restart, tuple(_nodes()), _now(), step, _now(), step, "killed", code)
+        life = Life(job, restart, tuple(_nodes()), _now(), step, _now(), step, "killed", code,
+                    commit=commit(), snapshot=snapshot())
     mine = [each for each in lives if each.job == job] + [life]
     stop = why_not_again(life, mine, max_requeues)
     life = replace(life, goes_on=stop is None)
@@ -280,8 +286,13 @@ def read_lives(run: Path) -> list[Life]:
     """The oldest first; none where the file cannot be understood."""
     content = read_record(run / "jobs" / "lives.json") or {}
     with contextlib.suppress(TypeError, KeyError, ValueError):
-        return [checked(Life(**{**life, "nodes": tuple(life["nodes"])})) for life in content["lives"]]
+        return [checked(Life(**{**known(Life, life), "nodes": tuple(life["nodes"])})) for life in content["lives"]]
     return []
+
+
+def known(kind: type, fields: dict[str, Any]) -> dict[str, Any]:
+    """Of the fields those that this version of genscale has: a job that runs its own copy of the code may have written more."""
+    return {name: fields[name] for name in get_type_hints(kind) if name in fields}
 
 
 def checked(entry: Entry) -> Entry:

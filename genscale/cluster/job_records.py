@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from genscale.cluster import slurm_commands
-from genscale.cluster.job_life import checked, read_lives, read_record
+from genscale.cluster.job_life import checked, known, read_lives, read_record
 from genscale.cluster.slurm_commands import Queued
 from genscale.writing import make_folder, write_whole
 
@@ -67,7 +67,7 @@ def submitted(folder: Path) -> list[Submitted]:
     """What was recorded in that folder, the oldest first, with its paths as they are reached through the folder."""
     content = read_record(folder / "jobs" / "jobs.json") or {}
     with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
-        entries = [checked(Submitted(**{**entry, "runs": tuple(entry["runs"])})) for entry in content["jobs"]]
+        entries = [checked(Submitted(**{**known(Submitted, entry), "runs": tuple(entry["runs"])})) for entry in content["jobs"]]
         return [_reached(folder, entry) for entry in entries]
     return []
 
