@@ -79,7 +79,7 @@ class Snapshot:
         Returns: where it is. Raises OSError where it cannot be written, and then nothing is left of it.
         """
         place = self.place
-        make_folder(place.parent)
+        make_folder(place.parent, parents=True)
         for number in itertools.count(2):
             if self._write(place) or self._is_in(place):
                 # Said anew: a commit that has the same code names it as well.
