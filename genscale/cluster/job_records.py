@@ -1,6 +1,7 @@
 """Which jobs a run has: those that were submitted for it, and those that have begun in its folder.
 
     <run folder>/jobs/0001/         a submission: job.sbatch and the resolved config.yaml
+    <run folder>/jobs/code-.../     the code that it runs (see `snapshot`)
     <run folder>/jobs/jobs.json     which job each became, where it prints to, and the runs that it trains
 
 An array has a folder of its own with the submission, <run.dir>/<run.name>, and its runs lie beside that.
