@@ -145,6 +145,20 @@ def test_runs_of_an_array_share_one_copy(slurm, tiny_run):
     assert code.parent == tiny_run / "jobs" and slurm("submit", "--launcher", "srun", "--dry-run").out.count(code.name) == 1
 
 
+@pytest.mark.parametrize("kind", ["apptainer", "pyxis"])
+def test_a_container_sees_the_copy(kind, slurm, tiny_run, tmp_path):
+    site = tmp_path / "container.yaml"
+    site.write_text(f"{{gpus_per_node: 0, container: /i.sif, container_kind: {kind}}}")
+    script = slurm("submit", "--site", site, "--dry-run").out
+    assert "-m genscale" not in script and "--module genscale" not in script
+    assert f"export GENSCALE_CODE={tiny_run}/jobs/code-" in script
+    inside = 'apptainer exec --nv --bind "$PWD" /i.sif ' if kind == "apptainer" else ""
+    for program in ('python "$GENSCALE_CODE" slurm begin', 'python "$GENSCALE_CODE" slurm end',
+                    'accelerate launch --config_file "$GENSCALE_CODE/launch/ddp.yaml"'):
+        assert f"{inside}{program} " in script, script
+    assert (f"{tiny_run.parent}:{tiny_run.parent}" in script) == (kind == "pyxis")
+
+
 def test_a_job_that_slurm_refuses_leaves_no_copy(slurm, tool, tiny_run):
     tool("sbatch", "echo 'sbatch: error: Invalid qos specification' >&2; exit 1")
     assert slurm("submit", "--launcher", "srun").code == 2 and not tiny_run.exists()
