@@ -13,7 +13,7 @@ OF_SLURM = ("SLURM_*", "SLURMD_*", "SBATCH_*", "SRUN_*", "SALLOC_*", "SQUEUE_*",
 or habits (SBATCH_TIMELIMIT, SQUEUE_STATES, SLURM_TIME_FORMAT), and a job must go by neither."""
 OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_*",
                  "PET_*", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "GENSCALE_RUN", "GENSCALE_NODES",
-                 "GENSCALE_SUBMIT", "GENSCALE_STOP_AT", "GENSCALE_PROCESSES", "GENSCALE_LAUNCHER")
+                 "GENSCALE_SUBMIT", "GENSCALE_CODE", "GENSCALE_STOP_AT", "GENSCALE_PROCESSES", "GENSCALE_LAUNCHER")
 """What a launcher, or the script of a job, sets for the processes of one run."""
 WHERE_SLURM_IS = ("SLURM_CONF", "SLURM_JWT")
 """Which cluster it is, and who one is there."""

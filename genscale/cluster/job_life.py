@@ -27,6 +27,7 @@ from genscale.cluster.ports import free_port
 from genscale.cluster.why_ended import why_cut_off, why_ended
 from genscale.errors import UserError
 from genscale.training.checkpoint_names import latest_step
+from genscale.training.code_version import commit, in_words, snapshot
 from genscale.training.run_owner import RunOwner
 from genscale.writing import make_folder, write_whole
 
@@ -108,9 +109,10 @@ def count_life(run: Path, job: str, restart: int, max_requeues: int) -> None:
     (run / "jobs" / "exclude").unlink(missing_ok=True)
     here = os.environ.get("SLURM_GPUS_ON_NODE", "")
     life = Life(job, restart, tuple(job_nodes()), now(), latest_step(run),
-                gpus=int(here) * len(job_nodes()) if here.isdigit() else 0)
+                gpus=int(here) * len(job_nodes()) if here.isdigit() else 0, commit=commit(), snapshot=snapshot())
     write_lives(run, [*lives, life])
-    tell(run, job, f"life {len(mine) + 1} begins on {', '.join(life.nodes)} after step {life.step}")
+    tell(run, job, f"life {len(mine) + 1} begins on {', '.join(life.nodes)} after step {life.step}"
+                   f"{f': {code}' if (code := in_words(life.commit, life.snapshot)) else ''}")
 
 
 def _closed(run: Path, life: Life) -> Life:
@@ -161,7 +163,8 @@ def end(run: Path, code: int, max_requeues: int) -> int:
         tell(run, job, "not requeued: it was refused at its beginning")
         return code
     else:  # stopped before it was counted
-        life = _with_end(run, Life(job, restart, tuple(job_nodes()), now(), latest_step(run)), None, code)
+        life = Life(job, restart, tuple(job_nodes()), now(), latest_step(run), commit=commit(), snapshot=snapshot())
+        life = _with_end(run, life, None, code)
     excluded = ()
     if life.how == "unfit" and code != NO_ROOM:
         verdict = fitness.judge(run, life.nodes, job, restart, seconds=0)

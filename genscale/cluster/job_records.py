@@ -1,6 +1,7 @@
 """Which jobs a run has: those that were submitted for it, and those that have begun in its folder.
 
     <run folder>/jobs/0001/         a submission: job.sbatch and the resolved config.yaml
+    <run folder>/jobs/code-.../     the code that it runs (see `snapshot`)
     <run folder>/jobs/jobs.json     which job each became, where it prints to, and the runs that it trains
 
 An array has a folder of its own with the submission, <run.dir>/<run.name>, and its runs lie beside that.
@@ -17,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from genscale.cluster import slurm_commands
-from genscale.cluster.lives import checked, read_lives, read_record
+from genscale.cluster.lives import checked, known, read_lives, read_record
 from genscale.cluster.slurm_commands import Queued
 from genscale.writing import make_folder, write_whole
 
@@ -67,7 +68,7 @@ def submitted(folder: Path) -> list[Submitted]:
     """What was recorded in that folder, the oldest first, with its paths as they are reached through the folder."""
     content = read_record(folder / "jobs" / "jobs.json") or {}
     with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
-        entries = [checked(Submitted(**{**entry, "runs": tuple(entry["runs"])})) for entry in content["jobs"]]
+        entries = [checked(Submitted(**{**known(Submitted, entry), "runs": tuple(entry["runs"])})) for entry in content["jobs"]]
         return [_reached(folder, entry) for entry in entries]
     return []
 

@@ -24,12 +24,13 @@ from genscale.reading import read_yaml
 from genscale.tracking.metrics_file import read_metrics
 from genscale.tracking.progress import figure
 from genscale.training.checkpoint_names import latest_step
+from genscale.training.code_version import in_words
 
 LONGEST = 1e9
 """Seconds that are predicted at most: thirty years."""
 RECENT = 20
 """Logged steps that the speed is a mean of."""
-HEADINGS = ("RUN", "JOB", "STATE", "LIVES", "STEP", "LOSS", "SPEED", "GPU HOURS", "TIME LEFT", "PREDICTED END", "NOTE")
+HEADINGS = ("RUN", "JOB", "STATE", "LIVES", "STEP", "LOSS", "SPEED", "GPU HOURS", "TIME LEFT", "PREDICTED END", "CODE", "NOTE")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Row:
         speed: units a second, with the unit.
         time_left: of this life of the job.
         gpu_hours: of all lives.
+        code: that the latest life ran, in words.
         predicted: seconds until the last step at the present speed, waits in the queue not counted.
     """
 
@@ -55,6 +57,7 @@ class Row:
     predicted: float | None
     note: str
     gpu_hours: float | None = None
+    code: str = ""
 
     @property
     def progress(self) -> str:
@@ -112,7 +115,8 @@ def row_of(run: Path, jobs: Sequence[Queued], hours: Mapping[str, float] | None 
         predicted = max(0.0, min(sum(recent) / len(recent) * (steps - step), LONGEST))
     return Row(run, number, state, len(lives), step, steps, _loss(metrics), _speed(logged),
                job.time_left if job and job.state == "RUNNING" else None, predicted, note,
-               gpu_hours(run, hours or {}, job.job if job and job.state != "PENDING" else None))
+               gpu_hours(run, hours or {}, job.job if job and job.state != "PENDING" else None),
+               in_words(lives[-1].commit, lives[-1].snapshot) if lives else "")
 
 
 def _state(run: Path, job: Queued | None, lives: Sequence[Life], number: str | None) -> tuple[str, str]:
@@ -190,7 +194,8 @@ def table(rows: Sequence[Row]) -> str:
         end = f"{datetime.now() + timedelta(seconds=row.predicted):%a %d %b %H:%M}" if row.predicted is not None else "-"
         lines.append((str(row.run), row.job or "-", row.state, str(row.lives), row.progress,
                       "-" if row.loss is None else figure(row.loss), row.speed or "-",
-                      "-" if row.gpu_hours is None else f"{row.gpu_hours:,.1f}", row.time_left or "-", end, row.note))
+                      "-" if row.gpu_hours is None else f"{row.gpu_hours:,.1f}", row.time_left or "-", end,
+                      row.code or "-", row.note))
     return aligned(lines)
 
 

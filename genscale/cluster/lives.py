@@ -38,6 +38,7 @@ class Life:
         job: as Slurm's commands take it, `12` or `12_3` of an array.
         restart: how often Slurm had requeued the job.
         gpus: of all nodes together.
+        commit, snapshot: of the code that it ran (see `code_version`).
         step, end_step: of the latest checkpoint as the life began and ended.
         how: complete, stopped, failed or hang, as `ended.json` says; lost: a process, its machine or the data's server was
             gone; killed: nothing was said; unfit: a node was not fit. None while it goes on, and where the node has died that
@@ -59,6 +60,8 @@ class Life:
     goes_on: bool = False
     gpus: int = 0
     stop: str | None = None
+    commit: str | None = None
+    snapshot: str | None = None
 
 
 def this_job() -> tuple[str, int]:
@@ -75,8 +78,13 @@ def read_lives(run: Path) -> list[Life]:
     """The oldest first; none where the file cannot be understood."""
     content = read_record(run / "jobs" / "lives.json") or {}
     with contextlib.suppress(TypeError, KeyError, ValueError):
-        return [checked(Life(**{**life, "nodes": tuple(life["nodes"])})) for life in content["lives"]]
+        return [checked(Life(**{**known(Life, life), "nodes": tuple(life["nodes"])})) for life in content["lives"]]
     return []
+
+
+def known(kind: type, fields: dict[str, Any]) -> dict[str, Any]:
+    """Of the fields those that this version of genscale has: a job that runs its own copy of the code may have written more."""
+    return {name: fields[name] for name in get_type_hints(kind) if name in fields}
 
 
 def checked(entry: Entry) -> Entry:

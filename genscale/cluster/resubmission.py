@@ -1,4 +1,5 @@
-"""genscale slurm resubmit: the latest job of a run once more, as its script was kept (and perhaps mended since)."""
+"""genscale slurm resubmit: the latest job of a run once more, as its script was kept (and perhaps mended since), with the code
+as it is now. To go on with the code that it had: `python RUN/jobs/code-DIGEST slurm resubmit RUN`."""
 
 from __future__ import annotations
 
@@ -9,16 +10,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from genscale.cluster import slurm_commands
-from genscale.cluster.before_submission import check_is_free, check_launch_file
+from genscale.cluster.before_submission import LAUNCH_FILE, check_is_free, check_launch_file
 from genscale.cluster.job_records import Submitted, active_jobs, record, submitted
 from genscale.cluster.job_status import chosen
 from genscale.cluster.lives import read_ended
+from genscale.cluster.script import CODE, code_line
 from genscale.cluster.slurm_commands import options_in
+from genscale.cluster.snapshot import take
 from genscale.cluster.submission import log_of, what_next
 from genscale.config_parser import load_config
 from genscale.errors import UserError
 from genscale.objectives import FAMILIES
+from genscale.training.code_version import code_in
 from genscale.training.config_check import check_config
+from genscale.writing import write_whole
 
 SCRIPT, CONFIG = "job.sbatch", "config.yaml"
 
@@ -51,10 +56,26 @@ def _resubmit(folder: Path) -> None:
     runs = _to_train(folder, entry)
     for run in runs:
         _check_config(run, script.parent / CONFIG, runs[run].settings, _world_size(text, options))
+    code = _with_new_code(script, text)
     number = slurm_commands.submit(str(script), options=_elements(entry, runs, options))
     _note(folder, entry, runs, number, _output(options))
     what = f"{len(runs)} of {len(entry.runs)} runs of {folder}" if _is_array(entry) else str(folder)
-    print(f"submitted job {number}: {what}\nscript and config: {script.parent}\n\n{what_next(folder)}")
+    print(f"submitted job {number}: {what}\nscript and config: {script.parent}{code}\n\n{what_next(folder)}")
+
+
+def _with_new_code(script: Path, text: str) -> str:
+    """The script is led to the code as it is now, for a fix may be in that. (One that goes by no copy stays so.)
+
+    Returns: what to say of it. Raises UserError.
+    """
+    if not CODE.search(text):
+        return ""
+    try:
+        code = take(script.parent.parent.parent, str(LAUNCH_FILE) in text).keep()
+        write_whole(script, CODE.sub(lambda _: code_line(str(code)), text))
+    except OSError as error:
+        raise UserError(f"{script.parent.parent}: cannot be written ({error.strerror}); free some space") from None
+    return f"\ncode: {code_in(code)}"
 
 
 def _to_train(folder: Path, entry: Submitted) -> dict[Path, Submitted]:
@@ -103,7 +124,7 @@ def _check_place(script: Path, text: str) -> None:
     if found is None or not os.path.realpath("".join(shlex.split(found["word"]))).startswith(base):
         raise UserError(f"{script}: is about another folder than {base}, as seen from {Path.cwd()}; go to the folder that it "
                         "was submitted from, or submit the run anew")
-    if "--config_file launch/ddp.yaml" in text:
+    if str(LAUNCH_FILE) in text:
         check_launch_file()
 
 

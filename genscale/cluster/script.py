@@ -28,6 +28,7 @@ class Training:
             otherwise, which is for the first only.
         workers: `data.workers`; of the runs of an array, the most.
         submitted_with: the flags of `genscale slurm submit`, as they are typed, for the run to say what to type next.
+        code: the job's copy of genscale (see `snapshot`), as its path from where the job starts; None: what Python finds.
     """
 
     config: str
@@ -37,8 +38,11 @@ class Training:
     goes_on: bool = True
     workers: int = 0
     submitted_with: str | None = None
+    code: str | None = None
 
 
+CODE = re.compile(r"^export GENSCALE_CODE=.*$", re.MULTILINE)
+"""The line of a script that says where the job's copy of genscale is."""
 STOP = [
     'stop() { echo "error: job $job: $1" >&2',
     '    { echo "$(date -u +%FT%T+00:00) job $job: $1" >>"$run/jobs/events.log"; } 2>/dev/null; exit 1; }',
@@ -126,7 +130,14 @@ def _what_it_trains(job: Job, training: Training) -> list[str]:
     lines.append('settings+=(--run.dir "$(dirname "$run")" --run.name "$(basename "$run")")')
     if not training.goes_on:
         lines.append('[ -z "$SLURM_RESTART_COUNT" ] || settings+=(--run.resume auto)  # from its latest checkpoint')
+    if training.code:
+        lines += ["# -- genscale as it was when the job was submitted: what all lives of the job run", code_line(training.code)]
     return lines
+
+
+def code_line(code: str) -> str:
+    """What `CODE` finds, for a copy of genscale there."""
+    return f"export GENSCALE_CODE={'' if os.path.isabs(code) else '$PWD/'}{shlex.quote(code)}"
 
 
 def _environment(job: Job, site: Site, training: Training) -> list[str]:
@@ -226,6 +237,7 @@ def _srun_container(job: Job, site: Site, run: str) -> list[str]:
 
 def _life(job: Job, site: Site, training: Training) -> list[str]:
     inside, container = _inside(job, site), _srun_container(job, site, training.run)
+    python = 'python "$GENSCALE_CODE"' if training.code else "python -m genscale"
     # What ends a life runs in the container too, and there only srun leads.
     here = '"${step[@]}" --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" ' if container else inside
     cap = f"--max-requeues {job.max_requeues}"
@@ -247,19 +259,20 @@ def _life(job: Job, site: Site, training: Training) -> list[str]:
         "",
         "# -- its beginning looks at every node and counts the life; 10: the run is complete",
         '"${step[@]}" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --wait=300 \\',
-        f'    {inside}python -m genscale slurm begin "$run" {cap} --workers {training.workers}  # data.workers',
+        f'    {inside}{python} slurm begin "$run" {cap} --workers {training.workers}  # data.workers',
         "code=$?",
         '[ "$code" = 10 ] && exit 0',
         'if [ "$code" = 0 ]; then',
         '    export MASTER_PORT=$(cat "$run/jobs/port")',
-        *(f"    {line}" for line in (_with_srun(job, inside) if job.launcher == "srun" else _with_accelerate(inside))),
+        *(f"    {line}" for line in (_with_srun(job, inside + python) if job.launcher == "srun"
+                                  else _with_accelerate(inside, training.code is not None))),
         "    code=$?",
         "fi",
         "",
         "# -- its end, as the run folder tells it, for no exit code comes through a launcher; 75: there is to be another life",
-        f'{here}python -m genscale slurm end "$run" --code "$code" {cap}',
+        f'{here}{python} slurm end "$run" --code "$code" {cap}',
         "code=$?",
-        f'[ "$code" = 0 ] || [ "$code" = 75 ] || {here}python -m genscale --version >/dev/null || cannot_start',
+        f'[ "$code" = 0 ] || [ "$code" = 75 ] || {here}{python} --version >/dev/null || cannot_start',
         *(_after(site) if site.post_commands else []),
         '[ "$code" = 75 ] || exit "$code"',
         "trap '' TERM  # which the requeue sends to this shell",
@@ -276,20 +289,23 @@ def _life(job: Job, site: Site, training: Training) -> list[str]:
     ]
 
 
-def _with_accelerate(inside: str) -> list[str]:
+def _with_accelerate(inside: str, copied: bool) -> list[str]:
+    file, program = "launch/ddp.yaml", "--module genscale"
+    if copied:
+        file, program = f'"$GENSCALE_CODE/{file}"', '"$GENSCALE_CODE/__main__.py"'
     return [
         '"${step[@]}" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpu-bind=cores --wait=60 bash -c \'',
         "    # Signals are for the training processes. The launcher would die of them, and leave those behind.",
         '    trap "" USR1 USR2 TERM INT; export PET_SIGNALS_TO_HANDLE=SIGQUIT',
-        f"    exec {inside}accelerate launch --config_file launch/ddp.yaml \\",
+        f"    exec {inside}accelerate launch --config_file {file} \\",
         '        --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" --num_processes "$1" \\',
         '        --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" --same_network \\',
-        '        --num_cpu_threads_per_process "$OMP_NUM_THREADS" --module genscale train "${@:2}"',
+        f'        --num_cpu_threads_per_process "$OMP_NUM_THREADS" {program} train "${{@:2}}"',
         "' launch $((SLURM_NNODES * LOCAL_WORLD_SIZE)) --config \"$config\" \"${settings[@]}\"",
     ]
 
 
-def _with_srun(job: Job, inside: str) -> list[str]:
+def _with_srun(job: Job, python: str) -> list[str]:
     own, rank = "", "$SLURM_LOCALID"
     if job.gpus_per_task:  # of which each process sees one, as device 0
         own, rank = f"--gpus-per-task={job.gpus.kind + ':' if job.gpus.kind else ''}1 ", "0"
@@ -297,6 +313,6 @@ def _with_srun(job: Job, inside: str) -> list[str]:
         '"${step[@]}" --ntasks=$((SLURM_NNODES * LOCAL_WORLD_SIZE)) --ntasks-per-node="$LOCAL_WORLD_SIZE" \\',
         f"    {own}--cpu-bind=cores --wait=60 bash -c '",
         f"    export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK={rank}",
-        f"    exec {inside}python -m genscale train \"$@\"",
+        f"    exec {python} train \"$@\"",
         "' train --config \"$config\" \"${settings[@]}\"",
     ]

@@ -22,11 +22,13 @@ from genscale.cluster.job_records import Submitted, new_folder, record
 from genscale.cluster.partition import check_fits, find_partition
 from genscale.cluster.script import Training, render
 from genscale.cluster.site import Site, read_site
+from genscale.cluster.snapshot import Snapshot, take
 from genscale.config import Config, RunSettings
 from genscale.config_parser import parse_config, parse_settings
 from genscale.errors import UserError
 from genscale.masking import has_mask
 from genscale.objectives import FAMILIES
+from genscale.training.code_version import code_in
 from genscale.training.config_check import check_config
 from genscale.training.run_folder import config_yaml, run_folder
 from genscale.training.supervision import group_timeout_minutes
@@ -51,6 +53,8 @@ class SubmitSettings(JobSettings):
     dry_run: bool = False
     """Show the script, and have Slurm say when and where the job would start; submit nothing. (As in a real submission, the
     modules and lines of site.setup are run here, to see that they lead to genscale.)"""
+    no_snapshot: bool = False
+    """Let each life of the job run genscale as it finds it then (default: a copy of it as it is now, kept with the job)."""
 
 
 @dataclass(frozen=True)
@@ -96,15 +100,17 @@ def submit(arguments: Sequence[str], settings: Sequence[str]) -> int:
     again = _without([word for word in arguments if word.partition("=")[0] != "--dry-run"], OF_THIS_JOB)
     prepared = _prepare(asked, settings, shlex.join(again))
     _check(prepared)
+    snapshot = None if asked.no_snapshot else take(prepared.folder, prepared.job.launcher == "accelerate")
     if asked.dry_run:
-        script = render(prepared.job, prepared.site, prepared.training, _output(prepared))
+        code = str(snapshot.place) if snapshot else None
+        script = render(prepared.job, prepared.site, replace(prepared.training, code=code), _output(prepared))
         print(script)
         with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
             file.write(script)
             file.flush()
             print(slurm_commands.submit(file.name, test_only=True))
         return 0
-    _keep_and_submit(prepared)
+    _keep_and_submit(prepared, snapshot)
     return 0
 
 
@@ -231,23 +237,26 @@ def _output(prepared: Prepared) -> str:
     return f"{folder}/logs/slurm-{'%A_%a' if prepared.job.array else '%j'}.log"
 
 
-def _keep_and_submit(prepared: Prepared) -> None:
-    """Script and resolved config into the run folder, the job into the queue."""
+def _keep_and_submit(prepared: Prepared, snapshot: Snapshot | None) -> None:
+    """Script, resolved config and code into the run folder, the job into the queue."""
     job, folder, training = prepared.job, prepared.folder, prepared.training
+    before, code = {*folder.glob("jobs/*")}, None
     try:
         kept = new_folder(folder)
         make_folder(folder / "logs")
         (kept / "config.yaml").write_text(config_yaml(prepared.configs[0]))
+        code = snapshot.keep() if snapshot else None
+        training = replace(training, config=str(kept / "config.yaml"), settings=(), code=str(code) if code else None)
         script = kept / "job.sbatch"
-        script.write_text(render(job, prepared.site, replace(training, config=str(kept / "config.yaml"), settings=()),
-                                 _output(prepared)))
+        script.write_text(render(job, prepared.site, training, _output(prepared)))
     except OSError as error:
         raise UserError(f"run.dir: cannot write to {folder} ({error.strerror}); set --run.dir to a folder you can write to") \
             from None
     try:
         number = slurm_commands.submit(str(script))
     except BaseException:
-        shutil.rmtree(kept, ignore_errors=True)
+        for new in {kept, *([code] if code else [])} - before:
+            shutil.rmtree(new, ignore_errors=True)
         for path in (folder / "jobs", folder / "logs", folder):  # where there was nothing, there is nothing
             if path.is_dir() and not os.listdir(path):
                 path.rmdir()
@@ -260,7 +269,10 @@ def _keep_and_submit(prepared: Prepared) -> None:
                         "cancelled; set --run.dir to a folder you can write to") from None
     what = f"{len(prepared.configs)} runs {folder}-{job.array.axes[0].short}*" if job.array else str(folder)
     print(f"submitted job {number}: {what}, {job.nodes} node{'s' if job.nodes > 1 else ''} x {job.processes_per_node} "
-          f"process{'es' if job.processes_per_node > 1 else ''}\nscript and config: {kept}\n\n{what_next(folder)}")
+          f"process{'es' if job.processes_per_node > 1 else ''}\nscript and config: {kept}")
+    if code:
+        print(f"code: {code_in(code)}")
+    print(f"\n{what_next(folder)}")
 
 
 def what_next(folder: Path) -> str:

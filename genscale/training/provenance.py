@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import platform
-import subprocess
 import sys
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import genscale
-
-ROOT = Path(genscale.__file__).resolve().parents[1]
+from genscale.training.code_version import commit
 
 
 def provenance(world_size: int, strategy: str, position: str) -> dict[str, Any]:
@@ -33,19 +29,6 @@ def versions() -> dict[str, str]:
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     return found
-
-
-@functools.cache
-def commit() -> str | None:
-    """The commit of the code that runs, with "-dirty" where files differ from it; None outside a checkout of its own."""
-    if not (ROOT / ".git").exists():  # installed, perhaps within the checkout of something else
-        return None
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
 
 
 def position_in_words(samples: int, samples_of_epoch: int | None) -> str:

@@ -9,12 +9,13 @@ from genscale import exit_codes
 from genscale.errors import UserError, nearest
 
 ACTIONS = {
-    "render": "print the script of a job (or write it with --out FILE)",
-    "submit": "check the run and the site, keep script and config in the run folder, and submit the job",
+    "render": "print the script of a job (or write it with --out FILE); its lives run the code as they find it",
+    "submit": "check the run and the site, keep script, config and a copy of the code in the run folder, and submit the job",
     "status": "the jobs of runs (of all in runs/ and <scratch>/runs): queued, running, requeued, ended; step, loss, speed, "
               "GPU hours, predicted end; --sweep: the runs of arrays and their final metrics, side by side",
     "logs": "follow what rank 0 prints (--all: every rank)",
-    "resubmit": "submit the latest job of runs again, with the script and the config that were kept (after a fix)",
+    "resubmit": "submit the latest job of runs again, with the script and the config that were kept, and the code as it is now "
+                "(after a fix)",
     "hold": "keep the jobs of runs from starting, until they are released",
     "release": "let them start",
     "cancel": "take the jobs of runs out of the queue, or end them",

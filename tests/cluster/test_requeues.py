@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import pytest
+
+from genscale.cluster import snapshot
+from genscale.training.code_version import ROOT
 
 
 @pytest.fixture(scope="module")
-def submitted(cluster, jobs, source, tmp_path_factory):
-    """Run and job by what is planted in them."""
+def clone(tmp_path_factory):
+    """A copy of genscale, which changes between the lives of a job."""
+    folder = tmp_path_factory.mktemp("clone")
+    shutil.copytree(ROOT / "genscale", folder / "genscale")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def submitted(cluster, jobs, source, clone, tmp_path_factory):
+    """Run and job by what is planted in them. The array is submitted from the clone."""
     found: dict[str, tuple] = {}
-    foreign: dict[str, str] = {}
+    foreign = {"PYTHONPATH": os.pathsep.join([str(jobs.HERE / "planted"), str(clone)])}
     for name, planted, *flags in (("array", "hold@4/0", "--array", "seed=0-2"), ("die", "die@2"), ("mistake", "mistake@2")):
         run = jobs.JobRun(tmp_path_factory.mktemp(name), source, **{"train.steps": 6})
-        found[name] = run, cluster.submit(run, "--launcher", "srun", *flags, planted=planted, **foreign)
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "array":
+                patch.setattr(snapshot, "ROOT", clone)
+            found[name] = run, cluster.submit(run, "--launcher", "srun", *flags, planted=planted, **foreign)
         # The others are submitted from inside an element of the array, in its third life, by someone with habits of their own.
         foreign = {"SLURM_ARRAY_JOB_ID": found["array"][1].id, "SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "1",
                    "SLURM_RESTART_COUNT": "2", "SLURM_MEM_PER_CPU": "100", "SLURM_MEM_PER_NODE": "400",
@@ -21,8 +38,9 @@ def submitted(cluster, jobs, source, tmp_path_factory):
     return found
 
 
-def test_an_element_of_an_array_is_requeued_alone(cluster, jobs, submitted):
-    """The last one, whose job id is that of the whole array. The others, which end by themselves, are not started again."""
+def test_an_element_of_an_array_is_requeued_alone(cluster, jobs, submitted, clone):
+    """The last one, whose job id is that of the whole array. The others, which end by themselves, are not started again.
+    It goes on with the code that it was submitted with, though there is another by now."""
     run, array = submitted["array"]
     elements = [jobs.Job(cluster, f"{array.id}_{number}") for number in range(3)]
     members = [run.element(number) for number in range(3)]
@@ -31,6 +49,7 @@ def test_an_element_of_an_array_is_requeued_alone(cluster, jobs, submitted):
     for number in (0, 1):
         members[number].let_go()
         elements[number].end()
+    (clone / "genscale" / "cli.py").write_text("raise SystemExit('the code has changed')\n")
     elements[2].signal("USR1")
     elements[2].wait_for(lambda: members[2].left("SIGUSR1") == {"0"}, "it has got the signal")
     members[2].let_go()
@@ -39,6 +58,9 @@ def test_an_element_of_an_array_is_requeued_alone(cluster, jobs, submitted):
     assert [element.state for element in elements] == 3 * ["COMPLETED"]
     assert [member.step() for member in members] == [6, 6, 6]
     assert len({member.latest().digest() for member in members}) == 3
+    (copy,) = (run.folder / "jobs").glob("code-*")
+    lives = [life for member in members for life in member.document("jobs/lives.json")["lives"]]
+    assert [life["snapshot"] for life in lives] == 4 * [copy.name.removeprefix("code-")]
 
 
 def test_a_run_that_dies_in_the_same_step_each_time_stops_after_three_lives(submitted):

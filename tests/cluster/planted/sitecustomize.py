@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -92,5 +93,7 @@ def plant() -> None:
     Trainer.update_averages, saving.commit, Supervision.ended = in_step, before_commit, before_the_end
 
 
+if "GENSCALE_CODE" in os.environ:  # this file is read before the job's copy of genscale is put first
+    sys.path.insert(0, os.environ["GENSCALE_CODE"])
 if RANK and any(PLANTED):
     listen()
