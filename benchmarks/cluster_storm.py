@@ -164,12 +164,17 @@ class Storm:
     def _resubmit(self, scene: Scene, row: dict[str, Any]) -> None:
         """As a user does whose job has ended, once he has read why."""
         folder, variables = str(scene.run.folder), self.cluster.variables(scene.run, scene.planted)
-        note = re.split(r"\s{2,}", submit(["slurm", "status", folder], variables).splitlines()[1])[-1]
-        row.setdefault("resubmitted", []).append(note)
-        self._say(f"    resubmitted; status says: {note}")
-        if ":" not in note and note != "cancelled":
-            self._fault(f"run {len(self.runs)}: job {scene.job.id} ended, and status says no more than '{note}'")
-        scene.job = job_in(self.cluster, submit(["slurm", "resubmit", folder], variables))
+        if scene.job.id not in row.setdefault("resubmitted", {}):
+            note = re.split(r"\s{2,}", submit(["slurm", "status", folder], variables).splitlines()[1])[-1]
+            row["resubmitted"][scene.job.id] = note
+            self._say(f"    the job has ended; status says: {note}")
+            if ":" not in note and note != "cancelled":
+                self._fault(f"run {len(self.runs)}: job {scene.job.id} ended, and status says no more than '{note}'")
+        try:
+            scene.job = job_in(self.cluster, submit(["slurm", "resubmit", folder], variables))
+        except AssertionError as refused:  # until it is sure that nobody is at work in the folder
+            row.setdefault("refused", []).append(str(refused).strip().splitlines()[-1])
+            self._say(f"    refused: {row['refused'][-1]}")
 
     def _fault(self, line: str) -> None:
         self.faults.append(line)
