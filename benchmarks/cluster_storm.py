@@ -16,6 +16,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,8 @@ STEPS, PACE = 300, 0.25
 SETTINGS = {"train.steps": STEPS, "train.checkpoint_every": 10}
 CALM = 150
 """No blow from this step on: a time limit takes half a minute to come."""
+EARLY = {"SIGUSR1", "preemption", "controller away"}
+"""What may also come while a life starts."""
 PATIENCE = 300.0
 """Seconds from a blow to the next step."""
 
@@ -113,22 +116,30 @@ class Storm:
         self._say(f"complete, equal: {len(lives)} lives, digest {result['digest'][:12]}")
 
     def _strike(self, scene: Scene) -> None:
-        """The next blow, and what comes of it."""
-        if not self._bag:
-            self._bag = self.draw.sample(self.kinds, len(self.kinds))
-        kind, run = self._bag.pop(), scene.run
+        """The next blow, and what comes of it, unless the blow after it comes first: while the next life starts."""
+        kind, run = self._next_kind(), scene.run
         lives, step = len(read_lives(run)), run.step()
         row = {"run": len(self.runs), "kind": kind, "at": round(time.monotonic() - self.began, 1), "step": step}
         self.blows.append(row)
         self._say(f"step {step}: {kind}")
-        struck = time.monotonic()
+        struck, ends = time.monotonic(), BLOWS[kind].ends_life
+        hasty = ends and self._next_kind(stays=True) in EARLY and self.draw.random() < 0.5
         with BLOWS[kind].strike(scene):
-            self._until_it_trains(scene, lives, row, None if BLOWS[kind].ends_life else run.step())
-        row["seconds_to_next_step"] = round(time.monotonic() - struck, 1)
+            if hasty:
+                self._until(scene, lambda: len(read_lives(run)) > lives or complete(run), row)
+            else:
+                self._until_it_trains(scene, lives, row, None if ends else run.step())
+                row["seconds_to_next_step"] = round(time.monotonic() - struck, 1)
         ended = read_lives(run)[max(lives - 1, 0):]
         row["lives_ended"] = [{name: life[name] for name in ("how", "reason")} for life in ended if life["how"]]
         what = "; ".join(f"{life['how']} ({life['reason']})" for life in row["lives_ended"]) or "it trained on"
-        self._say(f"    {row['seconds_to_next_step']} s to step {run.step()}: {what}")
+        self._say(f"    {row.get('seconds_to_next_step', 'not yet any')} s to step {run.step()}: {what}")
+
+    def _next_kind(self, stays: bool = False) -> str:
+        """Of all that there are in turn, in another order each time."""
+        if not self._bag:
+            self._bag = self.draw.sample(self.kinds, len(self.kinds))
+        return self._bag[-1] if stays else self._bag.pop()
 
     def _until_it_trains(self, scene: Scene, lives: int, row: dict[str, Any], step: int | None = None) -> None:
         """Until the run has trained a step in a life after so many; or beyond `step` in the same one.
@@ -234,6 +245,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=list(BLOWS), default=list(BLOWS), metavar="KIND", help=", ".join(BLOWS))
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = Path(tempfile.mkdtemp(prefix="genscale-storm-"))
     os.environ["TMPDIR"] = str(folder)  # launchers that are killed leave their folders behind
     with disk_of(folder / "disk") as disk:

@@ -65,6 +65,12 @@ class Scene:
             return self.job.state
         return "RUNNING"
 
+    def ranks(self) -> list[tuple[str, int]]:
+        """Host and process id there, by rank."""
+        while len(found := self.run.processes()) != 2:  # a heartbeat is written in place
+            time.sleep(0.1)
+        return found
+
     def end_of_life(self) -> None:
         """Until the job is in the queue again, or has ended."""
         self.until(lambda: self.state() not in ("RUNNING", "COMPLETING"))
@@ -131,7 +137,7 @@ def _(scene: Scene) -> Iterator[None]:
 @blow("controller away as the job wants to be requeued")
 def _(scene: Scene) -> Iterator[None]:
     scene.cluster.do("kill-controller")
-    for host, pid in scene.run.processes():
+    for host, pid in scene.ranks():
         scene.cluster.do("exec", host, "kill", "-USR1", str(pid))
     scene.until(lambda: scene.run.document("ended.json"), 60)
     time.sleep(scene.draw.uniform(2, 12))
@@ -143,7 +149,7 @@ def _(scene: Scene) -> Iterator[None]:
 
 def _lose(verb: str, rank: int) -> Callable[[Scene], Iterator[None]]:
     def strike(scene: Scene) -> Iterator[None]:
-        host = scene.run.processes()[rank][0]
+        host = scene.ranks()[rank][0]
         scene.cluster.do(verb, host)
         try:
             yield
@@ -159,7 +165,7 @@ for _rank, _whose in ((0, "the first node"), (1, "the last node")):
 
 @blow("kill -9 of a rank")
 def _(scene: Scene) -> Iterator[None]:
-    host, pid = scene.draw.choice(scene.run.processes())
+    host, pid = scene.draw.choice(scene.ranks())
     scene.cluster.do("exec", host, "kill", "-9", str(pid))
     yield
 
@@ -167,7 +173,7 @@ def _(scene: Scene) -> Iterator[None]:
 @blow("kill -9 of a launcher")
 def _(scene: Scene) -> Iterator[None]:
     """accelerate launch on one of the nodes; else srun, whose two processes are in the job's script."""
-    host, pid = scene.draw.choice(scene.run.processes())
+    host, pid = scene.draw.choice(scene.ranks())
     look = ("ps", "-o", "ppid=", "-p", str(pid))
     if scene.launcher == "srun":
         host, look = scene.job.details()["BatchHost"], ("pgrep", "-x", "srun")
