@@ -54,10 +54,13 @@ class Scene:
         deadline = time.monotonic() + seconds
         while not condition() and time.monotonic() < deadline:
             each()
-            time.sleep(0.1)
+            time.sleep(0.25)
 
     def stop_the_run(self) -> None:
         self.job.signal("USR1")
+        self.until_stopped()
+
+    def until_stopped(self) -> None:
         self.until(lambda: self.run.document("ended.json") or self.state() != "RUNNING")
 
     def state(self) -> str:
@@ -70,6 +73,10 @@ class Scene:
         while len(found := self.run.processes()) != 2:  # a heartbeat is written in place
             time.sleep(0.1)
         return found
+
+    def wait(self, least: float, most: float, each: Callable[[], object] = int) -> None:
+        """So many seconds."""
+        self.until(lambda: False, self.draw.uniform(least, most), each)
 
     def end_of_life(self) -> None:
         """Until the job is in the queue again, or has ended."""
@@ -109,7 +116,7 @@ def _(scene: Scene) -> Iterator[None]:
     """It becomes so short that the signal is due, which Slurm looks for twice a minute."""
     hours, minutes, _ = scene.job.details()["RunTime"].rpartition("-")[2].split(":")
     scene.cluster.slurm("scontrol", "update", f"JobId={scene.job.id}", f"TimeLimit={60 * int(hours) + int(minutes) + 1}")
-    scene.until(lambda: scene.run.document("ended.json") or scene.state() != "RUNNING")
+    scene.until_stopped()
     scene.cluster.slurm("scontrol", "update", f"JobId={scene.job.id}", f"TimeLimit={MINUTES}")
     yield
 
@@ -129,7 +136,7 @@ def _(scene: Scene) -> Iterator[None]:
 @blow("controller away", ends_life=False)
 def _(scene: Scene) -> Iterator[None]:
     scene.cluster.do("kill-controller")
-    time.sleep(scene.draw.uniform(2, 12))
+    scene.wait(2, 12)
     scene.cluster.do("start-controller")
     yield
 
@@ -140,7 +147,7 @@ def _(scene: Scene) -> Iterator[None]:
     for host, pid in scene.ranks():
         scene.cluster.do("exec", host, "kill", "-USR1", str(pid))
     scene.until(lambda: scene.run.document("ended.json"), 60)
-    time.sleep(scene.draw.uniform(2, 12))
+    scene.wait(2, 12)
     scene.cluster.do("start-controller")
     yield
 
@@ -199,14 +206,10 @@ def _full(disk: Path) -> Iterator[Callable[[], None]]:
             (disk / "filler").unlink()
 
 
-def _never() -> bool:
-    return False
-
-
 @blow("full disk at a checkpoint", ends_life=False)
 def _(scene: Scene) -> Iterator[None]:
     with _full(scene.disk) as fill:
-        scene.until(_never, scene.draw.uniform(5, 12), fill)
+        scene.wait(5, 12, fill)
     yield
 
 
@@ -214,7 +217,7 @@ def _(scene: Scene) -> Iterator[None]:
 def _(scene: Scene) -> Iterator[None]:
     scene.stop_the_run()
     with _full(scene.disk) as fill:
-        scene.until(_never, scene.draw.uniform(4, 30), fill)
+        scene.wait(4, 30, fill)
     yield
 
 
@@ -222,7 +225,7 @@ def _(scene: Scene) -> Iterator[None]:
 def _(scene: Scene) -> Iterator[None]:
     with _full(scene.disk) as fill:
         scene.job.signal("USR1")
-        scene.until(_never, scene.draw.uniform(4, 30), fill)
+        scene.wait(4, 30, fill)
     yield
 
 
@@ -232,7 +235,7 @@ def _(scene: Scene) -> Iterator[None]:
     scene.end_of_life()
     with _full(scene.disk) as fill:
         scene.until(lambda: scene.state() != "PENDING", each=fill)
-        scene.until(_never, scene.draw.uniform(5, 25), fill)
+        scene.wait(5, 25, fill)
     yield
 
 
@@ -242,7 +245,7 @@ def _(scene: Scene) -> Iterator[None]:
     subprocess.run(["chattr", "+i", jobs], check=True)
     try:
         scene.stop_the_run()
-        time.sleep(scene.draw.uniform(3, 30))
+        scene.wait(3, 30)
     finally:
         subprocess.run(["chattr", "-i", jobs], check=True)
     yield
@@ -268,7 +271,7 @@ def _moved(scene: Scene) -> Iterator[None]:
 @blow("run folder moved for a moment", ends_life=False)
 def _(scene: Scene) -> Iterator[None]:
     with _moved(scene):
-        time.sleep(scene.draw.uniform(0.5, 3))
+        scene.wait(0.5, 3)
     yield
 
 
