@@ -179,7 +179,7 @@ class Storm:
             note = re.split(r"\s{2,}", submit(["slurm", "status", folder], variables).splitlines()[1])[-1]
             row["resubmitted"][scene.job.id] = note
             self._say(f"    the job has ended; status says: {note}")
-            if ":" not in note and note != "cancelled":
+            if ":" not in note and not note.startswith("cancelled"):
                 self._fault(f"run {len(self.runs)}: job {scene.job.id} ended, and status says no more than '{note}'")
         try:
             scene.job = job_in(self.cluster, submit(["slurm", "resubmit", folder], variables))
