@@ -43,8 +43,8 @@ CALM = 150
 """No blow from this step on: a time limit takes half a minute to come."""
 EARLY = {"SIGUSR1", "preemption", "controller away"}
 """What may also come while a life starts."""
-PATIENCE = 300.0
-"""Seconds from a blow to the next step."""
+PATIENCE = 480.0
+"""Seconds from a blow to the next step, at most: this machine may be busy."""
 
 
 class Storm:
