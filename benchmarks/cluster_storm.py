@@ -133,7 +133,8 @@ class Storm:
         ended = read_lives(run)[max(lives - 1, 0):]
         row["lives_ended"] = [{name: life[name] for name in ("how", "reason")} for life in ended if life["how"]]
         what = "; ".join(f"{life['how']} ({life['reason']})" for life in row["lives_ended"]) or "it trained on"
-        self._say(f"    {row.get('seconds_to_next_step', 'not yet any')} s to step {run.step()}: {what}")
+        then = "the next life starts" if hasty else f"{row['seconds_to_next_step']} s to step {run.step()}"
+        self._say(f"    {then}: {what}")
 
     def _next_kind(self, stays: bool = False) -> str:
         """Of all that there are in turn, in another order each time."""
