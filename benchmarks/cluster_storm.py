@@ -161,7 +161,7 @@ class Storm:
 
     def _until_complete(self, scene: Scene) -> None:
         self._until(scene, lambda: complete(scene.run), self.blows[-1] if self.blows else {})
-        scene.job.end()
+        scene.job.end(seconds=PATIENCE)
 
     def _until(self, scene: Scene, condition: Any, row: dict[str, Any]) -> None:
         deadline, look = time.monotonic() + PATIENCE, 0.0
