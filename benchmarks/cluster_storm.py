@@ -41,8 +41,8 @@ STEPS, PACE = 300, 0.25
 SETTINGS = {"train.steps": STEPS, "train.checkpoint_every": 10}
 CALM = 150
 """No blow from this step on: a time limit takes half a minute to come."""
-EARLY = {"SIGUSR1", "preemption", "controller away"}
-"""What may also come while a life starts."""
+EARLY = {"preemption", "controller away", "leaking environment"}
+"""What may also come while a life starts. (A SIGUSR1 is lost on who does not listen yet, but for that of a time limit.)"""
 PATIENCE = 480.0
 """Seconds from a blow to the next step, at most: this machine may be busy."""
 
