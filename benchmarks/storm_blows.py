@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +78,9 @@ class Scene:
     def wait(self, least: float, most: float, each: Callable[[], object] = int) -> None:
         """So many seconds."""
         self.until(lambda: False, self.draw.uniform(least, most), each)
+
+    def lives(self) -> int:
+        return len(self.run.document("jobs/lives.json").get("lives", ()))
 
     def end_of_life(self) -> None:
         """Until the job is in the queue again, or has ended."""
@@ -156,12 +160,13 @@ def _(scene: Scene) -> Iterator[None]:
 
 def _lose(verb: str, rank: int) -> Callable[[Scene], Iterator[None]]:
     def strike(scene: Scene) -> Iterator[None]:
-        host = scene.ranks()[rank][0]
+        host, lives = scene.ranks()[rank][0], scene.lives()
         scene.cluster.do(verb, host)
-        try:
+        with ThreadPoolExecutor(1) as aside:  # the run trains meanwhile
+            scene.until(lambda: scene.lives() > lives)
+            mended = aside.submit(scene.cluster.do, "start-node", host)
             yield
-        finally:
-            scene.cluster.do("start-node", host)
+            mended.result()
     return strike
 
 
