@@ -101,12 +101,18 @@ class RunOwner:
                      "this one ends without writing there")
 
     def release(self) -> None:
-        """The folder is free. Once more does nothing."""
+        """The folder is free, wherever it is now. Once more does nothing."""
         if self._opened < 0:
             return
         with contextlib.suppress(OSError, Fenced):
-            self.check()
-            write_whole(self._file(self.number), json.dumps({**self._mine, "released": True}, indent=1))
+            folder = self._folder
+            try:
+                self.check()
+            except FolderGone as gone:
+                if gone.now is None or latest_claim(gone.now) != self.number:
+                    raise
+                folder = gone.now / self._folder.name
+            write_whole(folder / self._file(self.number).name, json.dumps({**self._mine, "released": True}, indent=1))
         os.close(self._opened)
         self._opened = -1
 

@@ -193,6 +193,8 @@ class Watchdog:
             self.logs = gone.now / "logs"
             self.ending.moved(gone.now)
             self.ending.claim("failed", exit_codes.USER_ERROR, reason=line)
+        if self.owner is not None:  # who puts it back is not to wait until it looks dead
+            self.owner.release()
         self._exit(exit_codes.USER_ERROR, line)
 
     def _beat(self) -> None:

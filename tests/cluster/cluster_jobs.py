@@ -88,12 +88,16 @@ class Cluster:
         assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
         return done.stdout
 
+    def variables(self, run: JobRun, planted: str = "") -> dict[str, str]:
+        """The environment of whoever submits the run, as `Submit` takes it."""
+        variables = {name: "" for name in os.environ if name.startswith((*FOREIGN, "SLURM_", "SBATCH_"))}
+        paths = os.pathsep.join([str(HERE / "planted"), str(ROOT)])
+        return variables | {"SLURM_CONF": self.environment["SLURM_CONF"], "OMP_NUM_THREADS": "1", "PLANTED": planted,
+                            "PLANTED_FOLDER": str(run.planted), "PYTHONPATH": paths}
+
     def submit(self, run: JobRun, *flags: str, planted: str = "", **others: str) -> Job:
         """A job of the run, with what happens to it: `genscale slurm submit`, in a shell with other variables too."""
-        variables = {name: "" for name in os.environ if name.startswith((*FOREIGN, "SLURM_", "SBATCH_"))}
-        variables |= {"SLURM_CONF": self.environment["SLURM_CONF"], "OMP_NUM_THREADS": "1", "PLANTED": planted,
-                      "PLANTED_FOLDER": str(run.planted), "PYTHONPATH": os.pathsep.join([str(HERE / "planted"), str(ROOT)])}
-        variables |= others
+        variables = self.variables(run, planted) | others
         words = ["slurm", "submit", "--config", str(run.config), "--site", str(self._site), "--time", "10", *flags]
         said = self._submit(words, variables)
         found = re.search(r"\bjob (\d+)", said)

@@ -35,6 +35,15 @@ def test_a_folder_that_is_moved_is_followed_and_may_come_back(run, tmp_path):
     assert json.loads(next((run / ".owner").glob("*.json")).read_text())["released"]
 
 
+def test_a_folder_that_was_moved_is_released_where_it_is(run, tmp_path):
+    """Whoever puts it back goes on at once, from another node too."""
+    owner = RunOwner(run, print)
+    run.rename(tmp_path / "moved")
+    owner.release()
+    assert not run.exists()
+    assert json.loads(next((tmp_path / "moved" / ".owner").glob("*.json")).read_text())["released"]
+
+
 def test_a_folder_that_is_deleted_is_not_made_anew(run):
     owner = RunOwner(run, print)
     shutil.rmtree(run)
@@ -74,3 +83,4 @@ def test_a_run_ends_when_its_folder_is_gone(moved, tiny_config, tiny_run, gensca
     if moved:
         ended = json.loads((doomed / "ended.json").read_text())
         assert (ended["how"], ended["exit_code"]) == ("failed", 2) and str(doomed) in ended["reason"]
+        assert json.loads(max((doomed / ".owner").glob("0*.json")).read_text())["released"]

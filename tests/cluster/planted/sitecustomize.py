@@ -10,6 +10,8 @@ PLANTED is a list of `what@step`, or `what@step/life` for that life of the job o
     die            rank 0 is killed in the step, as for want of memory
     mistake        a user's mistake comes to light in the step
 
+and `pace@seconds`: every step takes so much longer.
+
 A process that holds leaves PLANTED_FOLDER/<what>-<life>-<rank>, and one that got a signal <name>-<life>-<rank>. Elements of an
 array have folders of their own in it, called by their numbers.
 """
@@ -25,6 +27,7 @@ from typing import Any
 
 PLANTED = os.environ.get("PLANTED", "").split(",")
 FOLDER = Path(os.environ.get("PLANTED_FOLDER", "."), os.environ.get("SLURM_ARRAY_TASK_ID", ""))
+PACE = sum(float(word.removeprefix("pace@")) for word in PLANTED if word.startswith("pace@"))
 LIFE, RANK = os.environ.get("SLURM_RESTART_COUNT", "0"), os.environ.get("RANK", "")
 
 
@@ -70,6 +73,7 @@ def plant() -> None:
     update_averages, commit, ended = Trainer.update_averages, saving.commit, Supervision.ended
 
     def in_step(self: Trainer, step: int) -> None:
+        time.sleep(PACE)
         if planted("hold", step):
             hold("hold")
         while planted("await-signal", step) and not self.stop.received:
