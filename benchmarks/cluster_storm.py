@@ -24,11 +24,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cluster_times import submit  # it adds the paths of the cluster's tests
-from report import circumstances, write
+from report import ROOT, circumstances, write
 
 from cluster_jobs import Cluster, Job, JobRun, text_source  # isort: skip
 from fault_campaign import check_same  # isort: skip
@@ -53,11 +54,14 @@ class Storm:
     Args:
         disk: for the run folders.
         folder: for everything else.
+        checkout: that jobs are submitted from.
         kinds: of blows.
     """
 
-    def __init__(self, cluster: Cluster, disk: Path, folder: Path, seed: int, minutes: float, kinds: list[str]) -> None:
+    def __init__(self, cluster: Cluster, disk: Path, folder: Path, checkout: Path, seed: int, minutes: float,
+                 kinds: list[str]) -> None:
         self.cluster, self.disk, self.folder, self.kinds = cluster, disk, folder, kinds
+        self.checkout, self.submit = checkout, partial(submit, checkout=checkout)
         self.draw, self.began, self.ends = random.Random(seed), time.monotonic(), time.monotonic() + 60 * minutes
         self.source = text_source(folder / "source")
         self.truths: dict[str, JobRun] = {}
@@ -97,7 +101,8 @@ class Storm:
         planted = f"pace@{PACE}"
         job = self.cluster.submit(run, "--nodes", "2", "--launcher", result["launcher"], "--time", str(MINUTES), "--lead", "60",
                                   planted=planted)
-        scene = Scene(self.cluster, run, job, result["launcher"], planted, self.disk, self.draw, submit, self.faults)
+        scene = Scene(self.cluster, run, job, result["launcher"], planted, self.disk, self.checkout,
+                      self.draw, self.submit, self.faults)
         self._until_it_trains(scene, 0, {})
         while time.monotonic() < self.ends and run.step() < CALM and not complete(run):
             time.sleep(self.draw.uniform(0.5, 6))
@@ -177,13 +182,13 @@ class Storm:
         """As a user does whose job has ended, once he has read why."""
         folder, variables = str(scene.run.folder), self.cluster.variables(scene.run, scene.planted)
         if scene.job.id not in row.setdefault("resubmitted", {}):
-            note = re.split(r"\s{2,}", submit(["slurm", "status", folder], variables).splitlines()[1])[-1]
+            note = re.split(r"\s{2,}", self.submit(["slurm", "status", folder], variables).splitlines()[1])[-1]
             row["resubmitted"][scene.job.id] = note
             self._say(f"    the job has ended; status says: {note}")
             if ":" not in note and not note.startswith("cancelled"):
                 self._fault(f"run {len(self.runs)}: job {scene.job.id} ended, and status says no more than '{note}'")
         try:
-            scene.job = job_in(self.cluster, submit(["slurm", "resubmit", folder], variables))
+            scene.job = job_in(self.cluster, self.submit(["slurm", "resubmit", folder], variables))
         except AssertionError as refused:  # until it is sure that nobody is at work in the folder
             row.setdefault("refused", []).append(str(refused).strip().splitlines()[-1])
             self._say(f"    refused: {row['refused'][-1]}")
@@ -228,6 +233,13 @@ def has_ended(job: Job) -> bool:
     return False
 
 
+def clone(folder: Path) -> Path:
+    """A copy of genscale, which somebody will change under the jobs."""
+    for name in ("genscale", "launch"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
 @contextmanager
 def disk_of(folder: Path) -> Iterator[Path]:
     """A small disk. The nodes see it since it is there before they are."""
@@ -250,11 +262,12 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="genscale-storm-"))
     os.environ["TMPDIR"] = str(folder)  # launchers that are killed leave their folders behind
     with disk_of(folder / "disk") as disk:
-        cluster = Cluster(folder / "slurm", submit)
+        checkout = clone(folder / "checkout")
+        cluster = Cluster(folder / "slurm", partial(submit, checkout=checkout))
         try:
             result = circumstances(["torch", "accelerate"]) | {"slurm": cluster.slurm("sinfo", "--version").strip()}
             result |= {"load_before": os.getloadavg()[0], "seed": arguments.seed}
-            storm = Storm(cluster, disk, folder, arguments.seed, arguments.minutes, arguments.only)
+            storm = Storm(cluster, disk, folder, checkout, arguments.seed, arguments.minutes, arguments.only)
             try:
                 storm.rage()
             except KeyboardInterrupt:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster_jobs import Cluster, Job, JobRun
-from report import ROOT
 
 MINUTES = 30
 """Time limit of a job that is left alone."""
@@ -36,6 +35,7 @@ class Scene:
         launcher: accelerate or srun.
         planted: what is planted in its processes (see tests/cluster/planted).
         disk: that the run folder is on, and nothing else.
+        checkout: of genscale, which jobs are submitted from.
         genscale: what `genscale` prints, in a shell with these variables.
         faults: what a blow has found to be wrong.
     """
@@ -46,6 +46,7 @@ class Scene:
     launcher: str
     planted: str
     disk: Path
+    checkout: Path
     draw: random.Random
     genscale: Callable[[list[str], dict[str, str]], str]
     faults: list[str] = field(default_factory=list)
@@ -306,10 +307,22 @@ def _(scene: Scene) -> Iterator[None]:
     command = ["srun", "--nodes=1", "--ntasks=1", "env", *(f"{name}={value}" for name, value in LEAK.items()),
                sys.executable, "-m", "genscale", "slurm", "resubmit", str(scene.run.folder)]
     environment = {name: value for name, value in {**os.environ, **variables}.items() if value}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(command, cwd=scene.checkout, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     scene.job = job_in(scene.cluster, done.stdout)
     yield
 
 
-# A change of the code between two lives belongs here, once a job keeps the code that it was submitted with.
+@blow("code changed between two lives")
+def _(scene: Scene) -> Iterator[None]:
+    """As by somebody who pulls a commit that is broken, and one later that is not."""
+    code, launch = scene.checkout / "genscale" / "cli.py", scene.checkout / "launch"
+    before, away = code.read_text(), scene.checkout / "launch-away"
+    code.write_text("raise SystemExit('the code has changed')\n")
+    launch.rename(away)
+    try:
+        scene.stop_the_run()
+        yield
+    finally:
+        code.write_text(before)
+        away.rename(launch)

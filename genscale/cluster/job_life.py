@@ -22,6 +22,7 @@ from genscale.cluster import fitness
 from genscale.cluster.checks import host_name
 from genscale.cluster.clocks import server_offset
 from genscale.cluster.doctor import quick_check
+from genscale.cluster.job_records import steps_in
 from genscale.cluster.lives import Life, job_nodes, now, read_ended, read_lives, tell, this_job, write_lives
 from genscale.cluster.ports import free_port
 from genscale.cluster.why_ended import why_cut_off, why_ended
@@ -118,7 +119,7 @@ def count_life(run: Path, job: str, restart: int, max_requeues: int) -> None:
 def _closed(run: Path, life: Life) -> Life:
     """A life whose end nobody has told: its node has died, or Slurm has requeued the job over its head."""
     said = read_ended(run) or {}
-    reason = said.get("reason") if said else why_cut_off(run, life.job, life.restart)
+    reason = said.get("signal") or said.get("reason") if said else why_cut_off(run, life.job, life.restart)
     return replace(life, ended=now(), end_step=latest_step(run), how=said.get("how", "killed"), code=said.get("exit_code"),
                    reason=reason, goes_on=True)
 
@@ -200,8 +201,9 @@ def _with_patience(run: Path, job: str, what: str, write: Callable[[], None]) ->
 def _with_end(run: Path, life: Life, said: dict[str, Any] | None, code: int) -> Life:
     if said:
         how, reason = said["how"], said.get("signal") or said.get("reason")
-    elif code == exit_codes.DONE:
-        how, reason = "complete", None  # on a full disk, say, it could not write so
+    elif code == exit_codes.DONE:  # on a full disk, say, it could not write how it ended
+        whole = latest_step(run) >= (steps_in(run / "config.yaml") or 0)
+        how, reason = ("complete", None) if whole else ("stopped", "before its last step; why could not be written")
     elif code in (UNFIT, NO_ROOM):
         how, reason = "unfit", f"{run} cannot be written, for want of space perhaps" if code == NO_ROOM else None
     else:

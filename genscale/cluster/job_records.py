@@ -20,6 +20,7 @@ from pathlib import Path
 from genscale.cluster import slurm_commands
 from genscale.cluster.lives import checked, known, read_lives, read_record
 from genscale.cluster.slurm_commands import Queued
+from genscale.reading import read_yaml
 from genscale.writing import make_folder, write_whole
 
 
@@ -90,6 +91,20 @@ def jobs_of(folder: Path) -> list[str]:
     """Every job that was submitted for the run, or the array, of that folder, or that has begun there, the oldest first."""
     found = [entry.job for entry in submitted(folder)] + [life.job for life in read_lives(folder)]
     return list(dict.fromkeys(found))
+
+
+def training_steps(run: Path) -> int | None:
+    """In all, as the latest submission says, or else as the run itself; None where neither can be read."""
+    files = [*(Path(entry.kept) / "config.yaml" for entry in reversed(submitted(run))), run / "config.yaml"]
+    return next(filter(None, map(steps_in, files)), None)
+
+
+def steps_in(config: Path) -> int | None:
+    """`train.steps` of a config.yaml; None where it cannot be read."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        steps = read_yaml(config)["train"]["steps"]
+        return steps if type(steps) is int and 0 < steps < 2**63 else None
+    return None
 
 
 def active_jobs(folders: Sequence[Path], queue: Sequence[Queued] | None = None) -> list[Queued]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 from genscale.cluster import slurm_commands
 from genscale.cluster.gpu_hours import accounted, gpu_hours
-from genscale.cluster.job_records import jobs_of, runs_of, submitted
+from genscale.cluster.job_records import jobs_of, runs_of, training_steps
 from genscale.cluster.lives import Life, read_ended, read_lives
 from genscale.cluster.site import read_site
 from genscale.cluster.slurm_commands import Queued
@@ -20,7 +19,6 @@ from genscale.cluster.why_ended import log_of, why_ended
 from genscale.config import RunSettings
 from genscale.errors import UserError
 from genscale.printable import printable
-from genscale.reading import read_yaml
 from genscale.tracking.metrics_file import read_metrics
 from genscale.tracking.progress import figure
 from genscale.training.checkpoint_names import latest_step
@@ -108,7 +106,7 @@ def row_of(run: Path, jobs: Sequence[Queued], hours: Mapping[str, float] | None 
     state, note = _state(run, job, [life for life in lives if life.job == number], number)
     note = "; ".join(filter(None, (note, damage)))
     logged = [line for line in metrics if _is_number(line.get("step_seconds"))]
-    steps, step = _steps(run), max(latest_step(run), logged[-1]["step"] if logged else 0)
+    steps, step = training_steps(run), max(latest_step(run), logged[-1]["step"] if logged else 0)
     predicted = None
     if job and logged and steps and step < steps:
         recent = [line["step_seconds"] for line in logged[-RECENT:]]
@@ -133,9 +131,10 @@ def _state(run: Path, job: Queued | None, lives: Sequence[Life], number: str | N
     ended = read_ended(run)
     if ended and ended.get("how") == "complete":
         return "ended", "complete"
-    slurm = slurm_commands.last_state(number) if number else None
-    state = (slurm or "Slurm has forgotten the job").lower().replace("_", " ")
-    reason = why_ended(run, number, None, None) if number and slurm not in ("COMPLETED", "CANCELLED") else None
+    slurm, why = (slurm_commands.last_state(number) if number else None) or ("Slurm has forgotten the job", "")
+    state = slurm.lower().replace("_", " ")
+    # A job that could not even open its log has left no other word than Slurm's.
+    reason = why or why_ended(run, number, None, None) if number and slurm not in ("COMPLETED", "CANCELLED") else None
     return "ended", "; ".join(filter(None, (f"{state}{f': {reason}' if reason else ''}", number and _where(run, number))))
 
 
@@ -155,16 +154,6 @@ def _metrics(run: Path) -> tuple[list[dict[str, Any]], str]:
         return read_metrics(run / "metrics.jsonl"), ""
     except UserError as error:
         return [], str(error)
-
-
-def _steps(run: Path) -> int | None:
-    """In all, as the latest submission says, or else as the run itself."""
-    for file in [*(Path(entry.kept) / "config.yaml" for entry in reversed(submitted(run))), run / "config.yaml"]:
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            steps = read_yaml(file)["train"]["steps"]
-            if type(steps) is int and 0 < steps < 2**63:
-                return steps
-    return None
 
 
 def _loss(metrics: Sequence[dict]) -> float | None:

@@ -74,15 +74,17 @@ def active(jobs: Iterable[str], among: Sequence[Queued] | None = None, returning
             and (each.state != "COMPLETING" or each.job in returning)]
 
 
-def last_state(job: str) -> str | None:
-    """How Slurm says that a job ended, as CANCELLED; None where it has forgotten the job."""
+def last_state(job: str) -> tuple[str, str] | None:
+    """How Slurm says that a job ended, as CANCELLED, and why, as JobLaunchFailure, or nothing; None where it has forgotten the
+    job."""
     accounting = ["--noheader", "--allocations", "--parsable2", "--format=State", "--jobs", job]
-    for command, arguments, pattern in (("scontrol", ["--oneliner", "show", "job", job], r"JobState=(\w+)"),
-                                        ("sacct", accounting, r"^(\w+)")):
+    live = r"JobState=(\w+)(?: Reason=(?!None|NonZeroExitCode)(\w+))?"
+    for command, arguments, pattern in (("scontrol", ["--oneliner", "show", "job", job], live),
+                                        ("sacct", accounting, r"^(\w+)()")):
         if shutil.which(command):
             done = ask(command, *arguments)
             if not done.returncode and (match := re.search(pattern, done.stdout, re.MULTILINE)):
-                return match[1]
+                return match[1], match[2] or ""
     return None
 
 

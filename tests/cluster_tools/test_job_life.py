@@ -85,6 +85,27 @@ def test_which_ends_are_followed_by_another_life(how, code, goes_on, life, say_e
     assert ended == (AGAIN if goes_on else code)
 
 
+def test_a_stop_that_could_not_be_written_down_is_not_taken_for_the_end_of_the_run(life, run, checkpoint_at):
+    """Of a launcher comes 0 after a stop, too."""
+    def end(step):
+        (run / "config.yaml").write_text("train: {steps: 8}\n")
+        checkpoint_at(step)
+
+    assert life(0, lambda: end(6), 0) == (GO_ON, AGAIN)
+    assert read_lives(run)[0].how == "stopped" and read_lives(run)[0].reason
+    assert life(1, lambda: end(8), 0) == (GO_ON, 0)
+    assert read_lives(run)[1].how == "complete"
+
+
+def test_a_stop_that_nobody_could_tell_keeps_its_signal(genscale, run, in_job, say_ended):
+    in_job("7")
+    assert genscale("slurm", "begin", run).code == GO_ON
+    say_ended("stopped", 138, 2, signal="SIGUSR1")
+    in_job("7", 1)
+    assert genscale("slurm", "begin", run).code == GO_ON
+    assert (read_lives(run)[0].how, read_lives(run)[0].reason) == ("stopped", "SIGUSR1")
+
+
 def test_exit_codes_that_a_launcher_has_changed_are_read_from_the_run_folder(life, say_ended):
     assert life(0, lambda: say_ended("failed", 2, reason="train.steps: wrong"), code=1) == (GO_ON, 2)
 

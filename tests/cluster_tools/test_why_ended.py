@@ -115,6 +115,12 @@ def test_a_job_that_never_began_says_why(run, log, say, tool):
     assert row_of(run, []).note == f"failed: error: job 7: site.setup: exit code 1 of `module load cuda`; see {log}"
 
 
+def test_a_job_whose_log_could_not_be_opened_has_slurms_word_alone(run, log, say, tool):
+    tool("scontrol", "echo 'JobId=7 JobState=FAILED Reason=JobLaunchFailure Dependency=(null)'")
+    say("an earlier life's word")
+    assert row_of(run, []).note == f"failed: JobLaunchFailure; see {log}"
+
+
 def test_each_life_has_a_port_of_its_own_that_is_free(genscale, run, in_job, monkeypatch):
     free = free_port(7, 0)
     monkeypatch.setattr(ports, "FIRST_PORT", free - 7)
