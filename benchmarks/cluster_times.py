@@ -37,13 +37,12 @@ LONG = {"train.steps": 100_000, "train.checkpoint_every": 100_000}
 FOR_EVER = 1200.0
 
 
-def submit(words: list[str], variables: dict[str, str]) -> str:
+def submit(words: list[str], variables: dict[str, str], checkout: Path = ROOT) -> str:
     environment = {name: value for name, value in {**os.environ, **variables}.items() if value}
     command = [sys.executable, "-m", "genscale", *words]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
 
 
 def disturbed(cluster: Cluster, folder: Path, launcher: str) -> dict[str, float]:

@@ -17,9 +17,10 @@ killed, its machine is gone, or the server of its data does not answer.
 
 A job of Slurm ends with 0 where its run is complete, and else with the exit code of its run's last life (under a launcher, its
 processes end with 0 after a signal, which is no failure that the launcher should act upon). In its script,
-`genscale slurm begin` ends with 0 for the training to start, 10 where the run is complete, 11 where a node is not fit; and
-`genscale slurm end` with 75 for the job to be requeued, else with the exit code of the job. It is requeued after a signal, a
-hang, a crash or the loss of a node or of the data's server, unless three lives in a row have brought no new
+`genscale slurm begin` ends with 0 for the training to start, 10 where the run is complete, 11 where a node is not fit;
+`genscale slurm lost` says `lost` for a process that was killed, if nobody else has said how the life ended; and
+`genscale slurm end` ends with 75 for the job to be requeued, else with the exit code of the job. It is requeued after a
+signal, a hang, a crash or the loss of a node or of the data's server, unless three lives in a row have brought no new
 checkpoint; not after a user's mistake (2).
 """
 
