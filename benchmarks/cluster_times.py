@@ -45,7 +45,6 @@ def submit(words: list[str], variables: dict[str, str], checkout: Path = ROOT) -
     return done.stdout
 
 
-
 def disturbed(cluster: Cluster, folder: Path, launcher: str) -> dict[str, float]:
     """One job: submitted, stopped by a signal, requeued; then the node of its rank 0 loses its power."""
     run = JobRun(folder, text_source(folder / "source"), **LONG)

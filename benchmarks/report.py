@@ -44,9 +44,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def commit() -> str | None:
-    """The checkout's commit, marked where files differ from it; None outside a checkout."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True)
+def commit(checkout: Path = ROOT) -> str | None:
+    """A checkout's commit, marked where files differ from it; None outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
     return done.stdout.strip() or None
 
 

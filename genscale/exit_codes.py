@@ -19,8 +19,9 @@ the node has no GPU for a process that Slurm gave one.
 A job of Slurm ends with 0 where its run is complete, and else with the exit code of its run's last life (under a launcher, its
 processes end with 0 after a signal, which is no failure that the launcher should act upon). In its script,
 `genscale slurm begin` ends with 0 for the training to start, 10 where the run is complete, 11 where a node is not fit, 12 where
-the run folder cannot be written; and `genscale slurm end` with 75 for the job to be requeued, else with the exit code of the
-job. It is requeued after a signal, a hang, a crash, the loss of a node or of the data's server, or a full disk where there is a
+the run folder cannot be written; `genscale slurm lost` says `lost` for a process that was killed, if nobody else has said how
+the life ended; and `genscale slurm end` ends with 75 for the job to be requeued, else with the exit code of the job. It is
+requeued after a signal, a hang, a crash, the loss of a node or of the data's server, or a full disk where there is a
 checkpoint, unless three lives in a row have brought no new checkpoint; not after a user's mistake (2).
 """
 

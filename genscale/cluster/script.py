@@ -265,7 +265,7 @@ def _life(job: Job, site: Site, training: Training) -> list[str]:
         'if [ "$code" = 0 ]; then',
         '    export MASTER_PORT=$(cat "$run/jobs/port")',
         *(f"    {line}" for line in (_with_srun(job, inside + python) if job.launcher == "srun"
-                                  else _with_accelerate(inside, training.code is not None))),
+                                  else _with_accelerate(inside, inside + python, training.code is not None))),
         "    code=$?",
         "fi",
         "",
@@ -289,7 +289,7 @@ def _life(job: Job, site: Site, training: Training) -> list[str]:
     ]
 
 
-def _with_accelerate(inside: str, copied: bool) -> list[str]:
+def _with_accelerate(inside: str, python: str, copied: bool) -> list[str]:
     file, program = "launch/ddp.yaml", "--module genscale"
     if copied:
         file, program = f'"$GENSCALE_CODE/{file}"', '"$GENSCALE_CODE/__main__.py"'
@@ -297,10 +297,12 @@ def _with_accelerate(inside: str, copied: bool) -> list[str]:
         '"${step[@]}" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpu-bind=cores --wait=60 bash -c \'',
         "    # Signals are for the training processes. The launcher would die of them, and leave those behind.",
         '    trap "" USR1 USR2 TERM INT; export PET_SIGNALS_TO_HANDLE=SIGQUIT',
-        f"    exec {inside}accelerate launch --config_file {file} \\",
+        "    # `accelerate launch`, without the imports of its other commands: a third of the time until the processes start",
+        f"    {inside}python -m accelerate.commands.launch --config_file {file} \\",
         '        --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" --num_processes "$1" \\',
         '        --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" --same_network \\',
         f'        --num_cpu_threads_per_process "$OMP_NUM_THREADS" {program} train "${{@:2}}"',
+        *_word(python),
         "' launch $((SLURM_NNODES * LOCAL_WORLD_SIZE)) --config \"$config\" \"${settings[@]}\"",
     ]
 
@@ -313,6 +315,15 @@ def _with_srun(job: Job, python: str) -> list[str]:
         '"${step[@]}" --ntasks=$((SLURM_NNODES * LOCAL_WORLD_SIZE)) --ntasks-per-node="$LOCAL_WORLD_SIZE" \\',
         f"    {own}--cpu-bind=cores --wait=60 bash -c '",
         f"    export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK={rank}",
-        f"    exec {python} train \"$@\"",
+        "    trap : USR1 USR2 TERM INT HUP  # which are for the training process",
+        f"    {python} train \"$@\"",
+        *_word(python),
         "' train --config \"$config\" \"${settings[@]}\"",
     ]
+
+
+def _word(python: str) -> list[str]:
+    return ["    # Who was killed leaves no word, and the others may wait for it for long.",
+            '    code=$?; [ "$code" = 0 ] || [ -e "$GENSCALE_RUN/ended.json" ] ||',
+            f'        {python} slurm lost "$GENSCALE_RUN" --code "$code"',
+            '    exit "$code"']

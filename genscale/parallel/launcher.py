@@ -25,6 +25,14 @@ def has_launcher() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+_launcher: int | None = None
+
+
+def launcher_is_gone() -> bool:
+    """Whether what this process has followed ended before it."""
+    return _launcher is not None and os.getppid() != _launcher
+
+
 def follow_launcher(starting: bool = False) -> None:
     """Lets a worker end when its launcher is killed outright, instead of training on as an orphan (Linux only).
 
@@ -36,6 +44,8 @@ def follow_launcher(starting: bool = False) -> None:
         pr_set_pdeathsig, number = 1, signal.SIGKILL if starting else signal.SIGTERM  # linux/prctl.h
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, number, 0, 0, 0)
         parent = os.getppid()
+        global _launcher
+        _launcher = _launcher or parent
         if parent != int(os.environ.get(LAUNCHER, parent)):  # it was killed before it could be followed
             os.kill(os.getpid(), number)
 

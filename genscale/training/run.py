@@ -24,7 +24,7 @@ from genscale.objectives.base import Objective
 from genscale.parallel.determinism import deterministic
 from genscale.parallel.engine import Engine, named_state
 from genscale.parallel.launch_request import clear_launch_environment
-from genscale.parallel.launcher import follow_launcher
+from genscale.parallel.launcher import follow_launcher, launcher_is_gone
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import ParallelPlan, build_engine, check_objective, plan_parallel
 from genscale.training.checkpoints import Checkpoint
@@ -68,6 +68,7 @@ class RunResult:
         preview: the last generated sample: text, or the file of a picture.
         stopped_by: the signal that ended it before `train.steps`, if one did.
         is_main: this process is rank 0, which does the talking.
+        launcher_lost: a launcher was killed, perhaps that of another machine's processes: the others would wait for it.
     """
 
     folder: Path
@@ -76,6 +77,7 @@ class RunResult:
     preview: str | Path
     stopped_by: signal.Signals | None
     is_main: bool
+    launcher_lost: bool = False
 
 
 def train(config: Config, stop: StopSignal | None = None) -> RunResult:
@@ -234,13 +236,22 @@ def _loop(config: Config, folder: Path, engine: Engine, objective: Objective, lo
         outcome = "stopped" if stopped_by else "complete"
         supervision.ended(stopped_by)  # before what takes time and may be cut short: trackers, and the loss curve
         return RunResult(folder, report.step if report else done, hooks.evaluation, hooks.preview, stopped_by,
-                         engine.processes.is_main)
+                         engine.processes.is_main, stopped_by is not None and _launcher_lost(engine.processes))
     except BaseException as error:
         supervision.failed(error)
         raise
     finally:
         supervision.loop_ends()
         hooks.close(failed=outcome == "failed")
+
+
+def _launcher_lost(processes: Processes) -> bool:
+    """Whether that of any process is; where another process is gone by now, as far as this one can tell. Collective."""
+    gone = launcher_is_gone()
+    try:
+        return any(processes.gather(gone))
+    except RuntimeError:
+        return gone
 
 
 def _resume_point(config: Config, processes: Processes, folder: Path, data: Data, objective: Objective,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -21,8 +22,10 @@ from genscale.training.signals import StopSignal
 from genscale.training.step_report import StepReport
 from genscale.training.watchdog import Watchdog
 
-PATIENCE = 10.0
-"""Seconds that a process whose peer is gone waits for its launcher to end it."""
+PATIENCE = 1.0
+"""Seconds that a process whose peer is gone waits for a word about it. (A peer that fails by itself speaks first.)"""
+LAUNCHER_PATIENCE = 3.0
+"""The same where the peer may be one of this process's launcher, which then ends this one, and says why."""
 
 
 def group_timeout_minutes(hang_minutes: float) -> float:
@@ -106,7 +109,8 @@ class Supervision:
     def _fall(self, error: BaseException) -> None:
         self.failed(error)
         if _is_consequence(error):
-            deadline = time.monotonic() + PATIENCE
+            launched_together = has_launcher() and os.environ.get("LOCAL_WORLD_SIZE") != "1"
+            deadline = time.monotonic() + (LAUNCHER_PATIENCE if launched_together else PATIENCE)
             while self._ending.said() is None and time.monotonic() < deadline:
                 if self.stop.received and has_launcher():  # which ends this process, and says which one ended first, and how
                     raise SystemExit(exit_codes.of_signal(self.stop.received)) from None

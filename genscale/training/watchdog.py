@@ -209,11 +209,10 @@ class Watchdog:
         if said is None or said["how"] not in ("failed", "lost", "hang"):
             return
         self._left = self._left or time.monotonic()
-        waited = time.monotonic() - self._left
         idle = time.monotonic() - max(self._left, self._since)  # a checkpoint may still be on its way to the disk
         if self.ending.is_ours() and idle > CLOSING_SECONDS:
             self._exit(said["exit_code"], said["reason"])
-        elif not self.ending.is_ours() and waited > GRACE_SECONDS:
+        elif not self.ending.is_ours() and idle > GRACE_SECONDS:
             os._exit(said["exit_code"])
 
     def _hang(self) -> None:

@@ -20,6 +20,7 @@ ACTIONS = {
     "release": "let them start",
     "cancel": "take the jobs of runs out of the queue, or end them",
     "begin": "in the script of a job, before the training: look at the node, count this life of the job",
+    "lost": "in it, where a process has ended: say so to the others, if it has not done so itself",
     "end": "in the script of a job, after it: say how it ended, and whether it is to be requeued",
 }
 
@@ -29,7 +30,7 @@ def main(arguments: list[str]) -> int:
     if action in ("-h", "--help"):
         print(_usage())
         return exit_codes.DONE if arguments else exit_codes.USER_ERROR
-    if action in ("begin", "end"):
+    if action in ("begin", "lost", "end"):
         return _life(action, rest)
     if action in ("render", "submit"):
         return _submit(action, rest)
@@ -50,7 +51,7 @@ class LifeSettings:
     """The part of a job's script that is genscale's."""
 
     code: int = 0
-    """end: the exit code of what has run."""
+    """lost, end: the exit code of what has run."""
     max_requeues: int = 100
     """Lives of the job after the first."""
     workers: int = 0
@@ -59,6 +60,7 @@ class LifeSettings:
 
 def _life(action: str, arguments: list[str]) -> int:
     from genscale.cluster.job_life import begin, end
+    from genscale.cluster.lost_process import tell_the_others
     from genscale.config_parser import parse_settings
 
     run, arguments = _runs(arguments)
@@ -68,6 +70,8 @@ def _life(action: str, arguments: list[str]) -> int:
     try:
         if action == "begin":
             return begin(run[0], settings.max_requeues, settings.workers)
+        if action == "lost":
+            return tell_the_others(run[0], settings.code)
         return end(run[0], settings.code, settings.max_requeues)
     except OSError as error:
         raise UserError(f"run.dir: cannot write to {run[0]} ({error.strerror}); free some space, or set --run.dir to another "

@@ -56,8 +56,9 @@ def main(arguments: list[str], stop: StopSignal) -> int:
     if result.is_main:
         print(farewell(result, settings), flush=True)
     # A launcher takes the code of a signal for a failure: it ends the other processes within 30 seconds, and writes tracebacks
-    # into the log. In a job it is ended.json that says how the run ended.
-    silent = RUN in os.environ and has_launcher()
+    # into the log. In a job it is ended.json that says how the run ended. Where a launcher is gone, those of other nodes would
+    # wait for it after a success.
+    silent = RUN in os.environ and has_launcher() and not result.launcher_lost
     return exit_codes.of_signal(result.stopped_by) if result.stopped_by and not silent else exit_codes.DONE
 
 

@@ -93,3 +93,29 @@ def test_a_controller_that_is_away_while_the_job_wants_to_be_requeued(whole, und
     cluster.do("start-controller")
     assert job.end()["Restarts"] == "1"
     campaign.check_same(run, undisturbed)
+
+
+def test_what_is_killed_on_one_node_is_told_on_the_other(cluster, undisturbed, new_run, campaign):
+    """A process, while the other one is in no collective that would break; then a launcher, whose process saves and ends.
+    Nobody waits for what is gone, as `srun --wait` would for a minute."""
+    run = new_run()
+    job = cluster.submit(run, "--nodes", "2", "--launcher", "accelerate", planted="hold@10/0,hold@14/1")
+    seconds = []
+    for life, signalled in enumerate((False, True)):
+        job.wait_for(lambda life=life: run.left("hold", life) == BOTH and len(run.processes()) == 2, "both ranks are in a step")
+        node, pid = next((host, pid) for host, pid in run.processes() if host != job.details()["BatchHost"])
+        if signalled:
+            pid = int(cluster.do("exec", node, "ps", "-o", "ppid=", "-p", str(pid)))
+        cluster.do("exec", node, "kill", "-KILL", str(pid))
+        struck = time.monotonic()
+        if signalled:
+            job.wait_for(lambda: run.left("SIGTERM", 1) == {"1"}, "the launcher's process is told to stop")
+            run.let_go(1)
+        job.wait_for(lambda life=life: f"life {life + 1} ended " in job.output(), "the life ends")
+        seconds.append(time.monotonic() - struck)
+    job.end()
+    first, second, _ = run.document("jobs/lives.json")["lives"]
+    assert first["how"] == "lost" and first["reason"] == "a process on node1 was lost (exit code 1)"
+    assert (second["how"], second["end_step"]) == ("stopped", 14)
+    assert max(seconds) < 40, seconds
+    campaign.check_same(run, undisturbed)

@@ -67,7 +67,7 @@ def tell(render, tmp_path, *arguments, site_text="setup: []", **variables):
     (folder / "squeue").write_text('#!/bin/bash\n[[ $* == *--jobs=12345* ]] && echo "$ENDS"\n')
     (folder / "scontrol").write_text('#!/bin/bash\n[ "$1" = show ] && printf "node3\\nnode4\\n"\n')
     (folder / "srun").write_text('#!/bin/bash\nwhile [[ $1 == --* ]]; do echo "srun $1"; shift; done\nexec "$@"\n')
-    for name in ("python", "accelerate", "apptainer"):
+    for name in ("python", "apptainer"):
         (folder / name).write_text('#!/bin/bash\nprintf "%s\\n" "call $(basename "$0")" "${@/#/  }"\n'
                                    'env | grep -E -e "^(RANK|WORLD_SIZE|LOCAL_RANK|MASTER_|OMP_|GENSCALE_|A=)" '
                                    '-e "^(HF_|NCCL_SOCK|TORCH_NCCL_H)"\n')
@@ -88,7 +88,7 @@ def tell(render, tmp_path, *arguments, site_text="setup: []", **variables):
 def test_accelerate_is_told_its_machine_and_where_to_meet(render, tmp_path):
     done = tell(render, tmp_path, "--", "--data.source", "it's a file $x.txt", "--run.name", "other")
     words = done.stdout.splitlines()
-    launch = words[words.index("call accelerate"):]
+    launch = words[words.index("  accelerate.commands.launch"):]
     for flag, value in (("num_machines", "2"), ("machine_rank", "1"), ("num_processes", "8"), ("main_process_ip", "node3"),
                         ("main_process_port", str(20000 + 345)), ("num_cpu_threads_per_process", "4")):
         assert launch[launch.index(f"  --{flag}") + 1] == f"  {value}", launch

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from genscale.cluster import snapshot
-from genscale.cluster.job_life import read_lives
+from genscale.cluster.lives import read_lives
 from genscale.training.code_version import ROOT, code_in, commit_of, in_words, snapshot_of
 
 # In the place of the training: it says where its code comes from, here and where the data's workers get theirs.
@@ -73,10 +73,11 @@ def slurm(genscale, tool, clone, tiny_config, tmp_path):
                          "squeue": "exit 0", "sinfo": "exit 1", "sacct": "exit 1",
                          "scontrol": '[ "$2" != hostnames ] || echo node0',
                          "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
-                         # As torchrun starts it.
-                         "accelerate": '[ -f "$3" ] || exit 9; until [[ $1 == *.py || $1 == --module ]]; do shift; done; '
-                                       '[ "$1" != --module ] || set -- -m "${@:2}"; exec python -u "$@"',
-                         "python": f'exec {sys.executable} "$@"'}.items():
+                         # Accelerate's launcher starts a process as torchrun does.
+                         "python": 'if [ "$2" = accelerate.commands.launch ]; then [ -f "$4" ] || exit 9; '
+                                   'until [[ $1 == *.py || $1 == --module ]]; do shift; done; '
+                                   '[ "$1" != --module ] || set -- -m "${@:2}"; set -- -u "$@"; fi; '
+                                   f'exec {sys.executable} "$@"'}.items():
         tool(name, script)
     site = tmp_path / "site.yaml"
     site.write_text(yaml.safe_dump({"gpus_per_node": 0, "cpus_per_process": 1, "setup": []}))
@@ -154,7 +155,7 @@ def test_a_container_sees_the_copy(kind, slurm, tiny_run, tmp_path):
     assert f"export GENSCALE_CODE={tiny_run}/jobs/code-" in script
     inside = 'apptainer exec --nv --bind "$PWD" /i.sif ' if kind == "apptainer" else ""
     for program in ('python "$GENSCALE_CODE" slurm begin', 'python "$GENSCALE_CODE" slurm end',
-                    'accelerate launch --config_file "$GENSCALE_CODE/launch/ddp.yaml"'):
+                    'python -m accelerate.commands.launch --config_file "$GENSCALE_CODE/launch/ddp.yaml"'):
         assert f"{inside}{program} " in script, script
     assert (f"{tiny_run.parent}:{tiny_run.parent}" in script) == (kind == "pyxis")
 
