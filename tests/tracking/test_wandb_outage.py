@@ -59,6 +59,7 @@ def test_a_server_that_fails_in_the_middle_costs_no_step_and_no_metric(mode, wan
     while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 3):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
+    assert server.begun.wait(60)
     server.mode = mode
     done = genscale_finish(process, 150)
     assert done.code == 0, done.err
