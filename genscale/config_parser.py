@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -86,7 +86,8 @@ class RunParser(ArgumentParser):
 def config_parser(families: Families, family: str, prog: str = "genscale train", description: str = "") -> RunParser:
     """The parser of one family: --config FILE, --print_config and a flag for every setting of every section."""
     parser = RunParser(prog, description)
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of a run; flags after it override it.")
+    parser.add_argument("--config", action=ActionConfigFile,
+                        help="YAML file of a run. A flag wins over it wherever it stands, and of several files the later one.")
     for name, section in _sections(families[family]).items():
         if dataclasses.fields(section):
             parser.add_class_arguments(section, name)
@@ -100,16 +101,19 @@ def _sections(family: Any) -> dict[str, type]:
 
 
 def parse_config(families: Families, arguments: Sequence[str], prog: str = "genscale train", description: str = "") -> Config:
-    """The config that the arguments mean. Raises UserError with one line for the user."""
-    family = _family(families, arguments)
+    """The config that the arguments mean: a flag wins over every file, wherever it stands. Raises UserError with one line for
+    the user."""
+    files, flags = take_texts(arguments, "--config")
+    contents = {file: _read_yaml(file) for file in files}
+    family = _family(families, contents.values(), flags)
     parser = config_parser(families, family, prog, description)
     known, numbers = parser.keys(), number_keys(_sections(families[family]))
-    for file in _config_files(arguments):
-        content = _read_yaml(file)
+    for file, content in contents.items():
         check_keys(content, known, where=f" in {file}")
         check_numbers(content, numbers)
-    check_flags(arguments, known)
-    built = parser.instantiate(parse(parser, with_plain_numbers(arguments, numbers)))
+    check_flags(flags, known)
+    files_first = [f"--config={file}" for file in files] + with_plain_numbers(flags, numbers)  # taken as they come
+    built = parser.instantiate(parse(parser, files_first))
     # A family without settings of its objective has no such section.
     config = Config(**{name: getattr(built, name, None) for name in Config.__dataclass_fields__})
     for name in ("model", "data", *(["objective"] if config.objective else []), *COMMON_SECTIONS):
@@ -177,11 +181,17 @@ def take_number(arguments: Sequence[str], flag: str, least: int) -> tuple[int | 
 
 
 def take_text(arguments: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
-    """Split `flag VALUE` (or `flag=VALUE`) from the settings. Raises UserError."""
+    """Split `flag VALUE` (or `flag=VALUE`) from the settings; of several the last. Raises UserError."""
+    values, rest = take_texts(arguments, flag)
+    return values[-1] if values else None, rest
+
+
+def take_texts(arguments: Sequence[str], flag: str) -> tuple[list[str], list[str]]:
+    """Split every `flag VALUE` (or `flag=VALUE`) from the settings. Raises UserError."""
     values, rest = _take(arguments, flag)
     if any(not value or value.startswith("--") for value in values):
         raise UserError(f"{flag}: needs a value, as in `{flag} VALUE`")
-    return values[-1] if values else None, rest
+    return values, rest
 
 
 def _take(arguments: Sequence[str], flag: str) -> tuple[list[str], list[str]]:
@@ -194,16 +204,6 @@ def _take(arguments: Sequence[str], flag: str) -> tuple[list[str], list[str]]:
         else:
             rest.append(word)
     return values, rest
-
-
-def _config_files(arguments: Sequence[str]) -> list[str]:
-    files = []
-    for position, argument in enumerate(arguments):
-        if argument == "--config" and position + 1 < len(arguments):
-            files.append(arguments[position + 1])
-        elif argument.startswith("--config="):
-            files.append(argument.split("=", 1)[1])
-    return files
 
 
 def _read_yaml(file: str) -> dict[str, Any]:
@@ -225,17 +225,14 @@ def _nearest_file(file: str) -> str:
     return nearest(Path(file).name, (p.name for p in folder.iterdir() if p.is_file())) if folder.is_dir() else ""
 
 
-def _family(families: Families, arguments: Sequence[str]) -> str:
+def _family(families: Families, contents: Iterable[Mapping[str, Any]], flags: Sequence[str]) -> str:
     family = next(iter(families))
-    for file in _config_files(arguments):
-        model = _read_yaml(file).get("model")
+    for content in contents:
+        model = content.get("model")
         if isinstance(model, dict):
             family = model.get("family", family)
-    for position, argument in enumerate(arguments):
-        if argument == "--model.family" and position + 1 < len(arguments):
-            family = arguments[position + 1]
-        elif argument.startswith("--model.family="):
-            family = argument.split("=", 1)[1]
+    asked, _ = _take(flags, "--model.family")
+    family = asked[-1] if asked else family
     if not isinstance(family, str) or family not in families:
         raise UserError(f"model.family: '{family}' is not one of {', '.join(families)}{nearest(str(family), families)}")
     return family

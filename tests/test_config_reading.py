@@ -142,6 +142,26 @@ def test_merging_is_no_repetition(tmp_path: Path) -> None:
     assert config_of(text, tmp_path).data.filters == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}, "c": {"x": 1, "y": 2}}
 
 
+@pytest.mark.parametrize("words", [
+    ("--train.steps", "7", "A", "B"), ("A", "--train.steps", "7", "B"), ("A", "B", "--train.steps", "7"),
+    ("--train.steps=7", "=A", "=B"), ("--train.steps", "5", "A", "--train.steps=7", "=B"),
+])  # fmt: skip
+def test_a_flag_wins_wherever_it_stands_and_a_later_file_over_an_earlier_one(words: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "A").write_text("train: {steps: 1, log_every: 2, global_batch_size: 8}\n")
+    (tmp_path / "B").write_text("model: {family: points}\ntrain: {steps: 3, log_every: 4}\n")
+    files = {name: ["--config", str(tmp_path / name)] for name in "AB"}
+    files |= {f"={name}": [f"--config={tmp_path / name}"] for name in "AB"}
+    config = parse_config(FAMILIES, [part for word in words for part in files.get(word, [word])])
+    assert (config.train.steps, config.train.log_every, config.train.global_batch_size) == (7, 4, 8)
+    assert config.model.family == "points"
+
+
+def test_a_file_that_is_not_named_is_said(tmp_path: Path) -> None:
+    for words in (["--config"], ["--config", "--train.steps", "5"], ["--config="]):
+        with pytest.raises(UserError, match="--config: needs a value"):
+            parse_config(FAMILIES, words)
+
+
 @pytest.mark.parametrize("value", ["SECRET", "[SECRET]", "{train: {steps: 5}}", "5", "null"])
 def test_a_config_takes_in_no_other_file(value: str, tmp_path: Path) -> None:
     secret = tmp_path / "secret"

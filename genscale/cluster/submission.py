@@ -29,9 +29,6 @@ from genscale.errors import UserError
 from genscale.masking import has_mask
 from genscale.objectives import FAMILIES
 from genscale.training.code_version import code_in
-from genscale.training.config_check import check_config
-from genscale.training.run_folder import config_yaml, run_folder
-from genscale.training.supervision import group_timeout_minutes
 from genscale.writing import make_folder
 
 OF_THIS_JOB = ("--config", "--array", "--after", "--begin", "--dependency")
@@ -73,6 +70,8 @@ class Prepared:
     configs: list[Config]
 
     def runs(self) -> list[Path]:
+        from genscale.training.run_folder import run_folder  # here and below: loads torch, which --help need not wait for
+
         return [run_folder(config) for config in self.configs]
 
 
@@ -133,6 +132,9 @@ def _gathered(arguments: Sequence[str]) -> list[str]:
 def _prepare(asked: JobSettings, settings: Sequence[str], submitted_with: str | None = None) -> Prepared:
     if not asked.config:
         raise UserError("--config: name the YAML file of the run, as --config configs/gpt/demo.yaml")
+    from genscale.training.run_folder import run_folder
+    from genscale.training.supervision import group_timeout_minutes
+
     site = read_site(asked.site)
     words = ["--config", asked.config, *settings]
     config = parse_config(FAMILIES, words)
@@ -179,6 +181,8 @@ def _without(settings: Sequence[str], flags: Sequence[str]) -> list[str]:
 
 def _check(prepared: Prepared) -> None:
     """Raises UserError for what would go wrong on the cluster."""
+    from genscale.training.config_check import check_config
+
     job, site = prepared.job, prepared.site
     if job.launcher == "accelerate":
         check_launch_file()
@@ -216,6 +220,8 @@ def _check_configs(prepared: Prepared, check: Callable[[Config], None]) -> None:
 
 
 def _check_has_no_token(config: Config) -> None:
+    from genscale.training.run_folder import config_yaml
+
     if masked := next((line.strip() for line in config_yaml(config).splitlines() if has_mask(line)), None):
         raise UserError(f"{masked}: an address with a token cannot be kept with a job; put the token where the library "
                         "looks for it (HF_TOKEN, ~/.netrc), and leave it out here")
@@ -239,6 +245,8 @@ def _output(prepared: Prepared) -> str:
 
 def _keep_and_submit(prepared: Prepared, snapshot: Snapshot | None) -> None:
     """Script, resolved config and code into the run folder, the job into the queue."""
+    from genscale.training.run_folder import config_yaml
+
     job, folder, training = prepared.job, prepared.folder, prepared.training
     before, code = {*folder.glob("jobs/*")}, None
     try:

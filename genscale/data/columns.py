@@ -25,7 +25,7 @@ def documents(table: Any, spec: Spec, where: str, first: int, start: int, step: 
     Only the rows wanted become Python objects.
 
     Args:
-        table: an Arrow table, or the `Values` of a JSON file.
+        table: an Arrow table, or the `Values` of a file of JSON or text.
         spec, where: what is read, and the name of its shard.
         first: number of the table's first row in the shard, for messages.
 
@@ -169,10 +169,10 @@ def _is_text(kind: Any) -> bool:
 
 def _kept(rows: dict[str, Any], spec: Spec, where: str, row_of: RowOf) -> list[bool] | None:
     """Which rows the filters keep (a row whose value is missing is not kept), or None where there is no filter."""
-    import pyarrow.compute as pc
-
     if not spec.filters:
         return None
+    import pyarrow.compute as pc
+
     masks = [_json_mask(column, rule, spec, row_of) if isinstance(column := rows[rule.column], list) else
              pc.fill_null(_holds(column, rule, spec, where), False).to_pylist() for rule in spec.filters]
     return reduce(lambda one, other: list(map(and_, one, other)), masks)

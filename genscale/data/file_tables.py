@@ -1,4 +1,4 @@
-"""Files of text, JSON lines and parquet as Arrow tables, from any place on: a place is found again by seeking, not by reading.
+"""The rows of files of text, JSON lines and parquet, from any place on: a place is found again by seeking, not by reading.
 
 A file of lines is read in blocks that follow each other from its start, so that a block is the same wherever reading begins;
 its place is the byte at which it starts. In parquet the row alone says which row group to begin with.
@@ -50,7 +50,7 @@ class Rows(NamedTuple):
 
 
 def text_rows(file: SourceFile, document: str, most: int, at: At | None = None) -> Iterator[Rows]:
-    """The lines, the paragraphs or the whole of a text file, in a column `text`. A byte order mark is no text.
+    """The lines, the paragraphs or the whole of a text file, as `Values` of a column `text`. A byte order mark is no text.
 
     Args:
         most: bytes of the longest document.
@@ -59,12 +59,10 @@ def text_rows(file: SourceFile, document: str, most: int, at: At | None = None) 
         BadRow: it is no UTF-8.
         TooLarge: a document is longer.
     """
-    import pyarrow as pa
-
     offset, first = at or (0, 0)
     with file.open(offset, most) as stream:
         if document == "file":
-            yield Rows(0, None, pa.table({"text": [_plain(_whole(stream, most).removeprefix(BOM), 0)]}))
+            yield Rows(0, None, text_values([_plain(_whole(stream, most).removeprefix(BOM), 0)]))
             return
         rest = b""
         # What is left of a block counts towards the next, which is then the same for a reader that begins there.
@@ -76,10 +74,15 @@ def text_rows(file: SourceFile, document: str, most: int, at: At | None = None) 
             else:
                 *ended, rest = PARAGRAPHS.split(text) if b"\r" in text else text.split(b"\n\n")
                 texts = [_plain(paragraph, first + i) for i, paragraph in enumerate(filter(None, ended))]
-            yield Rows(first, [offset, first], pa.table({"text": pa.array(texts, pa.string())}))
+            yield Rows(first, [offset, first], text_values(texts))
             first, offset = first + len(texts), offset + len(raw) - len(rest)
         if rest:
-            yield Rows(first, [offset, first], pa.table({"text": [_plain(rest, first)]}))
+            yield Rows(first, [offset, first], text_values([_plain(rest, first)]))
+
+
+def text_values(texts: list[str]) -> Values:
+    """As a column `text`. (Of Python's values Arrow makes a table only after it has loaded pandas.)"""
+    return Values({"text": texts}, ["text"], False)
 
 
 def _plain(raw: bytes, row: int, lines: bool = False) -> str:

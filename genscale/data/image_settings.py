@@ -77,3 +77,15 @@ class ImageDataSettings:
     """Global batches to load ahead."""
     retry_minutes: NonNegativeFloat = 5.0
     """How long a web server that fails is tried again before the run ends; less than guards.hang_minutes."""
+
+
+@dataclass
+class PackedImageDataSettings(ImageDataSettings):
+    """Images for a GAN."""
+
+    pack: PositiveInt = 1
+    """Images that the discriminator sees together (Lin et al. 2018, PacGAN); a sample, and so the batch size, then counts
+    packs."""
+    stack: Literal[1, 3] = 1
+    """Greyscale images laid over each other as the channels of one (3: the thousand modes of Stacked MNIST, Metz et al.
+    2017)."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from jsonargparse.typing import PositiveInt
 
-from genscale.data.image_settings import ImageDataSettings
+from genscale.data.image_settings import PackedImageDataSettings
 from genscale.data.lanes import Cursor, Data, Sample
 from genscale.errors import SourceLost, UserError
 from genscale.rng import permutation
@@ -106,15 +104,3 @@ def gan_images(data: Data, settings: PackedImageDataSettings) -> Data:
 def packed(data: Data, count: int) -> Data:
     """The data in packs of `count`; as it is for 1."""
     return PackedData(data, count) if count > 1 else data
-
-
-@dataclass
-class PackedImageDataSettings(ImageDataSettings):
-    """Images for a GAN."""
-
-    pack: PositiveInt = 1
-    """Images that the discriminator sees together (Lin et al. 2018, PacGAN); a sample, and so the batch size, then counts
-    packs."""
-    stack: Literal[1, 3] = 1
-    """Greyscale images laid over each other as the channels of one (3: the thousand modes of Stacked MNIST, Metz et al.
-    2017)."""

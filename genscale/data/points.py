@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from genscale.data.lanes import Cursor, Data, Sample
+from genscale.data.points_settings import PointsDataSettings
 from genscale.rng import Draws
 
 DRAWN_TOGETHER = 64
@@ -37,25 +37,6 @@ def _grid() -> Mixture:
 MIXTURES = {"ring": _ring(), "grid": _grid()}
 """ring: 8 modes on the unit circle with variance 1e-4; grid: 25 modes, 2 apart, with variance 0.0025 (Srivastava et al. 2017,
 VEEGAN; Lin et al. 2018)."""
-
-
-@dataclass
-class PointsDataSettings:
-    """Points to train on; they are drawn as they are needed."""
-
-    source: Literal["ring", "grid"] = "ring"
-    """ring: 8 Gaussians on the unit circle; grid: 25 Gaussians, 2 apart."""
-    pack: PositiveInt = 1
-    """Points that the discriminator sees together (Lin et al. 2018, PacGAN); a sample, and so the batch size, then counts
-    packs."""
-    validation_points: PositiveInt = 2500
-    """Points that an evaluation generates."""
-    lanes: PositiveInt = 48
-    """Parallel streams that make up the sample order."""
-    workers: NonNegativeInt = 0
-    """Processes that load data for each training process (0: a background thread)."""
-    prefetch_steps: PositiveInt = 2
-    """Global batches to load ahead."""
 
 
 class PointsData(Data):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from genscale.data.columns import documents
-from genscale.data.file_tables import ROWS, At, Rows, json_rows, open_parquet, parquet_rows, text_rows
+from genscale.data.file_tables import ROWS, At, Rows, json_rows, open_parquet, parquet_rows, text_rows, text_values
 from genscale.data.folders import File, identity, parted, refuse_no_file, say_repeated, unreadable, walk
 from genscale.data.json_values import BadRow
 from genscale.data.opening import (
@@ -83,9 +83,7 @@ class TopicsShard(Shard):
     def rows(self, start: int = 0, residue: int = 0, modulus: int = 1, at: At | None = None) -> Iterator[Row]:
         from pydoc_data.topics import topics
 
-        import pyarrow as pa
-
-        texts = pa.table({"text": [topics[name] for name in sorted(topics)]})
+        texts = text_values([topics[name] for name in sorted(topics)])
         wanted = start + (residue - start) % modulus
         for row, text in zip(range(wanted, len(texts), modulus), documents(texts, self.spec, self.name, 0, wanted, modulus),
                              strict=True):
@@ -135,6 +133,7 @@ class TableShard(Shard):
         if builder == "json":
             return json_rows(self.file, self.spec.columns, self.check_columns, self.spec.max_record_bytes, at,
                              self.spec.tools if self.spec.tools == TOOLS else None)
+        self.check_columns(["text"])
         return text_rows(self.file, self.spec.document, self.spec.max_record_bytes, at)
 
     def check_columns(self, names: list[str]) -> None:

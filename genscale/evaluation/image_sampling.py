@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from genscale.data.image_labels import composed
@@ -18,6 +17,7 @@ from genscale.data.images import ImageData
 from genscale.errors import UserError, nearest
 from genscale.evaluation.image_generation import decoded, latents
 from genscale.evaluation.sample_files import empty_folder, picture_of_run, write_images_npz, write_picture, write_pictures
+from genscale.evaluation.settings import ImageSampling
 from genscale.evaluation.trained_run import TrainedRun
 from genscale.models.image_grid import grid, tile_scale
 from genscale.models.lettering import class_captions
@@ -30,38 +30,6 @@ TRAVERSED = 3.0
 EXAMPLES_FOR_ACTIVITY = 256
 MOST_PIXELS = 178_956_970
 """Of a picture; Pillow and others refuse to open larger ones."""
-
-
-@dataclass
-class ImageSampling:
-    """What to draw."""
-
-    count: PositiveInt = 64
-    """Images in the picture, about, where it has whole rows; exactly, of files and .npz."""
-    seed: NonNegativeInt = 0
-    """Same seed, same images; image i depends on the seed and i alone."""
-    out: str | None = None
-    """File to write: a picture, .png or what else pillow writes (default: <run folder>/samples/sample-seed<seed>.png), or .npz
-    with the samples as arrays (images, labels; the same as arr_0, arr_1 for other tools), which data.source reads."""
-    files: str | None = None
-    """Folder, new or empty, to write each sample into as a file: 00000.png, or 00000-<class>.png of a conditional run."""
-    label: str | None = None
-    """Draw this class only, by name (of a conditional run)."""
-    columns: PositiveInt | None = None
-    """Images in a row (default: a column for each class, or as square as can be)."""
-    scale: PositiveInt | None = None
-    """Each pixel of an image becomes a square of this side (default: the least that makes images of 32 pixels)."""
-    interpolate: bool = False
-    """Each row is a walk from one latent to another, along the sphere (White 2016)."""
-    reconstruct: bool = False
-    """Validation images, and below each what the autoencoder makes of it."""
-    traverse: bool = False
-    """Each row moves one latent dimension of a validation image from -3 to 3, beside the image with none moved, the most active
-    dimension first."""
-    live: bool = False
-    """The weights as trained, not their average."""
-    batch_size: PositiveInt = 64
-    """Images in one forward pass."""
 
 
 @dataclass(frozen=True)

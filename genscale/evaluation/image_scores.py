@@ -6,12 +6,10 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,6 +22,7 @@ from genscale.errors import UserError
 from genscale.evaluation.classifier import Classifier, trained_classifier
 from genscale.evaluation.image_generation import as_uint8, decoded, latents
 from genscale.evaluation.inception import InceptionFeatures
+from genscale.evaluation.settings import ImageScoring
 from genscale.evaluation.trained_run import TrainedRun
 from genscale.models.feature_network import RandomFeatures
 from genscale.objectives.sample_quality import (
@@ -49,28 +48,6 @@ FeatureNetwork = Classifier | RandomFeatures | InceptionFeatures
 
 class TooFewImages(UserError):
     """Fewer than the scores of generated images take."""
-
-
-@dataclass
-class ImageScoring:
-    """How to score generated images."""
-
-    count: PositiveInt | None = None
-    """Images to generate (default: as many as there are validation images, at most 10,000)."""
-    seed: NonNegativeInt = 0
-    """Same seed, same images, for any batch size."""
-    features: Literal["classifier", "random", "inception"] | None = None
-    """classifier: of these images, trained on the training split in a minute and kept beside the run folder; random: a
-    convolutional network with fixed random weights; inception: see --inception (default: classifier where the images have
-    labels, else random)."""
-    inception: str | None = None
-    """File of Inception's weights, pt_inception-2015-12-05-6726825d.pth; the Frechet distance is then called fid."""
-    importance_samples: PositiveInt | None = None
-    """Of a VAE: estimate the log-likelihood with this many importance samples an image."""
-    live: bool = False
-    """The weights as trained, not their average."""
-    batch_size: PositiveInt = 64
-    """Images in one forward pass."""
 
 
 def score_images(run: TrainedRun, settings: ImageScoring) -> dict[str, Any]:

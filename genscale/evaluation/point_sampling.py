@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from genscale.evaluation.image_generation import latents
 from genscale.evaluation.sample_files import picture_of_run, write_array, write_picture
+from genscale.evaluation.settings import PointSampling
 from genscale.evaluation.trained_run import TrainedRun
 from genscale.objectives.points import draw_points
-
-
-@dataclass
-class PointSampling:
-    """What to draw."""
-
-    count: PositiveInt = 1000
-    """Points."""
-    seed: NonNegativeInt = 0
-    """Same seed, same points; point i depends on the seed and i alone."""
-    out: str | None = None
-    """File to write: a picture, .png or what else pillow writes (default: <run folder>/samples/sample-seed<seed>.png), .csv
-    with columns x and y, or .npz with the array points (and the same as arr_0)."""
-    live: bool = False
-    """The weights as trained, not their average."""
-    batch_size: PositiveInt = 4096
-    """Points in one forward pass."""
 
 
 @torch.no_grad()

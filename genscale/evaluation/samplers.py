@@ -1,43 +1,22 @@
-"""`genscale sample` for each family: its settings, and what it makes of a trained run. A new family is one line in SAMPLERS."""
+"""`genscale sample` for each family: what it makes of a trained run. A new family is one entry in SAMPLERS, and one in
+`settings.SAMPLING`."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from genscale.errors import UserError
 from genscale.evaluation.generation import stream_texts
-from genscale.evaluation.image_sampling import ImageSampling, sample_images
-from genscale.evaluation.point_sampling import PointSampling, sample_points
+from genscale.evaluation.image_sampling import sample_images
+from genscale.evaluation.point_sampling import sample_points
+from genscale.evaluation.settings import TextSampling
 from genscale.evaluation.trained_run import TrainedRun
 
 MAX_PROMPTS = 2**27
 """Bytes of a file of prompts."""
-
-
-@dataclass
-class TextSampling:
-    """What to write."""
-
-    prompt: str = ""
-    """Text to go on from (empty: the start of a document)."""
-    prompts: str | None = None
-    """File of prompts, one a line (blank lines are skipped), written many side by side."""
-    tokens: int = 200
-    """Tokens to add at most; a text ends earlier where its document does."""
-    temperature: float = 0.8
-    """Below 1 is safer, above 1 wilder; 0 always takes the likeliest token."""
-    top_k: int | None = None
-    """Draw from this many likeliest tokens only."""
-    top_p: float | None = None
-    """Draw from the fewest likeliest tokens that hold this probability only."""
-    seed: int = 0
-    """Same seed, same text; text i of a prompt depends on the prompt, the seed and i alone."""
-    count: int = 1
-    """Texts to write (with prompts: for each)."""
 
 
 def sample_gpt(run: TrainedRun, settings: TextSampling) -> None:
@@ -90,14 +69,5 @@ def prompts_of(settings: TextSampling) -> list[str]:
     return prompts
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """A family's settings dataclass (flags of the verb) and what to do with them."""
-
-    settings: type
-    run: Callable[[TrainedRun, Any], None]
-
-
-IMAGES = Sampler(ImageSampling, sample_images)
-SAMPLERS = {"gpt": Sampler(TextSampling, sample_gpt), "dcgan": IMAGES, "vae": IMAGES, "vae_gan": IMAGES,
-            "points": Sampler(PointSampling, sample_points)}
+SAMPLERS: dict[str, Callable[[TrainedRun, Any], None]] = {"gpt": sample_gpt, "dcgan": sample_images, "vae": sample_images,
+                                                          "vae_gan": sample_images, "points": sample_points}

@@ -1,22 +1,13 @@
-"""`genscale evaluate` beyond the validation metrics, for the families that have more. A new family is one line in SCORERS."""
+"""`genscale evaluate` beyond the validation metrics, for the families that have more. A new family is one entry in SCORERS, and
+one in `settings.SCORING`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from genscale.evaluation.image_scores import ImageScoring, score_images
+from genscale.evaluation.image_scores import score_images
 from genscale.evaluation.trained_run import TrainedRun
 
-
-@dataclass(frozen=True)
-class Scorer:
-    """A family's settings dataclass (flags of the verb) and what to do with them."""
-
-    settings: type
-    run: Callable[[TrainedRun, Any], dict[str, Any]]
-
-
-IMAGES = Scorer(ImageScoring, score_images)
-SCORERS = {"dcgan": IMAGES, "vae": IMAGES, "vae_gan": IMAGES}
+Scorer = Callable[[TrainedRun, Any], dict[str, Any]]
+SCORERS: dict[str, Scorer] = {"dcgan": score_images, "vae": score_images, "vae_gan": score_images}

@@ -8,7 +8,8 @@ from typing import Literal
 from jsonargparse.typing import PositiveInt
 
 from genscale.errors import UserError, refuse_unheeded
-from genscale.models.image_layers import Norm
+
+Norm = Literal["batch", "group", "none"]
 
 SIZES = (8, 16, 32, 64, 128, 256, 512)
 SMALLEST_MAP = 4

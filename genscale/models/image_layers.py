@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from genscale.models.batch_norm import BatchNorm
+from genscale.models.gan_settings import Norm
 from genscale.rng import torch_generator
 
-Norm = Literal["batch", "group", "none"]
 GROUPS, GROUP_CHANNELS = 32, 16
 """Groups of a GroupNorm at most, and channels of a group at least (both of Wu and He 2018). In bf16 and channels-last PyTorch's
 CPU kernels take 15 to 40 times as long for groups of 8."""

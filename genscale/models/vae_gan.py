@@ -3,48 +3,14 @@ encoder, its decoder as a generator, and a discriminator that shows its features
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
-
 import torch
-from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
 from genscale.errors import UserError
 from genscale.models.dcgan import DCGANDiscriminator
 from genscale.models.gan_settings import GANSettings, check_gan
 from genscale.models.vae import Decoder
-from genscale.models.vae_settings import VAESettings
-
-
-@dataclass
-class VAEGANSettings:
-    """The `model` section of a VAE-GAN. No layer of it couples the samples of a batch."""
-
-    family: Literal["vae_gan"] = "vae_gan"
-    """Kind of model."""
-    width: PositiveInt = 64
-    """Encoder and decoder: channels at the full size of the images."""
-    multipliers: list[PositiveInt] | None = None
-    """Encoder and decoder: channels at each size, as multiples of width, from the full size on, each half of the one before
-    (default: [1, 2, 4, 4, ...] down to 4 pixels)."""
-    blocks: PositiveInt = 1
-    """Encoder and decoder: residual blocks at each size."""
-    attention: list[PositiveInt] = field(default_factory=list)
-    """Encoder and decoder: sizes, in pixels, at which self-attention follows each block, such as [8]."""
-    norm: Literal["group", "none"] = "group"
-    """Encoder and decoder: normalisation."""
-    latents: PositiveInt = 64
-    """Length of the latent vector."""
-    discriminator_width: PositiveInt | None = None
-    """Discriminator: channels at half the size of the images, doubling with each further halving (default: width)."""
-    discriminator_norm: Literal["group", "none"] = "group"
-    """Discriminator: normalisation."""
-    spectral_norm: bool = False
-    """Discriminator: spectral norm of its layers (Miyato et al. 2018)."""
-    feature_stage: PositiveInt | None = None
-    """Discriminator: the stage (1 is the first, and halves the size) whose output reconstructions are compared in (default: the
-    one before the last)."""
+from genscale.models.vae_settings import VAEGANSettings, VAESettings
 
 
 def networks_settings(settings: VAEGANSettings, shape: tuple[int, int, int]) -> tuple[VAESettings, GANSettings]:

@@ -4,14 +4,13 @@ GAN training"). Every draw is addressed by sample."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from genscale.objectives.gan_settings import Augmentation
 from genscale.rng import Draws
 
-Augmentation = Literal["color", "translation", "cutout"]
 SHIFT = 0.125
 """Share of the side that an image is moved by, at most."""
 CUT = 0.5

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from genscale.data.lanes import Data, Sample
 from genscale.rng import Draws
 
 Networks = Mapping[str, nn.Module]
@@ -97,29 +96,3 @@ class Objective(ABC):
     def preview(self, networks: Networks, seed: int, device: torch.device) -> str | np.ndarray:
         """A small sample to log: text, or a picture, uint8 `(height, width, 3)`. Runs on every rank alike (a sharded forward is
         collective)."""
-
-
-@dataclass
-class NoSettings:
-    """A family whose objective leaves nothing to choose."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """A registry entry: what `model.family` selects.
-
-    Attributes:
-        model_settings, data_settings, objective_settings: the dataclasses behind the `model`, `data` and `objective` sections.
-        build_data: (data settings, seed) -> data.
-        validation: (data settings, seed) -> the validation samples; of what is trained on, no more is opened than they need.
-        build_objective: (config, data) -> objective; networks on the meta device or anywhere. Raises UserError.
-        restore: (config, run folder) -> the objective of a trained run, without its data.
-    """
-
-    model_settings: type
-    data_settings: type
-    build_data: Callable[[Any, int], Data]
-    validation: Callable[[Any, int], list[Sample]]
-    build_objective: Callable[[Any, Any], Objective]
-    restore: Callable[[Any, Path], Objective]
-    objective_settings: type = NoSettings

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LossName = Literal["non_saturating", "hinge", "wasserstein", "least_squares", "relativistic"]
+from genscale.objectives.gan_settings import LossName
 
 
 def discriminator_loss(name: LossName, real: Tensor, fake: Tensor) -> Tensor:

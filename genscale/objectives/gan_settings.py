@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
 
 from genscale.config import TrainSettings
 from genscale.errors import UserError, refuse_unheeded
-from genscale.models.image_layers import Norm
-from genscale.objectives.augmentation import Augmentation
-from genscale.objectives.gan_losses import LossName
+from genscale.models.gan_settings import Norm
+
+LossName = Literal["non_saturating", "hinge", "wasserstein", "least_squares", "relativistic"]
+Augmentation = Literal["color", "translation", "cutout"]
 
 
 @dataclass

@@ -16,18 +16,18 @@ from torch import Tensor, nn
 
 from genscale.config import Config
 from genscale.data.images import ImageData
-from genscale.data.lanes import Data
+from genscale.data.lanes import Data, Sample
 from genscale.data.packed import PackedImageDataSettings, gan_images
 from genscale.errors import UserError
 from genscale.models.dcgan import DCGANDiscriminator, DCGANGenerator
 from genscale.models.feature_network import RandomFeatures
-from genscale.models.gan_settings import GANSettings, check_gan
+from genscale.models.gan_settings import check_gan
 from genscale.models.image_grid import grid
 from genscale.models.image_layers import to_signed, to_unit
 from genscale.models.lettering import class_captions
 from genscale.models.mlp_gan import MLPDiscriminator, MLPGenerator
 from genscale.models.residual_gan import ResidualDiscriminator, ResidualGenerator
-from genscale.objectives.base import Batch, Family, Networks
+from genscale.objectives.base import Batch, Networks
 from genscale.objectives.gan import GAN, INITIAL_STD
 from genscale.objectives.gan_settings import GANObjectiveSettings, check_batch, check_losses
 from genscale.objectives.sample_quality import distance, distance_units, diversity
@@ -110,6 +110,14 @@ class ImageGAN(GAN):
             write_whole(folder / CLASSES_FILE, json.dumps(self.class_names, ensure_ascii=False))
 
 
+def build_data(settings: PackedImageDataSettings, seed: int) -> Data:
+    return gan_images(ImageData(settings, seed), settings)
+
+
+def validation(settings: PackedImageDataSettings, seed: int) -> list[Sample]:
+    return gan_images(ImageData(settings, seed, for_training=False), settings).validation()
+
+
 def build(config: Config, data: Data) -> ImageGAN:
     """The objective of a run. Raises UserError as `_build` does, and where there are no such labels."""
     names = data.classes if config.model.classes else None
@@ -160,10 +168,3 @@ def _build(config: Config, class_names: list[str] | None) -> ImageGAN:
         networks = generator(model, shape), discriminator(model, (shape[0] * data.pack, *shape[1:]))
     return ImageGAN(*networks, config.objective, image_shape=shape, class_names=class_names, seed=config.run.seed,
                     latent=model.latent, pack=data.pack, initial_std=INITIAL_STD if model.architecture == "dcgan" else None)
-
-
-FAMILY = Family(model_settings=GANSettings, data_settings=PackedImageDataSettings,
-                build_data=lambda settings, seed: gan_images(ImageData(settings, seed), settings),
-                validation=lambda settings, seed: gan_images(ImageData(settings, seed, for_training=False),
-                                                             settings).validation(),
-                build_objective=build, restore=restore, objective_settings=GANObjectiveSettings)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from genscale.config import Config
+from genscale.data.lanes import Sample
 from genscale.data.text import TextData, TextDataSettings
 from genscale.data.tokenizers import Tokenizer, load_tokenizer
 from genscale.errors import UserError
 from genscale.models.decoding import generate
-from genscale.models.gpt import GPT, GPTSettings
-from genscale.objectives.base import Batch, Family, Networks, Objective, Phase, Terms
+from genscale.models.gpt import GPT
+from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.rng import Draws, torch_generator
 from genscale.writing import drafted
 
@@ -126,6 +127,14 @@ class LanguageModel(Objective):
         return self.tokenizer.decode(tokens[0, 1:].tolist())
 
 
+def build_data(settings: TextDataSettings, seed: int) -> TextData:
+    return TextData(settings, seed)
+
+
+def validation(settings: TextDataSettings, seed: int) -> list[Sample]:
+    return TextData(settings, seed, for_training=False).validation()
+
+
 def build(config: Config, data: TextData) -> LanguageModel:
     """The objective of a run, its network initialised from the run's seed. Raises UserError as `_build` does."""
     return _build(config, data.tokenizer)
@@ -157,8 +166,3 @@ def _build(config: Config, tokenizer: Tokenizer) -> LanguageModel:
         network = GPT(config.model, vocab_size)
     return LanguageModel(network, tokenizer, length, separate_documents=config.data.separate_documents,
                          weights=lambda name: network.initial_weight(name, config.run.seed))
-
-
-FAMILY = Family(model_settings=GPTSettings, data_settings=TextDataSettings, build_data=TextData,
-                validation=lambda settings, seed: TextData(settings, seed, for_training=False).validation(),
-                build_objective=build, restore=restore)

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from genscale.config import Config
-from genscale.data.lanes import Data
+from genscale.data.lanes import Data, Sample
 from genscale.data.packed import packed
 from genscale.data.points import MIXTURES, Mixture, PointsData, PointsDataSettings
 from genscale.errors import UserError
 from genscale.models.mlp_gan import MLPDiscriminator, MLPGenerator, spread_kinks
-from genscale.models.points_settings import PointsGANSettings
-from genscale.objectives.base import Batch, Family, Networks
+from genscale.objectives.base import Batch, Networks
 from genscale.objectives.gan import GAN
-from genscale.objectives.gan_settings import GANObjectiveSettings, check_batch, check_losses
+from genscale.objectives.gan_settings import check_batch, check_losses
 
 NEAR = 3.0
 """A point is of high quality within so many standard deviations of a mode."""
@@ -91,6 +90,14 @@ def draw_points(points: np.ndarray, mixture: Mixture) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
+def build_data(settings: PointsDataSettings, seed: int) -> Data:
+    return packed(PointsData(settings, seed), settings.pack)
+
+
+def validation(settings: PointsDataSettings, seed: int) -> list[Sample]:
+    return PointsData(settings, seed).validation()
+
+
 def build(config: Config, data: Data) -> PointsGAN:
     """The objective of a run. Raises UserError as `restore` does, and for a batch of too few points."""
     check_batch(config.train, (config.model.generator_norm, config.model.discriminator_norm))
@@ -119,10 +126,3 @@ def restore(config: Config, folder: Path | None = None) -> PointsGAN:
     spread_kinks(discriminator.hidden, float(mixture.centers.std()))
     return PointsGAN(generator, discriminator, mixture=mixture, settings=config.objective, seed=config.run.seed,
                      latent=model.latent, pack=pack, initial_std=None)
-
-
-FAMILY = Family(model_settings=PointsGANSettings, data_settings=PointsDataSettings,
-                build_data=lambda settings, seed: packed(PointsData(settings, seed), settings.pack),
-                validation=lambda settings, seed: PointsData(settings, seed).validation(),
-                build_objective=build, restore=restore,
-                objective_settings=GANObjectiveSettings)

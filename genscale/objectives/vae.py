@@ -12,11 +12,12 @@ from torch import Tensor
 
 from genscale.config import Config
 from genscale.data.images import ImageData, ImageDataSettings
+from genscale.data.lanes import Sample
 from genscale.models.image_layers import InitialWeights
 from genscale.models.vae import VAE, latent_shape
 from genscale.models.vae_likelihoods import BLACK_AND_WHITE, LIKELIHOODS, Measures
 from genscale.models.vae_settings import VAESettings
-from genscale.objectives.base import Batch, Family, Networks, Objective, Phase, Terms
+from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.objectives.vae_binarisation import binarised, content_keys
 from genscale.objectives.vae_losses import (
     VAEObjectiveSettings,
@@ -223,6 +224,14 @@ def _active(means: Tensor) -> int:
     return int((means.double().var(0, correction=0) > ACTIVE).sum())
 
 
+def build_data(settings: ImageDataSettings, seed: int) -> ImageData:
+    return ImageData(settings, seed)
+
+
+def validation(settings: ImageDataSettings, seed: int) -> list[Sample]:
+    return validation_images(settings, seed)
+
+
 def build(config: Config, data: ImageData) -> VAEObjective:
     """The objective of a run, its network initialised from the run's seed. Raises UserError for an impossible model."""
     images = (torch.from_numpy(sample["image"])[None] for sample in data.validation())
@@ -241,7 +250,3 @@ def _build(config: Config, examples: Callable[[], Tensor] | None, black_and_whit
         network = VAE(config.model, config.data.size, config.data.channels)
     return VAEObjective(network, config.model, config.objective, shape, seed=config.run.seed, examples=examples,
                         black_and_white=black_and_white)
-
-
-FAMILY = Family(model_settings=VAESettings, data_settings=ImageDataSettings, objective_settings=VAEObjectiveSettings,
-                build_data=ImageData, validation=validation_images, build_objective=build, restore=restore)

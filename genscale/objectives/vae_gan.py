@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jsonargparse.typing import NonNegativeFloat
 from torch import Tensor, nn
 
 from genscale.config import Config
 from genscale.data.images import ImageData, ImageDataSettings
+from genscale.data.lanes import Sample
 from genscale.models.feature_network import RandomFeatures
 from genscale.models.image_layers import InitialWeights, to_signed, to_unit
 from genscale.models.vae import Encoder
-from genscale.models.vae_gan import FeatureDiscriminator, ImageDecoder, VAEGANSettings, networks_settings
-from genscale.objectives.base import Batch, Family, Networks, Objective, Phase, Terms
+from genscale.models.vae_gan import FeatureDiscriminator, ImageDecoder, networks_settings
+from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.objectives.sample_quality import distance, distance_units
 from genscale.objectives.vae_losses import divergence
 from genscale.objectives.vae_pictures import examples_of, preview_picture, validation_images
+from genscale.objectives.vae_settings import VAEGANObjectiveSettings
 from genscale.rng import Draws
-
-
-@dataclass
-class VAEGANObjectiveSettings:
-    """The `objective` section of a VAE-GAN."""
-
-    beta: NonNegativeFloat = 1.0
-    """Encoder: weight of the divergence of the posterior from the prior beside the reconstruction."""
-    reconstruction_weight: NonNegativeFloat = 0.01
-    """Decoder: weight of the reconstruction beside the discriminator's judgement (the paper's gamma)."""
 
 
 class VAEGANObjective(Objective):
@@ -159,6 +149,14 @@ def _feature_nats(real: Tensor, seen: Tensor) -> Tensor:
     return 0.5 * (real - seen).square().sum()
 
 
+def build_data(settings: ImageDataSettings, seed: int) -> ImageData:
+    return ImageData(settings, seed)
+
+
+def validation(settings: ImageDataSettings, seed: int) -> list[Sample]:
+    return validation_images(settings, seed)
+
+
 def build(config: Config, data: ImageData) -> VAEGANObjective:
     """The objective of a run. Raises UserError for an impossible model."""
     objective = _build(config, examples_of(data))
@@ -178,7 +176,3 @@ def _build(config: Config, examples: Callable[[], Tensor] | None) -> VAEGANObjec
         networks = {"encoder": Encoder(vae, shape[-1], shape[0]), "decoder": ImageDecoder(vae, shape[-1], shape[0]),
                     "discriminator": FeatureDiscriminator(judge, shape, model.feature_stage)}
     return VAEGANObjective(networks, config.objective, shape, latents=model.latents, seed=config.run.seed, examples=examples)
-
-
-FAMILY = Family(model_settings=VAEGANSettings, data_settings=ImageDataSettings, objective_settings=VAEGANObjectiveSettings,
-                build_data=ImageData, validation=validation_images, build_objective=build, restore=restore)

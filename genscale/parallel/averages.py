@@ -8,10 +8,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from genscale.parallel.materialise import Read, fill_tensor, named_state
-from genscale.parallel.pieces import Piece, pieces_of
+from genscale.parallel.pieces import Piece, is_sharded, pieces_of
 
 
 class Average(ABC):
@@ -104,7 +103,7 @@ def lerp(averages: list[Tensor], weights: list[Tensor], share: float | Tensor) -
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor; it shares its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def copied_names(module: nn.Module) -> set[str]:

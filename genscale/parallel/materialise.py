@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+from genscale.parallel.pieces import is_sharded
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Read = Callable[[str], Tensor]
 """Name of a parameter or persistent buffer -> the full tensor on the CPU."""
@@ -82,7 +87,7 @@ def fill(module: nn.Module, read: Read) -> None:
 def fill_tensor(tensor: Tensor, full: Tensor) -> None:
     if full.shape != tensor.shape:  # copy_ would broadcast
         raise ValueError(f"{tuple(full.shape)} for a tensor of shape {tuple(tensor.shape)}")
-    if isinstance(tensor, DTensor):
+    if is_sharded(tensor):
         tensor.to_local().copy_(shard_like(full, tensor).to_local())
     else:
         tensor.copy_(full)
@@ -90,4 +95,6 @@ def fill_tensor(tensor: Tensor, full: Tensor) -> None:
 
 def shard_like(full: Tensor, tensor: DTensor) -> DTensor:
     """This rank's shard of a full tensor that every rank has: nothing is sent."""
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(full.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeGuard
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,13 +34,19 @@ class Piece:
         return self.values.numel() == math.prod(self.shape)
 
 
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether it is a DTensor. Without torch.distributed.tensor, which takes half a second to load, there is none."""
+    loaded = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and isinstance(tensor, loaded.DTensor)
+
+
 def pieces_of(tensors: Iterable[tuple[str, Tensor]], rank: int, world_size: int) -> list[Piece]:
     """This process's pieces of tensors by name, which must be the same on every process: its shard of a sharded one (DTensor);
     those that every process has whole are dealt out, so that each is written once and all write about as much."""
     found: list[Piece] = []
     whole: list[tuple[str, Tensor]] = []
     for name, tensor in tensors:
-        if isinstance(tensor, DTensor):
+        if is_sharded(tensor):
             found.append(_shard(name, tensor.detach()))
         else:
             whole.append((name, tensor.detach()))
@@ -50,6 +60,8 @@ def pieces_of(tensors: Iterable[tuple[str, Tensor]], rank: int, world_size: int)
 
 
 def _shard(name: str, tensor: DTensor) -> Piece:
+    from torch.distributed.tensor import Shard
+
     (placement,) = tensor.placements
     if placement != Shard(0):
         raise NotImplementedError(f"{name}: a tensor placed as {placement}")

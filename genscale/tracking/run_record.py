@@ -45,10 +45,14 @@ class RunRecord:
         if config.tracking.wandb == "offline":
             log.info("W&B is offline: `genscale sync %s` uploads the run, from a machine with internet", folder)
         self._progress = Progress(config.train.steps, done, unit)
+        self._past_first = False
 
     def step(self, step: int) -> None:
         """The step is done."""
         self._progress.update(step)
+        if self._past_first:  # which shows whether a run goes well, and is waited for
+            self._trackers.begin()
+        self._past_first = True
 
     def write(self, step: int, line: Mapping[str, Any], show: Mapping[str, float] | None = None) -> None:
         """The metrics of a step.

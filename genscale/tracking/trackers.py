@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,12 +9,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from genscale.config import TrackingSettings
+from genscale.tracking.behind import Behind
 from genscale.tracking.tensorboard_tracker import TensorboardTracker
 from genscale.tracking.wandb_tracker import WandbTracker
 
 
 class Tracker(Protocol):
-    """What takes metrics and samples. Any method may raise; `Trackers` sees to it."""
+    """What takes metrics and samples. Any method may raise; `Behind` sees to it."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
@@ -29,13 +29,14 @@ class Tracker(Protocol):
 class Trackers:
     """Sends metrics and samples to the trackers chosen in `tracking`. To be built on rank 0 only.
 
-    A tracker that fails, at its start or later, is dropped with one warning; training goes on.
+    Each starts, when it is told to begin, and works in a thread of its own: W&B takes a second to start, and many where its
+    server does not answer. One that fails, at its start or later, is dropped with one warning; training goes on.
 
     Args:
         settings: the config's `tracking` section.
         run_folder: the run's folder.
         config: the whole resolved config as nested dicts, kept with the W&B run.
-        warn: takes the warning, one line.
+        warn: takes the warning, one line, from any thread.
         first_step: the step the run starts from (after a resume: the checkpoint's).
     """
 
@@ -48,14 +49,20 @@ class Trackers:
         first_step: int = 0,
     ) -> None:
         self._warn = warn
-        self._trackers: dict[str, Tracker] = {}
+        self._trackers: list[Behind] = []
         if settings.wandb != "disabled":
-            self._start("wandb", lambda: self._start_wandb(settings, run_folder, config))
+            self._add("wandb", lambda: self._start_wandb(settings, run_folder, config))
         if settings.tensorboard:
-            self._start("tensorboard", lambda: TensorboardTracker(run_folder, first_step))
+            self._add("tensorboard", lambda: TensorboardTracker(run_folder, first_step))
+
+    def begin(self) -> None:
+        """Start them, behind what the run does meanwhile. Once more does nothing."""
+        for tracker in self._trackers:
+            tracker.begin()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics of a step, to every tracker. Steps must not go down."""
+        metrics = dict(metrics)
         self._each(lambda tracker: tracker.log(step, metrics))
 
     def log_text(self, step: int, name: str, text: str) -> None:
@@ -68,8 +75,9 @@ class Trackers:
 
     def close(self, exit_code: int = 0) -> None:
         """Finish every tracker. Safe to call twice."""
-        self._each(lambda tracker: tracker.close(exit_code))
-        self._trackers.clear()
+        trackers, self._trackers = self._trackers, []
+        for tracker in trackers:
+            tracker.close(exit_code)
 
     def _start_wandb(self, settings: TrackingSettings, run_folder: str | Path, config: Mapping[str, Any]) -> WandbTracker:
         """Online where that was asked for and is possible; else offline."""
@@ -84,21 +92,12 @@ class Trackers:
                        "uploads it later")
         return tracker
 
-    def _start(self, name: str, build: Callable[[], Tracker]) -> None:
-        try:
-            self._trackers[name] = build()
-        except Exception as error:  # whatever it is, it must not cost the run
-            self._report(name, error)
+    def _add(self, name: str, build: Callable[[], Tracker]) -> None:
+        self._trackers.append(Behind(build, lambda error, tracker: self._report(name, error, getattr(tracker, "sync", None))))
 
     def _each(self, action: Callable[[Tracker], None]) -> None:
-        for name, tracker in list(self._trackers.items()):
-            try:
-                action(tracker)
-            except Exception as error:
-                del self._trackers[name]
-                self._report(name, error, getattr(tracker, "sync", None))
-                with contextlib.suppress(Exception):
-                    tracker.close(1)  # its threads and files
+        for tracker in self._trackers:
+            tracker.ask(action)
 
     def _report(self, name: str, error: Exception, sync: str | None = None) -> None:
         later = f"; `{sync}` uploads later what came before" if sync else ""

@@ -76,7 +76,7 @@ class WandbTracker:
         run_folder = Path(run_folder).resolve()
         str(run_folder).encode()  # W&B itself would log a traceback for a path that is no UTF-8
         folder = run_folder / "wandb"
-        make_folder(folder, parents=True)  # W&B itself would fall back to a temporary folder without a word
+        make_folder(folder)  # W&B itself would fall back to a temporary folder without a word, and make a moved run's anew
         run_id = _run_id(folder)
         import wandb  # a second to import: only runs that use it pay
 

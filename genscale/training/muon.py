@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from genscale.parallel.materialise import shard_like
+from genscale.parallel.pieces import is_sharded
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al.: the steepest slope at zero
 ITERATIONS = 5
@@ -62,11 +62,11 @@ class Muon(torch.optim.Optimizer):
         self.adamw.step()
 
     def _orthogonal(self, update: Tensor, rows: tuple[int, ...] | None) -> Tensor:
-        full = update.full_tensor() if isinstance(update, DTensor) else update
+        full = update.full_tensor() if is_sharded(update) else update
         parts = full.split(rows) if rows else (full,)
         made = torch.cat([orthogonal(part, self.dtype).to(full.dtype) * (ADAMW_RMS * math.sqrt(max(part.shape)))
                           for part in parts])
-        return shard_like(made, update) if isinstance(update, DTensor) else made
+        return shard_like(made, update) if is_sharded(update) else made
 
 
 def orthogonal(matrix: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,7 @@ import os
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
@@ -15,9 +15,10 @@ from genscale.config_mistakes import empty
 from genscale.config_parser import parse
 from genscale.errors import UserError, nearest
 from genscale.printable import printable
-from genscale.training.checkpoints import Checkpoint, find_checkpoints
-from genscale.training.tensor_files import write_whole
 from genscale.writing import drafted
+
+if TYPE_CHECKING:
+    from genscale.training.checkpoints import Checkpoint
 
 ACTIONS = {
     "list": "step, size, age, validity and place in the data of each, and which are kept as the best or for ever",
@@ -44,6 +45,8 @@ def main(arguments: list[str]) -> int:
     chosen = parsed[parsed.subcommand]
     if refusal := empty("path", chosen.path):
         raise refusal
+    from genscale.training.checkpoints import find_checkpoints
+
     checkpoints = list(find_checkpoints(Path(chosen.path)))
     if parsed.subcommand == "digest":
         print(_undamaged(checkpoints[-1]).digest())
@@ -69,6 +72,8 @@ def consolidate(checkpoint: Checkpoint, out: Path, network: str | None, live: bo
 
     Raises UserError.
     """
+    from genscale.training.tensor_files import write_whole
+
     names = checkpoint.networks()
     if network is None and len(names) > 1:
         raise UserError(f"--network: {checkpoint.path} holds {', '.join(names)}; say which")

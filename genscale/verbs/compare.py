@@ -6,13 +6,15 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
 from genscale.config_parser import parse
 from genscale.printable import printable
-from genscale.training.comparison import Comparison, compare_runs
+
+if TYPE_CHECKING:
+    from genscale.training.comparison import Comparison
 
 DIFFERENT = 1
 SHOWN = 12  # differences of the first step that differs
@@ -28,6 +30,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("run_b", type=str, help="Another.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")
     parsed = parse(parser, arguments)
+    from genscale.training.comparison import compare_runs
+
     comparison = compare_runs(Path(parsed.run_a), Path(parsed.run_b))
     print(json.dumps(_as_json(comparison), indent=1, allow_nan=False) if parsed.json else _as_text(comparison))
     return 0 if comparison.alike else DIFFERENT

@@ -6,21 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from genscale.config_parser import parse_settings, take_number
 from genscale.errors import UserError
-from genscale.interop.export import Source, check_out, export
-from genscale.models.gpt import GPT
 from genscale.objectives import FAMILIES
-from genscale.verbs.trained import find_trained, load_weights, run_of, take_run
 
 USAGE = "genscale export RUN --out DIR [--step N]"
 DESCRIPTION = ("Write a trained run as a Hugging Face folder: config.json, safetensors, tokenizer, generation config. RUN is a "
                "run folder (its latest checkpoint, or --step N's) or a checkpoint folder. Where transformers is installed, it "
                "loads the folder, and its logits and token ids must equal ours.")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -37,6 +30,12 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         parse_settings(ExportSettings, ["--help"], USAGE, DESCRIPTION)
         return 0
+    import torch
+
+    from genscale.interop.export import Source, check_out, export
+    from genscale.models.gpt import GPT
+    from genscale.verbs.trained import find_trained, load_weights, run_of, take_run
+
     path, rest = take_run(arguments, USAGE)
     step, rest = take_number(rest, "--step", least=0)
     settings = parse_settings(ExportSettings, rest, USAGE, DESCRIPTION)
@@ -45,13 +44,13 @@ def main(arguments: list[str]) -> int:
     out = Path(settings.out)
     check_out(out)
     config, checkpoint = find_trained(path, step)
-    run, dtype = run_of(checkpoint), DTYPES[settings.dtype]
+    run, dtype = run_of(checkpoint), {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype]
     objective = FAMILIES[config.model.family].restore(config, run)
     network = objective.networks.get("gpt")
     if not isinstance(network, GPT):
         raise UserError(f"export: {path} is a {config.model.family}; only gpt has a Hugging Face class")
 
-    def logits_of(tokens: Tensor) -> Tensor:
+    def logits_of(tokens: torch.Tensor) -> torch.Tensor:
         device = load_weights(objective, checkpoint)
         for parameter in network.parameters():
             parameter.copy_(parameter.to(dtype))

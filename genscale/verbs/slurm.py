@@ -80,12 +80,14 @@ def _life(action: str, arguments: list[str]) -> int:
 
 def _submit(action: str, arguments: list[str]) -> int:
     from genscale.cluster.submission import print_script, submit
-    from genscale.config_parser import split_flags
+    from genscale.config_parser import split_flags, take_texts
 
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     # A flag of a job has no dot: the run's settings are known as such before the -- too.
     settings, own = split_flags(arguments[:cut], lambda name: "." in name)
-    settings += arguments[cut + 1:]
+    files, own = take_texts(own, "--config")
+    own += [f"--config={file}" for file in files[:1]]
+    settings = [*(f"--config={file}" for file in files[1:]), *settings, *arguments[cut + 1:]]
     return print_script(own, settings) if action == "render" else submit(own, settings)
 
 

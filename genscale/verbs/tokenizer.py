@@ -9,9 +9,7 @@ from pathlib import Path
 from jsonargparse.typing import PositiveInt
 
 from genscale.config_parser import parse_settings
-from genscale.data.text import TextDataSettings, train_tokenizer
-from genscale.data.tokenizers import load_tokenizer
-from genscale.data.vocabulary_text import console_progress
+from genscale.data.text_settings import TextDataSettings
 from genscale.errors import UserError, nearest
 
 DESCRIPTION = "Train a byte-level BPE tokenizer on the training documents of a source (never on its held-out ones)."
@@ -39,6 +37,10 @@ def main(arguments: list[str]) -> int:
             raise UserError(f"genscale tokenizer: '{word}' is not one of: train{nearest(word, ['train'])}")
     settings = parse_settings(TokenizerSettings, arguments[1:], "genscale tokenizer train", DESCRIPTION)
     _check_writable(Path(settings.out))
+    from genscale.data.text import train_tokenizer
+    from genscale.data.tokenizers import load_tokenizer
+    from genscale.data.vocabulary_text import console_progress
+
     path = train_tokenizer(settings.data, settings.vocab_size, Path(settings.out), console_progress(), settings.text_megabytes)
     tokenizer = load_tokenizer(str(path))
     print(f"{path}: {tokenizer.vocab_size} tokens; use it with --data.tokenizer {shlex.quote(str(path))}")

@@ -6,6 +6,7 @@ import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from genscale import exit_codes
 from genscale.cluster.promised_devices import check_devices
@@ -14,11 +15,11 @@ from genscale.errors import UserError
 from genscale.masking import masked
 from genscale.objectives import FAMILIES
 from genscale.parallel.launcher import has_launcher
-from genscale.parallel.processes import on_cpu
-from genscale.tracking.progress import figure
 from genscale.training.ending import RUN, SUBMIT, before_the_run
-from genscale.training.run import RunResult, derive_accumulation, train
 from genscale.training.signals import StopSignal
+
+if TYPE_CHECKING:
+    from genscale.training.run import RunResult
 
 PROCESSES = "GENSCALE_PROCESSES"
 
@@ -40,6 +41,8 @@ def main(arguments: list[str], stop: StopSignal) -> int:
     audited, settings = take_number(arguments, "--audit", least=1)
     with before_the_run():
         config = parse_config(FAMILIES, settings, description=DESCRIPTION)
+    from genscale.training.run import derive_accumulation, train  # torch takes a second to load, --help and mistakes need none
+
     if processes is not None:
         from genscale.parallel.launcher import launch_processes
 
@@ -86,6 +89,9 @@ def command(settings: Sequence[str], drop: Sequence[str] = ()) -> str:
 
 def farewell(result: RunResult, settings: Sequence[str]) -> str:
     """What the run came to, where it lies, and what to type next."""
+    from genscale.parallel.processes import on_cpu
+    from genscale.tracking.progress import figure
+
     folder = result.folder
     if result.stopped_by:
         stopped = (f"\nstopped by {result.stopped_by.name} after step {result.step}; "

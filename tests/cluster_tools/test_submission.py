@@ -148,6 +148,18 @@ def test_settings_of_the_run_are_known_by_their_dots_and_after_two_dashes(gensca
     assert "train.stepz: unknown" in genscale("slurm", "render", "--config", tiny_config, "--", "--train.stepz", 9).message()
 
 
+def test_no_file_of_several_is_lost_and_a_flag_wins_over_all(genscale, tiny_config, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text("train: {steps: 7}\nrun: {name: other}\n")
+    script = genscale("slurm", "render", "--run.dir", "/scratch/x", "--config", tiny_config, "--config", other).out
+    assert all(line in script for line in (f"config={tiny_config}\n", f"settings=(--config={other})", "run=/scratch/x/other\n"))
+    for words in (["--run.name", "mine", "--config", tiny_config, "--config", other],
+                  ["--config", tiny_config, "--run.name", "mine", "--", "--config", other]):
+        assert "/mine\n" in genscale("slurm", "render", *words).out
+    swept = genscale("slurm", "render", "--array", "train.steps=5,6", "--train.steps", "9", "--config", tiny_config).out
+    assert "settings=(--train.steps 9 " in swept and swept.index("--train.steps 9") < swept.index('"--train.steps=$value"')
+
+
 def test_runs_of_an_array_are_checked_one_by_one(genscale, tiny_config):
     message = genscale("slurm", "render", "--config", tiny_config, "--array", "train.steps=5,0").message()
     assert message.startswith("train.steps: must be a whole number of at least 1, not 0")

@@ -45,6 +45,7 @@ def tracker_fails(bench: Bench, draw: random.Random) -> float:
     try:
         with living(run, bench.shape, **variables) as life:
             wait_for_step(run, life, draw.randint(1, STEPS // 2))
+            assert server.begun.wait(60)
             server.mode = draw.choice(["500", "hang"])
             output = end(life, 0)
         warnings = [line for line in output.splitlines() if line.startswith("warning: tracking.wandb")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from genscale.config import Config, RunSettings
-from genscale.data.text import TextData, TextDataSettings
+from genscale.data.text import TextDataSettings
 from genscale.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 from genscale.errors import UserError
 from genscale.models.gpt import GPTSettings
@@ -264,4 +265,5 @@ def test_a_run_keeps_its_tokenizer(bpe: Tokenizer, tmp_path: Path) -> None:
 def test_the_family_is_registered() -> None:
     family = FAMILIES["gpt"]
     assert (family.model_settings, family.data_settings) == (GPTSettings, TextDataSettings)
-    assert (family.build_data, family.build_objective, family.restore) == (TextData, build, restore)
+    module = importlib.import_module(family.module)
+    assert (module.build, module.restore) == (build, restore)

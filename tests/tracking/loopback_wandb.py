@@ -22,10 +22,11 @@ class Server:
         runs: the lines of each run by file, as `runs["abc"]["wandb-history.jsonl"]`.
         files: names of all that was uploaded beside.
         key: that lets one in.
+        begun: a run has been taken; clients start behind what they train.
     """
 
     def __init__(self) -> None:
-        self.mode, self.going, self.key = "fine", threading.Event(), KEY
+        self.mode, self.going, self.begun, self.key = "fine", threading.Event(), threading.Event(), KEY
         self.runs: dict[str, dict[str, list[str]]] = {}
         self.files: set[str] = set()
         server = self
@@ -80,6 +81,7 @@ class Server:
         if "RunResumeStatus" in query:
             return {"data": {"model": {**project, "bucket": self._bucket(variables["name"])}}}
         if "UpsertBucket" in query:
+            self.begun.set()
             name = variables["name"]
             bucket = {"id": "b", "name": name, "displayName": name, "description": "", "config": "{}", "sweepName": None,
                       "historyLineCount": len(self.history(name)), "project": project}

@@ -20,7 +20,7 @@ from genscale.tracking.wandb_log import read_records, write_records
 # A life of a run: it goes on from step `done`, logs up to step `last`, with a sample each fourth step, and then ends well or is
 # killed. Life number n logs a loss of step + n / 10.
 LIFE = """
-import logging, os, signal, sys, time
+import logging, os, psutil, signal, sys, time
 logging.basicConfig(level=logging.INFO)
 from pathlib import Path
 from genscale.config import Config, RunSettings, TrackingSettings
@@ -31,13 +31,15 @@ folder, number, done, last, how = Path(sys.argv[1]), *map(int, sys.argv[2:5]), s
 config = Config(run=RunSettings(name="tiny"), tracking=TrackingSettings(wandb="offline"))
 record = RunRecord(folder, config, {"life": number}, "tokens", done, Writes(print))
 for step in range(done + 1, last + 1):
+    record.step(step)
     record.write(step, {"loss": step + number / 10, "data_digest": 7})
     if step % 4 == 0:
         record.sample(step, folder / "sample.txt", f"life {number}, step {step}")
         record.write(step, {"validation_loss": step / 2})
 if how == "killed":
-    service = [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
-    for pid in [*service, os.getpid()]:
+    while not list(folder.glob(f"wandb/offline-run-*/files/media/html/sample_{last // 4 * 4}_*.html")):  # it works behind
+        time.sleep(0.01)
+    for pid in [*(child.pid for child in psutil.Process().children()), os.getpid()]:
         os.kill(pid, signal.SIGKILL)
 record.close(failed=False, loss_unit="nats")
 """

@@ -9,6 +9,7 @@ import pty
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wandb.proto.wandb_internal_pb2 import Record
 
 from genscale.config import TrackingSettings
+from genscale.tracking import behind
 from genscale.tracking.trackers import Trackers
 
 CONFIG = {"train": {"steps": 100}, "model": {"family": "gpt", "width": 64}}
@@ -70,17 +72,13 @@ def _read_wandb(path: Path) -> dict[str, Any]:
 PICTURE = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
 
 
-def _refuse(message: str) -> None:
-    raise AssertionError(message)
-
-
 def _rows(path) -> list[dict]:
     history = _read_wandb(path)["history"]
     return [{key: value for key, value in row.items() if key == "_step" or key[0] != "_"} for row in history]
 
 
 def test_wandb_offline_holds_config_metrics_and_samples_and_a_resumed_run_keeps_its_id(tmp_path, capfd):
-    trackers = Trackers(WANDB, tmp_path, CONFIG, _refuse)
+    trackers = Trackers(WANDB, tmp_path, CONFIG, print)
     trackers.log(10, {"loss": 1 / 3, "grad_norm": 2.0})
     trackers.log_text(10, "sample", "two <lines>\nof text")
     trackers.log_image(10, "grid", PICTURE)
@@ -99,7 +97,7 @@ def test_wandb_offline_holds_config_metrics_and_samples_and_a_resumed_run_keeps_
     assert np.array_equal(np.asarray(Image.open(picture)), PICTURE)
 
     time.sleep(1)  # W&B names a folder by the second
-    trackers = Trackers(WANDB, tmp_path, CONFIG | {"tracking": {"project": "tests"}}, _refuse, first_step=20)
+    trackers = Trackers(WANDB, tmp_path, CONFIG | {"tracking": {"project": "tests"}}, print, first_step=20)
     trackers.log(30, {"loss": 0.125})
     trackers.close(exit_code=1)
     (second,) = set(tmp_path.glob("wandb/offline-run-*/*.wandb")) - {first}
@@ -108,14 +106,15 @@ def test_wandb_offline_holds_config_metrics_and_samples_and_a_resumed_run_keeps_
     assert capfd.readouterr() == ("", "")
 
 
-def test_tensorboard_holds_scalars_and_text_and_hides_what_a_resumed_run_repeats(tmp_path):
-    trackers = Trackers(TENSORBOARD, tmp_path, CONFIG, _refuse)
+def test_tensorboard_holds_scalars_and_text_and_hides_what_a_resumed_run_repeats(tmp_path, capfd):
+    trackers = Trackers(TENSORBOARD, tmp_path, CONFIG, print)
+    trackers.begin()
     for step, loss in ((10, 4.0), (20, 3.0), (30, 99.0)):
         trackers.log(step, {"loss": loss})
     trackers.log_text(20, "sample", "two lines\nof text")
     trackers.log_image(20, "grid", PICTURE)
     trackers.close()
-    trackers = Trackers(TENSORBOARD, tmp_path, CONFIG, _refuse, first_step=20)
+    trackers = Trackers(TENSORBOARD, tmp_path, CONFIG, print, first_step=20)
     trackers.log(30, {"loss": 2.0})
     trackers.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -126,6 +125,7 @@ def test_tensorboard_holds_scalars_and_text_and_hides_what_a_resumed_run_repeats
     (picture,) = events.Images("grid")
     assert picture.step == 20
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(picture.encoded_image_string))), PICTURE)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_trackers_that_cannot_start_warn_once_each_and_the_rest_goes_on(tmp_path):
@@ -149,7 +149,8 @@ def test_trackers_that_cannot_start_warn_once_each_and_the_rest_goes_on(tmp_path
 
 
 def test_disabled_trackers_leave_nothing_behind(tmp_path):
-    trackers = Trackers(TrackingSettings(wandb="disabled"), tmp_path, CONFIG, _refuse)
+    trackers = Trackers(TrackingSettings(wandb="disabled"), tmp_path, CONFIG, print)
+    trackers.begin()
     trackers.log(1, {"loss": 1.0})
     trackers.close()
     assert list(tmp_path.iterdir()) == []
@@ -173,8 +174,10 @@ def test_tensorboard_that_fails_in_the_middle_warns_once(tmp_path):
     # A limit on the file's size fails its writer thread as a full disk does.
     done = _python(
         "import resource, signal, time\n"
+        "from pathlib import Path\n"
         "trackers = Trackers(TrackingSettings(wandb='disabled', tensorboard=True), sys.argv[1], {}, warn)\n"
-        "trackers.log(1, {'loss': 1.0})\n"
+        "trackers.begin(); trackers.log(1, {'loss': 1.0})\n"
+        "while not list(Path(sys.argv[1]).glob('tensorboard/*')): time.sleep(0.01)\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))\n"
         "for step in range(2, 400): trackers.log(step, {'loss': 1.0}); time.sleep(0.001)\n"
@@ -190,9 +193,10 @@ def test_wandb_whose_service_dies_warns_once_and_does_not_hang(tmp_path):
         "import os, signal, time\n"
         "from pathlib import Path\n"
         "trackers = Trackers(TrackingSettings(wandb='offline'), sys.argv[1], {}, warn)\n"
-        "trackers.log(1, {'loss': 1.0})\n"
-        "children = Path(f'/proc/self/task/{os.getpid()}/children').read_text().split()\n"
-        "service = [int(pid) for pid in children if 'wandb' in Path(f'/proc/{pid}/cmdline').read_text()]\n"
+        "import psutil\n"
+        "trackers.begin(); trackers.log(1, {'loss': 1.0})\n"
+        "while not list(Path(sys.argv[1]).glob('wandb/offline-run-*/*.wandb')): time.sleep(0.01)\n"
+        "service = [child.pid for child in psutil.Process().children() if 'wandb' in ' '.join(child.cmdline())]\n"
         "os.kill(service[0], signal.SIGKILL)\n"
         "time.sleep(0.5)\n"
         "for step in range(2, 50): trackers.log(step, {'loss': 1.0})\n"
@@ -202,6 +206,44 @@ def test_wandb_whose_service_dies_warns_once_and_does_not_hang(tmp_path):
     lines = done.stdout.splitlines()
     assert len(lines) == 2 and lines[0].startswith("WARNED tracking.wandb: ") and lines[1] == "trained"
     assert done.stderr == ""
+
+
+def test_wandb_holds_up_no_step_and_loses_none(tmp_path):
+    """From the first step on, while it still starts; and a run that ends, or fails, before it has started."""
+    done = _python(
+        "import threading\nfrom pathlib import Path\n"
+        "build, going = wandb_tracker.WandbTracker.__init__, threading.Event()\n"
+        "def slow(*words): going.wait(); build(*words)\n"
+        "wandb_tracker.WandbTracker.__init__ = slow\n"
+        "folders = [Path(sys.argv[1]) / name for name in ('run', 'stopped', 'failed')]\n"
+        "for folder in folders: folder.mkdir()\n"
+        "first, stopped, failed = (Trackers(TrackingSettings(wandb='offline'), folder, {}, warn) for folder in folders)\n"
+        "first.begin()\n"
+        "line = {}\n"
+        "for step in range(1, 6): line['loss'] = step / 3; first.log(step, line)\n"
+        "print('wandb' in sys.modules, [*folders[0].iterdir()])\n"
+        "going.set()\n"
+        "for trackers, code in ((first, 0), (stopped, 0), (failed, 1)): trackers.close(code)\n",
+        tmp_path,
+    )
+    assert (done.stdout, done.stderr) == ("False []\n", "")
+    runs = {folder.name: [_read_wandb(path) for path in folder.glob("wandb/offline-run-*/*.wandb")]
+            for folder in tmp_path.iterdir()}
+    (run,), (failed,) = runs["run"], runs["failed"]
+    assert [(row["_step"], row["loss"]) for row in run["history"]] == [(step, step / 3) for step in range(1, 6)]
+    assert (run["exit_code"], failed["exit_code"], failed["history"], runs["stopped"]) == (0, 1, [], [])
+
+
+def test_a_tracker_that_never_comes_back_holds_up_neither_the_run_nor_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(behind, "LONGEST", 0.2)
+    for_ever, said = threading.Event(), []
+    tracker = behind.Behind(for_ever.wait, lambda error, _: said.append(str(error)))
+    tracker.begin()
+    for _ in range(3):
+        tracker.ask(lambda tracker: None)
+    tracker.close(0)
+    assert said == ["it did not end within 0.2 s of the run's end"]
+    for_ever.set()
 
 
 ONLINE = (

@@ -22,13 +22,15 @@ def test_a_server_that_fails_at_the_start_costs_seconds_and_the_run_is_offline(m
             "from genscale.tracking import wandb_tracker\nimport wandb\n"
             "wandb_tracker.INIT_SECONDS = 3\nstarted = time.monotonic()\n"
             "trackers = Trackers(TrackingSettings(wandb='online'), sys.argv[1], {}, print)\n"
-            "print(time.monotonic() - started)\nfor step in (1, 2): trackers.log(step, {'loss': step / 3})\n"
+            "trackers.begin()\nfor step in (1, 2): trackers.log(step, {'loss': step / 3})\n"
+            "print(time.monotonic() - started)\n"
             "started = time.monotonic()\ntrackers.close()\nprint(time.monotonic() - started)\n")
+    (tmp_path / "run").mkdir()
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], env=server.environment(tmp_path), text=True,
                           capture_output=True, timeout=100, check=True)
-    warning, starting, closing = done.stdout.splitlines()
+    starting, warning, closing = done.stdout.splitlines()
     assert "tracking.wandb: online is not possible" in warning and "goes on offline" in warning
-    assert float(starting) < 25 and float(closing) < 10  # 4 and 0.1 on a machine that does nothing else
+    assert float(starting) < 1 and float(closing) < 35  # 0 and 4 on a machine that does nothing else
     check_upload(warning, server, tmp_path, [1 / 3, 2 / 3])
 
 
@@ -57,6 +59,7 @@ def test_a_server_that_fails_in_the_middle_costs_no_step_and_no_metric(mode, wan
     while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 3):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
+    assert server.begun.wait(60)
     server.mode = mode
     done = genscale_finish(process, 150)
     assert done.code == 0, done.err

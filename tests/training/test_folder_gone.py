@@ -70,7 +70,7 @@ def test_a_run_ends_when_its_folder_is_gone(moved, tiny_config, tiny_run, gensca
                              "--train.sample_every", 50, "--train.checkpoint_every", 50, "--tracking.wandb", "offline",
                              "--train.log_every", 100)
     deadline = time.monotonic() + 60
-    while not list((tiny_run / "checkpoints").glob("step-*")):
+    while not all(map(list, (tiny_run.glob("checkpoints/step-*"), tiny_run.glob("wandb/offline-run-*/*.wandb")))):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     doomed = tiny_run.with_name("doomed")

@@ -1,0 +1,87 @@
+"""What `genscale evaluate` reports of a trained run: its validation metrics, scores of generated images, and tasks."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any
+
+from tqdm import tqdm
+
+from genscale.config import Config
+from genscale.data.lanes import Sample
+from genscale.evaluation.image_scores import TooFewImages
+from genscale.evaluation.likelihood import check_likelihood, likelihood
+from genscale.evaluation.scorers import Scorer
+from genscale.evaluation.trained_run import TrainedRun
+from genscale.evaluation.validation import validate
+from genscale.objectives import FAMILIES
+from genscale.parallel.precision import autocast, native_precision
+from genscale.parallel.processes import on_cpu
+from genscale.training.checkpoints import Checkpoint
+from genscale.verbs.trained import Published, open_run
+
+BATCH_SIZE = 8
+SHOWN_AFTER_SECONDS = 2.0
+
+
+def metrics(config: Config, checkpoint: Checkpoint | Published) -> dict[str, Any]:
+    run = open_run(config, checkpoint)
+    run.objective.use_assets(config, run.folder)
+    return _validation(run, _samples(config))
+
+
+def _samples(config: Config) -> list[Sample]:
+    return FAMILIES[config.model.family].validation(config.data, config.run.seed)
+
+
+def _validation(run: TrainedRun, samples: list[Sample]) -> dict[str, Any]:
+    precision, objective = _precision(run.config), run.objective
+    batch_size = run.config.train.micro_batch_size or BATCH_SIZE
+    # Without a terminal nothing is shown, and nothing of what takes a moment only.
+    with tqdm(total=len(samples), desc="samples", delay=SHOWN_AFTER_SECONDS, disable=None, file=sys.stderr) as bar:
+        metrics = validate(objective, objective.networks, samples, batch_size=batch_size, rank=0, world_size=1,
+                           device=run.device, reduce_sum=lambda total: total,
+                           autocast=partial(autocast, precision, run.device), on_batch=bar.update)
+    return {"samples": len(samples), "precision": precision, **metrics}
+
+
+def scores(config: Config, checkpoint: Checkpoint | Published, scorer: Scorer, settings: Any) -> dict[str, Any]:
+    """Of generated images; of an autoencoder also the validation metrics, and the likelihood where it was asked for."""
+    run = open_run(config, checkpoint, settings.live)
+    if settings.importance_samples is not None:
+        check_likelihood(run, settings.importance_samples)
+    encodes = hasattr(run.objective, "encode")
+    try:
+        report = scorer(run, settings)
+    except TooFewImages as error:
+        if not encodes:
+            raise
+        print(f"warning: {error}; the scores of generated images are left out", file=sys.stderr)
+        report = {}
+    if encodes:
+        samples = _samples(config)
+        report["validation"] = _validation(run, samples)
+        if settings.importance_samples is not None:  # the longest last: what is wrong has shown before
+            report |= likelihood(run, samples, settings.importance_samples)
+    return report
+
+
+def task_results(config: Config, checkpoint: Checkpoint | Published, tasks: list[str], include_path: str | None,
+                  limit: int | None) -> dict[str, Any]:
+    from genscale.evaluation.harness import GenscaleLM, evaluate_tasks, results_table
+
+    run, precision = open_run(config, checkpoint), _precision(config)
+    model = GenscaleLM(run.objective.networks["gpt"], run.objective.tokenizer,
+                       autocast=partial(autocast, precision, run.device),
+                       batch_size=config.train.micro_batch_size or BATCH_SIZE, seed=config.run.seed)
+    results = evaluate_tasks(model, tasks, include_path, limit)
+    print(results_table(results), file=sys.stderr)
+    kept = ("results", "groups", "n-shot", "n-samples", "versions", "higher_is_better")
+    return {"precision": precision, "limit": limit, **{key: results[key] for key in kept if key in results}}
+
+
+def _precision(config: Config) -> str:
+    # Weights are fp32; only the training's engines multiply in fp8, and do everything else in bf16.
+    asked = "bf16" if config.train.precision == "fp8" else config.train.precision
+    return native_precision(on_cpu()) if asked == "auto" else asked
