@@ -18,6 +18,7 @@ import psutil
 from genscale import exit_codes
 from genscale.cluster.checks import host_name
 from genscale.cluster.lives import read_ended, read_record, tell, this_job
+from genscale.cluster.why_ended import why_ended
 from genscale.training.checkpoint_names import latest_step
 from genscale.training.ending import Ending
 from genscale.training.run_owner import latest_claim
@@ -43,7 +44,9 @@ def tell_the_others(run: Path, code: int) -> int:
     if code in OF_ITS_OWN or read_ended(run) or not _has_the_folder(run):
         return exit_codes.DONE
     who = f"rank {rank}" if rank else "the launcher" if code > 128 else "a process"
-    reason = f"{who} on {host_name()} was lost ({_in_words(code)})"
+    # A launcher has printed what became of its process, and ends with a code of its own.
+    why = _in_words(code) if rank or code > 128 else why_ended(run, job, code, None)
+    reason = f"{who} on {host_name()} was lost ({why})"
     ending = Ending(run, int(rank or 0))
     ending.step = latest_step(run)
     if ending.claim("lost", code, reason=reason):

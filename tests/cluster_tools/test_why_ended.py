@@ -8,6 +8,7 @@ import socket
 import pytest
 
 from genscale.cluster import ports
+from genscale.cluster.checks import host_name
 from genscale.cluster.job_records import Submitted, new_folder, record
 from genscale.cluster.job_status import row_of
 from genscale.cluster.lives import read_lives
@@ -17,6 +18,7 @@ from genscale.cluster.why_ended import reason_in
 from genscale.errors import PortTaken
 from genscale.parallel.processes import Processes
 from genscale.training.ending import before_the_run
+from genscale.training.run_owner import RunOwner
 
 PORT = ("ConnectionError: Tried to launch distributed communication on port `20007`, but another process is utilizing it. "
         "Please specify a different port")
@@ -94,6 +96,17 @@ def test_where_nothing_was_printed_the_exit_code_speaks(code, reason, genscale, 
     say(genscale("slurm", "begin", run).out)
     assert genscale("slurm", "end", run, "--code", code).code == 75
     assert read_lives(run)[-1].reason == reason
+
+
+def test_what_a_launcher_has_printed_of_its_process_is_the_reason(genscale, run, log, say, in_job):
+    in_job("7")
+    (run / "jobs").mkdir(parents=True, exist_ok=True)
+    owner = RunOwner(run, print)
+    say("ChildFailedError: \n  exitcode: -9\n  Signal 9 (SIGKILL) received by PID 31\n")
+    assert genscale("slurm", "lost", run, "--code", 1).code == 0
+    owner.release()
+    reason = json.loads((run / "ended.json").read_text())["reason"]
+    assert reason == f"a process on {host_name()} was lost (Signal 9 (SIGKILL) received by PID 31)"
 
 
 @pytest.mark.parametrize(("printed", "states", "reason"), [
