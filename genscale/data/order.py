@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -63,12 +64,16 @@ class Part:
 
 def fingerprint(g: int, sample: Sample) -> int:
     """64 bits of a sample's number and content (XXH3: forty times as fast as a cryptographic hash, and nobody attacks it)."""
-    digest = xxhash.xxh3_64(seed=g)
+    content: list[Any] = []
     for name in sorted(sample):
         array = np.ascontiguousarray(sample[name])
-        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        digest.update(array.data)
-    return digest.intdigest()
+        content += _header(name, array.dtype, array.shape), array.data
+    return xxhash.xxh3_64_intdigest(b"".join(content), seed=g)
+
+
+@lru_cache(maxsize=1024)
+def _header(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    return f"{name} {dtype.str} {shape}".encode()
 
 
 class LaneReader:
@@ -109,8 +114,9 @@ def read_parts(data: Data, share: Share, worker: int, batch: int, cursors: Curso
                 return
             sample, lane, cursor = reader.read(g)
             samples.append(sample)
-            part.digest = (part.digest + fingerprint(g, sample)) % DIGEST_MODULUS
+            part.digest += fingerprint(g, sample)
             part.cursors[lane] = cursor
+        part.digest %= DIGEST_MODULUS
         part.retries = retries.take()
         if samples:
             part.arrays = {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}

@@ -13,7 +13,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from genscale.data.lanes import Cursor, Data, Sample
 from genscale.rng import Draws
 
-DRAWN_TOGETHER = 64
+DRAWN_TOGETHER = 512
 
 
 @dataclass(frozen=True)

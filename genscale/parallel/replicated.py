@@ -82,7 +82,8 @@ class ReplicatedEngine(Engine):
             scaler.update()
         elif scaler.is_enabled():
             scaler.update(scaler.get_scale())  # forgets what it saw in these gradients, and keeps the scale
-        optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters[name]:  # as the optimizer's zero_grad does, without what that is wrapped in
+            parameter.grad = None
         return result
 
     def _gradient_pieces(self, name: str) -> Iterable[Piece]:

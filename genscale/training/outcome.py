@@ -28,19 +28,19 @@ class PhaseOutcome:
                  processes: Processes, batch: int = 0) -> None:
         self.step, self.phase, self.names, self.scaled, self.processes = step, phase, list(totals), result.scaled, processes
         self.batch, self.spike = batch, 0.0
-        local = torch.stack(list(totals.values()))
+        local = torch.stack(list(totals.values())) + 0.0  # -0 is logged as 0
         means = processes.sum(local) / max(count, 1)
         self._numbers = torch.cat([result.grad_norm.to(local).reshape(1), means, local])
         self._copy = HostCopy(self._numbers)
-        self._read: list[float] | None = None
+        self._read: tuple[float, dict[str, float], dict[str, float]] | None = None
 
     def read(self) -> tuple[float, dict[str, float], dict[str, float]]:
         """(gradient norm, global means by term, this rank's sums by term); waits for the device."""
         if self._read is None:
-            self._read = self._copy.read()
-        norm, *values = self._read
-        terms = len(self.names)
-        return norm, dict(zip(self.names, values[:terms], strict=True)), dict(zip(self.names, values[terms:], strict=True))
+            norm, *values = self._copy.read()
+            means, local = values[:len(self.names)], values[len(self.names):]
+            self._read = norm, dict(zip(self.names, means, strict=True)), dict(zip(self.names, local, strict=True))
+        return self._read
 
     def loss(self) -> float:
         """The global mean of what was minimised."""
