@@ -65,7 +65,7 @@ class Part:
 def fingerprint(g: int, sample: Sample) -> int:
     """64 bits of a sample's number and content (XXH3: forty times as fast as a cryptographic hash, and nobody attacks it)."""
     content: list[Any] = []
-    for name in sorted(sample):
+    for name in sorted(sample) if len(sample) > 1 else sample:
         array = np.ascontiguousarray(sample[name])
         content += _header(name, array.dtype, array.shape), array.data
     return xxhash.xxh3_64_intdigest(b"".join(content), seed=g)

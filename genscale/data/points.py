@@ -85,8 +85,9 @@ class PointsData(Data):
         position = cursor["position"] if cursor else 0
         while True:
             block, place = divmod(position, DRAWN_TOGETHER)
-            position += 1
-            yield {"point": self._block(block)[place, lane]}, {"position": position}
+            for point in self._block(block)[place:, lane]:
+                position += 1
+                yield {"point": point}, {"position": position}
 
     def validation(self) -> list[Sample]:
         return [{"point": point} for point in self._points("validation", np.arange(self.settings.validation_points))]
