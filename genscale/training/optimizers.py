@@ -34,8 +34,6 @@ def make_optimizer(module: nn.Module, settings: OptimizerSettings, precision: st
 
 
 def _groups(parameters: list[Tensor], settings: OptimizerSettings) -> list[dict]:
-    if not settings.weight_decay:  # a second group takes a second call
-        return [{"params": parameters, "weight_decay": 0.0}]
     decayed = [p for p in parameters if _ndim(p) >= 2]
     rest = [p for p in parameters if _ndim(p) < 2]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
