@@ -19,13 +19,14 @@ from genscale.objectives.base import Objective
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import build_engine, plan_parallel
 from genscale.training.optimizers import make_optimizer
+from genscale.training.run import averaged_networks
 from genscale.training.signals import StopSignal
 from genscale.training.step_report import StepReport
 from genscale.training.trainer import Trainer
 
 
 class OurSteps:
-    """What `genscale train` does in a step: StepLoader, objective, engine and Trainer.train_step; without hooks.
+    """What `genscale train` does in a step: StepLoader, objective, engine with averages, Trainer.train_step; no hooks.
 
     Args:
         kind: of the trainer.
@@ -43,7 +44,8 @@ class OurSteps:
         self.processes = Processes(need_group=plan.needs_group)
         engine = build_engine(plan, self.processes, config.parallel, plan.precision, config.train.clip, micro, batch // micro)
         engine.prepare(self.objective.networks, lambda module: make_optimizer(module, config.optimizer),
-                       {name: self.objective.initial_weights(name) for name in self.objective.networks})
+                       {name: self.objective.initial_weights(name) for name in self.objective.networks},
+                       averaged_networks(config, self.objective))
         self.loader = StepLoader(self.data, global_batch_size=batch, micro_batch_size=micro, rank=0, world_size=1,
                                  workers=config.data.workers, prefetch_steps=config.data.prefetch_steps,
                                  pin_memory=self.processes.device.type == "cuda")

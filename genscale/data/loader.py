@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import time
 from collections.abc import Collection
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -98,8 +99,11 @@ class StepLoader:
 
     def _take(self, parts: list[Part]) -> None:
         """The position moves on past a batch."""
-        for part in parts:
-            furthest(self._cursors, part.cursors)
+        if len(parts) == 1:  # of each lane nobody is further
+            self._cursors.update(parts[0].cursors)
+        else:
+            for part in parts:
+                furthest(self._cursors, part.cursors)
         self._digest = sum(part.digest for part in parts) % DIGEST_MODULUS
         self.retries += sum(part.retries for part in parts)
         self._batches += 1
@@ -110,6 +114,8 @@ class StepLoader:
         given = batch - sum(number < batch for number in self._left_out)
         first = given * self._share.global_batch_size + self._share.rank
         arrays["sample"] = torch.arange(first, first + own * self._share.world_size, self._share.world_size)
+        if own == self._micro:
+            return [arrays]
         return [{name: array[i : i + self._micro] for name, array in arrays.items()} for i in range(0, own, self._micro)]
 
     def state(self) -> dict[str, Any]:
@@ -132,9 +138,12 @@ def _join(parts: list[Part], slots: list[slice], size: int, pin_memory: bool) ->
     for part, slot in zip(parts, slots, strict=True):
         for name, array in part.arrays.items():
             if name not in joined:
-                # uint8 stays: it is what images travel as.
-                dtype = np.int64 if np.issubdtype(array.dtype, np.signedinteger) else array.dtype
-                dtype = torch.from_numpy(np.empty(0, dtype)).dtype
-                joined[name] = torch.empty((size, *array.shape[1:]), dtype=dtype, pin_memory=pin_memory)
+                joined[name] = torch.empty((size, *array.shape[1:]), dtype=_dtype(array.dtype), pin_memory=pin_memory)
             joined[name].numpy()[slot] = array
     return joined
+
+
+@lru_cache
+def _dtype(dtype: np.dtype) -> torch.dtype:
+    """uint8 stays: it is what images travel as."""
+    return torch.from_numpy(np.empty(0, np.int64 if np.issubdtype(dtype, np.signedinteger) else dtype)).dtype

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ class Share:
         """Global samples of a global batch for one worker of this rank, increasing."""
         first = batch * self.global_batch_size
         mine = range(first + self.rank, first + self.global_batch_size, self.world_size)
-        return [g for g in mine if g // self.world_size % self.workers == worker]
+        return list(mine[self.slots(batch, worker)])
 
     def slots(self, batch: int, worker: int) -> slice:
         """Where those samples stand among the rank's own of that batch."""
@@ -63,12 +64,16 @@ class Part:
 
 def fingerprint(g: int, sample: Sample) -> int:
     """64 bits of a sample's number and content (XXH3: forty times as fast as a cryptographic hash, and nobody attacks it)."""
-    digest = xxhash.xxh3_64(seed=g)
-    for name in sorted(sample):
+    content: list[Any] = []
+    for name in sorted(sample) if len(sample) > 1 else sample:
         array = np.ascontiguousarray(sample[name])
-        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        digest.update(array.data)
-    return digest.intdigest()
+        content += _header(name, array.dtype, array.shape), array.data
+    return xxhash.xxh3_64_intdigest(b"".join(content), seed=g)
+
+
+@lru_cache(maxsize=1024)
+def _header(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    return f"{name} {dtype.str} {shape}".encode()
 
 
 class LaneReader:
@@ -86,14 +91,16 @@ class LaneReader:
             start = self._start.get(str(lane), {"position": 0, "cursor": None})
             self._lanes[lane] = self._data.open_lane(lane, start["cursor"])
             self._positions[lane] = start["position"]
-        if self._positions[lane] > position:
-            raise RuntimeError(f"lane {lane} was read to {self._positions[lane]}, past sample {g} at {position}")
-        skipped = self._data.cursor_at(position) if self._positions[lane] < position else None
+        at = self._positions[lane]
+        if at > position:
+            raise RuntimeError(f"lane {lane} was read to {at}, past sample {g} at {position}")
+        skipped = self._data.cursor_at(position) if at < position else None
         if skipped is not None:
-            self._lanes[lane], self._positions[lane] = self._data.open_lane(lane, skipped), position
-        while self._positions[lane] <= position:
-            sample, cursor = next(self._lanes[lane])
-            self._positions[lane] += 1
+            self._lanes[lane], at = self._data.open_lane(lane, skipped), position
+        samples = self._lanes[lane]
+        for _ in range(at, position + 1):
+            sample, cursor = next(samples)
+        self._positions[lane] = position + 1
         return sample, str(lane), {"position": position + 1, "cursor": cursor}
 
 
@@ -109,11 +116,12 @@ def read_parts(data: Data, share: Share, worker: int, batch: int, cursors: Curso
                 return
             sample, lane, cursor = reader.read(g)
             samples.append(sample)
-            part.digest = (part.digest + fingerprint(g, sample)) % DIGEST_MODULUS
+            part.digest += fingerprint(g, sample)
             part.cursors[lane] = cursor
+        part.digest %= DIGEST_MODULUS
         part.retries = retries.take()
         if samples:
-            part.arrays = {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+            part.arrays = {name: np.array([sample[name] for sample in samples]) for name in samples[0]}
         yield part
         batch += 1
 

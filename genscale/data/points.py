@@ -45,6 +45,7 @@ class PointsData(Data):
     def __init__(self, settings: PointsDataSettings, seed: int) -> None:
         self.settings, self.seed, self.lane_count = settings, seed, settings.lanes
         self.mixture = MIXTURES[settings.source]
+        self._blocks: dict[int, np.ndarray] = {}
 
     def _points(self, scope: str, numbers: np.ndarray) -> np.ndarray:
         """Points by number, float32 `(numbers, 2)`."""
@@ -52,11 +53,20 @@ class PointsData(Data):
         centers = self.mixture.centers[(draws.uniform("mode").numpy() * len(self.mixture.centers)).astype(np.int64)]
         return (centers + self.mixture.std * draws.normal("offset", 2).numpy()).astype(np.float32)
 
+    def _block(self, number: int) -> np.ndarray:
+        """So many points of every lane, `(DRAWN_TOGETHER, lanes, 2)`: a call costs more than its points."""
+        if number not in self._blocks:
+            size = DRAWN_TOGETHER * self.lane_count
+            points = self._points("points", np.arange(number * size, (number + 1) * size))
+            # Lanes are in step: two blocks are all that are read at a time.
+            self._blocks = {**dict(list(self._blocks.items())[-1:]), number: points.reshape(DRAWN_TOGETHER, -1, 2)}
+        return self._blocks[number]
+
     def open_lane(self, lane: int, cursor: Cursor | None = None) -> Iterator[tuple[Sample, Cursor]]:
         position = cursor["position"] if cursor else 0
         while True:
-            positions = np.arange(position, position + DRAWN_TOGETHER)
-            for point in self._points("points", positions * self.lane_count + lane):
+            block, place = divmod(position, DRAWN_TOGETHER)
+            for point in self._block(block)[place:, lane]:
                 position += 1
                 yield {"point": point}, {"position": position}
 

@@ -4,6 +4,7 @@ GAN training"). Every draw is addressed by sample."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,13 +44,31 @@ def _places(u: Tensor, choices: int) -> Tensor:
 
 def _translation(x: Tensor, u: Tensor) -> Tensor:
     """Moved by whole pixels; grey (0, as in the authors' code) comes in from the side."""
-    height, width = x.shape[2:]
-    rows, columns = (torch.arange(n, device=x.device) - (_places(u[:, i], 2 * most + 1) - most)
-                     for i, n, most in ((0, height, int(height * SHIFT + 0.5)), (1, width, int(width * SHIFT + 0.5))))
-    inside = ((rows >= 0) & (rows < height)).unsqueeze(2) & ((columns >= 0) & (columns < width)).unsqueeze(1)
-    batch = torch.arange(len(x), device=x.device).reshape(-1, 1, 1)
-    moved = x.permute(0, 2, 3, 1)[batch, rows.clamp(0, height - 1).unsqueeze(2), columns.clamp(0, width - 1).unsqueeze(1)]
-    return (moved * inside.unsqueeze(3)).permute(0, 3, 1, 2)
+    most = [int(n * SHIFT + 0.5) for n in x.shape[2:]]
+    down, right = (_places(u[:, i], 2 * shift + 1).squeeze(1) - shift for i, shift in enumerate(most))
+    return _Moved.apply(x.permute(0, 2, 3, 1), down, right, *most).permute(0, 3, 1, 2)
+
+
+class _Moved(torch.autograd.Function):
+    """Images `(batch, height, width, channels)`, each moved down and to the right by so many pixels, int64 `(batch,)`, at most
+    `below` and `beside`. Each is cut out of a padded copy whole; the gradient is moved back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, down: Tensor, right: Tensor, below: int, beside: int) -> Tensor:
+        ctx.save_for_backward(down, right)
+        ctx.most = below, beside
+        batch, height, width, channels = x.shape
+        padded = x.new_zeros(batch, height + 2 * below, width + 2 * beside, channels)
+        padded[:, below : below + height, beside : beside + width] = x
+        image, row, column, channel = padded.stride()
+        places = padded.as_strided((batch, 2 * below + 1, 2 * beside + 1, height, width, channels),
+                                   (image, row, column, row, column, channel))
+        return places[torch.arange(batch, device=x.device), below - down, beside - right]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        down, right = ctx.saved_tensors
+        return _Moved.apply(gradient, -down, -right, *ctx.most), None, None, None, None
 
 
 def _cutout(x: Tensor, u: Tensor) -> Tensor:

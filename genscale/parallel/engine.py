@@ -81,6 +81,7 @@ class Engine(ABC):
         self.on_gradients: Callable[[str, Iterable[Piece]], None] | None = None
         self._second_order = False
         # By network, found once: a walk through a small network's modules takes as long as a layer's forward.
+        self._layers: dict[str, list[nn.Module]] = {}
         self._parameters: dict[str, list[nn.Parameter]] = {}
         self._buffers: dict[str, list[Tensor]] = {}
         self._following: dict[str, list[Any]] = {}
@@ -118,6 +119,7 @@ class Engine(ABC):
             self._wrap(name, module, make_optimizer, read)
             if read is not None:
                 self._restore_rounded(name, read)
+            self._layers[name] = list(self.networks[name].modules())
             self._parameters[name] = list(self.modules[name].parameters())
             state = [tensor for _, tensor in named_state(self.modules[name])]
             self._buffers[name] = [tensor for tensor in state if not isinstance(tensor, nn.Parameter)]
@@ -152,10 +154,17 @@ class Engine(ABC):
         self._second_order = second_order
         if len(self.modules) > 1:
             for other in self.modules:
+                trains = name in (None, other)
                 for parameter in self._parameters[other]:
-                    parameter.requires_grad_(name in (None, other))
+                    if parameter.requires_grad != trains:
+                        parameter.requires_grad_(trains)
                 for layer in self._following[other]:
-                    layer.update_statistics = name in (None, other)
+                    layer.update_statistics = trains
+
+    def training_mode(self, name: str) -> None:
+        """Every layer of the network computes as in training."""
+        if not all(layer.training for layer in self._layers[name]):  # to look takes a tenth of the time
+            self.networks[name].train()
 
     def begin_update(self, name: str) -> None:
         """An update of the network is about to be made: what goes with an update, not with a forward, is now due."""

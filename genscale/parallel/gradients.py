@@ -30,9 +30,8 @@ def squared_norm(gradients: Sequence[Tensor]) -> Tensor:
     if gradients and gradients[0].is_cuda:  # whose kernels add up in a tree, to 1e-7, and are slow in fp64
         return torch.stack(torch._foreach_norm(list(gradients))).double().square().sum()
     short = [gradient for gradient in gradients if gradient.numel() <= SHORT]
-    total = torch.zeros((), dtype=torch.float64)
-    if short:
-        total += torch.stack(torch._foreach_norm(short, 2.0, torch.float64)).square().sum()
+    total = torch.stack(torch._foreach_norm(short, 2.0, torch.float64)).square().sum() if short \
+        else torch.zeros((), dtype=torch.float64)
     for gradient in (gradient for gradient in gradients if gradient.numel() > SHORT):
         # A channels-last gradient in the order in which it lies: no copy.
         channels_last = gradient.ndim == 4 and gradient.is_contiguous(memory_format=torch.channels_last)

@@ -16,7 +16,7 @@ from genscale.parallel.gradients import clip_gradients, fill_gradients, squared_
 from genscale.parallel.materialise import Read, fill, materialise, named_state
 from genscale.parallel.pieces import Piece, pieces_of
 from genscale.parallel.precision import autocast
-from genscale.parallel.torch_optimizers import is_fused_adamw, skip_by_flag, state_tensors
+from genscale.parallel.torch_optimizers import is_fused_adamw, join_groups, skip_by_flag, state_tensors
 
 
 class ReplicatedEngine(Engine):
@@ -36,6 +36,7 @@ class ReplicatedEngine(Engine):
             fill(module, read)
         self.modules[name] = module
         self.optimizers[name] = make_optimizer(module)
+        join_groups(self.optimizers[name])
         self.networks[name] = module
         if self.processes.world_size > 1:
             # Of weights with a dimension of one, whose strides are the same walk through memory written in two ways.
@@ -82,7 +83,8 @@ class ReplicatedEngine(Engine):
             scaler.update()
         elif scaler.is_enabled():
             scaler.update(scaler.get_scale())  # forgets what it saw in these gradients, and keeps the scale
-        optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters[name]:  # as the optimizer's zero_grad does, without what that is wrapped in
+            parameter.grad = None
         return result
 
     def _gradient_pieces(self, name: str) -> Iterable[Piece]:

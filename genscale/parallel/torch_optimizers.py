@@ -21,3 +21,12 @@ def skip_by_flag(optimizer: torch.optim.Optimizer, flag: Tensor) -> None:
 
 def is_fused_adamw(optimizer: torch.optim.Optimizer) -> bool:
     return type(optimizer) is torch.optim.AdamW and all(group.get("fused") for group in optimizer.param_groups)
+
+
+def join_groups(optimizer: torch.optim.Optimizer) -> None:
+    """Make one group of a fused AdamW's that are stepped alike, as all are without weight decay: each takes a call of its own.
+    Before the first step."""
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    if is_fused_adamw(optimizer) and all(each == settings[0] for each in settings):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        optimizer.param_groups[:] = [{**settings[0], "params": parameters}]

@@ -15,16 +15,15 @@ class KeptBuffers:
         self.buffers = list(buffers)
         self.copies = [buffer.clone() for buffer in self.buffers]
 
-    @torch.no_grad()
     def keep(self) -> None:
         if self.buffers:
-            torch._foreach_copy_(self.copies, self.buffers)
+            with torch.no_grad():
+                torch._foreach_copy_(self.copies, self.buffers)
 
-    @torch.no_grad()
     def put_back(self, wanted: bool | Tensor) -> None:
         """Set the buffers to the copies, where it is wanted (as a scalar on the device it is not read)."""
-        for buffer, copy in zip(self.buffers, self.copies, strict=True):
-            if isinstance(wanted, Tensor):
-                buffer.copy_(torch.where(wanted, copy, buffer))
-            elif wanted:
-                buffer.copy_(copy)
+        if wanted is False or not self.buffers:
+            return
+        with torch.no_grad():
+            for buffer, copy in zip(self.buffers, self.copies, strict=True):
+                buffer.copy_(torch.where(wanted, copy, buffer) if isinstance(wanted, Tensor) else copy)

@@ -32,20 +32,23 @@ class PhaseOutcome:
         means = processes.sum(local) / max(count, 1)
         self._numbers = torch.cat([result.grad_norm.to(local).reshape(1), means, local])
         self._copy = HostCopy(self._numbers)
-        self._read: list[float] | None = None
+        self._read: tuple[float, dict[str, float], dict[str, float]] | None = None
+        self._loss: float | None = None
 
     def read(self) -> tuple[float, dict[str, float], dict[str, float]]:
         """(gradient norm, global means by term, this rank's sums by term); waits for the device."""
         if self._read is None:
-            self._read = self._copy.read()
-        norm, *values = self._read
-        terms = len(self.names)
-        return norm, dict(zip(self.names, values[:terms], strict=True)), dict(zip(self.names, values[terms:], strict=True))
+            norm, *values = (value + 0.0 for value in self._copy.read())  # -0 is logged as 0
+            means, local = values[:len(self.names)], values[len(self.names):]
+            self._read = norm, dict(zip(self.names, means, strict=True)), dict(zip(self.names, local, strict=True))
+        return self._read
 
     def loss(self) -> float:
         """The global mean of what was minimised."""
-        _, means, _ = self.read()
-        return sum(mean for name, mean in means.items() if name not in self.phase.statistics)
+        if self._loss is None:
+            _, means, _ = self.read()
+            self._loss = sum(mean for name, mean in means.items() if name not in self.phase.statistics)
+        return self._loss
 
     def overflowed(self) -> bool:
         """Whether fp16's loss scaler has left the weights alone: the loss is a number, its scaled gradient is none."""

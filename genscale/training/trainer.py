@@ -6,6 +6,8 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from genscale.data.order import DIGEST_MODULUS
 from genscale.errors import UserError
 from genscale.objectives.base import Objective, Phase
 from genscale.parallel.engine import Engine, StepResult
-from genscale.rng import Draws
+from genscale.rng import Draws, DrawsAhead
 from genscale.training.dry_batch import without_a_trace
 from genscale.training.guards import NonFiniteLoss
 from genscale.training.kept_buffers import KeptBuffers
@@ -53,7 +55,10 @@ class Trainer:
         self.last_good, self.go_back = last_good, go_back
         self.stop = stop or StopSignal()
         self.guard = UpdateGuard(config, self.processes, last_good, guard_state)
-        self.make_draws: Callable[..., Draws] = Draws
+        phases = objective.phases
+        self._batches_a_step = max(phase.repeats for phase in phases)
+        self.make_draws: Callable[..., Draws] = DrawsAhead(self._batches_a_step * config.train.global_batch_size,
+                                                           {phase.name: phase.every for phase in phases})
         self._runs_ahead = self.processes.device.type != "cpu"
         self._unsettled: list[tuple[StepReport, PhaseOutcome]] = []
         self._batch = 0
@@ -148,7 +153,7 @@ class Trainer:
         started = time.perf_counter()
         report = StepReport(step, self._set_learning_rates(step))
         # Phases share the step's batches; the i-th repeat of a phase takes the i-th of them.
-        for repeat in range(max(phase.repeats for phase in self.objective.phases)):
+        for repeat in range(self._batches_a_step):
             self.processes.note(f"step {step}, data")
             batches = self.loader.next_batch()
             self._batch = self.loader.batch
@@ -214,7 +219,7 @@ class Trainer:
         make_draws, scale = (Draws, 0.0) if rehearsal else (self.make_draws, 1.0)
         engine.train_only(phase.network, phase.second_order)
         networks = engine.view(phase.network)
-        networks[phase.network].train()
+        engine.training_mode(phase.network)
         engine.begin_update(phase.network)
         (count,) = processes.sum_of_numbers(sum(phase.count(batch) for batch in batches))
         totals: dict[str, Tensor] = {}
@@ -228,11 +233,12 @@ class Trainer:
                     terms = phase.loss(networks, batch, draws)
                 # The terms are sums. Engines average gradients over processes, so the mean over the GLOBAL count needs
                 # x world size.
-                loss = sum(value for name, value in terms.items() if name not in phase.statistics)
+                loss = reduce(add, (value for name, value in terms.items() if name not in phase.statistics))
                 processes.note(f"{doing}, backward")
                 engine.backward(phase.network, loss * (scale * processes.world_size / max(count, 1)))
             for name, value in terms.items():
-                totals[name] = totals.get(name, 0.0) + value.detach().double()
+                total = value.detach().double()
+                totals[name] = totals[name] + total if name in totals else total
         return totals, count
 
     def _settle(self, report: StepReport) -> None:

@@ -30,6 +30,7 @@ def test_a_sample_is_changed_alike_in_any_micro_batch(images, kinds):
 def test_gradients_pass_and_are_those_of_finite_differences(images, kind):
     small = images[:2, :, :4, :4].double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: augment(x, [kind], draws([0, 1]), "real"), small)
+    assert torch.autograd.gradgradcheck(lambda x: augment(x, [kind], draws([0, 1]), "real"), small)
 
 
 def test_translation_moves_by_at_most_an_eighth(images):

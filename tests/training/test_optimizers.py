@@ -8,6 +8,7 @@ from torch import nn
 
 from genscale.config import OptimizerSettings
 from genscale.models.gpt import GPT, GPTSettings
+from genscale.parallel.torch_optimizers import join_groups
 from genscale.training.optimizers import make_optimizer
 
 DECAYED = {"token_embedding.weight", "position_embedding.weight"} | {
@@ -80,3 +81,21 @@ def test_frozen_and_all_vector_networks() -> None:
     network[0].requires_grad_(False)
     (group,) = make_optimizer(network, OptimizerSettings()).param_groups
     assert group["params"] == [network[1].weight, network[1].bias] and group["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_groups_that_are_stepped_alike_are_one(decay: float) -> None:
+    made = []
+    for join in (True, False):
+        torch.manual_seed(0)
+        network = nn.Linear(3, 2)
+        optimizer = make_optimizer(network, OptimizerSettings(lr=0.1, weight_decay=decay))
+        if join:
+            join_groups(optimizer)
+            assert len(optimizer.param_groups) == (2 if decay else 1)
+        for _ in range(3):
+            network(torch.ones(4, 3)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        made.append(torch.cat([p.detach().flatten() for p in network.parameters()]))
+    assert torch.equal(*made)
