@@ -46,6 +46,8 @@ def main() -> None:
     if settings.strategy.startswith("zero"):
         import deepspeed
 
+        # It would compile a shared-memory all-reduce that training never calls, for a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="gloo")
     elif settings.strategy != "single":
         dist.init_process_group("gloo")
@@ -59,7 +61,7 @@ def main() -> None:
     def block() -> tuple[Tensor, Tensor]:
         starts = draws.integers(len(tokens) - settings.time, size=batch)
         rows = torch.from_numpy(np.stack([tokens[s : s + settings.time + 1] for s in starts]).astype(np.int64))
-        return rows[:, :-1], rows[:, 1:]
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # the model views them flat
 
     for step in range(10**6):
         _, loss = called(*block())
