@@ -190,11 +190,11 @@ def first_steps(programs: dict[str, Program], scratch: Path, rounds: int) -> dic
     return turns
 
 
-def whole_command(program: Program, scratch: Path, settled: int) -> Turn:
-    """A command from its start to its end, with nobody else: what a step takes from step `settled` on. Raises Failed."""
+def whole_command(program: Program, scratch: Path, first: int, last: int) -> Turn:
+    """A command from its start to its end, with nobody else: what each step after `first` takes, up to `last`. Raises Failed."""
     process = program.start(scratch, STEP_STAMPS=str(scratch / "stamps.txt"))
     if process.wait():
         raise Failed((scratch / "output.txt").read_text(errors="replace")[-3000:])
-    stamps = [[float(word) for word in line.split()] for line in (scratch / "stamps.txt").read_text().splitlines()][settled:]
-    seconds, cpu_seconds = (last - first for first, last in zip(stamps[0], stamps[-1], strict=True))
-    return Turn(seconds / (len(stamps) - 1), cpu_seconds / (len(stamps) - 1))
+    stamps = [[float(word) for word in line.split()] for line in (scratch / "stamps.txt").read_text().splitlines()]
+    seconds, cpu_seconds = (end - begin for begin, end in zip(stamps[first - 1], stamps[last - 1], strict=True))
+    return Turn(seconds / (last - first), cpu_seconds / (last - first))

@@ -38,7 +38,8 @@ from turns import compared
 
 LOSS_STEPS = 500
 SETTLED_STEP = 100
-FIRST_STEP_ROUNDS = 5
+COMMAND_ROUNDS = 2
+FIRST_STEP_ROUNDS = 4
 PACKAGES = ("torch", "accelerate", "transformers", "deepspeed")
 ALIKE = 0.05
 """Relative difference of parameters: nanoGPT's 65 characters are 320 rows here."""
@@ -57,27 +58,31 @@ def measure(case: Case, scratch: Path, seconds: float) -> dict[str, Any]:
             "last_logged_losses": last, **compared(turns)}
 
 
-def whole_commands(inputs: Inputs, scratch: Path, threads: int) -> dict[str, Any]:
+def whole_commands(inputs: Inputs, scratch: Path) -> dict[str, Any]:
     """Commands to their ends, one after the other, that nothing holds up between steps: what a step takes, and the loss."""
-    common = {"steps": LOSS_STEPS, "threads": threads}
-    ours, theirs = our_nanogpt_twin(inputs, **common), nanogpt_command(inputs, **common)
+    ours, theirs = our_nanogpt_twin(inputs, steps=LOSS_STEPS), nanogpt_command(inputs, steps=LOSS_STEPS)
     turns: dict[str, list[Any]] = {"genscale": [], "nanoGPT": [], "control": []}
-    for number in range(2):
+    for number in range(COMMAND_ROUNDS):
         for name, program in (("genscale", ours), ("nanoGPT", theirs), ("control", theirs)):
-            turns[name].append(whole_command(program, scratch / f"{name}-{number}", SETTLED_STEP))
+            turns[name].append(whole_command(program, scratch / f"{name}-{number}", SETTLED_STEP, LOSS_STEPS))
     found = re.findall(r"validation: loss (\d+\.\d+)", (scratch / "genscale-0" / "output.txt").read_text())
     command = [sys.executable, str(Path(__file__).parent / "peers" / "nanogpt_loss.py"),
                str(scratch / "nanoGPT-0" / "out" / "ckpt.pt"), "data/shakespeare_char/val.bin"]
     said = subprocess.run(command, cwd=inputs.nanogpt, env={**os.environ, "PYTHONPATH": str(inputs.nanogpt)}, check=True,
                           capture_output=True, text=True).stdout
-    return {"threads": threads, "steps": LOSS_STEPS, **compared(turns),
+    return {"threads": inputs.threads, "steps": LOSS_STEPS, **compared(turns),
             "loss_on_the_whole_validation_text": {"genscale": float(found[-1]), "nanoGPT": float(said.split()[-1])}}
 
 
-def to_the_first_step(inputs: Inputs, scratch: Path, tracking: str) -> dict[str, Any]:
-    """Seconds from the command to the end of the first step."""
-    ours, theirs = our_nanogpt_twin(inputs, tracking=tracking), nanogpt_command(inputs)
-    return compared(first_steps({"genscale": ours, "nanoGPT": theirs, "control": theirs}, scratch, FIRST_STEP_ROUNDS))
+def to_the_first_step(inputs: Inputs, scratch: Path) -> dict[str, Any]:
+    """From the command to the end of the first step, which stands for the step's time here; with and without tracking."""
+    theirs = nanogpt_command(inputs)
+    programs = {"genscale": our_nanogpt_twin(inputs, tracking="default"), "untracked": our_nanogpt_twin(inputs),
+                "nanoGPT": theirs, "control": theirs}
+    turns = first_steps(programs, scratch, FIRST_STEP_ROUNDS)
+    peers = {name: turns[name] for name in ("nanoGPT", "control")}
+    return {"threads": inputs.threads, **compared({"genscale": turns["genscale"], **peers}),
+            "tracking_disabled": compared({"genscale": turns["untracked"], **peers})}
 
 
 @contextmanager
@@ -96,10 +101,8 @@ def everything(inputs: Inputs, seconds: float) -> Iterator[tuple[str, Case | Non
     """Name, case if it is one, and what measures it in a scratch folder."""
     for case in cases(inputs):
         yield case.name, case, partial(measure, case, seconds=seconds)
-    for threads in sorted({1, inputs.threads}):
-        yield f"nanogpt-command/{threads}", None, partial(whole_commands, inputs, threads=threads)
-    for tracking in ("default", "disabled"):
-        yield f"nanogpt-first-step/{tracking}", None, partial(to_the_first_step, inputs, tracking=tracking)
+    yield "nanogpt-command", None, partial(whole_commands, inputs)
+    yield "nanogpt-first-step", None, partial(to_the_first_step, inputs)
 
 
 def missing_inputs(inputs: Inputs, nanogpt_folder: Path | None, text: Path | None) -> str:
@@ -117,7 +120,7 @@ def main() -> None:
     parser.add_argument("--only", help="names or their beginnings, as in nanogpt,dcgan/8; --list shows all")
     parser.add_argument("--list", action="store_true", help="show the names, and stop")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="where the name does not say")
-    parser.add_argument("--seconds", type=float, default=20, help="of the turns of a comparison, five rounds at least")
+    parser.add_argument("--seconds", type=float, default=15, help="of the turns of a comparison, five rounds at least")
     parser.add_argument("--hogs", type=int, default=0, help="processes that keep cores busy meanwhile")
     parser.add_argument("--nanogpt", type=Path, help="a folder with nanoGPT; else it is fetched")
     parser.add_argument("--text", type=Path, help="tiny Shakespeare, one file; else it is fetched")
@@ -136,7 +139,8 @@ def main() -> None:
         result = circumstances(PACKAGES) | {"hogs": arguments.hogs, "comparisons": {}, "skipped": {}}
         lacking = missing_inputs(inputs, arguments.nanogpt, arguments.text)
         with busy(arguments.hogs):
-            for name, case, work_of in work:
+            for number, (name, case, work_of) in enumerate(work, 1):
+                print(f"{number} of {len(work)}: {name}", file=sys.stderr, flush=True)
                 began = time.monotonic()
                 reason = case.missing() if case else ""
                 reason = reason or (lacking if case is None or case.needs_text else "")
