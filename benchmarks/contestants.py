@@ -191,7 +191,7 @@ def first_steps(programs: dict[str, Program], scratch: Path, rounds: int) -> dic
 
 
 def whole_command(program: Program, scratch: Path, first: int, last: int) -> Turn:
-    """A command from its start to its end, with nobody else: what each step after `first` takes, up to `last`. Raises Failed."""
+    """A command from its start to its end, with nobody beside: what a step takes after `first`, up to `last`. Raises Failed."""
     process = program.start(scratch, STEP_STAMPS=str(scratch / "stamps.txt"))
     if process.wait():
         raise Failed((scratch / "output.txt").read_text(errors="replace")[-3000:])
