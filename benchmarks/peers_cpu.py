@@ -137,7 +137,8 @@ def main() -> None:
             print("\n".join(name for name, *_ in work))
             return
         result = circumstances(PACKAGES) | {"hogs": arguments.hogs, "comparisons": {}, "skipped": {}}
-        lacking = missing_inputs(inputs, arguments.nanogpt, arguments.text)
+        need = any(case is None or case.needs_text for _, case, _ in work)
+        lacking = missing_inputs(inputs, arguments.nanogpt, arguments.text) if need else ""
         with busy(arguments.hogs):
             for number, (name, case, work_of) in enumerate(work, 1):
                 print(f"{number} of {len(work)}: {name}", file=sys.stderr, flush=True)
