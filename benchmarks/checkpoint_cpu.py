@@ -22,8 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from report import circumstances, write
+
+import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,18 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
-
-from strategy_table import machine
 
 from genscale.data.cache_build import build, work_of
 from genscale.data.lanes import Sample
@@ -30,6 +25,7 @@ from genscale.data.loader import StepLoader
 from genscale.data.order import fingerprint
 from genscale.data.packing import cut
 from genscale.data.text import TextData, TextDataSettings
+from report import circumstances, write
 
 Count = Callable[[], int]  # does the work and returns its tokens
 
@@ -138,21 +134,16 @@ def main() -> None:
     parser.add_argument("--epochs-too", action=argparse.BooleanOptionalAction, default=True, help="also run the two epochs")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
+    about = circumstances(["numpy", "orjson", "tokenizers", "datasets", "xxhash"])
     with tempfile.TemporaryDirectory() as folder:
         results: dict[str, Any] = {"throughput": measure(arguments, Path(folder))}
         print(json.dumps(results["throughput"], indent=1), flush=True)
         if arguments.epochs_too:
             results["two_epochs"] = two_epochs(arguments, Path(folder))
             print(json.dumps(results["two_epochs"], indent=1), flush=True)
-    if arguments.out:
-        config = {name: value for name, value in vars(arguments).items() if name not in ("out", "source", "tokenizer")}
-        about = {"date": time.strftime("%Y-%m-%d %H:%M:%S %Z"), "machine": machine(),
-                 "versions": {"python": platform.python_version(), **{name: version(name) for name in (
-                     "numpy", "orjson", "tokenizers", "datasets", "xxhash")}},
-                 "command": " ".join(["python", "benchmarks/data_throughput.py", *sys.argv[1:]]),
-                 "config": config | {"source": Path(arguments.source).name, "tokenizer": Path(arguments.tokenizer).name}}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+    config = {name: value for name, value in vars(arguments).items() if name not in ("out", "source", "tokenizer")}
+    config |= {"source": Path(arguments.source).name, "tokenizer": Path(arguments.tokenizer).name}
+    write({**about, "config": config, "results": results}, arguments.out)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
 
 Needs neither deepspeed, datasets nor wandb, unless --only asks for a ZeRO case. Both sides train in bf16 with torch.compile and
 fused AdamW on the same blocks, in processes of their own (so that neither's memory stands in the other's way), taking turns:
-ours, theirs, ours, theirs; the medians of all their steps are compared. Our steps are those of `genscale train` (gpt_step.py).
-MFU is the model's FLOPs (GPT.flops_per_token, equal to torch's FlopCounterMode) over the device's dense peak.
+ours, theirs, ours, theirs; the medians of all their steps are compared. Our steps are those of `genscale train` (our_step.py),
+theirs those of peers/transformers_trainer.py. MFU is the model's FLOPs (GPT.flops_per_token, equal to torch's FlopCounterMode)
+over the device's dense peak.
 --device cpu --layers 2 --width 64 --time 64 tries the script without a GPU.
 """
 
@@ -16,18 +17,22 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from gpt_step import blocks_of, huggingface_twin, train_with_transformers
-from our_step import OurSteps
-from report import circumstances, write
-
 from genscale.config import Config, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
 from genscale.data.text import TextDataSettings
-from genscale.models.gpt import GPT, GPTSettings
+from genscale.interop.architectures import config_json
+from genscale.interop.weights import write_weights
+from genscale.models.gpt import GPT, GPTSettings, resolved
 from genscale.tracking.peaks import device_name, peak_flops
+from our_step import OurSteps, first_batches
+from report import ROOT, circumstances, write
+
+import torch
+from torch import Tensor
 
 MODELS = {"124m": {"layers": 12, "heads": 12, "width": 768, "batch": 32},
           "1558m": {"layers": 48, "heads": 25, "width": 1600, "batch": 8}}
@@ -56,6 +61,18 @@ def config_of(case: str, arguments: argparse.Namespace) -> Config:
                   train=TrainSettings(steps=10**6, global_batch_size=batch, precision=precision),
                   optimizer=OptimizerSettings(lr=1e-4), schedule=ScheduleSettings(name="constant"),
                   parallel=ParallelSettings(strategy=strategy, compile=arguments.device == "cuda"))
+
+
+def huggingface_twin(config: Config, vocab_size: int, read: Callable[[str], Tensor]) -> Any:
+    """GPT2LMHeadModel with the given weights of ours."""
+    from transformers import AutoModelForCausalLM
+
+    settings = resolved(config.model)
+    with tempfile.TemporaryDirectory() as folder:
+        content = config_json(settings, vocab_size, "float32", end_of_text=0)
+        Path(folder, "config.json").write_text(json.dumps(content))
+        write_weights("gpt2", settings, vocab_size, read, torch.float32, Path(folder))
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def our_figures(config: Config, steps: int, profile: Path | None) -> dict[str, Any]:
@@ -89,10 +106,16 @@ def their_figures(config: Config, steps: int) -> dict[str, Any]:
     with torch.device("meta"):
         network = GPT(config.model, VOCAB_SIZE)
     model = huggingface_twin(config, VOCAB_SIZE, lambda name: network.initial_weight(name, config.run.seed))
+    sys.path.insert(0, str(ROOT / "benchmarks" / "peers"))
+    from transformers_trainer import train
+
     seconds: list[float] = []
     count = WARMUP_STEPS + steps
-    rows = blocks_of(config, count * config.train.global_batch_size)
-    train_with_transformers(config, model, rows, count, "bf16", seconds.append, torch_compile=config.parallel.compile)
+    batch = config.train.global_batch_size
+    # Labels are the inputs: their model shifts them itself, so it has one target fewer a row than ours.
+    rows = [{"input_ids": row[:-1], "labels": row[:-1]} for tokens in first_batches(config, count) for row in tokens]
+    train(model, rows, count, batch=batch, micro=batch, precision="bf16", after_step=seconds.append,
+          torch_compile=config.parallel.compile, train_sampling_strategy="sequential")
     return {"seconds": seconds[WARMUP_STEPS:]}
 
 

@@ -3,9 +3,9 @@
     python benchmarks/guards_overhead.py --out benchmarks/results/guards-overhead-cpu.json
 
 On: every update judged (loss, gradient, spikes), buffers kept, progress noted for the watchdog, whose thread runs. Off: the
-same trainer without any of it. Both train from the same weights on the same batches, and their losses must be equal. The two
-alternate step by step in one process, each first in every other pair. A busy machine drowns the difference of two steps: so the
-CPU time that the training thread spends inside the guards is counted as well (`inside_the_guards`), and is what to go by.
+same trainer without any of it, and once more (`control`). All train from the same weights on the same batches, and their losses
+must be equal. They alternate step by step in one process. A busy machine drowns the difference of two steps: so the CPU time
+that the training thread spends inside the guards is counted as well (`inside_the_guards`), and is what to go by.
 """
 
 from __future__ import annotations
@@ -15,13 +15,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
-from our_step import OurSteps
-from report import circumstances, write
-from torch import Tensor
 
 from genscale.config import Config, GuardSettings, OptimizerSettings, ScheduleSettings, TrainSettings
 from genscale.data.packed import PackedImageDataSettings
@@ -38,9 +34,14 @@ from genscale.training.outcome import PhaseOutcome
 from genscale.training.step_report import StepReport
 from genscale.training.trainer import MicroBatches, Trainer
 from genscale.training.watchdog import Watchdog
+from our_step import OurSteps
+from report import circumstances, write
+from turns import compared, take_turns
+
+import torch
+from torch import Tensor
 
 WARMUP_STEPS = 3
-CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
 TRAIN = {"steps": 10**6, "precision": "fp32"}
 CONFIGS = {
     "gpt": lambda: Config(model=GPTSettings(layers=4, heads=4, width=256, positions=128),
@@ -104,46 +105,35 @@ class _TimedBuffers:
 
 def measure(name: str, steps: int) -> dict[str, Any]:
     contestants: dict[str, OurSteps] = {}
-    for label, kind in (("on", Counted), ("off", Unguarded)):
+    for label, kind in (("on", Counted), ("off", Unguarded), ("control", Unguarded)):
         config = CONFIGS[name]()
         config.optimizer, config.schedule = OptimizerSettings(lr=1e-4), ScheduleSettings(name="constant")
         config.guards = GuardSettings(spikes="skip")
         contestants[label] = OurSteps(config, kind)
-    seconds: dict[str, dict[str, list[float]]] = {clock: {label: [] for label in contestants} for clock in CLOCKS}
+    losses: dict[str, list[dict[str, float]]] = {label: [] for label in contestants}
+
+    def step(label: str) -> None:
+        metrics = contestants[label]().metrics
+        losses[label].append({key: value for key, value in metrics.items() if key.endswith("loss")})
+
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "logs").mkdir()
         processes = contestants["on"].processes
         watchdog = Watchdog(Path(folder), processes, Ending(Path(folder), 0), config.guards.hang_minutes, None)
         watchdog.start()
         watchdog.loop_begins()
-        for turn in range(WARMUP_STEPS + steps):
-            losses = {}
-            for label in sorted(contestants, reverse=turn % 2 == 0):
-                started = {clock: read() for clock, read in CLOCKS.items()}
-                report = contestants[label]()
-                for clock, read in CLOCKS.items():
-                    seconds[clock][label].append(read() - started[clock])
-                losses[label] = {key: value for key, value in report.metrics.items() if key.endswith("loss")}
-            if losses["on"] != losses["off"]:
-                raise SystemExit(f"the two do not train alike: {losses}")
+        turns = take_turns({label: partial(step, label) for label in contestants}, steps, WARMUP_STEPS)
         watchdog.close()
     for contestant in contestants.values():
         contestant.close()
+    if losses["on"] != losses["off"]:
+        raise SystemExit(f"the two do not train alike: {losses}")
     inside = contestants["on"].trainer.inside[WARMUP_STEPS + 1 :]
-    shares = [part / whole for part, whole in zip(inside, seconds["cpu"]["on"][WARMUP_STEPS:], strict=True)]
-    return {"parameters": contestants["on"].parameters, "steps": steps,
+    shares = [part / turn.cpu_seconds for part, turn in zip(inside, turns["on"], strict=True)]
+    return {"parameters": contestants["on"].parameters,
             "inside_the_guards": {"microseconds_a_step": round(1e6 * statistics.median(inside), 1),
                                   "share_of_cpu_time": round(statistics.median(shares), 5)},
-            **{clock: summary(by_label) for clock, by_label in seconds.items()}}
-
-
-def summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
-    kept = {label: values[WARMUP_STEPS:] for label, values in seconds.items()}
-    medians = {label: statistics.median(values) for label, values in kept.items()}
-    pairs = [on / off for on, off in zip(kept["on"], kept["off"], strict=True)]
-    return {**{f"{label}_milliseconds": round(1e3 * value, 3) for label, value in medians.items()},
-            "overhead_of_medians": round(medians["on"] / medians["off"] - 1, 4),
-            "overhead_quartiles": [round(value - 1, 4) for value in statistics.quantiles(pairs, n=4)]}
+            **compared(turns)}
 
 
 def main() -> None:

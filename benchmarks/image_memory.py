@@ -14,13 +14,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
+from genscale.config_parser import load_config
+from genscale.objectives import FAMILIES
 from memory import GIB, ROOT, Gauge
 from our_step import OurSteps
 from report import circumstances, write
 
-from genscale.config_parser import load_config
-from genscale.objectives import FAMILIES
+import torch
 
 KINDS = ("none", "selective", "full")
 

@@ -16,9 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from report import circumstances, write
+
 import psutil
 import torch
-from report import circumstances, write
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {"layers": 8, "heads": 8, "width": 512, "vocab_size": 32768, "time": 512, "batch": 2}

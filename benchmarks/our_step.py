@@ -1,16 +1,6 @@
-"""One training step of ours as a call, of any family, and what a comparison with another loop says."""
+"""One training step of ours as a call, of any family, and the batches that it reads."""
 
 from __future__ import annotations
-
-import argparse
-import os
-import statistics
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
-import torch
-from report import circumstances, write
 
 from genscale.config import Config
 from genscale.data.loader import StepLoader
@@ -23,6 +13,8 @@ from genscale.training.run import averaged_networks
 from genscale.training.signals import StopSignal
 from genscale.training.step_report import StepReport
 from genscale.training.trainer import Trainer
+
+from torch import Tensor
 
 
 class OurSteps:
@@ -61,27 +53,11 @@ class OurSteps:
         self.processes.close()
 
 
-def compared(seconds: dict[str, list[float]], warmup: int) -> dict[str, Any]:
-    """Medians of the seconds of our steps (`genscale`) and of the other's, which took turns, and their ratio."""
-    kept = {name: values[warmup:] for name, values in seconds.items()}
-    ours, theirs = kept["genscale"], next(values for name, values in kept.items() if name != "genscale")
-    medians = {name: statistics.median(values) for name, values in kept.items()}
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    return {"median_step_seconds": medians, "ratio_of_medians": statistics.median(ours) / statistics.median(theirs),
-            "quartiles_of_ratios": statistics.quantiles(ratios, n=4)}
-
-
-def compare_precisions(description: str, compare: Callable[[str, int, int], dict[str, Any]], batch: int) -> None:
-    """The command line of a comparison in fp32 on both sides, and of our default against fp32."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--batch", type=int, default=batch)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--only", default="fp32,default")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    result = circumstances(["torch", "accelerate"]) | {"threads": arguments.threads, "comparisons": {}}
-    for name in arguments.only.split(","):
-        result["comparisons"][name] = compare("fp32" if name == "fp32" else "auto", arguments.batch, arguments.steps)
-    write(result, arguments.out)
+def first_batches(config: Config, count: int) -> list[Tensor]:
+    """The tokens `(batch, sequence_length + 1)` of the first steps on text, as our steps read them."""
+    data, batch = FAMILIES["gpt"].build_data(config.data, config.run.seed), config.train.global_batch_size
+    loader = StepLoader(data, global_batch_size=batch, micro_batch_size=batch, rank=0, world_size=1, workers=0,
+                        prefetch_steps=2)
+    batches = [loader.next_batch()[0]["tokens"].long() for _ in range(count)]
+    loader.close()
+    return batches

@@ -16,12 +16,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from report import ROOT, circumstances, write
-
 from genscale.config_parser import load_config
 from genscale.objectives import FAMILIES
 from genscale.training.run import train
+from report import ROOT, circumstances, write
+
+import torch
 
 GOOD = 0.95
 
@@ -52,11 +52,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments, overrides = parser.parse_known_args()
     torch.set_num_threads(arguments.threads)
+    about = circumstances(["torch"]) | {"threads": arguments.threads}
     with tempfile.TemporaryDirectory() as folder:
         results = {source: measure(source, arguments.seeds, overrides, Path(folder)) for source in arguments.sources.split(",")}
     total = sum(run["cpu_seconds"] for result in results.values() for run in result["runs"])
-    write({**circumstances(["torch"]), "threads": arguments.threads, "cpu_seconds": round(total, 1), "results": results},
-          arguments.out)
+    write({**about, "cpu_seconds": round(total, 1), "results": results}, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""What every result of a benchmark says of itself: machine, versions, commit, command."""
+"""What every result of a benchmark says of itself: machine, versions, commit, command, and what else the machine did.
+
+It is what benchmarks load first, and loads genscale before torch, as the command line does: torch heeds some of what genscale
+sets only while it is loaded.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,12 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import genscale  # noqa: F401
 
 import psutil
 import torch
@@ -33,8 +39,35 @@ def machine() -> dict[str, Any]:
 def circumstances(packages: Sequence[str]) -> dict[str, Any]:
     """Machine, versions, commit, command and date."""
     return {"date": time.strftime("%Y-%m-%d %H:%M"), "command": " ".join(["python", *sys.argv]), "commit": commit(),
-            "machine": machine(), "python": platform.python_version(),
+            "machine": machine(), "load_before": load(), "python": platform.python_version(),
             "versions": {name: _version(name) for name in packages}}
+
+
+def load() -> dict[str, float]:
+    """How many processes wanted a core in the last minute, and how many cores are busy now, while we do nothing."""
+    busy = foreign_cores()
+    time.sleep(0.5)
+    return {"average_of_last_minute": round(os.getloadavg()[0], 2), "busy_cores": busy()}
+
+
+def foreign_cores(ours: Iterable[psutil.Process] = ()) -> Callable[[], float]:
+    """Begins to watch the machine; a call tells how many cores were busy since then with anything but these processes."""
+    watched = [psutil.Process(), *ours]
+
+    def look() -> tuple[float, float, float]:
+        times = psutil.cpu_times()
+        idle = times.idle + getattr(times, "iowait", 0.0)
+        # Linux counts a guest's time as the user's as well.
+        everything = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
+        return time.monotonic(), everything - idle, sum(sum(process.cpu_times()[:2]) for process in watched)
+
+    began = look()
+
+    def cores() -> float:
+        seconds, busy, own = (now - then for now, then in zip(look(), began, strict=True))
+        return max(0.0, round((busy - own) / seconds, 2))
+
+    return cores
 
 
 def _version(package: str) -> str | None:
@@ -53,6 +86,7 @@ def commit(checkout: Path = ROOT) -> str | None:
 
 def write(result: dict[str, Any], out: Path | None) -> None:
     """Print the result, and keep it as JSON."""
+    result = {**result, "load_after": load()}
     text = json.dumps(result, indent=1)
     print(text)
     if out is not None:

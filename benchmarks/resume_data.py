@@ -21,14 +21,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import report
-
 from genscale.data import image_sources, sources
 from genscale.data.columns import Spec
 from genscale.data.image_shards import ImageSpec
 from genscale.data.windows import Source
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 SHARES = (0.01, 0.99)
 TRIES = 3

@@ -26,13 +26,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
-from PIL import Image
-from report import circumstances, write
-
 from genscale.config import Config
 from genscale.config_parser import parse_config
 from genscale.data import image_sources, sources
@@ -40,6 +33,13 @@ from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader
 from genscale.data.order import merge_states
 from genscale.objectives import FAMILIES
+from report import circumstances, write
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
 
 GLOBAL_BATCH = 24
 WORLD_SIZES, WORKERS = (1, 2, 3, 4, 8), (0, 1, 2, 4)

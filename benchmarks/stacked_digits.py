@@ -15,17 +15,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from report import circumstances, write
-from torch import Tensor
-
 from genscale.config_parser import parse_config
 from genscale.data.images import ImageData, ImageDataSettings
 from genscale.evaluation.classifier import Classifier, trained_classifier
 from genscale.objectives import FAMILIES
 from genscale.training.run import train
 from genscale.verbs.trained import find_trained, load_weights
+from report import circumstances, write
+
+import numpy as np
+import torch
+from torch import Tensor
 
 CHANNELS, SAMPLES, BATCH = 3, 26_000, 500
 SETTINGS = ["--model.family", "dcgan", "--model.latent", "64", "--model.width", "32", "--data.source", "digits",

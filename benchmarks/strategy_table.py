@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -20,13 +19,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from report import ROOT, circumstances, write
+
 import psutil
 
-ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTED = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 PROCESSES = 2
 PACKAGES = ("torch", "accelerate", "deepspeed")
@@ -215,13 +214,13 @@ def _bytes_at_rest(strategy: str) -> int:
 
 def bytes_at_rest_worker(strategy: str) -> None:
     """One process of `_bytes_at_rest`."""
-    import torch
-
     from genscale.config import OptimizerSettings, ParallelSettings
     from genscale.models.gpt import GPT, GPTSettings
     from genscale.parallel.processes import Processes
     from genscale.parallel.strategies import ParallelPlan, build_engine
     from genscale.training.optimizers import make_optimizer
+
+    import torch
 
     processes = Processes(need_group=True)
     shape = {key.removeprefix("model."): value for key, value in MEDIUM.items() if key.startswith("model.")}
@@ -240,13 +239,6 @@ def bytes_at_rest_worker(strategy: str) -> None:
 
 
 # --- the report ----------------------------------------------------------------------------------------------------------
-
-
-def machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {"cpu": models[0] if models else platform.processor(), "cores": len(os.sched_getaffinity(0)),
-            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1), "system": platform.platform()}
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -272,10 +264,7 @@ def main() -> None:
         from genscale.parallel.leaving import run_and_leave
 
         run_and_leave(lambda: bytes_at_rest_worker(arguments.bytes_at_rest_of))
-    about = {"date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-             "commit": _output(["git", "describe", "--always", "--dirty", "--abbrev=12"]).strip(), "machine": machine(),
-             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-             "command": " ".join(["python", "benchmarks/strategy_table.py", *sys.argv[1:]]), "steps": arguments.steps}
+    about = circumstances(PACKAGES) | {"steps": arguments.steps}
     kept = json.loads(arguments.out.read_text())["tables"] if arguments.out and arguments.out.exists() else {}
     result: dict[str, Any] = {**about, "peak_memory": "VmHWM of /proc/<pid>/status, largest training process",
                               "config": {"a": MEDIUM, "b, c, d": SMALL, "sgd": SGD, "adamw": ADAMW}, "tables": kept}
@@ -288,8 +277,7 @@ def main() -> None:
             result["tables"][name] = {"date": about["date"], "commit": about["commit"], "rows": rows}
             print(f"\n({name})\n{markdown(rows)}", flush=True)
             if arguments.out:
-                arguments.out.parent.mkdir(parents=True, exist_ok=True)
-                arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+                write(result, arguments.out)
 
 
 if __name__ == "__main__":
