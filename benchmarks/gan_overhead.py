@@ -18,21 +18,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import genscale  # noqa: F401 (before torch, as the command line does: what it says to OpenMP is read when torch is loaded)
-
-# isort: split
-import numpy as np
-import psutil
-import torch
-import torch.nn.functional as F
-from our_step import OurSteps
-from report import ROOT, circumstances, write
-from torch import Tensor, nn
-
 from genscale.config import Config
 from genscale.config_parser import load_config
 from genscale.models.batch_norm import BatchNorm
 from genscale.objectives import FAMILIES
+from our_step import OurSteps
+from report import ROOT, circumstances, write
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 BLOCK, WARMUP_BLOCKS = 20, 2
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time, "training_thread_cpu": time.thread_time}

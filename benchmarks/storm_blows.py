@@ -15,7 +15,9 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster_jobs import Cluster, Job, JobRun
+import cluster_times  # noqa: F401 (it adds the paths of the cluster's tests)
+
+from cluster_jobs import Cluster, Job, JobRun  # isort: skip
 
 MINUTES = 30
 """Time limit of a job that is left alone."""
