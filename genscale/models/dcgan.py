@@ -112,6 +112,7 @@ class DCGANGenerator(nn.Module):
         self.stages = nn.ModuleList(UpStage(settings, a, b) for a, b in itertools.pairwise(widths))
         last = UpStage(settings, widths[-1], channels)
         self.output, self.enlarge = last.conv, last.enlarge
+        self.to(memory_format=torch.channels_last)  # as the images are: a convolution copies a weight that lies otherwise
 
     def blocks(self) -> list[nn.Module]:
         """The stages, which are sharded, compiled and recomputed one at a time."""
@@ -146,6 +147,7 @@ class StagedDiscriminator(nn.Module):
         self.stages = nn.ModuleList(self.stage(settings, a, b, first=index == 0)
                                     for index, (a, b) in enumerate(zip(inputs, widths, strict=False)))
         self.head = ImageHead(settings, widths[-1])
+        self.to(memory_format=torch.channels_last)  # as the images are: a convolution copies a weight that lies otherwise
 
     def blocks(self) -> list[nn.Module]:
         """The stages, which are sharded, compiled and recomputed one at a time."""
