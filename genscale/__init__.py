@@ -6,9 +6,9 @@ import os
 __version__ = "0.1.0"
 
 SPINS = "500"
-"""Looks that a thread of libgomp takes for its next piece of work before it sleeps (some 10 microseconds): enough for most of
-what one operation leaves between another and it, where waking a sleeping thread takes longer; and so few that on a machine which
-does other things as well they cost little. Its own 300,000 make a step there five times slower."""
+"""Looks that a thread of libgomp takes for its next piece of work before it sleeps (some 10 microseconds): enough for what lies
+between most operations, where waking a sleeping thread takes longer, and so few that they cost little on a machine that does
+other things as well. Its own 300,000 make a step there five times slower."""
 LARGE = 2**27
 """Bytes of an allocation that goes back to the kernel when it is freed. All others are kept for the next."""
 
@@ -20,8 +20,8 @@ def _wait_shortly() -> None:
 
 
 def _keep_memory() -> None:
-    """Let glibc's malloc keep what a step frees, unless the user has said what it is to do: the kernel would clear every page of
-    it again for the next step, a tenth of the time of a small model's. Other C libraries are left as they are."""
+    """Let glibc's malloc keep what a step frees, unless the user has said what it is to do: the kernel would clear every page
+    of it for the next step, a tenth of the time of a small model's. Other C libraries are left as they are."""
     if any(name.startswith("MALLOC_") for name in os.environ) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return
     process = ctypes.CDLL(None) if os.name == "posix" else None

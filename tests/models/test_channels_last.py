@@ -1,4 +1,4 @@
-"""Weights of image networks lie as their images do: nothing of them is copied in a step, and what is saved of them is the same."""
+"""Weights of image networks lie as their images do: no step copies them, and what is saved of them is the same."""
 
 from __future__ import annotations
 
