@@ -155,7 +155,7 @@ class StagedDiscriminator(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         x = images if self.label_channel is None else self.label_channel(images, labels)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.to(memory_format=torch.channels_last)  # not `contiguous`, to which one channel is channels-last anyway
         for stage in self.stages:
             x = stage(x)
         return self.head(self.activate(x), labels)

@@ -79,7 +79,8 @@ def _hidden(inputs: int, settings: VAESettings) -> nn.ModuleList:
 def _start(x: Tensor, layer: nn.Module) -> Tensor:
     """The input in the precision that the layer's weights have now (ZeRO and FSDP2 may hold them in bf16)."""
     x = x.to(layer.weight.dtype)
-    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+    # Not `contiguous`, to which one channel is channels-last anyway.
+    return x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
 class Encoder(nn.Module):

@@ -64,8 +64,11 @@ def test_a_step_copies_no_weight_of_a_convolution(name):
     assert shapes and not shapes & {tuple(event.input_shapes[0]) for event in copies}
 
 
-def test_training_with_adamw_is_that_of_contiguous_weights():
-    """Bit for bit: the convolutions were given such copies before, and a fused step walks through memory as it lies."""
+@pytest.mark.parametrize("channels", [1, 3])
+def test_training_with_adamw_is_that_of_contiguous_weights(channels, monkeypatch):
+    """Bit for bit, as under the strategies that keep flat weights: a convolution copies these, and a fused step walks through
+    memory as it lies. One channel lies both ways at once."""
+    monkeypatch.setitem(globals(), "SHAPE", (channels, 16, 16))
     network = born("dcgan discriminator")
     contiguous = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
     for each in (network, contiguous):
