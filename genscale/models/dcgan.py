@@ -112,6 +112,7 @@ class DCGANGenerator(nn.Module):
         self.stages = nn.ModuleList(UpStage(settings, a, b) for a, b in itertools.pairwise(widths))
         last = UpStage(settings, widths[-1], channels)
         self.output, self.enlarge = last.conv, last.enlarge
+        self.to(memory_format=torch.channels_last)  # as the images are: a convolution copies a weight that lies otherwise
 
     def blocks(self) -> list[nn.Module]:
         """The stages, which are sharded, compiled and recomputed one at a time."""
@@ -146,6 +147,7 @@ class StagedDiscriminator(nn.Module):
         self.stages = nn.ModuleList(self.stage(settings, a, b, first=index == 0)
                                     for index, (a, b) in enumerate(zip(inputs, widths, strict=False)))
         self.head = ImageHead(settings, widths[-1])
+        self.to(memory_format=torch.channels_last)  # as the images are: a convolution copies a weight that lies otherwise
 
     def blocks(self) -> list[nn.Module]:
         """The stages, which are sharded, compiled and recomputed one at a time."""
@@ -153,7 +155,7 @@ class StagedDiscriminator(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         x = images if self.label_channel is None else self.label_channel(images, labels)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.to(memory_format=torch.channels_last)  # not `contiguous`, to which one channel is channels-last anyway
         for stage in self.stages:
             x = stage(x)
         return self.head(self.activate(x), labels)

@@ -58,6 +58,7 @@ class ResidualGenerator(nn.Module):
         self.stages = nn.ModuleList(UpBlock(settings, a, b) for a, b in zip(widths[:1] + widths, widths, strict=False))
         self.output_norm = norm_layer(settings.generator_norm, widths[-1])
         self.output = nn.Conv2d(widths[-1], channels, 3, 1, 1)
+        self.to(memory_format=torch.channels_last)  # as the images are: a convolution copies a weight that lies otherwise
 
     def blocks(self) -> list[nn.Module]:
         """The residual blocks, which are sharded, compiled and recomputed one at a time."""

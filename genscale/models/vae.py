@@ -79,7 +79,8 @@ def _hidden(inputs: int, settings: VAESettings) -> nn.ModuleList:
 def _start(x: Tensor, layer: nn.Module) -> Tensor:
     """The input in the precision that the layer's weights have now (ZeRO and FSDP2 may hold them in bf16)."""
     x = x.to(layer.weight.dtype)
-    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+    # Not `contiguous`, to which one channel is channels-last anyway.
+    return x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
 class Encoder(nn.Module):
@@ -99,6 +100,7 @@ class Encoder(nn.Module):
             self.head = nn.Conv2d(widths[-1], 2 * settings.latents, 3, padding=1) if settings.latent == "spatial" \
                 else nn.Linear(widths[-1] * sizes[-1] ** 2, 2 * settings.latents)
         self.head.initial_gain = HEAD_GAIN
+        self.to(memory_format=torch.channels_last)  # as the images are: a convolution copies a weight that lies otherwise
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the variance, each `(batch, *latent_shape)` in fp32, of pixels `(batch, channels, size,
@@ -164,6 +166,7 @@ class Decoder(nn.Module):
             self.head = nn.Conv2d(widths[0], self.outputs, 3, padding=1)
         self.head.initial_gain = HEAD_GAIN
         self.shared_scale = _SharedScale(channels) if self.scale == "shared" else None
+        self.to(memory_format=torch.channels_last)  # as the images are: a convolution copies a weight that lies otherwise
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Location `(batch, channels, size, size)` and logarithm of the scale (of a shape that broadcasts against it; without

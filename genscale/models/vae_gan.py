@@ -57,7 +57,7 @@ class FeatureDiscriminator(DCGANDiscriminator):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `(batch,)`, above 0 where the images are taken for real, and features `(batch, width)`, both fp32."""
-        x = images.contiguous(memory_format=torch.channels_last)
+        x = images.to(memory_format=torch.channels_last)
         features = x
         for number, stage in enumerate(self.stages, 1):
             x = stage(x)

@@ -37,6 +37,7 @@ class ShardedEngine(Engine):
         # Computation in the asked precision, gradients reduced in fp32; the shards themselves stay fp32.
         policy = MixedPrecisionPolicy(param_dtype=DTYPES[self.precision], reduce_dtype=torch.float32) \
             if self.precision != "fp32" else MixedPrecisionPolicy()
+        module.to(memory_format=torch.contiguous_format)  # fully_shard takes no other
         unborn = on_meta(module)
         if unborn:
             check_fillable(module)

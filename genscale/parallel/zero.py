@@ -85,6 +85,7 @@ class ZeroEngine(ZeroState):
         deepspeed = import_deepspeed(self.processes.device)
         if self.stage == 3 and self._selective():
             _use_own_linear()
+        module.to(memory_format=torch.contiguous_format)  # as its part of a flat partition will be
         if self.stage == 3 and on_meta(module):
             self._materialise_in_partitions(module, read)
         else:
