@@ -4,9 +4,10 @@ draws (storm_blows.py), and each held against the run that nobody disturbed: the
     python benchmarks/cluster_storm.py --seed 1 --minutes 60 --out benchmarks/results/cluster-storm-cpu.json
 
 On a real Slurm of three nodes on this machine (tests/cluster/mini-cluster.sh, as root). Every kind of blow is done before any
-is done again. What a job that has ended for good needs of its user, `genscale slurm resubmit`, is done and counted. Exit code 1
-where anything differs, a kind of blow was not done, or a life or a job has ended without a reason; then the storm's folder is
-kept. Ctrl-C ends it, and writes what there is. A storm of less than twenty minutes is too short for all kinds: see --only.
+is done again. What a job that has ended or is held needs of its user, `genscale slurm resubmit` or `release`, is done and
+counted. Exit code 1 where anything differs, a kind of blow was not done, or a life or a job has ended without a reason; then the
+storm's folder is kept. Ctrl-C ends it, and writes what there is. A storm of less than twenty minutes is too short for all kinds:
+see --only.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from typing import Any
 from cluster_times import submit  # it adds the paths of the cluster's tests
 from report import ROOT, circumstances, write
 
-from cluster_jobs import Cluster, Job, JobRun, text_source  # isort: skip
+from cluster_jobs import NODES, Cluster, Job, JobRun, text_source  # isort: skip
 from fault_campaign import check_same  # isort: skip
 from fault_runs import Shape  # isort: skip
 from storm_blows import BLOWS, MINUTES, Scene, job_in  # isort: skip
@@ -172,8 +173,12 @@ class Storm:
         deadline, look = time.monotonic() + PATIENCE, 0.0
         while not condition():
             if time.monotonic() > look:
-                if has_ended(scene.job) and not complete(scene.run):
+                if complete(scene.run):
+                    pass
+                elif has_ended(scene.job):
                     self._resubmit(scene, row)
+                elif is_held(scene.job):
+                    self._release(scene, row)
                 look = time.monotonic() + 2
             assert time.monotonic() < deadline, f"no step for {PATIENCE:.0f} s\n{scene.job.output()[-2500:]}"
             time.sleep(0.05)
@@ -193,6 +198,18 @@ class Storm:
             row.setdefault("refused", []).append(str(refused).strip().splitlines()[-1])
             self._say(f"    refused: {row['refused'][-1]}")
 
+    def _release(self, scene: Scene, row: dict[str, Any]) -> None:
+        """A controller that dies while it starts a job starts it once more when it is back. Slurm then holds the job, and
+        drains the node for an administrator to look at."""
+        folder, variables = str(scene.run.folder), self.cluster.variables(scene.run, scene.planted)
+        note = re.split(r"\s{2,}", self.submit(["slurm", "status", folder], variables).splitlines()[1])[-1]
+        row.setdefault("released", []).append(note)
+        self._say(f"    the job is held; status says: {note}")
+        for node in NODES:
+            with suppress(AssertionError):  # which was not drained
+                self.cluster.slurm("scontrol", "update", f"NodeName={node}", "State=RESUME")
+        self.submit(["slurm", "release", folder], variables)
+
     def _fault(self, line: str) -> None:
         self.faults.append(line)
         self._say(f"FAULT: {line}")
@@ -210,6 +227,7 @@ class Storm:
         return {"equal": equal, "minutes": round((time.monotonic() - self.began) / 60, 1), "faults": self.faults,
                 "kinds_not_done": not_done, "lives": sum(run.get("lives", 0) for run in self.runs),
                 "resubmitted": sum(len(blow.get("resubmitted", ())) for blow in self.blows),
+                "released": sum(len(blow.get("released", ())) for blow in self.blows),
                 "kinds": {kind: summary([blow for blow in self.blows if blow["kind"] == kind]) for kind in self.kinds},
                 "runs": self.runs, "blows": self.blows}
 
@@ -230,6 +248,13 @@ def complete(run: JobRun) -> bool:
 def has_ended(job: Job) -> bool:
     with suppress(AssertionError, subprocess.TimeoutExpired):  # a controller that is busy
         return job.ended()
+    return False
+
+
+def is_held(job: Job) -> bool:
+    with suppress(AssertionError, subprocess.TimeoutExpired):
+        details = job.details()
+        return details["JobState"] == "PENDING" and "held" in details["Reason"].lower()
     return False
 
 

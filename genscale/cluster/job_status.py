@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -122,7 +123,10 @@ def _state(run: Path, job: Queued | None, lives: Sequence[Life], number: str | N
     if job is not None:
         if job.state == "PENDING":
             ill = lives and lives[-1].how not in (None, "stopped", "complete")
-            return ("requeued" if lives else "queued"), f"{job.reason}{f'; after {_how(lives[-1])}' if ill else ''}"
+            held = "held" in job.reason.lower() and "admin" not in job.reason.lower()
+            release = f"; once you know why: genscale slurm release {shlex.quote(str(run))}" if held else ""
+            after = f"; after {_how(lives[-1])}" if ill else ""
+            return ("requeued" if lives else "queued"), f"{job.reason}{after}{release}"
         return job.state.lower(), job.nodes
     if lives and lives[-1].how and not lives[-1].goes_on:
         last = lives[-1]

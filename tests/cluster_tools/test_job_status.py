@@ -41,6 +41,13 @@ def test_a_job_in_the_queue(submitted):
     assert (row.loss, row.speed, row.time_left, row.predicted) == (None, None, None, None)
 
 
+@pytest.mark.parametrize(("reason", "released"), [
+    ("launch failed requeued held", True), ("JobHeldUser", True), ("JobHeldAdmin", False), ("Resources", False)])
+def test_a_job_that_is_held_says_how_it_is_released(reason, released, submitted):
+    note = row_of(submitted, [Queued("7", "PENDING", reason, "", "1:00:00")]).note
+    assert note == reason + (f"; once you know why: genscale slurm release {submitted}" if released else "")
+
+
 def test_a_job_that_runs_and_when_the_run_will_be_done(genscale, submitted, in_job, checkpoint_at):
     in_job("7")
     genscale("slurm", "begin", submitted)
