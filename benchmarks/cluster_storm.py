@@ -5,9 +5,9 @@ draws (storm_blows.py), and each held against the run that nobody disturbed: the
 
 On a real Slurm of three nodes on this machine (tests/cluster/mini-cluster.sh, as root). Every kind of blow is done before any
 is done again. What a job that has ended or is held needs of its user, `genscale slurm resubmit` or `release`, is done and
-counted. Exit code 1 where anything differs, a kind of blow was not done, or a life or a job has ended without a reason; then the
-storm's folder is kept. Ctrl-C ends it, and writes what there is. A storm of less than twenty minutes is too short for all kinds:
-see --only.
+counted. Exit code 1 where anything differs, a kind of blow was not done, or a life or a job has ended without a reason; then
+the storm's folder is kept. Ctrl-C ends it, and writes what there is. A storm of less than twenty minutes is too short for all
+kinds: see --only.
 """
 
 from __future__ import annotations
