@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -25,31 +25,27 @@ class Family:
 
     Attributes:
         model_settings, data_settings, objective_settings: the dataclasses behind the `model`, `data` and `objective` sections.
-        module: has `build_data`, `validation`, `build` and `restore`. It is loaded when the first of them is called, for torch
-            takes a second to load, and nobody needs it to read a config or to show what can be set.
+        module: loads the one that has `build_data`, `validation`, `build` and `restore`. It is called when the first of them is
+            needed, for torch takes a second to load, and nobody needs it to read a config or to show what can be set.
     """
 
     model_settings: type
     data_settings: type
-    module: str
+    module: Callable[[], ModuleType]
     objective_settings: type = NoSettings
 
     def build_data(self, settings: Any, seed: int) -> Data:
         """What the `data` section asks for."""
-        return self._module.build_data(settings, seed)
+        return self.module().build_data(settings, seed)
 
     def validation(self, settings: Any, seed: int) -> list[Sample]:
         """The validation samples; of what is trained on, no more is opened than they need."""
-        return self._module.validation(settings, seed)
+        return self.module().validation(settings, seed)
 
     def build_objective(self, config: Config, data: Any) -> Objective:
         """With its networks on the meta device or anywhere. Raises UserError."""
-        return self._module.build(config, data)
+        return self.module().build(config, data)
 
     def restore(self, config: Config, folder: Path) -> Objective:
         """The objective of the trained run in a run folder, without its data."""
-        return self._module.restore(config, folder)
-
-    @property
-    def _module(self) -> ModuleType:
-        return importlib.import_module(self.module)
+        return self.module().restore(config, folder)

@@ -130,7 +130,10 @@ def test_a_models_text_is_shown_on_a_terminal_and_kept_in_a_file(trained, monkey
 
 def test_progress_bars_still_move(monkeypatch) -> None:
     """Two of them, with a line above: the same characters as without."""
+    monkeypatch.setattr(tqdm, "monitor_interval", 0)  # a thread that paints them now and then
+
     def bars(file: object) -> None:
+        tqdm._instances.clear()  # bars that another test left would take the first place
         with tqdm(total=2, file=file, ncols=40, mininterval=0, bar_format="{desc}|{bar}|") as outer, \
                 tqdm(total=2, file=file, ncols=40, position=1, leave=False, mininterval=0,
                      bar_format="{desc}|{bar}|") as inner:
@@ -138,7 +141,6 @@ def test_progress_bars_still_move(monkeypatch) -> None:
             inner.update(1)
             outer.update(1)
 
-    tqdm._instances.clear()  # bars that another test left would take the first place
     plain, shown = io.StringIO(), io.StringIO()
     bars(plain)
     monkeypatch.setattr(sys, "stderr", shown)
