@@ -57,6 +57,10 @@ class PortTaken(UserError):
     """Another program listens where the processes are to meet; nothing is wrong with the run."""
 
 
+class CheckpointNotWritten(UserError):
+    """A run's last checkpoint found no room, or its disk failed; nothing is wrong with the run."""
+
+
 def shortened(value: str) -> str:
     """What is left of a value in a message: its beginning, where it is long."""
     return value if len(value) <= 80 else f"{value[:60]}... ({len(value):,} characters)"

@@ -13,8 +13,8 @@
 they end with 1 whatever a process ended with, and die of SIGUSR1 themselves. So the run folder says the same in `ended.json`
 (`how`: complete, stopped, failed, lost, hang or unfit; `signal`, `step`, `exit_code`, and the `time` in UTC), which is removed
 when the run starts again; where there is none, the run goes on, or was killed outright. `lost`: another process of the run was
-killed, its machine is gone, the server of its data does not answer, or the port where the processes meet is taken. `unfit`:
-the node has no GPU for a process that Slurm gave one.
+killed, its machine is gone, the server of its data does not answer, the port where the processes meet is taken, or the last
+checkpoint found no room on the disk. `unfit`: the node has no GPU for a process that Slurm gave one.
 
 A job of Slurm ends with 0 where its run is complete, and else with the exit code of its run's last life (under a launcher, its
 processes end with 0 after a signal, which is no failure that the launcher should act upon). In its script,

@@ -25,7 +25,7 @@ from genscale.cluster.doctor import quick_check
 from genscale.cluster.job_records import steps_in
 from genscale.cluster.lives import Life, job_nodes, now, read_ended, read_lives, tell, this_job, write_lives
 from genscale.cluster.ports import free_port
-from genscale.cluster.why_ended import why_cut_off, why_ended
+from genscale.cluster.why_ended import of_the_disk, why_cut_off, why_ended
 from genscale.errors import UserError
 from genscale.training.checkpoint_names import latest_step
 from genscale.training.code_version import commit, in_words, snapshot
@@ -207,7 +207,8 @@ def _with_end(run: Path, life: Life, said: dict[str, Any] | None, code: int) -> 
     elif code in (UNFIT, NO_ROOM):
         how, reason = "unfit", f"{run} cannot be written, for want of space perhaps" if code == NO_ROOM else None
     else:
-        how, reason = "failed" if code == exit_codes.USER_ERROR else "killed", why_ended(run, life.job, code, life.began)
+        reason = why_ended(run, life.job, code, life.began)
+        how = "failed" if code == exit_codes.USER_ERROR and not of_the_disk(reason) else "killed"
     return replace(life, ended=now(), end_step=latest_step(run), how=how, reason=reason,
                    code=said["exit_code"] if said else code)
 

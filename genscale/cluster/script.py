@@ -43,12 +43,9 @@ class Training:
 
 CODE = re.compile(r"^export GENSCALE_CODE=.*$", re.MULTILINE)
 """The line of a script that says where the job's copy of genscale is."""
-STOP = [
-    'stop() { echo "error: job $job: $1" >&2',
-    '    { echo "$(date -u +%FT%T+00:00) job $job: $1" >>"$run/jobs/events.log"; } 2>/dev/null; exit 1; }',
-]
 STOP_AT_LINE = [
-    "stop_at_line() { trap - ERR EXIT DEBUG; stop \"site.setup: exit code $1 of \\`$(sed -n \"${at_line}p\" \"$0\")\\`\"; }",
+    "stop_at_line() { trap - ERR EXIT DEBUG",
+    "    stop \"site.setup: exit code $1 of \\`$(sed -n \"${at_line}p\" \"$0\")\\`\" $SLURMD_NODENAME; }",
     "trap '((LINENO == 1)) || at_line=$LINENO' DEBUG; trap 'stop_at_line $?' ERR EXIT",
 ]
 
@@ -140,8 +137,42 @@ def code_line(code: str) -> str:
     return f"export GENSCALE_CODE={'' if os.path.isabs(code) else '$PWD/'}{shlex.quote(code)}"
 
 
+def _stop(job: Job) -> list[str]:
+    """What the script does where a life cannot begin, and how it has the job started once more."""
+    again = FRUITLESS_LIVES - 1
+    return [
+        "# -- the job once more, without the nodes that are not fit",
+        "requeue() {",
+        "    trap '' TERM  # which the requeue sends to this shell",
+        "    for try in {1..60}; do  # Slurm's controller may be away for minutes",
+        '        if scontrol requeue "$job"; then',
+        '            [ -s "$run/jobs/exclude" ] || exit 0',
+        '            others=$(squeue --noheader --jobs="$job" --format=%x)  # that are left out already',
+        '            scontrol update JobId="$job" ExcNodeList="${others:+$others,}$(cat "$run/jobs/exclude")"',
+        "            exit 0",
+        "        fi",
+        "        sleep 10",
+        "    done",
+        "    exit 1",
+        "}",
+        "# -- what cannot begin ends the job; one that has lived may do better on another node, but not for ever",
+        "tell() {",
+        '    echo "error: job $job: $1" >&2',
+        '    { echo "$(date -u +%FT%T+00:00) job $job: $1" >>"$run/jobs/events.log"; } 2>/dev/null',
+        "}",
+        "stop() {  # REASON [NODE]",
+        f'    if [ -s "$run/jobs/lives.json" ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {job.max_requeues} ] &&',
+        f'        [ "$(tail -n {again} "$run/jobs/events.log" | grep -c "; requeued, for it has lived")" -lt {again} ]; then',
+        '        tell "$1; requeued, for it has lived before${2:+, without $2}"',
+        '        echo -n "$2" >"$run/jobs/exclude"; requeue',
+        "    fi",
+        '    tell "$1"; exit 1',
+        "}",
+    ]
+
+
 def _environment(job: Job, site: Site, training: Training) -> list[str]:
-    lines = ["# -- the environment of the site; a line that fails ends the job, and is named", *STOP]
+    lines = [*_stop(job), "", "# -- the environment of the site; a line that fails is named"]
     if setup := site.setup_lines(job.container):
         lines += [*site.module_lines(), *STOP_AT_LINE, *setup, "trap - ERR EXIT DEBUG"]
     exports = dict(site.environment)
@@ -199,7 +230,7 @@ def _before(site: Site) -> list[str]:
                   "    stop 'site.node_setup: a command has failed on a node (the line above names both)'"]
     if site.pre_commands:
         lines += ["# -- before the training, on the first node",
-                  "trap 'stop \"site.pre_commands: exit code $? of \\`$line\\`\"' EXIT",
+                  "trap 'stop \"site.pre_commands: exit code $? of \\`$line\\`\" $SLURMD_NODENAME' EXIT",
                   f"for line in {shlex.join(site.pre_commands)}; do eval \"$line\" || exit; done", "trap - EXIT"]
     return lines
 
@@ -242,16 +273,6 @@ def _life(job: Job, site: Site, training: Training) -> list[str]:
     here = '"${step[@]}" --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" ' if container else inside
     cap = f"--max-requeues {job.max_requeues}"
     return [
-        "# -- where not even that starts which ends a life: what has started before may do so on another node",
-        "cannot_start() {",
-        '    words="genscale cannot be started on $SLURMD_NODENAME (the log says why)"',
-        '    [ -s "$run/jobs/lives.json" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt ' + str(job.max_requeues) + ' ] &&',
-        f'        [ "$(tail -n {FRUITLESS_LIVES - 1} "$run/jobs/events.log" | grep -c "genscale cannot be started")" -lt '
-        f'{FRUITLESS_LIVES - 1} ] || stop "$words"',
-        '    (stop "$words; the job is requeued, and the node left out")',
-        '    echo "$SLURMD_NODENAME" >"$run/jobs/exclude"; code=75',
-        "}",
-        "",
         "# -- one life of the job. A task that has ended leaves the others in peace for a while, however it ended: it may have",
         "#    been the first to answer a signal",
         'step=(srun --export=ALL --nodes="$SLURM_NNODES" --cpus-per-task="$SLURM_CPUS_PER_TASK" --mem=0 --kill-on-bad-exit=0)',
@@ -272,20 +293,11 @@ def _life(job: Job, site: Site, training: Training) -> list[str]:
         "# -- its end, as the run folder tells it, for no exit code comes through a launcher; 75: there is to be another life",
         f'{here}{python} slurm end "$run" --code "$code" {cap}',
         "code=$?",
-        f'[ "$code" = 0 ] || [ "$code" = 75 ] || {here}{python} --version >/dev/null || cannot_start',
+        f'[ "$code" = 0 ] || [ "$code" = 75 ] || {here}{python} --version >/dev/null ||',
+        '    stop "genscale cannot be started on $SLURMD_NODENAME (the log says why)" $SLURMD_NODENAME',
         *(_after(site) if site.post_commands else []),
         '[ "$code" = 75 ] || exit "$code"',
-        "trap '' TERM  # which the requeue sends to this shell",
-        "for try in {1..60}; do  # Slurm's controller may be away for minutes",
-        '    if scontrol requeue "$job"; then',
-        '        [ -s "$run/jobs/exclude" ] || exit 0',
-        '        others=$(squeue --noheader --jobs="$job" --format=%x)  # that are left out already',
-        '        scontrol update JobId="$job" ExcNodeList="${others:+$others,}$(cat "$run/jobs/exclude")"',
-        "        exit 0",
-        "    fi",
-        "    sleep 10",
-        "done",
-        "exit 1",
+        "requeue",
     ]
 
 

@@ -39,6 +39,14 @@ _CONSEQUENCE = re.compile(r"ChildFailedError|SignalException|Connection (?:reset
 """Of what another process has met."""
 
 
+_DISK = re.compile(r"No space left on device|Disk quota exceeded|Input/output error|Stale file handle|Read-only file system")
+
+
+def of_the_disk(reason: str | None) -> bool:
+    """Whether that is a reason which a later life may not meet: a full disk, or a file server in trouble."""
+    return reason is not None and _DISK.search(reason) is not None
+
+
 def why_ended(run: Path, job: str, code: int | None, since: str | None) -> str | None:
     """The reason in a line; None where there is no trace of any.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from genscale import exit_codes
-from genscale.errors import PortTaken, SourceLost, UnfitNode, UserError
+from genscale.errors import CheckpointNotWritten, PortTaken, SourceLost, UnfitNode, UserError
 from genscale.masking import masked
 from genscale.reading import read_json
 from genscale.training.exclusive_file import give_name
@@ -122,7 +122,7 @@ class Ending:
 def _how(error: BaseException) -> How:
     if isinstance(error, UnfitNode):
         return "unfit"
-    return "lost" if isinstance(error, (PeerLost, SourceLost, PortTaken)) else "failed"
+    return "lost" if isinstance(error, (PeerLost, SourceLost, PortTaken, CheckpointNotWritten)) else "failed"
 
 
 def _exit_code(error: BaseException) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from genscale.errors import UserError
+from genscale.errors import CheckpointNotWritten, UserError
 from genscale.parallel.pieces import Piece
 from genscale.parallel.processes import Processes
 from genscale.training.checkpoint_writing import Files, commit, new_partial
@@ -121,7 +121,8 @@ class Saver:
         if isinstance(save.error, UserError):
             raise save.error
         if save.error is not None and save.contents.last:
-            raise UserError(f"{self._failure(save)}; last good checkpoint: {self._last_good()}")
+            kind = CheckpointNotWritten if isinstance(save.error, OSError) else UserError
+            raise kind(f"{self._failure(save)}; last good checkpoint: {self._last_good()}")
         return save.error is None
 
     def finish(self) -> None:

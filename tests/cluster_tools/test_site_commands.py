@@ -93,7 +93,21 @@ def test_where_python_cannot_be_started_the_job_ends_or_goes_to_another_node(job
         code, said = job({})
         assert code == (0 if again else 1) and ("scontrol requeue 77" in said) == again, said
         assert not again or "scontrol update JobId=77 ExcNodeList=node7" in said
-    assert (jobs / "events.log").read_text().count(f"{words}; the job is requeued, and the node left out") == 2
+    assert (jobs / "events.log").read_text().count(f"{words}; requeued, for it has lived before, without node7\n") == 2
+
+
+@pytest.mark.parametrize(("key", "without"), [("setup", ", without node7"), ("node_setup", ""),
+                                              ("pre_commands", ", without node7")])
+def test_a_command_that_fails_in_a_later_life_is_tried_again_elsewhere(key, without, job, tiny_run):
+    """A file server that is away for a minute must not end a job of weeks."""
+    (tiny_run / "jobs" / "lives.json").write_text('{"lives": []}')
+    ended = [job({key: ["(exit 7)"]}) for _ in range(3)]
+    assert [code for code, _ in ended] == [0, 0, 1]
+    assert ["scontrol requeue 77" in said for _, said in ended] == [True, True, False]
+    assert ("scontrol update JobId=77 ExcNodeList=node7" in ended[0][1]) == bool(without)
+    events = (tiny_run / "jobs" / "events.log").read_text().splitlines()
+    assert all(line.partition(" job 77: ")[2].startswith(f"site.{key}: ") for line in events)
+    assert [line.endswith(f"; requeued, for it has lived before{without}") for line in events] == [True, True, False]
 
 
 @pytest.mark.parametrize("line", ["ls /no-such-folder 2>/dev/null", "false || exit 2"])

@@ -109,6 +109,16 @@ def test_what_a_launcher_has_printed_of_its_process_is_the_reason(genscale, run,
     assert reason == f"a process on {host_name()} was lost (Signal 9 (SIGKILL) received by PID 31)"
 
 
+@pytest.mark.parametrize(("printed", "code"), [
+    ("error: checkpoint /r/step-00000007 could not be written: No space left on device; last good checkpoint: none", 75),
+    ("error: train.steps: must be a whole number", 2)])
+def test_a_full_disk_that_the_run_could_not_write_of_is_no_mistake(printed, code, genscale, run, say, in_job):
+    in_job("7")
+    say(genscale("slurm", "begin", run).out)
+    say(f"{printed}\n")
+    assert genscale("slurm", "end", run, "--code", 2).code == code
+
+
 @pytest.mark.parametrize(("printed", "states", "reason"), [
     (CANCELLED % "PREEMPTION", "", "Slurm: preemption"), ("", "NODE_FAIL\nRUNNING", "node fail"),
     ("", "", "nobody has told its end: its node died, or Slurm has requeued it")])  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from genscale.errors import UserError
+from genscale.errors import CheckpointNotWritten, UserError
 from genscale.parallel.pieces import pieces_of
 from genscale.parallel.processes import Processes
 from genscale.training import saving
@@ -77,7 +77,7 @@ def test_a_failed_save_is_one_warning_and_a_failed_last_one_an_error(alone, smal
     assert "step-00000020 could not be written: No space left on device; training goes on" in warning
     assert str(good.path) in warning
     saver.start(pieces(w=torch.randn(1_000_000)), contents(20, last=True))
-    with pytest.raises(UserError, match=f"step-00000020 could not be written: No space left.*good checkpoint: {good.path}"):
+    with pytest.raises(CheckpointNotWritten, match=f"step-00000020 could not be written: No space .*checkpoint: {good.path}"):
         saver.settle()
     assert len(caplog.records) == 1
     assert names(disk / "checkpoints") == ["step-00000010"] and good.digest() == digest and good.problem() is None
