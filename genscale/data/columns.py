@@ -33,6 +33,8 @@ def documents(table: Any, spec: Spec, where: str, first: int, start: int, step: 
         UserError: a column is not there or holds something else, or an answer is empty.
     """
     if isinstance(table, Values):
+        if not table.columns.keys() >= {rule.column for rule in spec.filters}:  # of a text file
+            raise spec.unknown_columns(where, table.names)
         rows = {name: values[start::step] for name, values in table.columns.items()}
     else:
         if error := spec.unknown_columns(where, table.column_names):

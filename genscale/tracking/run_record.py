@@ -81,8 +81,6 @@ class RunRecord:
         """A text, or a picture, uint8 `(height, width, 3)`."""
         is_text = isinstance(sample, str)
         self._writes.attempt("samples", lambda: write_whole(file, sample if is_text else _as_png(sample)))
-        if not file.parent.is_dir():  # W&B would make the folder of a run anew that was moved away
-            return
         if is_text:
             self._trackers.log_text(step, "sample", sample)
         else:

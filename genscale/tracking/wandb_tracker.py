@@ -11,7 +11,7 @@ import shlex
 import string
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,6 +76,7 @@ class WandbTracker:
         run_folder = Path(run_folder).resolve()
         str(run_folder).encode()  # W&B itself would log a traceback for a path that is no UTF-8
         folder = run_folder / "wandb"
+        self._folder = folder
         make_folder(folder)  # W&B itself would fall back to a temporary folder without a word, and make a moved run's anew
         run_id = _run_id(folder)
         import wandb  # a second to import: only runs that use it pay
@@ -109,11 +110,15 @@ class WandbTracker:
     def log_text(self, step: int, name: str, text: str) -> None:
         """A sample, shown as preformatted text."""
         page = f'<pre style="white-space: pre-wrap">{html.escape(text)}</pre>'
-        self._run.log({name: self._wandb.Html(page)}, step=step)
+        self._log_file(step, name, lambda: self._wandb.Html(page))
 
     def log_image(self, step: int, name: str, image: np.ndarray) -> None:
         """A picture, uint8 `(height, width, 3)`, kept as a PNG."""
-        self._run.log({name: self._wandb.Image(image)}, step=step)
+        self._log_file(step, name, lambda: self._wandb.Image(image))
+
+    def _log_file(self, step: int, name: str, make: Callable[[], Any]) -> None:
+        if self._folder.is_dir():  # W&B would make the folder of a run anew that was moved away
+            self._run.log({name: make()}, step=step)
 
     def close(self, exit_code: int = 0) -> None:
         """Finish the W&B run; a non-zero exit code marks it failed. Raises Unfinished."""

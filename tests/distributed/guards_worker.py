@@ -125,7 +125,7 @@ def run(folder: Path, variant: dict[str, Any], processes: Processes) -> dict[str
 
 
 def main(variants: list[dict[str, Any]], folder: Path) -> None:
-    FAMILIES["points"] = replace(FAMILIES["points"], build_data=PlantedPoints)
+    FAMILIES["points"].module().build_data = PlantedPoints
     clear_launch_environment()
     processes = Processes(need_group=True)
     results = {variant["name"]: run(folder, variant, processes) for variant in variants}
