@@ -56,8 +56,9 @@ def test_a_job_that_waits_is_shown_and_not_submitted_twice_and_cancelled(slurm, 
     script = run.folder / "jobs" / "0001" / "job.sbatch"
     assert f"\nconfig={script.parent}/config.yaml\n" in script.read_text()
     assert f"StdOut={run.folder}/logs/slurm-{job.id}.log" in cluster.slurm("scontrol", "-o", "show", "job", job.id)
-    row = slurm("status", run.folder).out.splitlines()[1].split()
-    assert row[:4] == [str(run.folder), job.id, "queued", "0"] and row[-1] == "JobHeldUser"
+    row = slurm("status", run.folder).out.splitlines()[1]
+    assert row.split()[:4] == [str(run.folder), job.id, "queued", "0"]
+    assert row.endswith(f"  JobHeldUser; once you know why: genscale slurm release {run.folder}")
     again = slurm("submit", "--config", run.config, "--site", site).message()
     assert f"{run.folder} has a job already: {job.id} (pending)" in again
     assert slurm("cancel", run.folder).out == f"cancelled job {job.id} (pending)\n"
