@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -265,5 +264,5 @@ def test_a_run_keeps_its_tokenizer(bpe: Tokenizer, tmp_path: Path) -> None:
 def test_the_family_is_registered() -> None:
     family = FAMILIES["gpt"]
     assert (family.model_settings, family.data_settings) == (GPTSettings, TextDataSettings)
-    module = importlib.import_module(family.module)
+    module = family.module()
     assert (module.build, module.restore) == (build, restore)
