@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -81,7 +82,8 @@ class Storm:
             try:
                 self._live(run, truth, self.runs[-1])
             except (AssertionError, subprocess.SubprocessError, OSError) as error:
-                self._fault(f"run {len(self.runs)}: {str(error)[:3000]}")
+                said = str(error)[:3000] or traceback.extract_tb(error.__traceback__)[-1].line
+                self._fault(f"run {len(self.runs)}: {said}")
                 shutil.copytree(run.home, self.folder / f"faulty-{len(self.runs)}", symlinks=True)
                 self.cluster.mend()
 

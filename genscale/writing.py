@@ -7,7 +7,9 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import secrets
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +17,8 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from genscale.errors import UserError
+
+_DRAFT = re.compile(r"\..+-[0-9a-f]{12}")
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -37,7 +41,7 @@ def write_draft(path: Path, content: str | bytes) -> Path:
     Raises:
         OSError: it cannot be written; nothing is left of it.
     """
-    draft = path.with_name(f".{path.name}-{secrets.token_hex(6)}")
+    draft = path.with_name(f".{path.name}-{secrets.token_hex(6)}")  # as _DRAFT has it
     try:
         with draft.open("xb") as file:  # which follows no link
             file.write(content.encode() if isinstance(content, str) else content)
@@ -58,6 +62,16 @@ def drafted(path: Path) -> Iterator[Path]:
         draft = Path(place) / path.name
         yield draft
         os.replace(draft, path)
+
+
+def clear_drafts(folder: Path) -> None:
+    """Delete what writers that were killed have left there. For folders that one process at a time writes to."""
+    for draft in folder.glob(".*"):
+        if draft.name.startswith(".new-") and draft.is_dir() and not draft.is_symlink():
+            shutil.rmtree(draft, ignore_errors=True)
+        elif _DRAFT.fullmatch(draft.name):
+            with contextlib.suppress(OSError):
+                draft.unlink()
 
 
 def no_link(path: str | Path, flags: int) -> int:

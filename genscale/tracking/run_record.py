@@ -17,7 +17,7 @@ from genscale.tracking.plots import plot_losses
 from genscale.tracking.progress import Progress
 from genscale.tracking.trackers import Trackers
 from genscale.tracking.writes import Writes
-from genscale.writing import drafted, write_whole
+from genscale.writing import clear_drafts, drafted, write_whole
 
 log = logging.getLogger("genscale")
 
@@ -90,6 +90,8 @@ class RunRecord:
         """The run has ended."""
         self._progress.close()
         self._writes.attempt("metrics.jsonl", self._metrics.close)
+        for name in ("plots", "samples"):  # of lives that were killed, one on a node that was cut off perhaps
+            clear_drafts(self.folder / name)
         try:
             with drafted(self.folder / "plots" / "loss.png") as picture:
                 plot_losses(self.folder / "metrics.jsonl", picture, title=self.name, loss_unit=loss_unit)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from genscale.config import Config, TrackingSettings
+from genscale.data.text_settings import TextDataSettings
+from genscale.models.gpt_settings import GPTSettings
 from genscale.tracking.metrics_file import MetricsFile, read_metrics
+from genscale.tracking.run_record import RunRecord
 from genscale.tracking.writes import Writes
 
 
@@ -38,3 +42,16 @@ def test_each_file_is_mentioned(tmp_path):
     for name in ("a", "b", "a"):
         writes.attempt(name, lambda name=name: (tmp_path / "absent" / name).write_text(""))
     assert [warning.split()[0] for warning in warnings] == ["a", "b"]
+
+
+def test_what_a_killed_life_was_drawing_is_gone_at_the_end(tmp_path):
+    """On a node that was cut off an earlier life may draw, and be killed, while the next one trains. What is not ours stays."""
+    (tmp_path / "plots" / ".new-1ma5rocj").mkdir(parents=True)
+    (tmp_path / "plots" / ".new-1ma5rocj" / "loss.png").write_bytes(b"half")
+    (tmp_path / "samples").mkdir()
+    for name in (".step-00000010.txt-0123456789ab", ".keep", "step-00000010.txt"):
+        (tmp_path / "samples" / name).write_text("")
+    config = Config(model=GPTSettings(), data=TextDataSettings(), tracking=TrackingSettings(wandb="disabled"))
+    RunRecord(tmp_path, config, {}, "tokens", 0, Writes(print)).close(failed=False, loss_unit="nats")
+    left = sorted(str(path.relative_to(tmp_path)) for folder in ("plots", "samples") for path in (tmp_path / folder).iterdir())
+    assert [name for name in left if name != "plots/loss.png"] == ["samples/.keep", "samples/step-00000010.txt"]
