@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from contestants import Failed, first_steps, race, whole_command
 from peers_cases import Case, Inputs, cases, nanogpt_command, our_nanogpt_twin
 from peers_inputs import nanogpt, shakespeare
 from report import circumstances, write
-from turns import compared
+from turns import compared, hogs
 
 LOSS_STEPS = 500
 SETTLED_STEP = 100
@@ -85,18 +84,6 @@ def to_the_first_step(inputs: Inputs, scratch: Path) -> dict[str, Any]:
             "tracking_disabled": compared({"genscale": turns["untracked"], **peers})}
 
 
-@contextmanager
-def busy(hogs: int) -> Iterator[None]:
-    """So many other processes that never rest."""
-    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(hogs)]
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-
-
 def everything(inputs: Inputs, seconds: float) -> Iterator[tuple[str, Case | None, Callable[[Path], dict[str, Any]]]]:
     """Name, case if it is one, and what measures it in a scratch folder."""
     for case in cases(inputs):
@@ -139,7 +126,7 @@ def main() -> None:
         result = circumstances(PACKAGES) | {"hogs": arguments.hogs, "comparisons": {}, "skipped": {}}
         need = any(case is None or case.needs_text for _, case, _ in work)
         lacking = missing_inputs(inputs, arguments.nanogpt, arguments.text) if need else ""
-        with busy(arguments.hogs):
+        with hogs(arguments.hogs):
             for number, (name, case, work_of) in enumerate(work, 1):
                 print(f"{number} of {len(work)}: {name}", file=sys.stderr, flush=True)
                 began = time.monotonic()

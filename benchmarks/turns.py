@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +18,18 @@ class Turn:
 
     seconds: float
     cpu_seconds: float
+
+
+@contextmanager
+def hogs(count: int) -> Iterator[None]:
+    """So many other processes that never rest."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def orders(names: Sequence[str]) -> Iterator[list[str]]:

@@ -12,7 +12,6 @@ contestant once more: what differs between the two is noise. A hog is a busy loo
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import json
 import os
@@ -20,9 +19,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from turns import hogs
 
 HERE = Path(__file__).resolve().parent
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -94,17 +94,6 @@ def work(case: str) -> None:
         seconds = [steps().seconds for _ in range(int(line))]
         print(json.dumps({"seconds": seconds, "cpu": time.process_time() - cpu}), file=out, flush=True)
     steps.close()
-
-
-@contextlib.contextmanager
-def hogs(count: int) -> Iterator[None]:
-    started = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for hog in started:
-            hog.kill()
-            hog.wait()
 
 
 def measure(case: str, shape: str, contestants: dict[str, dict[str, str]], busy: list[int], rounds: int,

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from genscale import exit_codes
 from genscale.cluster import fitness
@@ -31,6 +31,8 @@ from genscale.training.checkpoint_names import latest_step
 from genscale.training.code_version import commit, in_words, snapshot
 from genscale.training.run_owner import RunOwner
 from genscale.writing import make_folder, write_whole
+
+T = TypeVar("T")
 
 NOTHING_TO_DO = 10
 """Exit code of `begin`: an earlier life of the job has completed the run."""
@@ -60,16 +62,9 @@ def begin(run: Path, max_requeues: int, workers: int) -> int:
     one, or the job may not begin once more.
     """
     job, restart = this_job()
-    for seconds in (*ROOM_SECONDS, None):
-        try:
-            return _begin(run, job, restart, max_requeues, workers, last_try=seconds is None)
-        except (FileNotFoundError, NotADirectoryError):
-            raise
-        except OSError as error:
-            then = "this life ends" if seconds is None else f"tries again in {seconds:g} s"
-            tell(run, job, f"{host_name()}: {run} cannot be written ({error.strerror or error}); {then}")
-        time.sleep(seconds or 0)
-    return NO_ROOM
+    found = _with_patience(run, job, ROOM_SECONDS, f"{host_name()}: the beginning of a life", "this life ends",
+                           lambda last_try: _begin(run, job, restart, max_requeues, workers, last_try))
+    return NO_ROOM if found is None else found
 
 
 def _begin(run: Path, job: str, restart: int, max_requeues: int, workers: int, last_try: bool) -> int:
@@ -84,7 +79,7 @@ def _begin(run: Path, job: str, restart: int, max_requeues: int, workers: int, l
     checks = quick_check(run, workers)
     full = [check for check in checks if check.state == "failure" and check.name in fitness.OF_THE_DISK]
     if full and not last_try:
-        raise OSError(full[0].found)
+        raise OSError(f"{full[0].name}: {full[0].found}")
     for check in checks:
         if check.state == "warning":
             print(f"genscale: {host_name()}: warning: {check.name}: {check.found}; {check.remedy}", flush=True)
@@ -170,11 +165,13 @@ def end(run: Path, code: int, max_requeues: int) -> int:
     if life.how == "unfit" and code != NO_ROOM:
         verdict = fitness.judge(run, life.nodes, job, restart, seconds=0)
         excluded, life = verdict.excluded, replace(life, reason=verdict.reason or life.reason)
-        _with_patience(run, job, "the nodes to be left out", lambda: fitness.exclude(run, excluded))
+        _with_patience(run, job, RETRY_SECONDS, "the nodes to be left out", "goes on without",
+                       lambda _: fitness.exclude(run, excluded))
     mine = [each for each in lives if each.job == job] + [life]
     stop = why_not_again(life, mine, max_requeues, excluded)
     life = replace(life, goes_on=stop is None, stop=stop)
-    _with_patience(run, job, "the end of this life", lambda: write_lives(run, [*lives, life]))
+    _with_patience(run, job, RETRY_SECONDS, "the end of this life", "goes on without",
+                   lambda _: write_lives(run, [*lives, life]))
     how = f"{life.how}{f' ({life.reason})' if life.reason and life.how != 'complete' else ''}"
     left_out = f"; {', '.join(excluded)} is left out of the next life" if excluded and stop is None else ""
     tell(run, job, f"life {len(mine)} ended after step {life.end_step}: {how}; {stop or 'the job is requeued'}{left_out}")
@@ -183,19 +180,28 @@ def end(run: Path, code: int, max_requeues: int) -> int:
     return exit_codes.DONE if life.how == "complete" else life.code or exit_codes.OUR_ERROR
 
 
-def _with_patience(run: Path, job: str, what: str, write: Callable[[], None]) -> None:
+def _with_patience(run: Path, job: str, pauses: Sequence[float], what: str, at_last: str,
+                   write: Callable[[bool], T]) -> T | None:
     """A disk that is full, or away for a moment, must not be the end of a job whose last checkpoint is whole: without a word
-    about its end, the next life takes this one for killed. Raises OSError where the run folder is gone."""
-    for seconds in (*RETRY_SECONDS, None):
+    about its end, the next life takes this one for killed.
+
+    Args:
+        pauses: seconds between two tries.
+        at_last: what becomes of it where the last one fails too.
+        write: is told whether it is the last try.
+
+    Returns: what `write` returned; None where no try came through. Raises OSError where the run folder is gone.
+    """
+    for seconds in (*pauses, None):
         try:
-            write()
-            return
+            return write(seconds is None)
         except (FileNotFoundError, NotADirectoryError):
             raise
         except OSError as error:
-            then = "goes on without" if seconds is None else f"tries again in {seconds:g} s"
-            tell(run, job, f"{what} cannot be written to {run} ({error.strerror}); {then}")
+            then = at_last if seconds is None else f"tries again in {seconds:g} s"
+            tell(run, job, f"{what} cannot be written to {run} ({error.strerror or error}); {then}")
         time.sleep(seconds or 0)
+    return None
 
 
 def _with_end(run: Path, life: Life, said: dict[str, Any] | None, code: int) -> Life:

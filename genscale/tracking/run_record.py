@@ -90,8 +90,9 @@ class RunRecord:
         """The run has ended."""
         self._progress.close()
         self._writes.attempt("metrics.jsonl", self._metrics.close)
-        for name in ("plots", "samples"):  # of lives that were killed, one on a node that was cut off perhaps
-            clear_drafts(self.folder / name)
+        if not failed:  # else a later life may have the folder, and draw there
+            for name in ("plots", "samples"):  # of lives that were killed, one on a node that was cut off perhaps
+                clear_drafts(self.folder / name)
         try:
             with drafted(self.folder / "plots" / "loss.png") as picture:
                 plot_losses(self.folder / "metrics.jsonl", picture, title=self.name, loss_unit=loss_unit)
