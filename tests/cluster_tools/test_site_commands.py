@@ -110,6 +110,17 @@ def test_a_command_that_fails_in_a_later_life_is_tried_again_elsewhere(key, with
     assert [line.endswith(f"; requeued, for it has lived before{without}") for line in events] == [True, True, False]
 
 
+@pytest.mark.parametrize(("nodes", "left_out"), [("node7", False), ("node7\nnode7\nnode8", True)])
+def test_no_node_is_left_out_that_the_job_could_not_do_without(nodes, left_out, job, tool, tiny_run):
+    """It would wait in the queue for ever."""
+    tool("sinfo", f"printf '{nodes}\n'")
+    (tiny_run / "jobs" / "lives.json").write_text('{"lives": []}')
+    code, said = job({"pre_commands": ["(exit 7)"]})
+    assert code == 0 and "scontrol requeue 77" in said
+    assert ("scontrol update JobId=77 ExcNodeList=node7" in said) == left_out
+    assert ("genscale: job 77: node7 is not left out: the partition has 0 other nodes" in said) != left_out
+
+
 @pytest.mark.parametrize("line", ["ls /no-such-folder 2>/dev/null", "false || exit 2"])
 @pytest.mark.parametrize(("key", "where"), [("node_setup", "error: node7: "), ("pre_commands", "error: job 77: ")])
 def test_a_command_before_the_training_that_fails_ends_the_job(key, where, line, job):
