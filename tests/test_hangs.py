@@ -31,9 +31,18 @@ def bug():
     raise RuntimeError("a bug of ours")
 
 def busy():
-    until = time.process_time() + 3  # which stands still while the process does
+    from genscale.training.watchdog import Watchdog
+    until = time.thread_time() + 2.5  # which stands still while the process does
+    if "ASLEEP_IN" in os.environ:  # within a look of the watchdog, and at once
+        method = os.environ.pop("ASLEEP_IN")
+        look = getattr(Watchdog, method)
+        def asleep(watchdog, *arguments):
+            look(watchdog, *arguments)
+            setattr(Watchdog, method, look)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        setattr(Watchdog, method, asleep)
     print("busy", file=sys.stderr, flush=True)
-    while time.process_time() < until:
+    while time.thread_time() < until:
         pass
 
 def mistake():
@@ -136,20 +145,25 @@ def test_of_three_processes_the_killed_one_is_named_once(fate, tiny_run):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_suspended_does_not_hang(tiny_config, tiny_run, tmp_path):
+@pytest.mark.parametrize("asleep_in", [None, "_beat"])
+def test_a_run_that_was_suspended_does_not_hang(asleep_in, tiny_config, tiny_run, tmp_path):
     """All of it, in the middle of a step, for longer than it may hang: by a scheduler, or a laptop's lid."""
     script = tmp_path / "planted.py"
     script.write_text(PLANTED)
     command = [sys.executable, str(script), "busy", "loss", "1", "--config", str(tiny_config), "--guards.hang_minutes", "0.1"]
     root = Path(__file__).resolve().parents[1]
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "FATED": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
-             "PYTHONPATH": str(root)}
+             "PYTHONPATH": str(root), **({"ASLEEP_IN": asleep_in} if asleep_in else {})}
     run = psutil.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True, env={**os.environ, **alone})
     try:
         while "busy" not in (line := run.stderr.readline()):
             assert line, "ended too early"
-        time.sleep(1.5)  # for the watchdog to have seen that nothing moves
-        run.suspend()
+        if asleep_in:
+            while run.status() != psutil.STATUS_STOPPED:
+                time.sleep(0.1)
+        else:
+            time.sleep(1.5)  # for the watchdog to have seen that nothing moves
+            run.suspend()
         time.sleep(8)
         run.resume()
         _, said = run.communicate(timeout=120)

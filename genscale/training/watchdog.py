@@ -141,19 +141,21 @@ class Watchdog:
         return self.processes.beats, self.processes.writes
 
     def _run(self) -> None:
+        # All that follows from a look is counted up to its beginning: the process may be suspended in the middle of one, and
+        # only the next knows for how long.
         looked = time.monotonic()
         while not self._closed.wait(self.poll):
             asleep, looked = time.monotonic() - looked - self.poll, time.monotonic()
             if asleep > self.poll:  # the whole process was: a suspended job, a laptop's lid
                 self._since += asleep
             if (progress := self._progress()) != self._seen:
-                self._seen, self._since, self._since_when = progress, time.monotonic(), datetime.now(UTC)
+                self._seen, self._since, self._since_when = progress, looked, datetime.now(UTC)
             if not self._keep_the_folder():
                 continue
             with contextlib.suppress(OSError):  # a full disk
                 self._beat()
-            self._leave_with_the_others()
-            late = self.limit and time.monotonic() - self._since > self.limit
+            self._leave_with_the_others(looked)
+            late = self.limit and looked - self._since > self.limit
             if self._in_loop and (late or os.path.exists(self._alarm)):  # Path.exists raises where a server is out of reach
                 self._hang()
 
@@ -203,13 +205,13 @@ class Watchdog:
         # A process that is stopped in the middle leaves the former one.
         write_whole(self._file("heartbeat", self.processes.rank, "json"), json.dumps(heartbeat))
 
-    def _leave_with_the_others(self) -> None:
+    def _leave_with_the_others(self, looked: float) -> None:
         """A process that waits for one that has failed may wait for long: in a library, or for a device."""
         said = self.ending.said()
         if said is None or said["how"] not in ("failed", "lost", "hang"):
             return
-        self._left = self._left or time.monotonic()
-        idle = time.monotonic() - max(self._left, self._since)  # a checkpoint may still be on its way to the disk
+        self._left = self._left or looked
+        idle = looked - max(self._left, self._since)  # a checkpoint may still be on its way to the disk
         if self.ending.is_ours() and idle > CLOSING_SECONDS:
             self._exit(said["exit_code"], said["reason"])
         elif not self.ending.is_ours() and idle > GRACE_SECONDS:
