@@ -14,7 +14,8 @@ ORDER = [
     {"cli", "__main__", "verbs"}, {"cluster"}, {"planning"}, {"training"}, {"tracking"}, {"evaluation"}, {"interop"},
     {"parallel"}, {"objectives"}, {"data"}, {"models"},
     {"config", "config_parser", "config_keys", "config_mistakes", "config_numbers"},
-    {"rng"}, {"errors", "exit_codes", "reading", "writing"}, {"masking", "printable"}, {"__init__"},
+    {"rng"}, {"errors", "exit_codes", "reading", "writing"}, {"masking", "printable"},
+    {"__init__"}, {"process_settings"},
 ]  # fmt: skip
 STRATEGIES = {"single", "ddp", "zero1", "zero2", "zero3", "fsdp2"}
 SPREADING = ("accelerate", "deepspeed", "torch.distributed.fsdp", "torch.distributed._composable", "torch.nn.parallel")

@@ -7,9 +7,12 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from genscale.process_settings import SPINS, Look, is_quiet, look
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = next((Path(importlib.util.find_spec("torch").origin).parent / "lib").glob("libgomp*"), None)
@@ -45,6 +48,48 @@ def python(code: str, **variables: str) -> subprocess.CompletedProcess:
 def test_threads_spin_shortly_unless_the_user_says_otherwise(variables, spins):
     shown = python(WAITING, OMP_DISPLAY_ENV="verbose", **variables).stderr
     assert f"GOMP_SPINCOUNT = '{spins}'" in shown
+
+
+LOOKING = """
+import genscale, os, time
+from genscale.process_settings import wait_longer_if_quiet
+time.sleep(0.5)
+wait_longer_if_quiet()
+print(os.environ.get("GOMP_SPINCOUNT"))
+"""
+
+
+@pytest.mark.skipif(look() is None, reason="this system does not tell what its cores do")
+def test_beside_busy_loops_threads_do_not_spin_longer():
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in os.sched_getaffinity(0)]
+    try:
+        spins = python(LOOKING).stdout.strip()
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+    assert spins == SPINS
+
+
+def test_what_the_user_has_said_of_waiting_stays():
+    assert python(LOOKING, GOMP_SPINCOUNT="7").stdout.strip() == "7"
+
+
+@pytest.mark.parametrize(("others", "cores", "threads", "quiet"), [
+    (0.0, 2, 2, True), (0.2, 2, 2, True), (1.0, 2, 2, False), (1.0, 2, 1, True), (3.0, 8, 4, True), (5.0, 8, 4, False),
+])  # fmt: skip
+def test_a_machine_is_quiet_where_each_thread_has_a_core(others, cores, threads, quiet):
+    before, now = Look(at=5.0, busy=100.0, own=1.0, cores=cores), Look(5.5, 100.0 + 0.5 * others + 0.4, 1.4, cores)
+    assert is_quiet(before, now, threads) == quiet
+
+
+@pytest.mark.skipif(look() is None, reason="this system does not tell what its cores do")
+def test_a_look_counts_the_work_of_this_process():
+    before = look()
+    while time.process_time() < before.own + 0.3:
+        pass
+    now = look()
+    assert now.own - before.own >= 0.3 and now.busy - before.busy >= 0.25
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")

@@ -15,6 +15,7 @@ from genscale.errors import UserError
 from genscale.masking import masked
 from genscale.objectives import FAMILIES
 from genscale.parallel.launcher import has_launcher
+from genscale.process_settings import wait_longer_if_quiet
 from genscale.training.ending import RUN, SUBMIT, before_the_run
 from genscale.training.signals import StopSignal
 
@@ -41,6 +42,7 @@ def main(arguments: list[str], stop: StopSignal) -> int:
     audited, settings = take_number(arguments, "--audit", least=1)
     with before_the_run():
         config = parse_config(FAMILIES, settings, description=DESCRIPTION)
+    wait_longer_if_quiet()
     from genscale.training.run import derive_accumulation, train  # torch takes a second to load, --help and mistakes need none
 
     if processes is not None:
