@@ -146,10 +146,9 @@ def race(programs: dict[str, Program], scratch: Path, seconds: float, unit: int 
     """
     running: dict[str, Contestant] = {}
     try:
-        for name, program in programs.items():
+        for name, program in programs.items():  # one after the other: ours asks how busy the machine is as it starts
             running[name] = Contestant(program, scratch / name)
-        for contestant in running.values():
-            contestant.wait_until_ready()
+            running[name].wait_until_ready()
         slowest = 0.0
         for contestant in running.values():
             contestant.turn(WARMUP_STEPS * unit)

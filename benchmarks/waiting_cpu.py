@@ -3,10 +3,11 @@
     python benchmarks/waiting_cpu.py --out benchmarks/results/waiting-cpu.json        # on a quiet machine: five minutes
     python benchmarks/waiting_cpu.py --cases gpt --shapes 1x2 --spins 100,250,1000    # other spin counts than ours
 
-Every contestant is a process (or a group of them) of its own, for libgomp reads how it is to wait when torch is loaded; all are
-started once and then take turns of some steps each, so that whatever else the machine does falls on all. genscale is imported
-first, as the command line does, and a contestant that says nothing waits as `genscale train` lets it. "again" is the first
-contestant once more: what differs between the two is noise. A hog is a busy loop in Python.
+Every contestant is a process (or a group of them) of its own, for libgomp reads how it is to wait when torch is loaded. They
+are started one after the other, beside the hogs, and then take turns of some steps each, so that whatever else the machine does
+falls on all. genscale is imported first, as the command line does, and a contestant that says nothing waits as `genscale train`
+lets it, which looks at what the machine does as it starts. "again" is the first contestant once more: what differs between the
+two is noise. A hog is a busy loop in Python; "later" are two hogs that come when the contestants have started.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ CONTESTANTS: dict[str, dict[str, str]] = {
     "product": {}, "again": {}, "passive": {"OMP_WAIT_POLICY": "passive"}, "torch": {"GOMP_SPINCOUNT": "300000"}}
 GPT = ["--model.family=gpt", "--model.layers=4", "--model.heads=4", "--model.width=128", "--model.positions=64",
        "--data.sequence_length=64", "--train.global_batch_size=12", "--train.precision=fp32"]
-CASES = ("gpt", "dcgan", "vae")
-"""nanoGPT's setting for a CPU, and the two families' digits.yaml."""
+CASES = ("gpt", "dcgan", "vae", "points")
+"""nanoGPT's setting for a CPU, the two families' digits.yaml, and points/ring.yaml."""
 SHAPES = {"1x1": (1, 1), "1x2": (1, 2), "2x1": (2, 1)}
 """Processes x threads of each."""
 WARMUP_STEPS = 10
@@ -81,10 +82,13 @@ def work(case: str) -> None:
     importlib.import_module("genscale")  # first, as in the product
     from genscale.config_parser import parse_config
     from genscale.objectives import FAMILIES
+    from genscale.process_settings import wait_longer_if_quiet
+
+    file = HERE.parent / "configs" / case / ("ring.yaml" if case == "points" else "digits.yaml")
+    config = parse_config(FAMILIES, GPT if case == "gpt" else ["--config", str(file)], description="")
+    wait_longer_if_quiet()
     from our_step import OurSteps
 
-    config = parse_config(FAMILIES, GPT if case == "gpt" else ["--config", str(HERE.parent / "configs" / case / "digits.yaml")],
-                          description="")
     steps = OurSteps(config)
     for _ in range(WARMUP_STEPS):
         steps()
@@ -96,40 +100,52 @@ def work(case: str) -> None:
     steps.close()
 
 
-def measure(case: str, shape: str, contestants: dict[str, dict[str, str]], busy: list[int], rounds: int,
+def measure(case: str, shape: str, contestants: dict[str, dict[str, str]], busy: list[str], rounds: int,
             turn_seconds: float) -> dict[str, Any]:
-    processes, threads = SHAPES[shape]
-    running = {name: Contestant(case, processes, threads, waiting, 29500 + index)
-               for index, (name, waiting) in enumerate(contestants.items())}
-    for contestant in running.values():
-        contestant.ready()
     result: dict[str, Any] = {}
     for count in busy:
-        seconds: dict[str, list[float]] = {name: [] for name in running}
-        means: dict[str, list[float]] = {name: [] for name in running}
-        cpu: dict[str, list[float]] = {name: [] for name in running}
-        counts = dict.fromkeys(running, 4)
-        with hogs(count):
-            time.sleep(0.5 if count else 0)
-            for turn in range(rounds):
-                order = list(running)
-                for name in order[turn % len(order):] + order[:turn % len(order)]:
-                    some, spent = running[name].steps(counts[name])
-                    seconds[name] += some
-                    means[name].append(sum(some) / len(some))
-                    counts[name] = min(max(round(turn_seconds / means[name][-1]), 2), 50)
-                    cpu[name].append(spent)
-        result[f"hogs {count}"] = {name: {
-            "least_ms": 1e3 * min(seconds[name]), "quartiles_ms": [1e3 * q for q in statistics.quantiles(seconds[name], n=4)],
-            "mean_ms": 1e3 * statistics.mean(seconds[name]), "median_turn_ms": 1e3 * statistics.median(means[name]),
-            "cpu_ms": 1e3 * statistics.median(cpu[name])} for name in running}
-        for name, each in result[f"hogs {count}"].items():
+        before, after = (0, 2) if count == "later" else (int(count), 0)
+        with hogs(before):
+            running = start(case, shape, contestants)
+            with hogs(after):
+                time.sleep(0.5)
+                result[f"hogs {count}"] = found = taken(running, rounds, turn_seconds)
+            for contestant in running.values():
+                contestant.close()
+        for name, each in found.items():
             print(f"{case} {shape} hogs {count} {name:>10}: least {each['least_ms']:7.2f} quartiles "
                   + " ".join(f"{q:7.2f}" for q in each["quartiles_ms"])
                   + f" mean {each['mean_ms']:7.2f} turn {each['median_turn_ms']:7.2f} cpu {each['cpu_ms']:7.2f}", flush=True)
-    for contestant in running.values():
-        contestant.close()
     return result
+
+
+def start(case: str, shape: str, contestants: dict[str, dict[str, str]]) -> dict[str, Contestant]:
+    processes, threads = SHAPES[shape]
+    running = {}
+    for index, (name, waiting) in enumerate(contestants.items()):
+        running[name] = Contestant(case, processes, threads, waiting, 29500 + index)
+        running[name].ready()
+        time.sleep(0.2)  # its threads sleep by then
+    return running
+
+
+def taken(running: dict[str, Contestant], rounds: int, turn_seconds: float) -> dict[str, dict[str, Any]]:
+    seconds: dict[str, list[float]] = {name: [] for name in running}
+    means: dict[str, list[float]] = {name: [] for name in running}
+    cpu: dict[str, list[float]] = {name: [] for name in running}
+    counts = dict.fromkeys(running, 4)
+    for turn in range(rounds):
+        order = list(running)
+        for name in order[turn % len(order):] + order[:turn % len(order)]:
+            some, spent = running[name].steps(counts[name])
+            seconds[name] += some
+            means[name].append(sum(some) / len(some))
+            counts[name] = min(max(round(turn_seconds / means[name][-1]), 2), 50)
+            cpu[name].append(spent)
+    return {name: {"least_ms": 1e3 * min(seconds[name]),
+                   "quartiles_ms": [1e3 * q for q in statistics.quantiles(seconds[name], n=4)],
+                   "mean_ms": 1e3 * statistics.mean(seconds[name]), "median_turn_ms": 1e3 * statistics.median(means[name]),
+                   "cpu_ms": 1e3 * statistics.median(cpu[name])} for name in running}
 
 
 def main() -> None:
@@ -137,7 +153,7 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--shapes", default="1x2,2x1", help=f"processes x threads, of {', '.join(SHAPES)}")
-    parser.add_argument("--hogs", default="0,1,2")
+    parser.add_argument("--hogs", default="0,1,2,later")
     parser.add_argument("--spins", default="", help="spin counts to try besides, as in 1000,10000")
     parser.add_argument("--without", default="", help="contestants to leave out")
     parser.add_argument("--rounds", type=int, default=6)
@@ -155,7 +171,7 @@ def main() -> None:
     result = circumstances(["torch"]) | {"load_before": os.getloadavg(), "cases": {}}
     for case in arguments.cases.split(","):
         for shape in arguments.shapes.split(","):
-            result["cases"][f"{case} {shape}"] = measure(case, shape, contestants, [int(n) for n in arguments.hogs.split(",")],
+            result["cases"][f"{case} {shape}"] = measure(case, shape, contestants, arguments.hogs.split(","),
                                                          arguments.rounds, arguments.turn)
     result["load_after"] = os.getloadavg()
     write(result, arguments.out)

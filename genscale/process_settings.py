@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 WAITING = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
 SPINS = "500"
-"""Looks that a thread of libgomp takes for its next piece of work before it sleeps (some 10 microseconds): so few that they cost
-little on a machine that does other things as well. Its own 300,000 make a step there five times slower."""
+"""Looks that a thread of libgomp takes for its next piece of work before it sleeps (some 10 microseconds): so few that
+they cost little on a machine that does other things as well. Its own 300,000 make a step there five times slower."""
 SPINS_WHEN_QUIET = "20000"
 """Enough for what lies between two operations of a step: to wake a thread that sleeps takes longer than most of them."""
 SLACK = 0.25
@@ -34,7 +34,7 @@ _first_look: Look | None = None
 
 
 def wait_shortly() -> None:
-    """Idle threads of torch's OpenMP, which reads this when it is loaded, soon sleep, unless the user has said how they wait."""
+    """Idle threads of torch's OpenMP soon sleep, unless the user has said how they wait. It is read when torch is loaded."""
     global _first_look
     if not set(WAITING) & os.environ.keys():
         os.environ.update(OMP_WAIT_POLICY="passive", GOMP_SPINCOUNT=SPINS)
