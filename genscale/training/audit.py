@@ -86,7 +86,7 @@ class AuditedTrainer(Trainer):
         self.watched = _WatchedLoader(loader)
         config = replace(config, guards=GuardSettings(non_finite="stop"))  # an update that was left out would tell nothing
         # A hook that wants to know makes the trainer look at each step's losses.
-        super().__init__(config, objective, engine, self.watched, [Hook(1, lambda report: None)],  # type: ignore[arg-type]
+        super().__init__(config, objective, engine, self.watched, [Hook()],  # type: ignore[arg-type]
                          last_good=lambda: "none")
         self.steps = steps
         world = self.processes.world_size

@@ -105,7 +105,7 @@ def farewell(result: RunResult, settings: Sequence[str]) -> str:
         lines += [f"sample: {result.preview}"]
     elif result.preview:
         lines += ["sample:", *(f"  | {line}" for line in result.preview.splitlines()), ""]
-    scores = ", ".join(f"{name.replace('_', ' ')} {figure(value)}" for name, value in result.metrics.items())
+    scores = ", ".join(f"{name.replace('_', ' ')} {figure(value)}" for name, value in result.evaluation.items())
     longer = command([*settings, "--train.steps", str(2 * result.step)], drop=["--run.resume"])
     word, again = shlex.quote(str(folder)), f"--config {shlex.quote(f'{folder}/config.yaml')}"
 

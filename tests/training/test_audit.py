@@ -131,7 +131,7 @@ def test_a_clean_run_has_no_fault_and_is_the_run_that_nobody_watched() -> None:
     assert {name: findings.runs for name, findings in report.findings.items()} == \
         {"discriminate": 2 * STEPS, "regularise": 1, "generate": STEPS}
     twin.phases[1] = replace(twin.phases[1], every=STEPS)  # the audit makes it run within its steps
-    trainer = trained(twin, lambda *args: Trainer(*args, [Hook(1, lambda report: None)], lambda: "none"))
+    trainer = trained(twin, lambda *args: Trainer(*args, [Hook()], lambda: "none"))
     trainer.run(1)
     trainer.loader.close()
     for name, network in objective.networks.items():
