@@ -80,9 +80,9 @@ def work(case: str) -> None:
     """What a contestant's process does: so many steps for each number that comes in."""
     out, sys.stdout = sys.stdout, sys.stderr
     importlib.import_module("genscale")  # first, as in the product
-    from genscale.config_parser import parse_config
     from genscale.objectives import FAMILIES
     from genscale.process_settings import wait_longer_if_quiet
+    from genscale.settings.parser import parse_config
 
     file = HERE.parent / "configs" / case / ("ring.yaml" if case == "points" else "digits.yaml")
     config = parse_config(FAMILIES, GPT if case == "gpt" else ["--config", str(file)], description="")

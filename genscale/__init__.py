@@ -1,9 +1,33 @@
 """genscale trains generative models at any scale: a run is the same run however it is sharded, interrupted or resized."""
 
-from genscale.process_settings import keep_memory, wait_shortly
+import importlib
+from typing import Any
+
+from genscale.process_settings import keep_memory, wait_longer_if_quiet, wait_shortly
 
 __version__ = "0.1.0"
 
 # Here, which runs before anything else of genscale, and before torch.
 wait_shortly()
 keep_memory()
+
+_HOMES = {"config": "genscale.api", "train": "genscale.api", "load": "genscale.api", "Config": "genscale.settings.config",
+          "Hook": "genscale.training.step_report", "every": "genscale.training.step_report",
+          "Order": "genscale.training.step_report",
+          "StepReport": "genscale.training.step_report", "RunResult": "genscale.training.run",
+          "TrainedRun": "genscale.evaluation.trained_run", "UserError": "genscale.errors"}
+"""The public names and where they are, for `__getattr__`: who imports genscale need not wait for torch. Type checkers read the
+same in `__init__.pyi`."""
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'genscale' has no attribute '{name}'")
+    if name == "train":
+        wait_longer_if_quiet()
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -14,6 +14,8 @@ SPINS = "500"
 they cost little on a machine that does other things as well. Its own 300,000 make a step there five times slower."""
 SPINS_WHEN_QUIET = "20000"
 """Enough for what lies between two operations of a step: to wake a thread that sleeps takes longer than most of them."""
+WINDOW_SECONDS = 0.1
+"""At least so long is looked at the machine: a kernel counts in hundredths of a second."""
 SLACK = 0.25
 """Cores' worth of what others do that a quiet machine may show: a desktop, a shell, the tick of a clock."""
 LARGE = 2**27
@@ -47,6 +49,7 @@ def wait_longer_if_quiet() -> None:
     To be called before torch is loaded, by who is to train. Processes that it starts inherit the choice."""
     if _first_look is None or "torch" in sys.modules or os.environ.get("GOMP_SPINCOUNT") != SPINS:
         return
+    time.sleep(max(0.0, _first_look.at + WINDOW_SECONDS - time.monotonic()))
     now = look()
     if now is not None and is_quiet(_first_look, now, _threads(now.cores)):
         os.environ["GOMP_SPINCOUNT"] = SPINS_WHEN_QUIET

@@ -11,15 +11,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # A row may import itself and the rows below it. The package's own __init__ stands at the foot: importing any room runs it.
 ORDER = [
-    {"cli", "__main__", "verbs"}, {"cluster"}, {"planning"}, {"training"}, {"tracking"}, {"evaluation"}, {"interop"},
+    {"cli", "__main__", "verbs", "api"}, {"cluster"}, {"planning"}, {"training"}, {"tracking"}, {"evaluation"}, {"interop"},
     {"parallel"}, {"objectives"}, {"data"}, {"models"},
-    {"config", "config_parser", "config_keys", "config_mistakes", "config_numbers"},
+    {"settings"},
     {"rng"}, {"errors", "exit_codes", "reading", "writing"}, {"masking", "printable"},
     {"__init__"}, {"process_settings"},
 ]  # fmt: skip
 STRATEGIES = {"single", "ddp", "zero1", "zero2", "zero3", "fsdp2"}
 SPREADING = ("accelerate", "deepspeed", "torch.distributed.fsdp", "torch.distributed._composable", "torch.nn.parallel")
-KNOWS_STRATEGIES = {"parallel", "config", "config_parser", "cli"}
+KNOWS_STRATEGIES = {"parallel", "settings", "cli"}
 
 
 def modules(package: Path) -> dict[str, Path]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,6 +21,11 @@ from genscale.parallel.precision import keep_fp32
 
 T = TypeVar("T")
 BOARD = 128
+_stores: list[tuple[dist.Store, str]] = []
+"""Where the processes have met first, and over which backend: a later run of this process meets there again. A second meeting
+at the launcher's address would find what the first has left."""
+_later_runs = itertools.count(1)
+
 
 
 class Processes:
@@ -40,13 +48,19 @@ class Processes:
     """
 
     def __init__(self, need_group: bool = False, timeout_minutes: float = 30) -> None:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, PartialState
         from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
         self.doing, self.beats, self.writes = "starting", 0, 0
         self.board: mmap | None = None
+        self._is_guest = dist.is_initialized()  # in a group, or beside an Accelerator, of the script that called
+        self._shares_accelerate = bool(PartialState._shared_state)
         use_cpu = on_cpu()
-        if need_group and "RANK" not in os.environ:
+        if self._is_guest:
+            pass
+        elif "RANK" in os.environ and _stores:
+            _meet_again(timeout_minutes)
+        elif need_group and "RANK" not in os.environ:
             backend = "gloo" if use_cpu else "cuda:nccl,cpu:gloo"
             dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
         # DDP with BatchNorm called twice before backward fails if buffers are broadcast in forward (pytorch issue 175024).
@@ -68,6 +82,8 @@ class Processes:
         keep_fp32()
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        if "RANK" in os.environ and not self._is_guest and not _stores:
+            _stores.append((dist.distributed_c10d._get_default_store(), dist.get_backend()))
         # What the host knows is agreed upon between hosts, without waiting for what the devices still compute.
         self._host_group = None
         if self.world_size > 1 and self.device.type != "cpu":
@@ -142,8 +158,25 @@ class Processes:
         return result  # type: ignore[return-value]
 
     def close(self) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        """Leave the group, where it was made for this run; another run of this process makes its own."""
+        from accelerate.state import AcceleratorState
+
+        if dist.is_initialized() and not self._is_guest:
+            gc.collect()  # wrappers hold the group, whose threads should not outlive it
+            deepspeed = sys.modules.get("deepspeed.comm")
+            if deepspeed is not None and deepspeed.comm.cdb is not None:
+                deepspeed.destroy_process_group()  # which forgets the groups that it has kept, too
+            else:
+                dist.destroy_process_group()
+        if not self._is_guest and not self._shares_accelerate:
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _meet_again(timeout_minutes: float) -> None:
+    """The group of a later run of this process."""
+    store, backend = _stores[0]
+    dist.init_process_group(backend, store=dist.PrefixStore(f"genscale/{next(_later_runs)}", store), rank=int(os.environ["RANK"]),
+                            world_size=int(os.environ["WORLD_SIZE"]), timeout=timedelta(minutes=timeout_minutes))
 
 
 class HostCopy:

@@ -98,6 +98,13 @@ def setup_logging(run_folder: str | Path, rank: int) -> logging.Logger:
     return ours
 
 
+def forget_run() -> None:
+    """Close the run's log file and console, and let libraries have console handlers again."""
+    _detach_earlier()
+    for name in LATE_LIBRARIES:
+        vars(logging.getLogger(name)).pop("addHandler", None)
+
+
 def _loggers() -> list[logging.Logger]:
     known = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
     return [logging.getLogger(), *known]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from genscale.training.step_report import StepReport
+from genscale.training.step_report import Hook, Order, StepReport
 from genscale.writing import drafted, make_folder, write_whole
 
 log = logging.getLogger("genscale")
@@ -16,7 +16,7 @@ WARM_UP = 10  # steps: memory pools have grown, kernels are compiled and tuned
 ROWS = 60
 
 
-class Profile:
+class Profile(Hook):
     """Traces `steps` steps of this process with torch.profiler, and changes no result.
 
     After ten steps, or as many of them as the run leaves room for (at least one), writes to `folder` trace.json.gz (for
@@ -25,6 +25,8 @@ class Profile:
     Args:
         remaining: steps that this run will still make.
     """
+
+    name, order, settled = "profile", Order.PROFILE, False
 
     def __init__(self, folder: Path, steps: int, remaining: int) -> None:
         self.folder, self.steps = folder, min(steps, max(1, remaining - 1))
@@ -46,7 +48,7 @@ class Profile:
         if self._left == 0:
             self.close()
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """A run that ends early leaves the trace of the steps it made."""
         if self._profiler is not None:
             profiler, self._profiler = self._profiler, None

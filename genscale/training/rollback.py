@@ -30,7 +30,7 @@ class GoBack:
 
     def __call__(self, left_out: frozenset[int]) -> tuple[int, dict[str, Any]] | None:
         """(step, state of the guard) of the latest valid checkpoint, or None where there is none. Collective."""
-        self.hooks.settle_save()
+        self.hooks.checkpoints.settle_save()
         checkpoint = self.engine.processes.main_does(self._latest)
         if checkpoint is None:
             return None
@@ -41,8 +41,9 @@ class GoBack:
         return state["step"], state.get("guards") or {}
 
     def _latest(self) -> Checkpoint | None:
-        if self.hooks.saver.may_commit is not None:  # checkpoints of another run would be moved
-            self.hooks.saver.may_commit()
+        may_commit = self.hooks.checkpoints.saver.may_commit
+        if may_commit is not None:  # checkpoints of another run would be moved
+            may_commit()
         checkpoint = latest_valid(self.folder / "checkpoints", log.warning)
         if checkpoint is None and self.start is not None and self.start.problem() is None:
             checkpoint = self.start

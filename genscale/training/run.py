@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genscale.config import Config
-from genscale.config_mistakes import check_not_masked
 from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader
 from genscale.errors import UserError, nearest_divisors
@@ -27,6 +25,9 @@ from genscale.parallel.launch_request import clear_launch_environment
 from genscale.parallel.launcher import follow_launcher, launcher_is_gone
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import ParallelPlan, build_engine, check_objective, plan_parallel
+from genscale.settings.config import Config
+from genscale.settings.mistakes import check_not_masked
+from genscale.tracking.metrics_file import read_metrics
 from genscale.training.checkpoints import Checkpoint
 from genscale.training.collapse import Collapsed, check_collapse
 from genscale.training.ending import before_the_run
@@ -60,11 +61,12 @@ log = logging.getLogger("genscale")
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended.
+    """How a run ended: what `genscale.train` returns, on every process.
 
     Attributes:
+        folder: of the run.
         step: the last step done.
-        metrics: of the last evaluation.
+        evaluation: metrics of the last evaluation.
         preview: the last generated sample: text, or the file of a picture.
         stopped_by: the signal that ended it before `train.steps`, if one did.
         is_main: this process is rank 0, which does the talking.
@@ -73,27 +75,34 @@ class RunResult:
 
     folder: Path
     step: int
-    metrics: dict[str, float]
+    evaluation: dict[str, float]
     preview: str | Path
     stopped_by: signal.Signals | None
     is_main: bool
     launcher_lost: bool = False
 
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Everything that the run has logged so far, read from its metrics.jsonl: a dict a line, `step` among its keys; those of
+        evaluations are called `validation_<name>`. `pandas.DataFrame(run.metrics)` makes a table of it."""
+        return read_metrics(self.folder / "metrics.jsonl")
 
-def train(config: Config, stop: StopSignal | None = None) -> RunResult:
+
+def train(config: Config, stop: StopSignal | None = None, hooks: Sequence[Hook] = ()) -> RunResult:
     """Train as the config says.
 
     Args:
         stop: the signals received so far, where somebody listens for them already.
+        hooks: what else to do every so many steps.
 
     Raises:
         UserError: anything the user can mend, on every rank, before the first step; and a run that has gone wrong.
     """
     with deterministic(config.run.deterministic), stop or StopSignal() as listening:
-        return _start(config, listening)
+        return _start(config, listening, hooks)
 
 
-def _start(config: Config, stop: StopSignal) -> RunResult:
+def _start(config: Config, stop: StopSignal, hooks: Sequence[Hook]) -> RunResult:
     with before_the_run():
         check_settings(config)
         plan = plan_parallel(config.parallel, config.train.precision, config.optimizer.name)
@@ -106,7 +115,7 @@ def _start(config: Config, stop: StopSignal) -> RunResult:
         processes = Processes(plan.needs_group, group_timeout_minutes(config.guards.hang_minutes))
     try:
         with Supervision(config, folder, processes, stop) as supervision:
-            return _train(config, processes, plan, shape, folder, supervision)
+            return _train(config, processes, plan, shape, folder, supervision, hooks)
     finally:
         processes.close()
 
@@ -141,7 +150,7 @@ def derive_accumulation(config: Config, world_size: int) -> tuple[int, int]:
 
 
 def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tuple[int, int], folder: Path,
-           supervision: Supervision) -> RunResult:
+           supervision: Supervision, added: Sequence[Hook] = ()) -> RunResult:
     micro_batch_size, accumulation = shape
     data = processes.all_do(lambda: open_data(config, folder))
     loader = None
@@ -172,7 +181,7 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
             log.info("%s: %s parameters, %s, %d process%s on %s, %s, accumulation %d", folder, f"{parameters:,}", plan.strategy,
                      processes.world_size, "es" if processes.world_size > 1 else "", kind, config.train.precision, accumulation)
         hooks = RunHooks(config, folder, engine, objective, data, loader, state, supervision.stop,
-                         supervision.owner.check if supervision.owner else None)
+                         supervision.owner.check if supervision.owner else None, added)
         return _loop(config, folder, engine, objective, loader, hooks, checkpoint, supervision)
     except BaseException as error:
         supervision.failed(error)
@@ -217,25 +226,24 @@ def _loop(config: Config, folder: Path, engine: Engine, objective: Objective, lo
     outcome, state = "failed", checkpoint.state() if checkpoint else {}
     done = state.get("step", 0)
     try:
-        listed = [Hook(1, supervision.did, settled=False), *hooks.list()]
-        trainer = Trainer(config, objective, engine, loader, listed, hooks.last_good, supervision.stop, state.get("guards"),
-                          GoBack(folder, engine, loader, hooks, checkpoint))
+        trainer = Trainer(config, objective, engine, loader, [supervision.hook(), *hooks.list()], hooks.checkpoints.last_good,
+                          supervision.stop, state.get("guards"), GoBack(folder, engine, loader, hooks, checkpoint))
         hooks.guards_state = trainer.state
         if hooks.trace is not None:
             trainer.make_draws = hooks.trace.draws
         supervision.loop_begins(done)
         follow_launcher()
         hooks.make_up(done)
-        goes_on = hooks.collapse is None and supervision.stop.agreed is None
+        goes_on = hooks.evaluate.collapse is None and supervision.stop.agreed is None
         report = trainer.run(done + 1) if goes_on else None
         if report is None and goes_on:
             hooks.already_complete(done)
-        if hooks.collapse is not None:
-            raise Collapsed(hooks.collapse)
+        if hooks.evaluate.collapse is not None:
+            raise Collapsed(hooks.evaluate.collapse)
         stopped_by = supervision.stop.agreed
         outcome = "stopped" if stopped_by else "complete"
         supervision.ended(stopped_by)  # before what takes time and may be cut short: trackers, and the loss curve
-        return RunResult(folder, report.step if report else done, hooks.evaluation, hooks.preview, stopped_by,
+        return RunResult(folder, report.step if report else done, hooks.evaluate.found, hooks.sample.preview, stopped_by,
                          engine.processes.is_main, stopped_by is not None and _launcher_lost(engine.processes))
     except BaseException as error:
         supervision.failed(error)

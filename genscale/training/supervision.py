@@ -10,16 +10,16 @@ from pathlib import Path
 from types import TracebackType
 
 from genscale import exit_codes
-from genscale.config import Config
 from genscale.errors import UserError
 from genscale.parallel.launcher import has_launcher
 from genscale.parallel.processes import Processes, lost_peer
+from genscale.settings.config import Config
 from genscale.tracking.run_logging import setup_logging
 from genscale.training.ending import Ending, PeerLost
 from genscale.training.run_folder import create_run_folder
 from genscale.training.run_owner import RunOwner
 from genscale.training.signals import StopSignal
-from genscale.training.step_report import StepReport
+from genscale.training.step_report import Hook, Order, StepReport
 from genscale.training.watchdog import Watchdog
 
 PATIENCE = 1.0
@@ -76,9 +76,9 @@ class Supervision:
         self.stop.loop_begins()
         self._watchdog.loop_begins()
 
-    def did(self, report: StepReport) -> None:
-        """The step is done."""
-        self._ending.step = report.step
+    def hook(self) -> Hook:
+        """Keeps the number of the step that is done."""
+        return _StepDone(self._ending)
 
     def loop_ends(self) -> None:
         self._watchdog.loop_ends()
@@ -127,6 +127,16 @@ class Supervision:
     def _release(self) -> None:
         if self.owner is not None:
             self.owner.release()
+
+
+class _StepDone(Hook):
+    name, order, settled = "step", Order.SUPERVISE, False
+
+    def __init__(self, ending: Ending) -> None:
+        self._ending = ending
+
+    def step(self, report: StepReport) -> None:
+        self._ending.step = report.step
 
 
 def _is_consequence(error: BaseException) -> bool:

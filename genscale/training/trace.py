@@ -26,27 +26,31 @@ from genscale.parallel.engine import Engine, named_state
 from genscale.parallel.pieces import Piece
 from genscale.rng import Draws
 from genscale.tracking.metrics_file import MetricsFile, read_metrics
+from genscale.tracking.writes import Writes
 from genscale.training.fingerprints import Fingerprint, Fingerprints, digest_of
-from genscale.training.step_report import StepReport
+from genscale.training.step_report import Hook, Order, StepReport
 
 NAME = "trace.jsonl"
 
 
-class Trace:
+class Trace(Hook):
     """Writes the trace of a run; on rank 0, with a share of the work on every rank.
 
     Args:
         folder: of the run.
         done: the step that the run goes on from; what an earlier life of the run wrote of later ones is dropped.
+        writes: how to write what the run can do without.
     """
 
-    def __init__(self, folder: Path, engine: Engine, done: int) -> None:
-        self.engine, self.processes = engine, engine.processes
+    name, order = "trace", Order.TRACE
+
+    def __init__(self, folder: Path, engine: Engine, done: int, writes: Writes) -> None:
+        self.engine, self.processes, self._writes = engine, engine.processes, writes
         self._draws, self._drawn = 0, set[tuple[str, int]]()
         self._gradients: dict[str, Fingerprints] = {}
         if self.processes.is_main:
             self.file = MetricsFile(folder / NAME)
-        self.rolled_back(done)
+        self._truncate_after(done)
         engine.on_gradients = self._note_gradients
         known = self.processes.is_main and any(record["step"] == done for record in read_metrics(folder / NAME))
         if not self.processes.main_does(lambda: known):
@@ -58,12 +62,11 @@ class Trace:
         """Like `Draws`, noting what is drawn."""
         return _NotedDraws(self, seed, scope, step, samples, device)
 
-    def record(self, report: StepReport) -> None:
-        """Write the line of a step. Collective.
+    def step(self, report: StepReport) -> None:
+        """Write the line of a step. Collective."""
+        self._writes.attempt(NAME, lambda: self._record(report))
 
-        Raises:
-            OSError: the file cannot be written.
-        """
+    def _record(self, report: StepReport) -> None:
         (draws,) = self.processes.sum_of_numbers(self._draws)
         gradients = {label: _as_json(prints.total(self.processes)) for label, prints in self._gradients.items()}
         weights = self._weights()
@@ -74,13 +77,16 @@ class Trace:
 
     def rolled_back(self, step: int) -> None:
         """The run goes on from that step: what follows it will be written again."""
+        self._writes.attempt(NAME, lambda: self._truncate_after(step))
+
+    def _truncate_after(self, step: int) -> None:
         self._forget()
         if self.processes.is_main:
             self.file.truncate_after(step)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         if self.processes.is_main:
-            self.file.close()
+            self._writes.attempt(NAME, self.file.close)
 
     def note_draws(self, stream: str, sample: int, numbers: Tensor) -> None:
         """A sum over samples, so that neither their order nor the micro-batch they came in matters; a sample's numbers count

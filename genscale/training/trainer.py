@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genscale.config import Config
 from genscale.data.loader import StepLoader
 from genscale.data.order import DIGEST_MODULUS
 from genscale.errors import UserError
 from genscale.objectives.base import Objective, Phase
 from genscale.parallel.engine import Engine, StepResult
 from genscale.rng import Draws, DrawsAhead
+from genscale.settings.config import Config
 from genscale.training.dry_batch import without_a_trace
 from genscale.training.guards import NonFiniteLoss
 from genscale.training.kept_buffers import KeptBuffers
@@ -111,8 +111,8 @@ class Trainer:
                     continue
             self._put_off.discard(number)
             if hook.settled:  # the others take no time to speak of
-                self.processes.note(f"step {report.step}, {hook.action.__name__}")
-            hook.action(report)
+                self.processes.note(f"step {report.step}, {hook.name}")
+            hook.step(report)
 
     def _is_sound(self, report: StepReport) -> bool:
         """Whether what is now may be gone back to: no update has just been left out, and every weight is a number.
@@ -151,7 +151,7 @@ class Trainer:
 
     def train_step(self, step: int, stop: StopSignal) -> StepReport:
         started = time.perf_counter()
-        report = StepReport(step, self._set_learning_rates(step))
+        report = StepReport(step, self._set_learning_rates(step), is_main=self.processes.is_main)
         # Phases share the step's batches; the i-th repeat of a phase takes the i-th of them.
         for repeat in range(self._batches_a_step):
             self.processes.note(f"step {step}, data")

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from genscale import exit_codes
 from genscale.cluster.promised_devices import check_devices
-from genscale.config_parser import parse_config, split_flags, take_number
 from genscale.errors import UserError
 from genscale.masking import masked
 from genscale.objectives import FAMILIES
 from genscale.parallel.launcher import has_launcher
 from genscale.process_settings import wait_longer_if_quiet
+from genscale.settings.parser import parse_config, split_flags, take_number
 from genscale.training.ending import RUN, SUBMIT, before_the_run
 from genscale.training.signals import StopSignal
 
@@ -107,7 +107,7 @@ def farewell(result: RunResult, settings: Sequence[str]) -> str:
         lines += [f"sample: {result.preview}"]
     elif result.preview:
         lines += ["sample:", *(f"  | {line}" for line in result.preview.splitlines()), ""]
-    scores = ", ".join(f"{name.replace('_', ' ')} {figure(value)}" for name, value in result.metrics.items())
+    scores = ", ".join(f"{name.replace('_', ' ')} {figure(value)}" for name, value in result.evaluation.items())
     longer = command([*settings, "--train.steps", str(2 * result.step)], drop=["--run.resume"])
     word, again = shlex.quote(str(folder)), f"--config {shlex.quote(f'{folder}/config.yaml')}"
 

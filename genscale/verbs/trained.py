@@ -13,8 +13,6 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from genscale.config import Config
-from genscale.config_parser import load_config
 from genscale.errors import UserError
 from genscale.evaluation.trained_run import TrainedRun
 from genscale.interop.huggingface import open_huggingface
@@ -23,6 +21,8 @@ from genscale.objectives.base import Objective
 from genscale.parallel.materialise import Read, fill, materialise, named_state
 from genscale.parallel.precision import keep_fp32
 from genscale.parallel.processes import on_cpu
+from genscale.settings.config import Config
+from genscale.settings.parser import load_config
 from genscale.training.checkpoints import Checkpoint, find_checkpoints
 from genscale.training.run_folder import config_yaml
 from genscale.training.tensor_files import TensorFiles
@@ -102,18 +102,20 @@ def config_of(checkpoint: Checkpoint | Published, overrides: Sequence[str]) -> C
         return load_config(FAMILIES, file, overrides)
 
 
-def load_weights(objective: Objective, checkpoint: Checkpoint | Published, averaged: bool = True) -> torch.device:
-    """Put the checkpoint's weights into the objective's networks, on the best device of this machine, in evaluation mode.
+def load_weights(objective: Objective, checkpoint: Checkpoint | Published, averaged: bool = True,
+                 device: torch.device | None = None) -> torch.device:
+    """Put the checkpoint's weights into the objective's networks, in evaluation mode.
 
     Networks on the meta device get their memory there, and one tensor is read at a time: no second copy is held anywhere.
 
     Args:
         averaged: networks whose average the checkpoint holds get that.
+        device: where to; None: the best device of this machine.
 
     Raises:
         UserError: the networks are of other shapes than those of the checkpoint.
     """
-    device = torch.device("cpu" if on_cpu() else "cuda")
+    device = device or torch.device("cpu" if on_cpu() else "cuda")
     keep_fp32()
     for name, network in objective.networks.items():
         try:
@@ -136,12 +138,13 @@ def _check_shapes(network: nn.Module, stored: Mapping[str, tuple[int, ...]]) -> 
             raise ValueError(f"{name} is {shape or 'absent'} there, not {tuple(tensor.shape)}")
 
 
-def open_run(config: Config, checkpoint: Checkpoint | Published, live: bool = False) -> TrainedRun:
+def open_run(config: Config, checkpoint: Checkpoint | Published, live: bool = False,
+             device: torch.device | None = None) -> TrainedRun:
     """The run's objective with its weights: averages where there are some, unless `live`.
 
     Raises UserError as `load_weights` does."""
     objective = FAMILIES[config.model.family].restore(config, run_of(checkpoint))
-    device = load_weights(objective, checkpoint, averaged=not live)
+    device = load_weights(objective, checkpoint, averaged=not live, device=device)
     averaged = not live and isinstance(checkpoint, Checkpoint) and any(map(checkpoint.has_average, objective.networks))
     return TrainedRun(objective, config, run_of(checkpoint), device, averaged)
 

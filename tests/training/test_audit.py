@@ -14,7 +14,6 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
-from genscale.config import Config, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
 from genscale.data.lanes import Cursor, Data, Sample
 from genscale.data.loader import StepLoader
 from genscale.models.image_layers import spectral_norm
@@ -22,6 +21,7 @@ from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.parallel.processes import Processes
 from genscale.parallel.replicated import ReplicatedEngine
 from genscale.rng import Draws
+from genscale.settings.config import Config, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
 from genscale.training.audit import AuditedTrainer
 from genscale.training.audit_probe import repeated
 from genscale.training.audit_report import AuditReport
@@ -131,7 +131,7 @@ def test_a_clean_run_has_no_fault_and_is_the_run_that_nobody_watched() -> None:
     assert {name: findings.runs for name, findings in report.findings.items()} == \
         {"discriminate": 2 * STEPS, "regularise": 1, "generate": STEPS}
     twin.phases[1] = replace(twin.phases[1], every=STEPS)  # the audit makes it run within its steps
-    trainer = trained(twin, lambda *args: Trainer(*args, [Hook(1, lambda report: None)], lambda: "none"))
+    trainer = trained(twin, lambda *args: Trainer(*args, [Hook()], lambda: "none"))
     trainer.run(1)
     trainer.loader.close()
     for name, network in objective.networks.items():

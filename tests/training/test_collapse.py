@@ -15,10 +15,10 @@ import pytest
 import torch
 import yaml
 
-from genscale.config import TrainSettings
+from genscale.settings.config import TrainSettings
 from genscale.training.checkpoints import Checkpoint
 from genscale.training.collapse import CollapseWatch
-from genscale.training.hooks import RunHooks
+from genscale.training.measuring import Count
 from genscale.training.step_report import StepReport
 
 STEPS = 16
@@ -123,15 +123,15 @@ def test_a_run_resumed_around_a_restore_is_the_run_that_was_never_stopped(step, 
 def test_a_run_stopped_where_an_evaluation_is_due_makes_it_at_a_resume(step, restored, genscale, config, monkeypatch) -> None:
     """Of the best checkpoint, and of the evaluation that takes the run back to it."""
     file = config(collapse="restore")
-    count = RunHooks.count
+    count = Count.step
 
-    def count_and_stop(hooks: RunHooks, report: StepReport) -> None:
-        count(hooks, report)
+    def count_and_stop(hook: Count, report: StepReport) -> None:
+        count(hook, report)
         if report.step == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunHooks, "count", count_and_stop)
+        patch.setattr(Count, "step", count_and_stop)
         assert genscale("train", "--config", file).code == 143
     run = file.parent / "tiny"
     assert checkpoint(run, step).state()["collapse"]["bad"] == (0 if step == 8 else 1)

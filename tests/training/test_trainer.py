@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from genscale.config import Config, GuardSettings, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
 from genscale.data.lanes import Cursor, Data, Sample
 from genscale.data.loader import StepLoader
 from genscale.data.tokenizers import ByteTokenizer
@@ -27,11 +26,12 @@ from genscale.objectives.language_model import LanguageModel
 from genscale.parallel.processes import HostCopy, Processes
 from genscale.parallel.replicated import ReplicatedEngine
 from genscale.rng import Draws
+from genscale.settings.config import Config, GuardSettings, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
 from genscale.training.guards import NonFiniteLoss
 from genscale.training.optimizers import make_optimizer
 from genscale.training.schedules import learning_rate_share
 from genscale.training.signals import StopSignal
-from genscale.training.step_report import Hook, StepReport
+from genscale.training.step_report import Hook, StepReport, every
 from genscale.training.trainer import Trainer
 
 GLOBAL, STEPS, NOISE = 6, 5, 3
@@ -171,7 +171,7 @@ def by_hand(objective: Adversaries, config: Config) -> list[dict[str, float]]:
 def test_two_networks_follow_the_loop_written_by_hand(micro: int) -> None:
     objective, twin = Adversaries(), Adversaries()
     history: list[dict[str, float]] = []
-    trainer = trainer_of(objective, settings(), micro, [Hook(1, lambda report: history.append(report.metrics))])
+    trainer = trainer_of(objective, settings(), micro, [every(1, lambda report: history.append(report.metrics))])
     report = trainer.run(1)
     trainer.loader.close()
     expected = by_hand(twin, settings())
@@ -189,7 +189,7 @@ def test_rates_of_several_networks_keep_their_names_to_the_last_step() -> None:
     config = settings(steps=3, lr_of={"generator": 0.1})
     config.schedule = ScheduleSettings(name="linear", final_share=0.0)
     rates: list[list[float | None]] = []
-    trainer = trainer_of(Adversaries(), config, 6, [Hook(1, lambda report: rates.append(
+    trainer = trainer_of(Adversaries(), config, 6, [every(1, lambda report: rates.append(
         [report.metrics.get(f"learning_rate/{name}") for name in ("generator", "discriminator")]))])
     trainer.run(1)
     trainer.loader.close()
@@ -217,7 +217,7 @@ def test_a_phase_trains_its_own_network_alone() -> None:
 
 def test_hooks_come_when_due_and_after_the_last_step() -> None:
     called: dict[int, list[int]] = {0: [], 2: [], 3: []}
-    hooks = [Hook(every, lambda report, every=every: called[every].append(report.step)) for every in called]
+    hooks = [every(steps, lambda report, steps=steps: called[steps].append(report.step)) for steps in called]
     trainer = trainer_of(Adversaries(), settings(), 6, hooks)
     trainer.run(1)
     trainer.loader.close()
@@ -232,7 +232,7 @@ def test_a_signal_ends_the_run_after_the_step() -> None:
         if report.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    trainer = trainer_of(Adversaries(), settings(steps=50), 6, [Hook(1, interrupt)])
+    trainer = trainer_of(Adversaries(), settings(steps=50), 6, [every(1, interrupt)])
     report = trainer.run(1)
     trainer.loader.close()
     assert (report.step, report.stopped, report.last, trainer.stop.agreed) == (3, True, True, signal.SIGTERM)
@@ -328,8 +328,9 @@ def test_a_gpu_is_given_the_next_step_before_the_last_is_looked_at(monkeypatch: 
 
 def test_no_settled_hook_sees_a_step_that_diverged(monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[int] = []
-    trainer = trainer_of(Diverging("nan"), stopping(), 6, [Hook(3, lambda report: saved.append(report.step)),
-                                                           Hook(1, lambda report: None, settled=False)])
+    unsettled = Hook()
+    unsettled.settled = False
+    trainer = trainer_of(Diverging("nan"), stopping(), 6, [every(3, lambda report: saved.append(report.step)), unsettled])
     monkeypatch.setattr(trainer, "_runs_ahead", True)
     with pytest.raises(NonFiniteLoss, match="at step 3 on rank 0"):
         trainer.run(1)

@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from genscale.config import Config, GuardSettings, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
 from genscale.data.lanes import Cursor, Data, Sample
 from genscale.data.loader import StepLoader
 from genscale.models.batch_norm import BatchNorm
@@ -23,11 +22,12 @@ from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.parallel.processes import Processes
 from genscale.parallel.replicated import ReplicatedEngine
 from genscale.rng import Draws
+from genscale.settings.config import Config, GuardSettings, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
 from genscale.training.guards import NonFiniteLoss
 from genscale.training.optimizers import make_optimizer
 from genscale.training.signals import StopSignal
 from genscale.training.spikes import LossWindow
-from genscale.training.step_report import Hook, StepReport
+from genscale.training.step_report import Hook, every
 from genscale.training.trainer import Trainer
 
 GLOBAL = 4
@@ -195,10 +195,9 @@ def test_a_loss_that_stands_out(policy: str, left_out: int | None) -> None:
 @pytest.mark.parametrize("ahead", [False, True])
 def test_no_checkpoint_is_made_while_updates_are_left_out_but_right_after(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     reports: list[int] = []
-    def save(report: StepReport) -> None:
-        reports.append(report.step)
-
-    trainer = trainer_of(Fit(), {3, 4, 7}, hooks=[Hook(4, save, sound=True)])
+    saving = every(4, lambda report: reports.append(report.step))
+    saving.sound = True
+    trainer = trainer_of(Fit(), {3, 4, 7}, hooks=[saving])
     monkeypatch.setattr(trainer, "_runs_ahead", ahead)
     trainer.run(1)
     trainer.loader.close()

@@ -6,7 +6,10 @@ Every setting is a dataclass field with a docstring; the command line, `--help` 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -187,6 +190,16 @@ class Config:
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, settings: Mapping[str, Any] | None = None) -> Config:
+        """Read the config of a YAML file, with other settings by dotted key: `Config.from_yaml("run.yaml", {"train.steps": 9})`.
+
+        Raises:
+            UserError: a mistake in the file or the settings, in one line, as on the command line.
+        """
+        read: Config = import_module("genscale.api").read_config(path, settings)  # by name: what families there are stands above
+        return read
 
 
 MAY_CHANGE_AT_RESUME = ("run.", "parallel.", "tracking.", "train.log_every", "train.evaluate_every", "train.sample_every",

@@ -1,0 +1,13 @@
+from genscale.api import config as config
+from genscale.api import load as load
+from genscale.api import train as train
+from genscale.errors import UserError as UserError
+from genscale.evaluation.trained_run import TrainedRun as TrainedRun
+from genscale.settings.config import Config as Config
+from genscale.training.run import RunResult as RunResult
+from genscale.training.step_report import Hook as Hook
+from genscale.training.step_report import Order as Order
+from genscale.training.step_report import StepReport as StepReport
+from genscale.training.step_report import every as every
+
+__version__: str

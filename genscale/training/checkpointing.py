@@ -1,0 +1,132 @@
+"""The hook that keeps the run: a checkpoint with the state of all hooks, and which of them is the best."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from genscale.data.lanes import Data
+from genscale.data.loader import StepLoader
+from genscale.data.order import merge_states
+from genscale.objectives.base import Objective
+from genscale.parallel.engine import Engine
+from genscale.settings.config import Config
+from genscale.training.best_checkpoint import best_of, better_of
+from genscale.training.checkpoints import Checkpoint, list_checkpoints
+from genscale.training.evaluating import Evaluate
+from genscale.training.provenance import position_in_words, provenance
+from genscale.training.run_folder import config_yaml
+from genscale.training.saving import Contents, Saver
+from genscale.training.step_report import Hook, Order, StepReport
+
+log = logging.getLogger("genscale")
+
+
+class KeepCheckpoints(Hook):
+    """Copies the full state, each rank its part, and writes it in the background. A failed write is a warning, except after the
+    last step.
+
+    The best checkpoint is the one with the best `train.checkpoint_best` among those evaluated at their own step.
+
+    Args:
+        evaluate: the hook whose metrics choose the best.
+        may_commit: raises where the run folder is another's by now.
+        state_of_hooks: what all of them keep, this one too, and the trainer.
+
+    Attributes:
+        best: what state.json says of the best checkpoint so far.
+    """
+
+    name, order, sound = "checkpoint", Order.CHECKPOINT, True
+
+    def __init__(self, config: Config, folder: Path, engine: Engine, objective: Objective, data: Data, loader: StepLoader,
+                 evaluate: Evaluate, may_commit: Callable[[], object] | None,
+                 state_of_hooks: Callable[[], dict[str, Any]]) -> None:
+        train = config.train
+        self.config, self.every = config, train.checkpoint_every
+        self.by_clock = self._minutes_are_up if train.checkpoint_minutes else None
+        self.engine, self.processes, self.objective, self.data, self.loader = engine, engine.processes, objective, data, loader
+        self.evaluate, self.state_of_hooks = evaluate, state_of_hooks
+        self.best: dict[str, Any] | None = None
+        self.saver = Saver(folder / "checkpoints", self.processes, train.checkpoint_keep, train.checkpoint_keep_every, may_commit)
+        self._best_in_flight: dict[str, Any] | None = None
+        self._hold_up: float | None = None
+        self._saved_at = time.monotonic()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.best = best_of(state, self.config.train.checkpoint_best)
+
+    def step(self, report: StepReport) -> None:
+        """Collective. Raises UserError where the last save of a run has failed."""
+        started = time.perf_counter()
+        self.settle_save()
+        best = self.best_with(report.step)
+        pieces = {}
+        for name in self.objective.networks:
+            pieces[f"networks/{name}"] = self.engine.network_pieces(name)
+            pieces[f"optimizers/{name}"] = self.engine.optimizer_pieces(name)
+        for name in self.engine.averages:
+            pieces[f"averages/{name}"] = self.engine.average_pieces(name)
+        data = merge_states(self.processes.gather(self.loader.state()), self.data.lane_count)
+        state = {"step": report.step, **self.state_of_hooks(), "best": best, "accumulation": self.engine.accumulation,
+                 "scalers": {name: self.engine.scaler_state(name) for name in self.objective.networks},
+                 "data": data, "plan": self.data.plan(), "world_size": self.processes.world_size}
+        position = position_in_words(data["batches"] * self.config.train.global_batch_size, self.data.samples_of_epoch())
+        about = provenance(self.processes.world_size, self.engine.strategy, position)
+        self.saver.start(pieces, Contents(report.step, state, config_yaml(self.config), about,
+                                          best_step=best["step"] if best else None, last=report.last))
+        self._best_in_flight = best
+        self._hold_up, self._saved_at = time.perf_counter() - started, time.monotonic()
+        if report.last:
+            self.settle_save()
+
+    def settle_save(self) -> bool:
+        """Wait for the save in flight; False where it has failed. Collective.
+
+        Raises UserError where it was the last one.
+        """
+        came_to_be = self.saver.settle()
+        if came_to_be:
+            self.best = self._best_in_flight
+        return came_to_be is not False
+
+    def best_with(self, step: int) -> dict[str, Any] | None:
+        """The best checkpoint so far, if there is now one of this step."""
+        if self.evaluate.at_step != step:
+            return self.best
+        metric = self.config.train.checkpoint_best
+        return better_of(self.best, step, metric, self.evaluate.found, metric in self.objective.higher_is_better)
+
+    def best_checkpoint(self) -> Checkpoint | None:
+        """The best checkpoint, if it is there and whole. Collective."""
+        self.settle_save()
+        return self.processes.main_does(self._find_best)
+
+    def _find_best(self) -> Checkpoint | None:
+        if self.best is None:
+            return None
+        checkpoint = Checkpoint(self.saver.folder / f"step-{self.best['step']:08d}")
+        if problem := checkpoint.problem():
+            log.warning("the best checkpoint %s is damaged (%s)", checkpoint.path, problem)
+            return None
+        return checkpoint
+
+    def last_good(self) -> str:
+        """Where a run that went wrong can be taken up again. Collective."""
+        self.settle_save()
+        found = self.processes.main_does(lambda: list_checkpoints(self.saver.folder))
+        return str(found[-1].path) if found else "none"
+
+    def held_up(self) -> float | None:
+        """Seconds that the last checkpoint has held up the steps, once."""
+        seconds, self._hold_up = self._hold_up, None
+        return seconds
+
+    def close(self, failed: bool) -> None:
+        self.saver.finish()
+
+    def _minutes_are_up(self) -> bool:
+        return time.monotonic() - self._saved_at >= 60 * self.config.train.checkpoint_minutes
