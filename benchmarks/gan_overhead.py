@@ -20,8 +20,8 @@ from typing import Any
 
 from genscale.config import Config
 from genscale.config_parser import load_config
+from genscale.families import FAMILIES
 from genscale.models.batch_norm import BatchNorm
-from genscale.objectives import FAMILIES
 from our_step import OurSteps
 from report import ROOT, circumstances, write
 

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from genscale.config_parser import load_config
-from genscale.objectives import FAMILIES
+from genscale.families import FAMILIES
 from memory import GIB, ROOT, Gauge
 from our_step import OurSteps
 from report import circumstances, write

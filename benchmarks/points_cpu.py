@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from genscale.config_parser import load_config
-from genscale.objectives import FAMILIES
+from genscale.families import FAMILIES
 from genscale.training.run import train
 from report import ROOT, circumstances, write
 

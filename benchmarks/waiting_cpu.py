@@ -80,7 +80,7 @@ def work(case: str) -> None:
     out, sys.stdout = sys.stdout, sys.stderr
     importlib.import_module("genscale")  # first, as in the product
     from genscale.config_parser import parse_config
-    from genscale.objectives import FAMILIES
+    from genscale.families import FAMILIES
     from our_step import OurSteps
 
     config = parse_config(FAMILIES, GPT if case == "gpt" else ["--config", str(HERE.parent / "configs" / case / "digits.yaml")],

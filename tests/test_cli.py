@@ -15,8 +15,8 @@ import yaml
 
 from genscale.config_parser import load_config
 from genscale.data.tokenizers import ByteTokenizer, load_tokenizer
+from genscale.families import FAMILIES
 from genscale.models.gpt import GPT
-from genscale.objectives import FAMILIES
 from genscale.training.checkpoints import Checkpoint
 from genscale.training.run import RunResult
 from genscale.verbs.train import farewell

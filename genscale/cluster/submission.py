@@ -26,8 +26,8 @@ from genscale.cluster.snapshot import Snapshot, take
 from genscale.config import Config, RunSettings
 from genscale.config_parser import parse_config, parse_settings
 from genscale.errors import UserError
+from genscale.families import FAMILIES
 from genscale.masking import has_mask
-from genscale.objectives import FAMILIES
 from genscale.training.code_version import code_in
 from genscale.writing import make_folder
 

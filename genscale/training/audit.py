@@ -12,8 +12,8 @@ from torch import Tensor
 
 from genscale.config import Config, GuardSettings
 from genscale.data.loader import StepLoader
+from genscale.families import family
 from genscale.interop.starting import complete_from, weights_from
-from genscale.objectives import FAMILIES
 from genscale.objectives.base import Objective, Phase
 from genscale.parallel.engine import Engine
 from genscale.parallel.gradients import squared_norm
@@ -58,7 +58,7 @@ def audit(config: Config, steps: int) -> bool:
 def _audit(config: Config, steps: int, processes: Processes, plan: ParallelPlan, shape: tuple[int, int]) -> AuditReport:
     micro_batch_size, accumulation = shape
     data_settings = processes.all_do(lambda: complete_from(config, None))
-    data = processes.all_do(lambda: FAMILIES[config.model.family].build_data(data_settings, config.run.seed))
+    data = processes.all_do(lambda: family(config.model.family).build_data(data_settings, config.run.seed))
     loader = None
     try:
         objective = open_objective(config, processes, plan, data)

@@ -85,7 +85,7 @@ def _run_of(arguments: list[str], settings: DoctorSettings) -> tuple[Config | No
     if not arguments:
         return None, Path(settings.folder or "runs")
     from genscale.config_parser import parse_config
-    from genscale.objectives import FAMILIES
+    from genscale.families import FAMILIES
     from genscale.training.run_folder import run_folder
 
     config = parse_config(FAMILIES, arguments, "genscale doctor")

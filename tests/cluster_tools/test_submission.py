@@ -18,7 +18,7 @@ from genscale.cluster.site import Site
 from genscale.cluster.slurm_commands import explain
 from genscale.config_parser import load_config
 from genscale.errors import UserError
-from genscale.objectives import FAMILIES
+from genscale.families import FAMILIES
 from genscale.training.config_check import check_config
 from genscale.training.run_owner import RunOwner, who_has
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from genscale.config_parser import load_config
 from genscale.evaluation.validation import validate
-from genscale.objectives import FAMILIES
+from genscale.families import FAMILIES
 from genscale.training.checkpoints import find_checkpoints
 from genscale.verbs.trained import load_weights
 
