@@ -73,12 +73,14 @@ class Scoring:
         load: imports the scorer.
         needs: what the scorer asks of the objective.
         with_validation: the validation metrics stand beside the scores.
+        tiny: flags that score a tiny run in seconds, for `genscale check-family`.
     """
 
     settings: type
     load: Callable[[], Scorer]
     needs: tuple[type, ...] = ()
     with_validation: bool = True
+    tiny: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """`genscale train --audit N`: a few steps under watch, which prove that no phase touches a network it does not train, that
-every term of a loss does something, and that no two processes see the same sample."""
+every term of a loss does something, that no two processes see the same sample, and that all hold the same weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from genscale.parallel.launcher import follow_launcher
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import ParallelPlan, build_engine, plan_parallel
 from genscale.tracking.run_logging import setup_logging
-from genscale.training.audit_probe import Identity, differing, fingerprints, identities, repeated, term_gradients
+from genscale.training.audit_probe import Identity, copies, differing, fingerprints, identities, repeated, term_gradients
 from genscale.training.audit_report import AuditReport, PhaseFindings
 from genscale.training.outcome import PhaseOutcome
 from genscale.training.run import derive_accumulation, open_loader, open_objective, prepare
@@ -110,6 +110,9 @@ class AuditedTrainer(Trainer):
             for name in dict.fromkeys(phase.network for phase in self.objective.phases):
                 keys = [key for key, _ in self.engine.modules[name].named_parameters()]
                 self.report.untrained[name] = [key for key in keys if key not in self._reached[name]]
+            for name in self.engine.modules:
+                by_rank = self.processes.gather(copies(self.engine, name))
+                self.report.unequal[name] = list(dict.fromkeys(key for other in by_rank for key in differing(by_rank[0], other)))
         return self.report
 
     def run_phase(self, phase: Phase, step: int, batches: MicroBatches) -> PhaseOutcome:

@@ -33,7 +33,8 @@ def _scorer() -> Scorer:
 FAMILY = Family(
     VAESettings, ImageDataSettings, _module, VAEObjectiveSettings,
     sampling=Sampling(ImageSampling, _sampler, needs=(GeneratesImages,)),
-    scoring=Scoring(ImageScoring, _scorer, needs=(GeneratesImages,)), capabilities=(EncodesImages, MeasuresLikelihood),
+    scoring=Scoring(ImageScoring, _scorer, needs=(GeneratesImages,), tiny={"features": "random", "count": 80}),
+    capabilities=(EncodesImages, MeasuresLikelihood),
     tiny={"model.width": 8, "model.multipliers": [1, 2], "model.latents": 4, "data.source": "digits", "data.size": 16,
           "data.channels": 1, "data.validation_images": 80},
 )  # fmt: skip
