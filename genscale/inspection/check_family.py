@@ -128,8 +128,8 @@ def _words(name: str, config: Path | str | None, settings: Mapping[str, Any]) ->
     """The flags of the smallest run."""
     entry = family(name)
     if config is None and not entry.tiny:
-        raise UserError(f"family {name}: its entry has no `tiny`, the settings of a run that takes a second; give it some, or a "
-                        "run with --config FILE")
+        raise UserError(f"family {name}: its entry has no `tiny`, the settings of a run that takes a second; give it some, or "
+                        "a run with --config FILE")
     chosen = {} if config is not None else dict(entry.tiny)
     own = {**FIXED, **chosen, **settings, "model.family": name} if config is None else {**FIXED, **settings}
     words = ["--config", str(config)] if config is not None else []
@@ -217,7 +217,7 @@ class _Runs:
 
     def _killed_and_spread(self) -> Iterator[Check]:
         """A run is killed first, so that the one that is not can be made as long as it came to be."""
-        strategies = [name for name in get_args(Strategy) if name != "single"]
+        strategies = get_args(Strategy)[1:]  # the first is one process alone
         began, killed = self._kill()
         last = killed.step if killed else 0
         longer = ("--train.steps", max(STEPS, last + CHECKPOINT_EVERY))
@@ -279,7 +279,8 @@ class _Runs:
 
     def _evaluate(self) -> Check:
         own = self.entry.scoring.tiny if self.entry.scoring is not None else {}
-        done = run("evaluate", self.folder / "one", *(f"--{as_key(key)}={value}" for key, value in own.items()), timeout=TIMEOUT)
+        flags = [f"--{as_key(key)}={value}" for key, value in own.items()]
+        done = run("evaluate", self.folder / "one", *flags, timeout=TIMEOUT)
         if done.code != 0:
             return Check("evaluate", "failed", done.error)
         report = json.loads(done.out)
@@ -301,7 +302,8 @@ def same_run(title: str, one: Path, other: Path) -> Check:
     if comparison.beyond is not None:
         return Check(title, "failed", comparison.verdict)
     steps, apart = compare_checkpoints(one / "checkpoints", other / "checkpoints")
-    weights = f"{apart.of} of step {apart.step} within {apart.relative:.0e}" if apart else f"weights equal to the bit at {steps}"
+    equal = f"weights equal to the bit at {listed([str(step) for step in steps])}"
+    weights = f"{apart.of} of step {apart.step} within {apart.relative:.0e}" if apart else equal
     if apart is not None and apart.relative > 100 * ROUNDING["fp32"]:
         return Check(title, "failed", f"losses agree, and the checkpoints do not: {apart}")
     return Check(title, "ok", f"losses within {comparison.largest:.1e} over {counted(comparison.compared, 'step')}, {weights}")

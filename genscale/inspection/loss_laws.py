@@ -107,9 +107,9 @@ def _look_at_phase(engine: Engine, phase: Phase, batch: Mapping[str, Tensor], se
     whole = _terms(engine, phase, batch, seed)
     found.terms[phase.name] = list(whole)
     again = _terms(engine, phase, batch, seed, other_chance=1)
-    moved = [name for name in whole if whole[name] != again[name] and not (math.isnan(whole[name]) and math.isnan(again[name]))]
+    moved = [name for name, value in whole.items() if value != again[name] and not math.isnan(value)]
     if moved:
-        found.draws.append(f"phase {phase.name}: {', '.join(moved)} changes with torch's, NumPy's or Python's own random state; "
+        found.draws.append(f"phase {phase.name}: {', '.join(moved)} changes with the random state of torch, NumPy or Python; "
                            "take every random number from `draws`")
     if found.couples_samples or moved:
         return

@@ -10,8 +10,8 @@ import sys
 import tempfile
 from dataclasses import dataclass
 
-FOREIGN = ("ACCELERATE_", "FSDP_", "MASTER_", "TORCHELASTIC_", "WANDB_", "GENSCALE_", "SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK",
-           "DS_ACCELERATOR")
+FOREIGN = ("ACCELERATE_", "FSDP_", "MASTER_", "TORCHELASTIC_", "WANDB_", "GENSCALE_", "SLURM_", "RANK", "WORLD_SIZE",
+           "LOCAL_RANK", "DS_ACCELERATOR")
 """Variables of a launcher, of another run or of this shell, none of which may reach a run that is looked at."""
 
 
@@ -86,7 +86,7 @@ def start(*words: object, environment: dict[str, str] | None = None) -> Running:
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
     variables = {"OMP_NUM_THREADS": "1", **kept, **(environment or {})}
-    out, err = tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()
+    out, err = tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()  # noqa: SIM115 - closed by `finish`
     process = subprocess.Popen([sys.executable, "-m", "genscale", *map(str, words)], env=variables, stdin=subprocess.DEVNULL,
                                stdout=out, stderr=err, start_new_session=True, preexec_fn=_not_deaf)
     return Running(process, out, err)

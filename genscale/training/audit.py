@@ -112,7 +112,8 @@ class AuditedTrainer(Trainer):
                 self.report.untrained[name] = [key for key in keys if key not in self._reached[name]]
             for name in self.engine.modules:
                 by_rank = self.processes.gather(copies(self.engine, name))
-                self.report.unequal[name] = list(dict.fromkeys(key for other in by_rank for key in differing(by_rank[0], other)))
+                unequal = [key for other in by_rank for key in differing(by_rank[0], other)]
+                self.report.unequal[name] = list(dict.fromkeys(unequal))
         return self.report
 
     def run_phase(self, phase: Phase, step: int, batches: MicroBatches) -> PhaseOutcome:
