@@ -18,8 +18,8 @@ def family(name: str) -> Family:
         UserError: there is none; with those that there are, and the nearest.
 
     Example:
-        >>> family("vae").can(GeneratesImages)
-        True
+        >>> family("vae").data_settings.__name__
+        'ImageDataSettings'
     """
     if name not in BUILT_IN:
         raise UserError(f"model.family: '{name}' is not one of {', '.join(names())}{nearest(name, names())}")
