@@ -101,11 +101,12 @@ def test_a_family_of_one_file_trains_samples_and_is_evaluated(monkeypatch, gensc
                 "train": {"steps": 4, "global_batch_size": 8, "precision": "fp32"}}
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(settings))
     trained = genscale("train", "--config", tmp_path / "toy.yaml")
-    assert trained.code == 0, trained.err
+    assert trained.code == 0 and f"genscale sample {tmp_path}/run\n" in trained.out, trained.err
     sampled = genscale("sample", tmp_path / "run", "--count", 3)
     assert sampled.code == 0 and [len(line.split()) for line in sampled.out.splitlines()] == [toy.LENGTH] * 3
     evaluated = genscale("evaluate", tmp_path / "run")
     assert evaluated.code == 0 and '"loss"' in evaluated.out, evaluated.err
+    assert "a run of model.family toy writes no text" in genscale("evaluate", tmp_path / "run", "--tasks", "arc").message()
     assert "--count" in genscale("sample", "--help").out
 
 

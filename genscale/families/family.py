@@ -57,11 +57,13 @@ class Sampling:
         settings: dataclass of the flags; where it has `live`, the weights as trained can be asked for, not their average.
         load: imports the sampler. It is called when one is needed, for torch takes a second to load.
         needs: what the sampler asks of the objective (`genscale.objectives.capabilities`, or protocols of the family's own).
+        example: flags to show after a training, as a user would begin with.
     """
 
     settings: type
     load: Callable[[], Sampler]
     needs: tuple[type, ...] = ()
+    example: str = ""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from genscale.config_keys import as_key
 from genscale.config_parser import parse_config, parse_settings, split_flags, take_number, take_text
 from genscale.errors import UserError
 from genscale.families import FAMILIES, family
+from genscale.objectives.capabilities import WritesText
 
 USAGE = "genscale evaluate RUN [--step N] [--on SOURCE | --tasks A,B [--include_path DIR] [--limit N]]"
 IMAGE_USAGE = "genscale evaluate RUN [--step N]  (model.family {families})"
@@ -63,10 +64,10 @@ def main(arguments: list[str]) -> int:
                    if getattr(config.model, field.name) != getattr(trained.model, field.name))
         raise UserError(f"model.{as_key(key)}: {getattr(config.model, key)} is not that of {checkpoint.path}, "
                         f"{getattr(trained.model, key)}; leave it out")
+    if tasks is not None and not family(config.model.family).can(WritesText):
+        raise UserError(f"--tasks: {tasks}, but a run of model.family {config.model.family} writes no text; leave it out")
     report = {"checkpoint": str(checkpoint.path), "step": checkpoint.step}
     if scoring is not None:
-        if tasks is not None:
-            raise UserError(f"--tasks: {tasks}, but a run of model.family {config.model.family} writes no text; leave it out")
         report |= scores(config, checkpoint, scoring, settings)
     elif tasks is None:
         report |= metrics(config, checkpoint)

@@ -32,7 +32,7 @@ def _scorer() -> Scorer:
 
 FAMILY = Family(
     GANSettings, PackedImageDataSettings, _module, GANObjectiveSettings,
-    sampling=Sampling(ImageSampling, _sampler, needs=(GeneratesImages,)),
+    sampling=Sampling(ImageSampling, _sampler, needs=(GeneratesImages,), example="--count 64 --out grid.png"),
     scoring=Scoring(ImageScoring, _scorer, needs=(GeneratesImages,), with_validation=False,
                     tiny={"features": "random", "count": 80}),
     tiny={"model.width": 4, "model.latent": 8, "data.source": "digits", "data.size": 16, "data.channels": 1,

@@ -24,7 +24,8 @@ def _sampler() -> Sampler:
 
 
 FAMILY = Family(
-    GPTSettings, TextDataSettings, _module, sampling=Sampling(TextSampling, _sampler, needs=(WritesText,)),
+    GPTSettings, TextDataSettings, _module,
+    sampling=Sampling(TextSampling, _sampler, needs=(WritesText,), example="--prompt 'The' --tokens 200"),
     tiny={"model.layers": 2, "model.heads": 2, "model.width": 32, "model.positions": 32, "data.source": "python-docs",
           "data.tokenizer": "bytes", "data.sequence_length": 32, "data.validation_blocks": 4},
 )  # fmt: skip

@@ -26,5 +26,6 @@ def _sampler() -> Sampler:
 
 FAMILY = Family(
     PointsGANSettings, PointsDataSettings, _module, GANObjectiveSettings,
-    sampling=Sampling(PointSampling, _sampler, needs=(Generates,)), tiny={"model.width": 16, "data.validation_points": 100},
+    sampling=Sampling(PointSampling, _sampler, needs=(Generates,), example="--out points.png"),
+    tiny={"model.width": 16, "data.validation_points": 100},
 )  # fmt: skip

@@ -32,7 +32,7 @@ def _scorer() -> Scorer:
 
 FAMILY = Family(
     VAESettings, ImageDataSettings, _module, VAEObjectiveSettings,
-    sampling=Sampling(ImageSampling, _sampler, needs=(GeneratesImages,)),
+    sampling=Sampling(ImageSampling, _sampler, needs=(GeneratesImages,), example="--count 64 --out grid.png"),
     scoring=Scoring(ImageScoring, _scorer, needs=(GeneratesImages,), tiny={"features": "random", "count": 80}),
     capabilities=(EncodesImages, MeasuresLikelihood),
     tiny={"model.width": 8, "model.multipliers": [1, 2], "model.latents": 4, "data.source": "digits", "data.size": 16,

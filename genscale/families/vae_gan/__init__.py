@@ -32,7 +32,7 @@ def _scorer() -> Scorer:
 
 FAMILY = Family(
     VAEGANSettings, ImageDataSettings, _module, VAEGANObjectiveSettings,
-    sampling=Sampling(ImageSampling, _sampler, needs=(GeneratesImages,)),
+    sampling=Sampling(ImageSampling, _sampler, needs=(GeneratesImages,), example="--count 64 --out grid.png"),
     scoring=Scoring(ImageScoring, _scorer, needs=(GeneratesImages,), tiny={"features": "random", "count": 80}),
     capabilities=(EncodesImages,),
     tiny={"model.width": 8, "model.multipliers": [1, 2], "model.latents": 4, "model.discriminator_width": 4,
