@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from genscale.config_parser import load_config
 from genscale.families import FAMILIES, family
+from genscale.settings.parser import load_config
 from genscale.training.checkpoints import Checkpoint
 from genscale.verbs.trained import load_weights
 

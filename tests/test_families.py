@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from genscale.config_parser import parse_config
 from genscale.errors import UserError
 from genscale.families import BUILT_IN, FAMILIES, family, names
 from genscale.families.family import Family, Sampling, Scoring
 from genscale.objectives.capabilities import EncodesImages, Generates, GeneratesImages, missing_members
+from genscale.settings.parser import parse_config
 from genscale.testing import toy
 
 

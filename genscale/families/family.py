@@ -13,10 +13,10 @@ from genscale.errors import UserError
 from genscale.objectives.capabilities import missing_members
 
 if TYPE_CHECKING:
-    from genscale.config import Config
     from genscale.data.lanes import Data, Sample
     from genscale.evaluation.trained_run import TrainedRun
     from genscale.objectives.base import Objective
+    from genscale.settings.config import Config
 
 READ_BY_LOADER = ("workers", "prefetch_steps")
 """Settings that every `data` section has."""

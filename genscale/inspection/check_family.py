@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from genscale.config import Config, Strategy
-from genscale.config_keys import as_key
-from genscale.config_parser import parse_config
 from genscale.errors import UserError
 from genscale.families import FAMILIES, family
 from genscale.inspection.loss_laws import LossFindings, look_at_losses
+from genscale.settings.config import Config, Strategy
+from genscale.settings.keys import as_key
+from genscale.settings.parser import parse_config
 from genscale.testing.processes import Outcome, run, start
 from genscale.training.audit_report import UNEQUAL, counted, listed
 from genscale.training.checkpoint_comparison import compare_checkpoints

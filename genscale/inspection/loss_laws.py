@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genscale.config import Config
 from genscale.families import family
 from genscale.objectives.base import Objective, Phase
 from genscale.parallel.engine import Engine
@@ -20,6 +19,7 @@ from genscale.parallel.materialise import named_state
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import build_engine, plan_parallel
 from genscale.rng import Draws
+from genscale.settings.config import Config
 from genscale.training.audit_probe import buffers_kept, terms_of
 from genscale.training.run import derive_accumulation, open_loader, open_objective, prepare
 

@@ -18,7 +18,6 @@ import torch
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from genscale.config import Config
 from genscale.data.lanes import Cursor, Data, Sample
 from genscale.evaluation.trained_run import TrainedRun
 from genscale.families.family import Family, Sampling
@@ -26,6 +25,7 @@ from genscale.models.image_layers import InitialWeights
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.objectives.capabilities import Generates
 from genscale.rng import Draws
+from genscale.settings.config import Config
 
 LENGTH = 16
 """Values in a wave."""

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from genscale.config_parser import parse
 from genscale.printable import printable
+from genscale.settings.parser import parse
 
 BROKEN = 1
 """Exit code where a check has failed."""

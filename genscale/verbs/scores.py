@@ -8,7 +8,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from genscale.config import Config
 from genscale.data.lanes import Sample
 from genscale.errors import UserError
 from genscale.evaluation.image_scores import TooFewImages
@@ -20,6 +19,7 @@ from genscale.families.family import Scoring
 from genscale.objectives.capabilities import MeasuresLikelihood
 from genscale.parallel.precision import autocast, native_precision
 from genscale.parallel.processes import on_cpu
+from genscale.settings.config import Config
 from genscale.training.checkpoints import Checkpoint
 from genscale.verbs.trained import Published, open_run
 

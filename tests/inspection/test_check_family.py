@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from genscale.config_parser import parse_config
 from genscale.errors import UserError
 from genscale.families import BUILT_IN, FAMILIES, names
 from genscale.inspection.check_family import FIXED, FamilyReport, check_family
 from genscale.inspection.loss_laws import LossFindings, look_at_losses
+from genscale.settings.parser import parse_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANTED = Path(__file__).with_name("planted")
