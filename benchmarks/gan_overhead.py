@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from genscale.families import FAMILIES
 from genscale.models.batch_norm import BatchNorm
-from genscale.objectives import FAMILIES
 from genscale.settings.config import Config
 from genscale.settings.parser import load_config
 from our_step import OurSteps

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from genscale.objectives import FAMILIES
+from genscale.families import FAMILIES
 from genscale.settings.parser import load_config
 from memory import GIB, ROOT, Gauge
 from our_step import OurSteps

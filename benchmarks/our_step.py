@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from genscale.data.loader import StepLoader
-from genscale.objectives import FAMILIES
+from genscale.families import family
 from genscale.objectives.base import Objective
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import build_engine, plan_parallel
@@ -29,9 +29,9 @@ class OurSteps:
         self.precision = config.train.precision = plan.precision
         batch = config.train.global_batch_size
         micro = config.train.micro_batch_size or batch
-        family = FAMILIES[config.model.family]
-        self.data = family.build_data(config.data, config.run.seed)
-        self.objective: Objective = family.build_objective(config, self.data)
+        chosen = family(config.model.family)
+        self.data = chosen.build_data(config.data, config.run.seed)
+        self.objective: Objective = chosen.build_objective(config, self.data)
         self.parameters = sum(p.numel() for network in self.objective.networks.values() for p in network.parameters())
         self.processes = Processes(need_group=plan.needs_group)
         engine = build_engine(plan, self.processes, config.parallel, plan.precision, config.train.clip, micro, batch // micro)
@@ -55,7 +55,7 @@ class OurSteps:
 
 def first_batches(config: Config, count: int) -> list[Tensor]:
     """The tokens `(batch, sequence_length + 1)` of the first steps on text, as our steps read them."""
-    data, batch = FAMILIES["gpt"].build_data(config.data, config.run.seed), config.train.global_batch_size
+    data, batch = family("gpt").build_data(config.data, config.run.seed), config.train.global_batch_size
     loader = StepLoader(data, global_batch_size=batch, micro_batch_size=batch, rank=0, world_size=1, workers=0,
                         prefetch_steps=2)
     batches = [loader.next_batch()[0]["tokens"].long() for _ in range(count)]

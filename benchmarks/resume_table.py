@@ -75,7 +75,7 @@ def run_cells(processes: int, cells: list[Cell], folder: Path) -> None:
 
 def work(cells: list[Cell], folder: Path) -> None:
     """One process of the group."""
-    from genscale.objectives import FAMILIES
+    from genscale.families import FAMILIES
     from genscale.parallel.launch_request import clear_launch_environment
     from genscale.parallel.processes import Processes
     from genscale.parallel.strategies import plan_parallel

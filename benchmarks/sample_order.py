@@ -30,7 +30,7 @@ from genscale.data import image_sources, sources
 from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader
 from genscale.data.order import merge_states
-from genscale.objectives import FAMILIES
+from genscale.families import FAMILIES, family
 from genscale.settings.config import Config
 from genscale.settings.parser import parse_config
 from report import circumstances, write
@@ -125,7 +125,7 @@ def settings_of(folder: Path, url: str) -> dict[str, dict[str, Any]]:
 
 def opened(settings: dict[str, Any]) -> Data:
     config: Config = parse_config(FAMILIES, [word for key, value in settings.items() for word in (f"--{key}", str(value))])
-    return FAMILIES[config.model.family].build_data(config.data, config.run.seed)
+    return family(config.model.family).build_data(config.data, config.run.seed)
 
 
 def order(data: Data, shapes: list[tuple[int, int, int]], steps: int) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from genscale.data.images import ImageData, ImageDataSettings
 from genscale.evaluation.classifier import Classifier, trained_classifier
-from genscale.objectives import FAMILIES
+from genscale.families import FAMILIES, family
 from genscale.settings.parser import parse_config
 from genscale.training.run import train
 from genscale.verbs.trained import find_trained, load_weights
@@ -47,7 +47,7 @@ def frequencies(modes: np.ndarray) -> np.ndarray:
 @torch.no_grad()
 def generated_modes(run: Path, classifier: Classifier) -> np.ndarray:
     config, checkpoint = find_trained(str(run))
-    objective = FAMILIES["dcgan"].restore(config, run)
+    objective = family("dcgan").restore(config, run)
     load_weights(objective, checkpoint)
     found = []
     for numbers in torch.arange(SAMPLES).split(BATCH):

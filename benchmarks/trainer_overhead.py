@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from genscale.data.text import TextDataSettings
+from genscale.families import family
 from genscale.models.gpt import GPTSettings
-from genscale.objectives import FAMILIES
 from genscale.parallel.materialise import fill, materialise
 from genscale.settings.config import Config, OptimizerSettings, ScheduleSettings, TrainSettings
 from genscale.training.optimizers import make_optimizer
@@ -69,7 +69,7 @@ def measure(size: dict[str, int]) -> dict[str, Any]:
     losses: dict[str, list[float]] = {"genscale": [], "bare": [], "control": []}
     bare = {}
     for name in ("bare", "control"):
-        network = copy.deepcopy(FAMILIES["gpt"].build_objective(config, ours.data).networks["gpt"])
+        network = copy.deepcopy(family("gpt").build_objective(config, ours.data).networks["gpt"])
         materialise(network, torch.device("cpu"))
         fill(network, ours.objective.initial_weights("gpt"))
         bare[name] = bare_step(config, network, batches)

@@ -80,7 +80,7 @@ def work(case: str) -> None:
     """What a contestant's process does: so many steps for each number that comes in."""
     out, sys.stdout = sys.stdout, sys.stderr
     importlib.import_module("genscale")  # first, as in the product
-    from genscale.objectives import FAMILIES
+    from genscale.families import FAMILIES
     from genscale.process_settings import wait_longer_if_quiet
     from genscale.settings.parser import parse_config
 

@@ -26,14 +26,15 @@ VERBS = {
     "tokenizer": "train a byte-level BPE tokenizer",
     "data": "fill the token cache ahead of a run, or see what a run would train on",
     "compare": "the first step at which two runs differ, and in what",
+    "check-family": "whether a family keeps the promise under every strategy, killed and resized",
     "checkpoint": "list, verify, digest or consolidate checkpoints",
     "slurm": "train on a cluster: render, submit, status, logs, cancel, and more",
     "sync": "upload a run's offline W&B records, however many lives it had, as one W&B run",
     "doctor": "what is wrong with this machine, or with the nodes of a job, before a run finds out",
 }
 
-PRINTING = {"sample", "evaluate", "compare", "doctor", "checkpoint list", "checkpoint verify", "checkpoint digest",
-            "data inspect", "slurm render", "slurm status", "slurm logs"}
+PRINTING = {"sample", "evaluate", "compare", "doctor", "check-family", "checkpoint list", "checkpoint verify",
+            "checkpoint digest", "data inspect", "slurm render", "slurm status", "slurm logs"}
 """What is there for what it prints."""
 
 
@@ -119,6 +120,8 @@ def _verb(verb: str) -> Callable[[list[str]], int]:
         from genscale.verbs.data import main as run
     elif verb == "compare":
         from genscale.verbs.compare import main as run
+    elif verb == "check-family":
+        from genscale.verbs.check_family import main as run
     elif verb == "checkpoint":
         from genscale.verbs.checkpoint import main as run
     elif verb == "slurm":
@@ -143,5 +146,5 @@ def _train(arguments: list[str]) -> int:
 
 def _usage() -> str:
     lines = [f"genscale {__version__}: trains generative models at any scale", "", "usage: genscale VERB [settings]", ""]
-    lines += [f"  {verb:<11}{meaning}" for verb, meaning in VERBS.items()]
+    lines += [f"  {verb:<14}{meaning}" for verb, meaning in VERBS.items()]
     return "\n".join([*lines, "", "`genscale VERB --help` lists every setting of a verb."])

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 import yaml
 
 from genscale.data.tokenizers import ByteTokenizer, load_tokenizer
+from genscale.families import FAMILIES, family
 from genscale.models.gpt import GPT
-from genscale.objectives import FAMILIES
 from genscale.settings.parser import load_config
 from genscale.training.checkpoints import Checkpoint
 from genscale.training.run import RunResult
@@ -265,11 +265,13 @@ def test_what_to_type_next_can_be_typed(tmp_path, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     metrics = {"loss": 1.5, "active_units": 16, "modes": 8, "fd": 1e-5}
     folder = tmp_path / "a $b; c"
-    lines = farewell(RunResult(folder, 10, metrics, tmp_path / "x.png", None, True), ["--run.name", "a $b; c"]).splitlines()
+    result = RunResult(folder, 10, metrics, tmp_path / "x.png", None, True)
+    lines = farewell(result, ["--run.name", "a $b; c"], family("vae").sampling).splitlines()
     assert "validation: loss 1.5000, active units 16, modes 8, fd 1e-05" in lines
     commands = {line[2:19].strip(): shlex.split(line[19:]) for line in lines[lines.index("next:") + 1 :]}
-    assert commands["sample"][:3] == ["genscale", "sample", str(folder)]
+    assert commands["sample"] == ["genscale", "sample", str(folder), "--count", "64", "--out", "grid.png"]
     assert commands["two processes"][5:8] == [f"{folder}/config.yaml", "--run.name", "a $b; c-2"]
     assert f"{folder}/config.yaml" in commands["see it in W&B"]
     monkeypatch.setenv("RANK", "0")
-    assert "two processes" not in farewell(RunResult(folder, 10, metrics, "text", None, True), [])
+    without = farewell(RunResult(folder, 10, metrics, "text", None, True), [], None)
+    assert "two processes" not in without and "genscale sample" not in without

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from genscale.data.loader import StepLoader
-from genscale.objectives import FAMILIES
+from genscale.families import FAMILIES, family
 from genscale.objectives.language_model import LanguageModel
 from genscale.settings.parser import load_config
 
@@ -91,7 +91,7 @@ def test_seed(make, verdict) -> None:
 def batches(config: Any, source: Path | str) -> list[torch.Tensor]:
     """Tokens of the global batches, from the data alone."""
     config.data.source = str(source)
-    data = FAMILIES["gpt"].build_data(config.data, config.run.seed)
+    data = family("gpt").build_data(config.data, config.run.seed)
     loader = StepLoader(data, global_batch_size=4, micro_batch_size=4, rank=0, world_size=1, workers=0, prefetch_steps=1)
     try:
         return [loader.next_batch()[0]["tokens"] for _ in range(STEPS)]

@@ -12,7 +12,7 @@ import yaml
 
 from genscale.data.images import ImageData, ImageDataSettings
 from genscale.errors import UserError
-from genscale.objectives import FAMILIES
+from genscale.families import FAMILIES
 from genscale.reading import Unreadable, dump_yaml, parse_json, parse_yaml, read_bytes
 from genscale.settings.numbers import check_numbers, with_plain_numbers
 from genscale.settings.parser import load_config, parse_config

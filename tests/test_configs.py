@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from genscale.data.tokenizers import ByteTokenizer
+from genscale.families import FAMILIES, family
 from genscale.models.gpt import GPT
-from genscale.objectives import FAMILIES
 from genscale.settings.parser import load_config
 from genscale.training.run import derive_accumulation
 from genscale.training.run_folder import config_yaml
@@ -26,7 +26,7 @@ def test_a_shipped_config_parses_and_builds(path, tmp_path):
     if config.model.family == "gpt" and not Path(ROOT, config.data.tokenizer).exists():
         ByteTokenizer().save(tmp_path / "tokenizer.json")  # stands in for one that has to be fetched
     with torch.device("meta"):  # shapes, not memory
-        objective = FAMILIES[config.model.family].restore(config, tmp_path)
+        objective = family(config.model.family).restore(config, tmp_path)
     assert sum(p.numel() for network in objective.networks.values() for p in network.parameters()) > 0
 
 

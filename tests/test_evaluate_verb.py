@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from genscale.objectives import FAMILIES
+from genscale.families import FAMILIES, family
 from genscale.settings.parser import load_config
 from genscale.training.checkpoints import Checkpoint
 from genscale.verbs.trained import load_weights
@@ -39,7 +39,7 @@ def test_on_takes_in_the_whole_of_a_text(genscale, trained, book):
     paragraphs = book.read_text().split("\n\n")
     tokens = torch.tensor([token for words in paragraphs for token in [*words.encode(), 256]])
     checkpoint = Checkpoint(trained / LAST)
-    objective = FAMILIES["gpt"].restore(load_config(FAMILIES, checkpoint.path / "config.yaml"), trained)
+    objective = family("gpt").restore(load_config(FAMILIES, checkpoint.path / "config.yaml"), trained)
     load_weights(objective, checkpoint)
     nats = 0.0
     for start in range(0, len(tokens) - 1, 32):

@@ -16,7 +16,7 @@ from genscale.cli import VERBS
 from genscale.evaluation.image_sampling import ImageSampling
 from genscale.evaluation.image_scores import ImageScoring
 from genscale.evaluation.samplers import TextSampling
-from genscale.objectives import FAMILIES
+from genscale.families import family
 from genscale.settings.keys import as_key
 from genscale.settings.parser import COMMON_SECTIONS
 from genscale.verbs.export import ExportSettings
@@ -42,7 +42,7 @@ def settings_of(settings: Any, prefix: str = "--") -> list[str]:
 
 def test_help_of_train_lists_every_setting_with_meaning_type_and_default(genscale):
     text = done(genscale("train", "--help"))
-    sections = {**COMMON_SECTIONS, "model": FAMILIES["gpt"].model_settings, "data": FAMILIES["gpt"].data_settings}
+    sections = {**COMMON_SECTIONS, "model": family("gpt").model_settings, "data": family("gpt").data_settings}
     wanted = [flag for name, section in sections.items() for flag in settings_of(section, f"--{name}.")]
     assert len(wanted) > 50
     listed = re.split(r"\n  (?=--)", text.split("options:")[-1])

@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from genscale.evaluation.validation import evaluating
-from genscale.objectives import FAMILIES
+from genscale.families import FAMILIES, family
 from genscale.settings.parser import load_config
 from genscale.training.checkpoints import Checkpoint
 from genscale.verbs.trained import load_weights
@@ -47,7 +47,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
 def test_the_sample_is_a_picture_of_the_averaged_weights(finished) -> None:
     run, _ = finished
     checkpoint = Checkpoint(run / "checkpoints" / "step-00000004")
-    objective = FAMILIES["dcgan"].restore(load_config(FAMILIES, run / "config.yaml"), run)
+    objective = family("dcgan").restore(load_config(FAMILIES, run / "config.yaml"), run)
     pictures = []
     for averaged in (True, False):
         device = load_weights(objective, checkpoint, averaged)

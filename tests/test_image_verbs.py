@@ -18,9 +18,9 @@ from genscale.evaluation.image_generation import as_uint8, decoded, latents
 from genscale.evaluation.image_scores import _opened as opened_images
 from genscale.evaluation.sample_files import picture_of_run, write_pictures
 from genscale.evaluation.trained_run import TrainedRun
+from genscale.families import FAMILIES, family
 from genscale.models.feature_network import RandomFeatures
 from genscale.models.image_grid import grid
-from genscale.objectives import FAMILIES
 from genscale.objectives.sample_quality import frechet_distance, kernel_distance
 from genscale.parallel.processes import Processes
 from genscale.rng import permutation
@@ -62,7 +62,7 @@ def vae(genscale, tmp_path_factory) -> Path:
 def opened(run: Path, averaged: bool = True):
     (checkpoint,) = (Checkpoint(path) for path in (run / "checkpoints").iterdir())
     config = load_config(FAMILIES, checkpoint.path / "config.yaml")
-    objective = FAMILIES[config.model.family].restore(config, run)
+    objective = family(config.model.family).restore(config, run)
     load_weights(objective, checkpoint, averaged)
     return objective
 

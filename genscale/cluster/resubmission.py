@@ -19,7 +19,7 @@ from genscale.cluster.slurm_commands import options_in
 from genscale.cluster.snapshot import take
 from genscale.cluster.submission import log_of, what_next
 from genscale.errors import UserError
-from genscale.objectives import FAMILIES
+from genscale.families import FAMILIES
 from genscale.settings.parser import load_config
 from genscale.training.code_version import code_in
 from genscale.training.config_check import check_config

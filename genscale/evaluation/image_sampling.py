@@ -21,6 +21,7 @@ from genscale.evaluation.settings import ImageSampling
 from genscale.evaluation.trained_run import TrainedRun
 from genscale.models.image_grid import grid, tile_scale
 from genscale.models.lettering import class_captions
+from genscale.objectives.capabilities import EncodesImages, missing_members
 from genscale.rng import permutation
 
 MOST_CLASS_COLUMNS = 16
@@ -78,7 +79,7 @@ def _mode(run: TrainedRun, settings: ImageSampling) -> str:
     modes = [mode for mode in ("interpolate", "reconstruct", "traverse") if getattr(settings, mode)]
     if len(modes) > 1:
         raise UserError(f"--{modes[0]}: cannot be joined with --{modes[1]}; leave one out")
-    if modes and modes[0] != "interpolate" and not hasattr(run.objective, "encode"):
+    if modes and modes[0] != "interpolate" and missing_members(EncodesImages, run.objective):
         raise UserError(f"--{modes[0]}: a run of model.family {run.config.model.family} has no encoder; leave it out, or "
                         "sample a run of family vae")
     arrays = settings.out is not None and Path(settings.out).suffix == ".npz"

@@ -11,18 +11,10 @@ import torch
 from tqdm import tqdm
 
 from genscale.data.lanes import Sample
-from genscale.errors import UserError
 from genscale.evaluation.trained_run import TrainedRun
 
 BATCH_SIZE = 8
 """Images at once; each is decoded with a hundred latents."""
-
-
-def check_likelihood(run: TrainedRun, importance_samples: int) -> None:
-    """Raises UserError for a family without a likelihood."""
-    if not hasattr(run.objective, "log_likelihood"):
-        raise UserError(f"--importance_samples: {importance_samples}, but a run of model.family {run.config.model.family} has "
-                        "no likelihood; leave it out")
 
 
 def likelihood(run: TrainedRun, samples: list[Sample], importance_samples: int) -> dict[str, Any]:

@@ -1,17 +1,12 @@
-"""`genscale sample` for each family: what it makes of a trained run. A new family is one entry in SAMPLERS, and one in
-`settings.SAMPLING`."""
+"""`genscale sample` for language models: texts, as they are drawn."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
 
 from genscale.errors import UserError
 from genscale.evaluation.generation import stream_texts
-from genscale.evaluation.image_sampling import sample_images
-from genscale.evaluation.point_sampling import sample_points
 from genscale.evaluation.settings import TextSampling
 from genscale.evaluation.trained_run import TrainedRun
 
@@ -67,7 +62,3 @@ def prompts_of(settings: TextSampling) -> list[str]:
     if not prompts:
         raise UserError(f"prompts: {settings.prompts} holds no prompt; give a file of one prompt a line, or use --prompt")
     return prompts
-
-
-SAMPLERS: dict[str, Callable[[TrainedRun, Any], None]] = {"gpt": sample_gpt, "dcgan": sample_images, "vae": sample_images,
-                                                          "vae_gan": sample_images, "points": sample_points}

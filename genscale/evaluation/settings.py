@@ -99,9 +99,3 @@ class ImageScoring:
     """The weights as trained, not their average."""
     batch_size: PositiveInt = 64
     """Images in one forward pass."""
-
-
-SAMPLING: dict[str, type] = {"gpt": TextSampling, "dcgan": ImageSampling, "vae": ImageSampling, "vae_gan": ImageSampling,
-                             "points": PointSampling}
-SCORING: dict[str, type] = {"dcgan": ImageScoring, "vae": ImageScoring, "vae_gan": ImageScoring}
-"""Beyond the validation metrics."""

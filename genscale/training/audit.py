@@ -1,5 +1,5 @@
 """`genscale train --audit N`: a few steps under watch, which prove that no phase touches a network it does not train, that
-every term of a loss does something, and that no two processes see the same sample."""
+every term of a loss does something, that no two processes see the same sample, and that all hold the same weights."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from genscale.data.loader import StepLoader
+from genscale.families import family
 from genscale.interop.starting import complete_from, weights_from
-from genscale.objectives import FAMILIES
 from genscale.objectives.base import Objective, Phase
 from genscale.parallel.engine import Engine
 from genscale.parallel.gradients import squared_norm
@@ -22,7 +22,7 @@ from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import ParallelPlan, build_engine, plan_parallel
 from genscale.settings.config import Config, GuardSettings
 from genscale.tracking.run_logging import setup_logging
-from genscale.training.audit_probe import Identity, differing, fingerprints, identities, repeated, term_gradients
+from genscale.training.audit_probe import Identity, copies, differing, fingerprints, identities, repeated, term_gradients
 from genscale.training.audit_report import AuditReport, PhaseFindings
 from genscale.training.outcome import PhaseOutcome
 from genscale.training.run import derive_accumulation, open_loader, open_objective, prepare
@@ -58,7 +58,7 @@ def audit(config: Config, steps: int) -> bool:
 def _audit(config: Config, steps: int, processes: Processes, plan: ParallelPlan, shape: tuple[int, int]) -> AuditReport:
     micro_batch_size, accumulation = shape
     data_settings = processes.all_do(lambda: complete_from(config, None))
-    data = processes.all_do(lambda: FAMILIES[config.model.family].build_data(data_settings, config.run.seed))
+    data = processes.all_do(lambda: family(config.model.family).build_data(data_settings, config.run.seed))
     loader = None
     try:
         objective = open_objective(config, processes, plan, data)
@@ -110,6 +110,10 @@ class AuditedTrainer(Trainer):
             for name in dict.fromkeys(phase.network for phase in self.objective.phases):
                 keys = [key for key, _ in self.engine.modules[name].named_parameters()]
                 self.report.untrained[name] = [key for key in keys if key not in self._reached[name]]
+            for name in self.engine.modules:
+                by_rank = self.processes.gather(copies(self.engine, name))
+                unequal = [key for other in by_rank for key in differing(by_rank[0], other)]
+                self.report.unequal[name] = list(dict.fromkeys(unequal))
         return self.report
 
     def run_phase(self, phase: Phase, step: int, batches: MicroBatches) -> PhaseOutcome:

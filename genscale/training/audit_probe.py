@@ -14,6 +14,7 @@ from torch import Tensor
 from genscale.objectives.base import Phase
 from genscale.parallel.averages import local
 from genscale.parallel.engine import Engine
+from genscale.parallel.materialise import named_state
 from genscale.rng import Draws
 
 MicroBatches = Sequence[Mapping[str, Tensor]]
@@ -34,15 +35,16 @@ def term_gradients(engine: Engine, phase: Phase, seed: int, step: int, batches: 
         batch = {key: value if key == "sample" else value.to(device) for key, value in batch.items()}
         names, done = [""], 0
         while done < len(names):  # a forward for each term: the graph is gone after one backward
-            with _buffers_kept(engine):  # each begins with the singular vectors that the phase's own will begin with
-                terms = _terms(engine, phase, batch, draws)
+            with buffers_kept(engine):  # each begins with the singular vectors that the phase's own will begin with
+                terms = terms_of(engine, phase, batch, draws)
                 names = [name for name in terms if name not in phase.statistics]
                 _add(gradients.setdefault(names[done], {}), _gradient(engine, terms[names[done]]))
             done += 1
     return gradients
 
 
-def _terms(engine: Engine, phase: Phase, batch: Mapping[str, Tensor], draws: Draws) -> dict[str, Tensor]:
+def terms_of(engine: Engine, phase: Phase, batch: Mapping[str, Tensor], draws: Draws) -> dict[str, Tensor]:
+    """What the phase's loss says of a micro-batch on the engine's device, its network in training and the others frozen."""
     engine.train_only(phase.network, phase.second_order)
     engine.modules[phase.network].train()
     engine.begin_update(phase.network)
@@ -66,7 +68,8 @@ def _add(total: dict[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def _buffers_kept(engine: Engine) -> Iterator[None]:
+def buffers_kept(engine: Engine) -> Iterator[None]:
+    """Afterwards every buffer is as before."""
     buffers = [buffer for module in engine.modules.values() for buffer in module.buffers()]
     kept = [buffer.clone() for buffer in buffers]
     try:
@@ -86,6 +89,11 @@ def fingerprints(engine: Engine, name: str) -> dict[str, str]:
         if parameter.grad is not None:
             marks[f"gradient of {key}"] = _hash(local(parameter.grad).float().cpu().numpy())
     return marks
+
+
+def copies(engine: Engine, name: str) -> dict[str, str]:
+    """A hash of every weight and persistent buffer of a network as this process holds it, where each holds all of it."""
+    return {key: _hash(tensor.detach().float().cpu().numpy()) for key, tensor in named_state(engine.modules[name])}
 
 
 def differing(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:

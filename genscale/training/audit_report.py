@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from genscale.objectives.base import Phase
 
 SHOWN = 3  # names in a line; the rest are counted
+UNEQUAL = "the processes hold different copies"
 
 
 @dataclass
@@ -40,6 +41,7 @@ class AuditReport:
         findings: by phase.
         untrained: by network: its parameters that no phase gave a gradient.
         repeats: of samples, each as text with its step.
+        unequal: by network: what the processes hold different copies of.
     """
 
     heading: str
@@ -50,6 +52,7 @@ class AuditReport:
     samples: int = 0
     untrained: dict[str, list[str]] = field(default_factory=dict)
     repeats: list[str] = field(default_factory=list)
+    unequal: dict[str, list[str]] = field(default_factory=dict)
 
     def faults(self) -> list[str]:
         """Each in a line."""
@@ -61,6 +64,10 @@ class AuditReport:
         for network, parameters in self.untrained.items():
             if parameters:
                 found.append(f"{network}: no phase gave a gradient in {counted(self.steps, 'step')} to {listed(parameters)}")
+        for network, tensors in self.unequal.items():
+            if tensors:
+                found.append(f"{network}: {UNEQUAL}: {listed(tensors)}; a buffer that forward changes, or a draw that each "
+                             "process makes for itself")
         if self.repeats:
             found.append(f"repeated samples: {listed(self.repeats)}; a loader or a data set that repeats itself, or an epoch "
                          "that ends inside the step")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 
 from genscale.errors import UserError
+from genscale.families import family
 from genscale.interop.starting import complete_from
-from genscale.objectives import FAMILIES
 from genscale.parallel.strategies import check_objective, plan_elsewhere
 from genscale.settings.config import Config
 from genscale.training.checkpoints import Checkpoint
@@ -32,11 +32,11 @@ def check_config(config: Config, world_size: int) -> None:
     plan = plan_elsewhere(config.parallel, config.train.precision, world_size, config.optimizer.name)
     _, accumulation = derive_accumulation(config, world_size)
     recorded = recorded_in(run_folder(config), config.run.resume)
-    family = FAMILIES[config.model.family]
-    data = family.build_data(complete_from(config, recorded), config.run.seed)
+    chosen = family(config.model.family)
+    data = chosen.build_data(complete_from(config, recorded), config.run.seed)
     try:
         data.check(config.train.global_batch_size)
-        objective = family.build_objective(config, data)
+        objective = chosen.build_objective(config, data)
         check_objective(plan, config.parallel, objective)
         check_learning_rates(config, objective)
         averaged_networks(config, objective)

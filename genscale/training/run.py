@@ -16,8 +16,8 @@ from torch import Tensor
 from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader
 from genscale.errors import UserError, nearest_divisors
+from genscale.families import family
 from genscale.interop.starting import keep_for_export, weights_from
-from genscale.objectives import FAMILIES
 from genscale.objectives.base import Objective
 from genscale.parallel.determinism import deterministic
 from genscale.parallel.engine import Engine, named_state
@@ -207,7 +207,7 @@ def _write_what_it_is(config: Config, folder: Path, objective: Objective, pretra
 def open_objective(config: Config, processes: Processes, plan: ParallelPlan, data: Data) -> Objective:
     """What the run minimises, checked against its data and the way it is spread. Raises UserError."""
     processes.main_does(lambda: data.check(config.train.global_batch_size))
-    objective = processes.all_do(lambda: FAMILIES[config.model.family].build_objective(config, data))
+    objective = processes.all_do(lambda: family(config.model.family).build_objective(config, data))
     check_objective(plan, config.parallel, objective)
     check_learning_rates(config, objective)
     return objective

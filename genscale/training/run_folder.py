@@ -18,9 +18,9 @@ from genscale.data.lanes import Data
 from genscale.data.opening import of_a_run_that_goes_on
 from genscale.data.plans import only_moved, plan_differences
 from genscale.errors import UserError
+from genscale.families import family
 from genscale.interop.starting import complete_from
 from genscale.masking import masked, masked_throughout
-from genscale.objectives import FAMILIES
 from genscale.reading import dump_yaml, parse_yaml, read_yaml
 from genscale.settings.config import MAY_CHANGE_AT_RESUME, MUST_NOT_CHANGE_AT_RESUME, Config, TrainSettings
 from genscale.settings.keys import as_key
@@ -197,7 +197,7 @@ def open_data(config: Config, folder: Path) -> Data:
     recorded = recorded_in(folder, config.run.resume)
     settings = complete_from(config, recorded)
     with of_a_run_that_goes_on(recorded is not None or int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0):
-        return FAMILIES[config.model.family].build_data(settings, config.run.seed)
+        return family(config.model.family).build_data(settings, config.run.seed)
 
 
 def recorded_in(folder: Path, resume: str) -> Path | None:

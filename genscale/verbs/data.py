@@ -13,7 +13,7 @@ from jsonargparse.typing import PositiveInt
 from genscale.data.image_settings import ImageDataSettings
 from genscale.data.text_settings import TextDataSettings
 from genscale.errors import UserError, nearest
-from genscale.objectives import FAMILIES
+from genscale.families import FAMILIES
 from genscale.settings.parser import parse_config, parse_settings, take_number
 
 ACTIONS = {"build": "Fill the token cache (data.cache) ahead of a run; stopped and started again, it goes on where it was.",

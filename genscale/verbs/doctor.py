@@ -84,7 +84,7 @@ def _run_of(arguments: list[str], settings: DoctorSettings) -> tuple[Config | No
     """The run that the arguments describe, and its folder."""
     if not arguments:
         return None, Path(settings.folder or "runs")
-    from genscale.objectives import FAMILIES
+    from genscale.families import FAMILIES
     from genscale.settings.parser import parse_config
     from genscale.training.run_folder import run_folder
 

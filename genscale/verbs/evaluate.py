@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from genscale.errors import UserError
-from genscale.evaluation.settings import SCORING
-from genscale.objectives import FAMILIES
+from genscale.families import FAMILIES, family
+from genscale.objectives.capabilities import WritesText
 from genscale.settings.keys import as_key
 from genscale.settings.parser import parse_config, parse_settings, split_flags, take_number, take_text
 
@@ -31,7 +31,6 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         _help()
         return 0
-    from genscale.evaluation.scorers import SCORERS
     from genscale.verbs.scores import metrics, scores, task_results
     from genscale.verbs.trained import config_of, find_trained, take_run
 
@@ -54,23 +53,22 @@ def main(arguments: list[str]) -> int:
                             "leave it out")
         amount = "validation_images" if hasattr(trained.data, "validation_images") else "validation_blocks"
         rest = ["--data.validation_source", source, f"--data.{amount}", str(sys.maxsize), *rest]
-    scorer = SCORERS.get(trained.model.family)
-    if scorer is not None:
-        own = SCORING[trained.model.family]
-        names = {field.name for field in dataclasses.fields(own)}
+    scoring = family(trained.model.family).scoring
+    if scoring is not None:
+        names = {field.name for field in dataclasses.fields(scoring.settings)}
         flags, rest = split_flags(rest, lambda name: name.replace("-", "_") in names)
-        settings = parse_settings(own, flags, IMAGE_USAGE.format(families=trained.model.family), IMAGE_DESCRIPTION)
+        settings = parse_settings(scoring.settings, flags, IMAGE_USAGE.format(families=trained.model.family), IMAGE_DESCRIPTION)
     config = config_of(checkpoint, rest)
     if config.model != trained.model:
         key = next(field.name for field in dataclasses.fields(trained.model)
                    if getattr(config.model, field.name) != getattr(trained.model, field.name))
         raise UserError(f"model.{as_key(key)}: {getattr(config.model, key)} is not that of {checkpoint.path}, "
                         f"{getattr(trained.model, key)}; leave it out")
+    if tasks is not None and not family(config.model.family).can(WritesText):
+        raise UserError(f"--tasks: {tasks}, but a run of model.family {config.model.family} writes no text; leave it out")
     report = {"checkpoint": str(checkpoint.path), "step": checkpoint.step}
-    if scorer is not None:
-        if tasks is not None:
-            raise UserError(f"--tasks: {tasks}, but a run of model.family {config.model.family} writes no text; leave it out")
-        report |= scores(config, checkpoint, scorer, settings)
+    if scoring is not None:
+        report |= scores(config, checkpoint, scoring, settings)
     elif tasks is None:
         report |= metrics(config, checkpoint)
     else:
@@ -82,10 +80,11 @@ def main(arguments: list[str]) -> int:
 def _help() -> None:
     with contextlib.suppress(SystemExit):  # which ends each help
         parse_config(FAMILIES, ["--help"], prog=USAGE, description=DESCRIPTION)
-    families: dict[type, list[str]] = {}
-    for family, settings in SCORING.items():
-        families.setdefault(settings, []).append(family)
-    for settings, names in families.items():
+    sharing: dict[type, list[str]] = {}
+    for name, entry in FAMILIES.items():
+        if entry.scoring is not None:
+            sharing.setdefault(entry.scoring.settings, []).append(name)
+    for settings, names in sharing.items():
         print()
         with contextlib.suppress(SystemExit):
             parse_settings(settings, ["--help"], IMAGE_USAGE.format(families=", ".join(names)), IMAGE_DESCRIPTION)

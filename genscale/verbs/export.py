@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from genscale.errors import UserError
-from genscale.objectives import FAMILIES
+from genscale.families import family
 from genscale.settings.parser import parse_settings, take_number
 
 USAGE = "genscale export RUN --out DIR [--step N]"
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
     check_out(out)
     config, checkpoint = find_trained(path, step)
     run, dtype = run_of(checkpoint), {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype]
-    objective = FAMILIES[config.model.family].restore(config, run)
+    objective = family(config.model.family).restore(config, run)
     network = objective.networks.get("gpt")
     if not isinstance(network, GPT):
         raise UserError(f"export: {path} is a {config.model.family}; only gpt has a Hugging Face class")

@@ -6,7 +6,7 @@ import contextlib
 import sys
 
 from genscale.errors import UserError
-from genscale.evaluation.settings import SAMPLING
+from genscale.families import FAMILIES, family
 from genscale.settings.parser import parse_settings, split_flags, take_number
 
 USAGE = "genscale sample RUN [--step N]"
@@ -18,30 +18,32 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         _help()
         return 0
-    from genscale.evaluation.samplers import SAMPLERS
     from genscale.verbs.trained import config_of, find_trained, open_run, take_run
 
     path, rest = take_run(arguments, USAGE)
     step, rest = take_number(rest, "--step", least=0)
     config, checkpoint = find_trained(path, step)
-    if config.model.family not in SAMPLERS:
+    sampling = family(config.model.family).sampling
+    if sampling is None:
+        able = ", ".join(name for name, entry in FAMILIES.items() if entry.sampling is not None)
         raise UserError(f"model.family: {path} is a run of {config.model.family}, which makes nothing to write; samples can be "
-                        f"had of {', '.join(SAMPLERS)}")
+                        f"had of {able}")
     overrides, rest = split_flags(rest, lambda name: name.startswith("data."))
-    settings = parse_settings(SAMPLING[config.model.family], rest, USAGE, DESCRIPTION)
+    settings = parse_settings(sampling.settings, rest, USAGE, DESCRIPTION)
     if overrides:
         config = config_of(checkpoint, overrides)
     run = open_run(config, checkpoint, live=getattr(settings, "live", False))
     print(f"{checkpoint.path}", file=sys.stderr)
-    SAMPLERS[config.model.family](run, settings)
+    sampling.load()(run, settings)
     return 0
 
 
 def _help() -> None:
-    families: dict[type, list[str]] = {}
-    for family, settings in SAMPLING.items():
-        families.setdefault(settings, []).append(family)
-    for settings, names in families.items():
+    sharing: dict[type, list[str]] = {}
+    for name, entry in FAMILIES.items():
+        if entry.sampling is not None:
+            sharing.setdefault(entry.sampling.settings, []).append(name)
+    for settings, names in sharing.items():
         with contextlib.suppress(SystemExit):  # which ends each help
             parse_settings(settings, ["--help"], f"{USAGE}  (model.family {', '.join(names)})", DESCRIPTION)
         print()

@@ -9,12 +9,14 @@ from typing import Any
 from tqdm import tqdm
 
 from genscale.data.lanes import Sample
+from genscale.errors import UserError
 from genscale.evaluation.image_scores import TooFewImages
-from genscale.evaluation.likelihood import check_likelihood, likelihood
-from genscale.evaluation.scorers import Scorer
+from genscale.evaluation.likelihood import likelihood
 from genscale.evaluation.trained_run import TrainedRun
 from genscale.evaluation.validation import validate
-from genscale.objectives import FAMILIES
+from genscale.families import family
+from genscale.families.family import Scoring
+from genscale.objectives.capabilities import MeasuresLikelihood
 from genscale.parallel.precision import autocast, native_precision
 from genscale.parallel.processes import on_cpu
 from genscale.settings.config import Config
@@ -32,7 +34,7 @@ def metrics(config: Config, checkpoint: Checkpoint | Published) -> dict[str, Any
 
 
 def _samples(config: Config) -> list[Sample]:
-    return FAMILIES[config.model.family].validation(config.data, config.run.seed)
+    return family(config.model.family).validation(config.data, config.run.seed)
 
 
 def _validation(run: TrainedRun, samples: list[Sample]) -> dict[str, Any]:
@@ -46,24 +48,25 @@ def _validation(run: TrainedRun, samples: list[Sample]) -> dict[str, Any]:
     return {"samples": len(samples), "precision": precision, **metrics}
 
 
-def scores(config: Config, checkpoint: Checkpoint | Published, scorer: Scorer, settings: Any) -> dict[str, Any]:
-    """Of generated images; of an autoencoder also the validation metrics, and the likelihood where it was asked for."""
-    run = open_run(config, checkpoint, settings.live)
-    if settings.importance_samples is not None:
-        check_likelihood(run, settings.importance_samples)
-    encodes = hasattr(run.objective, "encode")
+def scores(config: Config, checkpoint: Checkpoint | Published, scoring: Scoring, settings: Any) -> dict[str, Any]:
+    """What the family's scorer finds, the validation metrics where it says so, and the likelihood where it was asked for."""
+    importance_samples = getattr(settings, "importance_samples", None)
+    if importance_samples is not None and not family(config.model.family).can(MeasuresLikelihood):
+        raise UserError(f"--importance_samples: {importance_samples}, but a run of model.family {config.model.family} has no "
+                        "likelihood; leave it out")
+    run = open_run(config, checkpoint, getattr(settings, "live", False))
     try:
-        report = scorer(run, settings)
+        report = scoring.load()(run, settings)
     except TooFewImages as error:
-        if not encodes:
+        if not scoring.with_validation:
             raise
         print(f"warning: {error}; the scores of generated images are left out", file=sys.stderr)
         report = {}
-    if encodes:
+    if scoring.with_validation:
         samples = _samples(config)
         report["validation"] = _validation(run, samples)
-        if settings.importance_samples is not None:  # the longest last: what is wrong has shown before
-            report |= likelihood(run, samples, settings.importance_samples)
+        if importance_samples is not None:  # the longest last: what is wrong has shown before
+            report |= likelihood(run, samples, importance_samples)
     return report
 
 

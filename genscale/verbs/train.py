@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from genscale import exit_codes
 from genscale.cluster.promised_devices import check_devices
 from genscale.errors import UserError
+from genscale.families import FAMILIES, family
 from genscale.masking import masked
-from genscale.objectives import FAMILIES
 from genscale.parallel.launcher import has_launcher
 from genscale.process_settings import wait_longer_if_quiet
 from genscale.settings.parser import parse_config, split_flags, take_number
@@ -20,12 +20,11 @@ from genscale.training.ending import RUN, SUBMIT, before_the_run
 from genscale.training.signals import StopSignal
 
 if TYPE_CHECKING:
+    from genscale.families.family import Sampling
     from genscale.training.run import RunResult
 
 PROCESSES = "GENSCALE_PROCESSES"
 
-SAMPLE_TEXT = "--prompt 'The' --tokens 200"
-SAMPLE_PICTURES = "--count 64 --out grid.png"
 DESCRIPTION = ("Train a model. A run is one YAML file; every setting in it is also a flag. Run it again to continue "
                "from its latest "
                "checkpoint. --processes N starts N processes on this machine; `accelerate launch train.py` takes "
@@ -59,7 +58,7 @@ def main(arguments: list[str], stop: StopSignal) -> int:
         check_devices()
     result = train(config, stop)
     if result.is_main:
-        print(farewell(result, settings), flush=True)
+        print(farewell(result, settings, family(config.model.family).sampling), flush=True)
     # A launcher takes the code of a signal for a failure: it ends the other processes within 30 seconds, and writes tracebacks
     # into the log. In a job it is ended.json that says how the run ended. Where a launcher is gone, those of other nodes would
     # wait for it after a success.
@@ -89,7 +88,7 @@ def command(settings: Sequence[str], drop: Sequence[str] = ()) -> str:
     return masked(" ".join([start, *kept]))
 
 
-def farewell(result: RunResult, settings: Sequence[str]) -> str:
+def farewell(result: RunResult, settings: Sequence[str], sampling: Sampling | None) -> str:
     """What the run came to, where it lies, and what to type next."""
     from genscale.parallel.processes import on_cpu
     from genscale.tracking.progress import figure
@@ -102,8 +101,7 @@ def farewell(result: RunResult, settings: Sequence[str]) -> str:
             return stopped
         return f"{stopped}\ngo on with: {command(settings, drop=['--run.resume'])}"
     lines = [""]
-    is_picture = isinstance(result.preview, Path)
-    if is_picture:
+    if isinstance(result.preview, Path):
         lines += [f"sample: {result.preview}"]
     elif result.preview:
         lines += ["sample:", *(f"  | {line}" for line in result.preview.splitlines()), ""]
@@ -115,8 +113,9 @@ def farewell(result: RunResult, settings: Sequence[str]) -> str:
         return f"--run.name {shlex.quote(f'{folder.name}-{suffix}')}"
 
     lines += [f"validation: {scores}", f"run folder: {folder}", f"loss curve: {folder}/plots/loss.png", "", "next:",
-              f"  train on         {longer}",
-              f"  sample           genscale sample {word} {SAMPLE_PICTURES if is_picture else SAMPLE_TEXT}"]
+              f"  train on         {longer}"]
+    if sampling is not None:
+        lines.append(f"  sample           genscale sample {word} {sampling.example}".rstrip())
     if PROCESSES not in os.environ and "RANK" not in os.environ:
         lines.append(f"  two processes    genscale train --processes 2 {again} {sibling('2')}")
     if on_cpu():

@@ -15,8 +15,8 @@ from torch import nn
 
 from genscale.errors import UserError
 from genscale.evaluation.trained_run import TrainedRun
+from genscale.families import FAMILIES, family
 from genscale.interop.huggingface import open_huggingface
-from genscale.objectives import FAMILIES
 from genscale.objectives.base import Objective
 from genscale.parallel.materialise import Read, fill, materialise, named_state
 from genscale.parallel.precision import keep_fp32
@@ -86,9 +86,9 @@ def _published(folder: Path, step: int | None) -> Published:
     if step is not None:
         raise UserError(f"--step: {folder} is a Hugging Face folder, which holds one state of a model; leave --step out")
     fields, read = open_huggingface(str(folder))
-    family = FAMILIES["gpt"]
-    model = family.model_settings(**fields)
-    data = family.data_settings(tokenizer=str(folder), sequence_length=min(model.positions, LONGEST))
+    gpt = family("gpt")
+    model = gpt.model_settings(**fields)
+    data = gpt.data_settings(tokenizer=str(folder), sequence_length=min(model.positions, LONGEST))
     return Published(folder, Config(model=model, data=data), read)
 
 
@@ -143,7 +143,7 @@ def open_run(config: Config, checkpoint: Checkpoint | Published, live: bool = Fa
     """The run's objective with its weights: averages where there are some, unless `live`.
 
     Raises UserError as `load_weights` does."""
-    objective = FAMILIES[config.model.family].restore(config, run_of(checkpoint))
+    objective = family(config.model.family).restore(config, run_of(checkpoint))
     device = load_weights(objective, checkpoint, averaged=not live, device=device)
     averaged = not live and isinstance(checkpoint, Checkpoint) and any(map(checkpoint.has_average, objective.networks))
     return TrainedRun(objective, config, run_of(checkpoint), device, averaged)

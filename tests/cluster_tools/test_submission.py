@@ -17,7 +17,7 @@ from genscale.cluster.partition import Node, Partition, check_fits, find_partiti
 from genscale.cluster.site import Site
 from genscale.cluster.slurm_commands import explain
 from genscale.errors import UserError
-from genscale.objectives import FAMILIES
+from genscale.families import FAMILIES
 from genscale.settings.parser import load_config
 from genscale.training.config_check import check_config
 from genscale.training.run_owner import RunOwner, who_has

@@ -9,7 +9,7 @@ import pytest
 
 from genscale.data.text_settings import TextDataSettings, readings
 from genscale.errors import UserError
-from genscale.objectives import FAMILIES
+from genscale.families import FAMILIES
 from genscale.settings.parser import parse_config
 from genscale.training.run_folder import config_yaml
 

@@ -33,13 +33,6 @@ SETTINGS = {
     "tracking.wandb": "disabled",
 }  # fmt: skip
 
-IMAGE_SETTINGS = {
-    "data.source": "digits", "data.size": 16, "data.channels": 1, "data.lanes": 12, "data.validation_images": 80,
-    "train.steps": 30, "train.global_batch_size": 12, "train.log_every": 1, "train.precision": "fp32", "train.clip": 0,
-    "train.ema_half_life": 100, "train.checkpoint_every": 15, "optimizer.name": "sgd", "optimizer.lr": 0.02,
-    "schedule.name": "constant", "tracking.wandb": "disabled",
-}  # fmt: skip
-
 
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     """This process's environment without what a launcher may have left in it."""
@@ -112,16 +105,6 @@ def train() -> Callable[..., Run]:
 
     def run(folder: Path, strategy: str, processes: int = 2, **settings: Any) -> Run:
         return launch(folder, strategy, processes, {**SETTINGS, **settings})
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def train_images() -> Callable[..., Run]:
-    """The same of an image family: `train_images(folder, strategy, processes=2, **{"model.family": "vae", ...})`."""
-
-    def run(folder: Path, strategy: str, processes: int = 2, **settings: Any) -> Run:
-        return launch(folder, strategy, processes, {**IMAGE_SETTINGS, **settings})
 
     return run
 

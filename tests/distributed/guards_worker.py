@@ -18,7 +18,7 @@ import torch
 from genscale.data.lanes import Cursor, Sample
 from genscale.data.points import PointsData
 from genscale.errors import UserError
-from genscale.objectives import FAMILIES
+from genscale.families import FAMILIES, family
 from genscale.parallel.launch_request import clear_launch_environment
 from genscale.parallel.leaving import run_and_leave
 from genscale.parallel.processes import Processes
@@ -125,7 +125,7 @@ def run(folder: Path, variant: dict[str, Any], processes: Processes) -> dict[str
 
 
 def main(variants: list[dict[str, Any]], folder: Path) -> None:
-    FAMILIES["points"].module().build_data = PlantedPoints
+    family("points").module().build_data = PlantedPoints
     clear_launch_environment()
     processes = Processes(need_group=True)
     results = {variant["name"]: run(folder, variant, processes) for variant in variants}

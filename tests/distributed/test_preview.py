@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from genscale.objectives import FAMILIES
+from genscale.families import FAMILIES, family
 from genscale.settings.parser import load_config
 from genscale.verbs.trained import load_weights
 
@@ -19,7 +19,7 @@ def test_a_sharded_network_writes_what_its_checkpoint_writes_in_one_process(stra
     run = train(tmp_path / "run", strategy, **{"train.steps": 3, "model.positions": positions, "optimizer.lr": 1e-2,
                                                "schedule.warmup_steps": 0, "model.init_std": 0.2})
     checkpoint = run.checkpoint(3)
-    objective = FAMILIES["gpt"].restore(load_config(FAMILIES, checkpoint.path / "config.yaml"), run.folder)
+    objective = family("gpt").restore(load_config(FAMILIES, checkpoint.path / "config.yaml"), run.folder)
     device = load_weights(objective, checkpoint)
     text = objective.preview(objective.networks, 1337, device)
     assert (run.folder / "samples" / "step-00000003.txt").read_text() == text

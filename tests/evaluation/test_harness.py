@@ -26,10 +26,10 @@ from genscale.data.tokenizers import ByteTokenizer, load_tokenizer, train_bpe
 from genscale.errors import UserError
 from genscale.evaluation import task_files
 from genscale.evaluation.harness import GenscaleLM, cut_windows
+from genscale.families import FAMILIES, family
 from genscale.interop.huggingface import open_huggingface
 from genscale.models.decoding import generate
 from genscale.models.gpt import GPT, GPTSettings
-from genscale.objectives import FAMILIES
 from genscale.parallel.materialise import fill
 from genscale.reading import Unreadable
 from genscale.settings.parser import load_config
@@ -161,7 +161,7 @@ def test_tasks_of_ones_own(genscale, trained: Path, tasks: Path) -> None:
     assert "our_choice" in outcome.err and "|acc" in outcome.err.replace(" ", "")
 
     checkpoint = Checkpoint(trained / "checkpoints" / "step-00000006")
-    objective = FAMILIES["gpt"].restore(load_config(FAMILIES, checkpoint.path / "config.yaml"), trained)
+    objective = family("gpt").restore(load_config(FAMILIES, checkpoint.path / "config.yaml"), trained)
     load_weights(objective, checkpoint)
 
     def nats(before: list[int], after: list[int]) -> float:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from genscale.evaluation.validation import validate
-from genscale.objectives import FAMILIES
+from genscale.families import family
 from genscale.objectives.base import Objective
 from genscale.parallel.materialise import fill, materialise
 from genscale.settings.config import Config
@@ -135,11 +135,11 @@ def test_forwards_run_in_the_given_precision() -> None:
 
 def test_a_gpt_that_knows_nothing_needs_a_uniform_code_for_held_out_text(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {i} says that {i} squared is {i * i}." for i in range(200)))
-    family = FAMILIES["gpt"]
-    settings = family.data_settings(source=str(tmp_path / "text.txt"), sequence_length=32, validation_fraction=0.1)
-    config = Config(data=settings, model=family.model_settings(layers=1, heads=1, width=8, positions=32, init_std=1e-4))
-    data = family.build_data(settings, config.run.seed)
-    objective, blocks = family.build_objective(config, data), data.validation()
+    gpt = family("gpt")
+    settings = gpt.data_settings(source=str(tmp_path / "text.txt"), sequence_length=32, validation_fraction=0.1)
+    config = Config(data=settings, model=gpt.model_settings(layers=1, heads=1, width=8, positions=32, init_std=1e-4))
+    data = gpt.build_data(settings, config.run.seed)
+    objective, blocks = gpt.build_objective(config, data), data.validation()
     materialise(objective.networks["gpt"], CPU)
     fill(objective.networks["gpt"], objective.initial_weights("gpt"))
     metrics = validate(objective, objective.networks, blocks, batch_size=3, rank=0, world_size=1, device=CPU,

@@ -15,7 +15,7 @@ import psutil
 from fault_runs import SETTINGS, Life, Run, Shape, make_source, training_lines, wait_for
 
 from genscale.data.loader import StepLoader
-from genscale.objectives import FAMILIES
+from genscale.families import FAMILIES, family
 from genscale.settings.parser import parse_config
 
 MOMENTS = ("saving", "step", "start", "saving", "step")
@@ -223,7 +223,7 @@ def check_each_sample_once(run: Run) -> None:
     """The samples of every step, read again by one process, are those of the run's ledger; of images, whose contents all
     differ, every whole epoch has each exactly once."""
     config = parse_config(FAMILIES, run.words())
-    data = FAMILIES[config.model.family].build_data(config.data, config.run.seed)
+    data = family(config.model.family).build_data(config.data, config.run.seed)
     size = config.train.global_batch_size
     loader = StepLoader(data, global_batch_size=size, micro_batch_size=size, rank=0, world_size=1, workers=0, prefetch_steps=2)
     contents: list[bytes] = []

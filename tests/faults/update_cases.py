@@ -10,7 +10,7 @@ from fault_bench import STEPS, Bench, Case, end, living, one_error, planted, wai
 from fault_runs import Run, training_lines
 
 from genscale.data.loader import StepLoader
-from genscale.objectives import FAMILIES
+from genscale.families import FAMILIES, family
 from genscale.settings.parser import parse_config
 from genscale.tracking.metrics_file import read_metrics
 
@@ -60,7 +60,7 @@ def rolled_back(bench: Bench, draw: random.Random) -> float:
 def check_left_out(run: Run, batch: int) -> None:
     """The ledger of the run is that of data which never had this global batch."""
     config = parse_config(FAMILIES, run.words())
-    data = FAMILIES[config.model.family].build_data(config.data, config.run.seed)
+    data = family(config.model.family).build_data(config.data, config.run.seed)
     size = config.train.global_batch_size
     loader = StepLoader(data, global_batch_size=size, micro_batch_size=size, rank=0, world_size=1, workers=0, prefetch_steps=2,
                         left_out={batch})

@@ -12,9 +12,9 @@ from genscale.data.loader import StepLoader
 from genscale.data.packed import PackedImageDataSettings, packed
 from genscale.data.points import MIXTURES, PointsData, PointsDataSettings
 from genscale.errors import UserError
+from genscale.families import family
 from genscale.models.gan_settings import GANSettings
 from genscale.models.points_settings import PointsGANSettings
-from genscale.objectives import FAMILIES
 from genscale.objectives.gan_losses import discriminator_loss, generator_loss
 from genscale.objectives.gan_settings import GANObjectiveSettings
 from genscale.objectives.points import draw_points, modes_and_quality
@@ -37,7 +37,7 @@ def filled(objective):
 def points(pack: int = 1, **settings):
     config = Config(model=PointsGANSettings(width=8), data=PointsDataSettings(pack=pack),
                     objective=GANObjectiveSettings(**settings))
-    return filled(FAMILIES["points"].build_objective(config, None))
+    return filled(family("points").build_objective(config, None))
 
 
 def images(model: dict | None = None, data: dict | None = None, objective: dict | None = None):
@@ -45,8 +45,8 @@ def images(model: dict | None = None, data: dict | None = None, objective: dict 
     config = Config(model=GANSettings(**model),
                     data=PackedImageDataSettings(**{"size": 16, "channels": 1, "validation_images": 100, **(data or {})}),
                     objective=GANObjectiveSettings(**(objective or {})))
-    built = FAMILIES["dcgan"].build_data(config.data, 1337)
-    return filled(FAMILIES["dcgan"].build_objective(config, built))
+    built = family("dcgan").build_data(config.data, 1337)
+    return filled(family("dcgan").build_objective(config, built))
 
 
 def draws(phase: str, samples: torch.Tensor = SAMPLES, step: int = 5) -> Draws:
@@ -75,7 +75,7 @@ def test_both_phases_by_hand(name):
 def test_first_kinks_lie_where_the_points_are(source):
     config = Config(model=PointsGANSettings(width=500), data=PointsDataSettings(source=source),
                     objective=GANObjectiveSettings())
-    networks = filled(FAMILIES["points"].build_objective(config, None)).networks
+    networks = filled(family("points").build_objective(config, None)).networks
     for name, reach in (("generator", 1.0), ("discriminator", {"ring": 0.5, "grid": 8.0}[source] ** 0.5)):
         first = networks[name].hidden[0]
         distances = first.bias.abs() / first.weight.norm(dim=1)  # from the origin to the line where the unit's input is 0
@@ -86,15 +86,15 @@ def test_first_kinks_lie_where_the_points_are(source):
 def test_of_some_entries_of_a_latent_the_sign_alone_counts():
     config = Config(model=PointsGANSettings(width=8, latent=5, latent_signs=3), data=PointsDataSettings(),
                     objective=GANObjectiveSettings())
-    generator = filled(FAMILIES["points"].build_objective(config, None)).networks["generator"]
+    generator = filled(family("points").build_objective(config, None)).networks["generator"]
     latents = torch.randn(50, 5)
     longer = latents * torch.tensor([2.0, 0.1, 7.0, 1.0, 1.0])
     assert torch.equal(generator(latents), generator(longer))
-    plain = filled(FAMILIES["points"].build_objective(replace(config, model=replace(config.model, latent_signs=0)), None))
+    plain = filled(family("points").build_objective(replace(config, model=replace(config.model, latent_signs=0)), None))
     signs = torch.cat([latents[:, :3].sign(), latents[:, 3:]], 1)
     assert torch.equal(generator(latents), plain.networks["generator"](signs))
     with pytest.raises(UserError, match="model.latent_signs: 6 is more than model.latent, 5; nearest allowed: 5"):
-        FAMILIES["points"].build_objective(replace(config, model=replace(config.model, latent_signs=6)), None)
+        family("points").build_objective(replace(config, model=replace(config.model, latent_signs=6)), None)
 
 
 def test_the_discriminators_phase_gives_the_generator_no_gradient():
@@ -198,7 +198,7 @@ def test_previews_are_pictures():
 
 def test_a_perfect_generator_scores_near_zero_and_a_dead_one_far():
     objective = images()
-    real = torch.from_numpy(np.stack([s["image"] for s in FAMILIES["dcgan"].build_data(
+    real = torch.from_numpy(np.stack([s["image"] for s in family("dcgan").build_data(
         PackedImageDataSettings(size=16, channels=1, validation_images=170), 0).validation()]))
     features = objective._features(real.float() / 255)
     half = len(real) // 2
@@ -232,11 +232,11 @@ def test_one_sample_cannot_be_normalised(train):
     config = Config(model=PointsGANSettings(generator_norm="batch"), data=PointsDataSettings(),
                     objective=GANObjectiveSettings(), train=TrainSettings(**train))
     with pytest.raises(UserError, match=f"train.{next(iter(train))}: 1 sample has no deviation"):
-        FAMILIES["points"].build_objective(config, None)
+        family("points").build_objective(config, None)
 
 
 def test_a_batch_of_packs_that_is_too_large_says_what_it_takes():
-    data = FAMILIES["dcgan"].build_data(PackedImageDataSettings(size=8, channels=1, pack=2), 1)
+    data = family("dcgan").build_data(PackedImageDataSettings(size=8, channels=1, pack=2), 1)
     data.check(811)
     with pytest.raises(UserError, match="1623 at most .divided by 2: data.pack takes 2 for each of the 812 samples"):
         data.check(812)
@@ -270,8 +270,8 @@ def test_batch_normalisation_couples_samples():
 
 def test_three_digits_make_one_picture_of_three_channels():
     settings = PackedImageDataSettings(size=8, channels=1, stack=3, pack=2, validation_images=100)
-    data = FAMILIES["dcgan"].build_data(settings, 1)
-    single = FAMILIES["dcgan"].build_data(PackedImageDataSettings(size=8, channels=1, validation_images=100), 1)
+    data = family("dcgan").build_data(settings, 1)
+    single = family("dcgan").build_data(PackedImageDataSettings(size=8, channels=1, validation_images=100), 1)
     lane = single.open_lane(5)
     digits = [next(lane)[0]["image"] for _ in range(12)]
     packs = data.open_lane(5)

@@ -12,8 +12,8 @@ import torch
 from genscale.data.text import TextDataSettings
 from genscale.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 from genscale.errors import UserError
+from genscale.families import family
 from genscale.models.gpt import GPTSettings
-from genscale.objectives import FAMILIES
 from genscale.objectives.language_model import PREVIEW_TOKENS, LanguageModel, build, restore
 from genscale.rng import Draws
 from genscale.settings.config import Config, RunSettings
@@ -262,7 +262,7 @@ def test_a_run_keeps_its_tokenizer(bpe: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_the_family_is_registered() -> None:
-    family = FAMILIES["gpt"]
-    assert (family.model_settings, family.data_settings) == (GPTSettings, TextDataSettings)
-    module = family.module()
+    gpt = family("gpt")
+    assert (gpt.model_settings, gpt.data_settings) == (GPTSettings, TextDataSettings)
+    module = gpt.module()
     assert (module.build, module.restore) == (build, restore)

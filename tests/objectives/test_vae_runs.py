@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from genscale.evaluation.validation import validate
-from genscale.objectives import FAMILIES
+from genscale.families import FAMILIES
 from genscale.settings.parser import load_config
 from genscale.training.checkpoints import find_checkpoints
 from genscale.verbs.trained import load_weights

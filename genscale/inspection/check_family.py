@@ -1,0 +1,313 @@
+"""`genscale check-family`: whether a family keeps genscale's promise, found out by real runs of a toy of it.
+
+A run must be the same run on one process, with accumulation, and under every strategy on two; killed and resumed it must end
+with the same bits; and two processes must be able to go on from where one stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from genscale.errors import UserError
+from genscale.families import FAMILIES, family
+from genscale.inspection.loss_laws import LossFindings, look_at_losses
+from genscale.settings.config import Config, Strategy
+from genscale.settings.keys import as_key
+from genscale.settings.parser import parse_config
+from genscale.testing.processes import Outcome, run, start
+from genscale.training.audit_report import UNEQUAL, counted, listed
+from genscale.training.checkpoint_comparison import compare_checkpoints
+from genscale.training.checkpoints import Checkpoint, latest_valid, list_checkpoints
+from genscale.training.comparison import ROUNDING, Comparison, compare_runs
+
+State = Literal["ok", "refused", "failed", "left out"]
+STEPS, CHECKPOINT_EVERY, BATCH = 8, 4, 8
+ENDLESS = 100_000
+"""Steps of the run that is killed; it is not given the time for more than a few."""
+FIXED = {
+    "train.steps": STEPS, "train.checkpoint_every": CHECKPOINT_EVERY, "train.checkpoint_keep": 1000, "train.log_every": 1,
+    "train.evaluate_every": 0, "train.sample_every": 0, "train.global_batch_size": BATCH, "train.micro_batch_size": "null",
+    "train.precision": "fp32", "train.clip": 1.0, "train.profile": 0, "train.collapse": "ignore", "guards.dry_batch": True,
+    "guards.non_finite": "stop", "optimizer.name": "sgd", "optimizer.momentum": 0.9, "optimizer.lr": 0.01,
+    "schedule.name": "constant", "schedule.warmup_steps": 0, "parallel.offload": "none", "parallel.compile": False,
+    "parallel.strategy": "single", "tracking.wandb": "disabled", "tracking.tensorboard": False, "run.resume": "auto",
+}  # fmt: skip
+"""What every run has in common, whatever the config says: with plain gradient descent the same sums in another order stay the
+same to the last digits, where AdamW would make much of them."""
+SHOWN = 80
+"""Characters of what was sampled."""
+TIMEOUT = 300
+"""Seconds for one run."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row.
+
+    Attributes:
+        name: what was asked.
+        state: ok, failed; refused, where genscale says itself that the combination is not possible; left out, where the family
+            has no such thing.
+        figure: what was measured, or the reason.
+    """
+
+    name: str
+    state: State
+    figure: str
+
+    def __str__(self) -> str:
+        return f"  {self.name:<25}{self.state:<10}{self.figure}"
+
+
+@dataclass(frozen=True)
+class FamilyReport:
+    """All rows.
+
+    Attributes:
+        seconds: how long it took.
+    """
+
+    family: str
+    checks: list[Check]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Nothing has failed."""
+        return all(check.state != "failed" for check in self.checks)
+
+    def summary(self) -> str:
+        """The last line."""
+        counts = {state: sum(check.state == state for check in self.checks) for state in get_args(State)}
+        told = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
+        return (f"family {self.family} {'keeps' if self.passed else 'BREAKS'} the promise: {told} of "
+                f"{counted(len(self.checks), 'check')}, in {self.seconds:.0f} s")
+
+
+def check_family(name: str, config: Path | str | None = None, settings: Mapping[str, Any] | None = None, *,
+                 folder: Path | None = None, show: Callable[[Check], None] = lambda check: None) -> FamilyReport:
+    """Check a family by real runs of 8 steps, in a minute or two.
+
+    Args:
+        name: of the family.
+        config: YAML file of a run; without one `Family.tiny` is run.
+        settings: more settings by key, which win.
+        folder: keeps the runs, `one`, `ddp`, ...; without one they are deleted.
+        show: called with each row as it comes.
+
+    Raises:
+        UserError: no such family, or a config that is none.
+
+    Example:
+        >>> report = check_family("points")
+        >>> report.passed
+        True
+    """
+    began, checks = time.monotonic(), []
+    words = _words(name, config, settings or {})
+    with contextlib.ExitStack() as stack:
+        place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="genscale-family-")))
+        if folder is not None and folder.exists() and any(folder.iterdir()):
+            raise UserError(f"--folder: {folder} is not empty; give a new one")
+        for check in _Runs(name, words, place).checks():
+            checks.append(check)
+            show(check)
+    return FamilyReport(name, checks, time.monotonic() - began)
+
+
+def _words(name: str, config: Path | str | None, settings: Mapping[str, Any]) -> list[str]:
+    """The flags of the smallest run."""
+    entry = family(name)
+    if config is None and not entry.tiny:
+        raise UserError(f"family {name}: its entry has no `tiny`, the settings of a run that takes a second; give it some, or "
+                        "a run with --config FILE")
+    chosen = {} if config is not None else dict(entry.tiny)
+    own = {**FIXED, **chosen, **settings, "model.family": name} if config is None else {**FIXED, **settings}
+    words = ["--config", str(config)] if config is not None else []
+    words += [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in own.items()]
+    found: Config = parse_config(FAMILIES, words, "genscale check-family")
+    if found.model.family != name:
+        raise UserError(f"--config: {config} is a run of model.family {found.model.family}, not {name}")
+    return words
+
+
+class _Runs:
+    """The runs of one check."""
+
+    def __init__(self, name: str, words: list[str], folder: Path) -> None:
+        self.name, self.entry, self.words, self.folder = name, family(name), words, folder
+
+    def checks(self) -> Iterator[Check]:
+        """Row after row; what could not be measured without the one that failed is not asked."""
+        config = parse_config(FAMILIES, self.words)
+        try:
+            self.entry.load()
+            losses = look_at_losses(config)
+        except UserError as error:
+            yield Check("loads", "failed", str(error))
+            return
+        yield Check("loads", "ok", self._loaded(losses))
+        if losses.averaged:
+            self.words.append("--train.ema_half_life=50")
+        yield from self._losses(losses)
+        if losses.weights:
+            return
+        with ThreadPoolExecutor(2) as pool:  # one process each
+            halved = [] if losses.couples_samples else [("accumulation", 1, "--train.micro_batch_size", BATCH // 2)]
+            alone, *split = pool.map(lambda asked: self.train(*asked), [("one", 1), *halved])
+        if alone.code:
+            yield Check("trains", "failed", alone.error)
+            return
+        yield Check("trains", "ok", f"{STEPS} steps on one process after a dry batch of every phase, {self._loss('one')}")
+        if split:
+            yield self._same("accumulation", split[0])
+        else:
+            yield Check("accumulation", "left out", "its losses depend on which samples share a micro-batch (couples_samples)")
+        yield from self._audit()
+        yield from self._killed_and_spread()
+        yield self._resized()
+        with ThreadPoolExecutor(2) as pool:
+            yield from pool.map(lambda ask: ask(), [self._sample, self._evaluate])
+
+    def train(self, name: str, processes: int, *own: object) -> Outcome:
+        """A run in its folder, to its end."""
+        return run(*self._command(name, processes), *own, timeout=TIMEOUT)
+
+    def _command(self, name: str, processes: int) -> list[object]:
+        place = [f"--run.dir={self.folder}", f"--run.name={name}"]
+        if processes == 1:
+            return ["train", *self.words, *place]
+        return ["train", "--processes", processes, *self.words, *place, "--parallel.strategy=ddp"]
+
+    def _loaded(self, losses: LossFindings) -> str:
+        kinds = [kind for kind in ("sampling", "scoring") if getattr(self.entry, kind) is not None]
+        return f"{losses.objective}; {' and '.join(kinds) or 'neither sampling nor scoring'}"
+
+    def _losses(self, losses: LossFindings) -> Iterator[Check]:
+        weights = f"{losses.tensors} tensors, {losses.values:,} values, each drawn by seed and name"
+        yield _check("initial weights", losses.weights, weights)
+        if losses.weights:
+            return
+        terms = "; ".join(f"{phase}: {', '.join(names)}" for phase, names in losses.terms.items())
+        yield _check("draws", losses.draws, f"no other chance reaches {terms}")
+        if losses.couples_samples:
+            yield Check("sums", "left out", "its losses depend on which samples share a micro-batch (couples_samples)")
+        else:
+            yield _check("sums", losses.sums, "each term of a batch is the sum of those of its halves")
+
+    def _audit(self) -> Iterator[Check]:
+        done = self.train("audit", 2, "--audit", 2)
+        faults = [line.removeprefix("fault: ") for line in done.out.splitlines() if line.startswith("fault: ")]
+        if done.code and not faults:
+            yield Check("audit", "failed", done.error)
+            return
+        unequal = [fault for fault in faults if UNEQUAL in fault]
+        said = next((line for line in done.out.splitlines() if " in 2 steps; " in line), "")
+        yield _check("audit", [fault for fault in faults if fault not in unequal], said)
+        yield _check("replicas", unequal, "two processes hold equal weights and buffers after 2 steps")
+
+    def _killed_and_spread(self) -> Iterator[Check]:
+        """A run is killed first, so that the one that is not can be made as long as it came to be."""
+        strategies = get_args(Strategy)[1:]  # the first is one process alone
+        began, killed = self._kill()
+        last = killed.step if killed else 0
+        longer = ("--train.steps", max(STEPS, last + CHECKPOINT_EVERY))
+        resumed = self.train("killed", 2, *longer) if killed else began
+        for strategy in strategies:
+            own = longer if strategy == strategies[0] else ()
+            yield self._same(strategy, self.train(strategy, 2, *own, f"--parallel.strategy={strategy}"),
+                             may_refuse=strategy != strategies[0])
+        yield self._resumed(strategies[0], resumed, last)
+
+    def _kill(self) -> tuple[Outcome, Checkpoint | None]:
+        """Start a run, and kill all its processes when it has a checkpoint; what it said, and the checkpoint it will go on
+        from."""
+        begun = start(*self._command("killed", 2), "--train.steps", ENDLESS)
+        checkpoints, deadline = self.folder / "killed" / "checkpoints", time.monotonic() + TIMEOUT
+        while begun.process.poll() is None and time.monotonic() < deadline and not list_checkpoints(checkpoints):
+            time.sleep(0.01)
+        begun.kill()
+        return begun.finish(), latest_valid(checkpoints, lambda line: None)
+
+    def _resumed(self, straight: str, done: Outcome, last: int) -> Check:
+        title = "kill and resume"
+        if done.code != 0 or not last:
+            return Check(title, "failed", done.error)
+        runs = [self.folder / name for name in (straight, "killed")]
+        ends = [latest_valid(path / "checkpoints", lambda line: None) for path in runs]
+        if ends[0] is None or ends[1] is None:
+            return Check(title, "failed", "the run that was not killed left no checkpoint")
+        digests = [end.digest() for end in ends if end is not None]
+        comparison = compare_runs(*runs)
+        if comparison.first is not None or digests[0] != digests[1]:
+            return Check(title, "failed", f"killed after step {last}: {comparison.verdict}")
+        return Check(title, "ok", f"SIGKILL, on from step {last} to {ends[0].step}: digest {digests[0][:12]} both times")
+
+    def _resized(self) -> Check:
+        shutil.copytree(self.folder / "one", self.folder / "resized")
+        for checkpoint in list_checkpoints(self.folder / "resized" / "checkpoints"):
+            if checkpoint.step > CHECKPOINT_EVERY:
+                shutil.rmtree(checkpoint.path)
+        return self._same("resized", self.train("resized", 2), title="resize 1 -> 2 processes")
+
+    def _same(self, name: str, done: Outcome, title: str | None = None, may_refuse: bool = False) -> Check:
+        """Whether a run is the run of one process but for rounding."""
+        title = title or name
+        if done.code == 2 and may_refuse:
+            return Check(title, "refused", done.error)
+        if done.code != 0:
+            return Check(title, "failed", done.error)
+        return same_run(title, self.folder / "one", self.folder / name)
+
+    def _sample(self) -> Check:
+        if self.entry.sampling is None:
+            return Check("sample", "left out", "the family makes nothing to write")
+        done = run("sample", self.folder / "one", timeout=TIMEOUT)
+        if done.code != 0:
+            return Check("sample", "failed", done.error)
+        said = " ".join(done.out.replace(f"{self.folder}/one/", "").split())
+        return Check("sample", "ok", said[:SHOWN]) if said else Check("sample", "failed", "nothing was written")
+
+    def _evaluate(self) -> Check:
+        own = self.entry.scoring.tiny if self.entry.scoring is not None else {}
+        flags = [f"--{as_key(key)}={value}" for key, value in own.items()]
+        done = run("evaluate", self.folder / "one", *flags, timeout=TIMEOUT)
+        if done.code != 0:
+            return Check("evaluate", "failed", done.error)
+        report = json.loads(done.out)
+        numbers = {key: value for key, value in report.items() if isinstance(value, float)}
+        return Check("evaluate", "ok", listed([f"{key} {value:.4g}" for key, value in numbers.items()]) or listed(list(report)))
+
+    def _loss(self, name: str) -> str:
+        lines = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
+        name = next(key for key in lines[0] if key == "loss" or key.endswith("/loss"))
+        return f"{name} {lines[0][name]:.6g} to {next(line[name] for line in reversed(lines) if name in line):.6g}"
+
+
+def same_run(title: str, one: Path, other: Path) -> Check:
+    """A row that says whether two run folders hold the same run but for rounding."""
+    try:
+        comparison: Comparison = compare_runs(one, other)
+    except UserError as error:
+        return Check(title, "failed", str(error))
+    if comparison.beyond is not None:
+        return Check(title, "failed", comparison.verdict)
+    steps, apart = compare_checkpoints(one / "checkpoints", other / "checkpoints")
+    equal = f"weights equal to the bit at {listed([str(step) for step in steps])}"
+    weights = f"{apart.of} of step {apart.step} within {apart.relative:.0e}" if apart else equal
+    if apart is not None and apart.relative > 100 * ROUNDING["fp32"]:
+        return Check(title, "failed", f"losses agree, and the checkpoints do not: {apart}")
+    return Check(title, "ok", f"losses within {comparison.largest:.1e} over {counted(comparison.compared, 'step')}, {weights}")
+
+
+def _check(title: str, faults: list[str], fine: str) -> Check:
+    return Check(title, "failed", listed(faults)) if faults else Check(title, "ok", fine)

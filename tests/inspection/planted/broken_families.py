@@ -1,0 +1,82 @@
+"""The toy family, and families that break the promise, each in one way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from genscale.families.family import Family
+from genscale.objectives.base import Batch, Networks, Terms
+from genscale.rng import Draws
+from genscale.testing import toy
+
+
+@dataclass
+class ChanceSettings(toy.ToySettings):
+    family: Literal["chance"] = "chance"
+
+
+@dataclass
+class MeansSettings(toy.ToySettings):
+    family: Literal["means"] = "means"
+
+
+@dataclass
+class MovingSettings(toy.ToySettings):
+    family: Literal["moving"] = "moving"
+
+
+class Chance(toy.ToyObjective):
+    """Its noise comes from torch's own random state."""
+
+    def loss(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
+        noisy = batch["wave"] + self.noise * torch.randn_like(batch["wave"])
+        return {"error": (networks["net"](noisy) - batch["wave"]).square().sum()}
+
+
+class Means(toy.ToyObjective):
+    """Its term is the mean of a micro-batch."""
+
+    def loss(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
+        return {"error": toy.LENGTH * super().loss(networks, batch, draws)["error"] / self.count(batch)}
+
+
+class MovingMean(nn.Module):
+    """Takes off the mean that its own process has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(toy.LENGTH, device="meta"))
+
+    def forward(self, waves: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.mean.lerp_(waves.mean(0), 0.5)
+        return waves - self.mean
+
+
+class Moving(toy.ToyObjective):
+    """A layer of it keeps what each process has seen for itself."""
+
+    def __init__(self, network: nn.Module, noise: float, seed: int) -> None:
+        super().__init__(nn.Sequential(MovingMean(), network), noise, seed)
+
+    def initial_weights(self, name: str) -> Callable[[str], Tensor]:
+        return lambda key: torch.zeros(toy.LENGTH) if key == "0.mean" else self._weights(key)
+
+
+def built(kind: type[toy.ToyObjective], settings: type) -> Family:
+    def restore(config: Any, _: Any = None) -> toy.ToyObjective:
+        return kind(toy.network_of(config), config.data.noise, config.run.seed)
+
+    module = SimpleNamespace(build_data=toy.build_data, validation=toy.validation, build=restore, restore=restore)
+    return replace(toy.FAMILY, model_settings=settings, module=lambda: module)
+
+
+FAMILIES = {family.name: family for family in (toy.FAMILY, built(Chance, ChanceSettings), built(Means, MeansSettings),
+                                               built(Moving, MovingSettings))}

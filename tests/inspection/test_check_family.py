@@ -1,0 +1,90 @@
+"""genscale check-family: that every family passes, and that a broken one fails in the row that names what is broken."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from genscale.errors import UserError
+from genscale.families import BUILT_IN, FAMILIES, names
+from genscale.inspection.check_family import FIXED, FamilyReport, check_family
+from genscale.inspection.loss_laws import LossFindings, look_at_losses
+from genscale.settings.parser import parse_config
+
+ROOT = Path(__file__).resolve().parents[2]
+PLANTED = Path(__file__).with_name("planted")
+PENALTY = {"model.discriminator_norm": "none", "objective.loss": "wasserstein", "objective.gradient_penalty": 10,
+           "objective.discriminator_steps": 2}
+CONDITIONAL = {"model.classes": 10, "data.labels": True, "model.spectral_norm": True, "model.discriminator_norm": "none"}
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """The toy and its broken relatives, known here and to every process that is started."""
+    monkeypatch.syspath_prepend(PLANTED)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(PLANTED), str(ROOT)]))
+    import broken_families
+
+    for name, family in broken_families.FAMILIES.items():
+        monkeypatch.setitem(BUILT_IN, name, family)
+    yield
+    sys.modules.pop("broken_families")
+
+
+def failed(report: FamilyReport) -> dict[str, str]:
+    return {check.name: check.figure for check in report.checks if check.state == "failed"}
+
+
+def looked_at(name: str) -> LossFindings:
+    plain = [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in FIXED.items()]
+    return look_at_losses(parse_config(FAMILIES, [f"--model.family={name}", *plain]))
+
+
+def test_losses_that_break_the_law_are_told_apart(planted):
+    clean, chance, means = looked_at("toy"), looked_at("chance"), looked_at("means")
+    assert (clean.weights, clean.draws, clean.sums) == ([], [], [])
+    assert (clean.tensors, clean.values, clean.terms) == (4, 2 * 16 * 16 + 32, {"toy": ["error"]})
+    assert "phase toy: error changes with the random state of torch" in chance.draws[0]
+    assert means.draws == [] and "phase toy: error is" in means.sums[0] and "not a mean" in means.sums[0]
+
+
+def test_what_cannot_be_checked_is_said_in_a_line(planted, genscale, tmp_path):
+    assert "'vea' is not one of gpt, " in genscale("check-family", "vea").message()
+    (tmp_path / "x.yaml").write_text("model: {family: points}")
+    assert "is a run of model.family points, not vae" in genscale("check-family", "vae", "--config",
+                                                                  tmp_path / "x.yaml").message()
+    with pytest.raises(UserError, match="is not empty"):
+        check_family("toy", folder=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("name", "settings"), [
+    *((name, {}) for name in names()),
+    pytest.param("dcgan", PENALTY, id="gradient penalty"), pytest.param("dcgan", CONDITIONAL, id="conditional"),
+])  # fmt: skip
+def test_every_family_keeps_the_promise(name, settings):
+    report = check_family(name, settings=settings)
+    assert report.passed, "\n".join(map(str, report.checks))
+    refused = {check.name: check.figure for check in report.checks if check.state == "refused"}
+    assert set(refused) == ({"zero3"} if settings is PENALTY else set())
+    assert not refused or "zero3 with a gradient penalty" in refused["zero3"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_toy_keeps_it(planted):
+    report = check_family("toy")
+    assert report.passed, "\n".join(map(str, report.checks))
+    assert len(report.checks) == 17 and all(check.state == "ok" for check in report.checks)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("name", "row"), [("chance", "draws"), ("means", "sums"), ("moving", "replicas")])
+def test_a_family_that_breaks_it_fails_in_the_row_that_says_why(name, row, planted):
+    report = check_family(name)
+    assert row in failed(report), "\n".join(map(str, report.checks))
