@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from genscale.models.batch_norm import BatchNorm
 from genscale.models.gan_settings import Norm
 from genscale.models.initial_draw import HasInitialScale, InitialScale, OwnDraw, before_parametrization, has_own_draw
+from genscale.models.moving_state import MovingState
 from genscale.rng import torch_generator
 
 GROUPS, GROUP_CHANNELS = 32, 16
@@ -43,12 +44,15 @@ def norm_layer(kind: Norm, channels: int) -> nn.Module:
     return nn.Identity()
 
 
-class SpectralNorm(nn.Module):
+class SpectralNorm(MovingState):
     """Divides a weight by its largest singular value (Miyato et al. 2018), as a parametrisation of it.
 
     One power iteration an update, in the first training forward after `begin_update`, not one a forward: second forwards,
     accumulation and recomputation see the same vectors, so that the update does not depend on how it was divided.
     """
+
+    moving = {"u": "copied", "v": "copied"}  # of the weights as they are now: the mean of two unit vectors is none
+    counts_forwards = False
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
@@ -57,7 +61,6 @@ class SpectralNorm(nn.Module):
         self._due = False
 
     def begin_update(self) -> None:
-        """An update of the weight is about to be made."""
         self._due = True
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from genscale.training.collapse import CollapseWatch
 from genscale.training.data_wait import DataWait
 from genscale.training.profile import Profile
 from genscale.training.provenance import position_in_words, provenance
+from genscale.training.replicas import compare_replicas
 from genscale.training.restoring import restore
 from genscale.training.run_folder import config_dict, config_yaml
 from genscale.training.saving import Contents, Saver
@@ -79,6 +80,7 @@ class RunHooks:
                            config.train.checkpoint_keep_every, may_commit)
         self._best_in_flight: dict[str, Any] | None = None
         self._hold_up: float | None = None
+        self._compared = False
         self._saved_at = time.monotonic()
         if config.train.checkpoint_best != "loss":  # which all have; what else there is, only an evaluation can tell
             evaluation = self.evaluation or self._validate(done)
@@ -111,7 +113,8 @@ class RunHooks:
         train = self.config.train
         profile = [Hook(1, self.profile.step, settled=False)] if self.profile else []
         trace = [Hook(1, self.record)] if self.trace else []
-        return [*profile, Hook(1, self.count, settled=False), *trace, Hook(train.log_every, self.log_metrics),
+        first = [Hook(1, self.compare_first, settled=False)] if self.processes.world_size > 1 else []
+        return [*profile, Hook(1, self.count, settled=False), *first, *trace, Hook(train.log_every, self.log_metrics),
                 Hook(train.evaluate_every, self.evaluate, sound=True), Hook(train.sample_every, self.sample, sound=True),
                 Hook(train.checkpoint_every, self.checkpoint, sound=True,
                      by_clock=self._minutes_are_up if train.checkpoint_minutes else None)]
@@ -124,6 +127,12 @@ class RunHooks:
         if self.processes.is_main:
             self.run_record.step(report.step)
         self.throughput.step(report.seconds, report.data_wait_seconds, self.units_per_step)
+
+    def compare_first(self, report: StepReport) -> None:
+        """After the first step of this life, lest a run train for nothing until its first checkpoint."""
+        if not self._compared:
+            self._compared = True
+            compare_replicas(self.engine)
 
     def record(self, report: StepReport) -> None:
         self.writes.attempt(TRACE, lambda: self.trace.record(report))
@@ -235,6 +244,7 @@ class RunHooks:
         """
         started = time.perf_counter()
         self.settle_save()
+        compare_replicas(self.engine)
         best = self._best_with(report.step)
         pieces = {}
         for name in self.objective.networks:
