@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genscale.config import ParallelSettings
 from genscale.models.moving_state import MovingState, moving_layers
 from genscale.models.network_parts import HasBlocks
 from genscale.parallel.activation_checkpointing import checkpoint_activations
@@ -25,6 +24,7 @@ from genscale.parallel.materialise import Read, named_state
 from genscale.parallel.pieces import Piece
 from genscale.parallel.precision import use_float8
 from genscale.parallel.processes import Processes
+from genscale.settings.config import ParallelSettings
 
 __all__ = ["Engine", "LeaveOut", "MakeOptimizer", "NamedTensors", "Read", "StepResult", "blocks_of", "named_state", "never"]
 

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from genscale.config import Config, GuardSettings, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
 from genscale.data.lanes import Cursor, Data, Sample
 from genscale.data.loader import StepLoader
 from genscale.data.order import merge_states
@@ -28,6 +27,7 @@ from genscale.parallel.leaving import run_and_leave
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import ParallelPlan, build_engine, plan_parallel
 from genscale.rng import Draws
+from genscale.settings.config import Config, GuardSettings, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
 from genscale.training.optimizers import make_optimizer
 from genscale.training.replicas import compare_replicas
 from genscale.training.step_report import Hook
