@@ -10,20 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from genscale.models.recomputation import is_recomputing
+from genscale.models.moving_state import MovingState
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(MovingState):
     """Ioffe and Szegedy 2015, over `(batch, channels, ...)`, with the statistics of the batch of all processes. (torch's
     SyncBatchNorm runs on GPUs only.)
 
     Running statistics are kept in fp32. Only a training forward of a network that is being trained changes them, and
-    recomputation in backward does not change them again (pytorch issue 96136).
-
-    Attributes:
-        sum_over_processes: adds a tensor up over all processes; None where there is one.
-        update_statistics: whether the running statistics follow the batches.
+    recomputation in backward does not change them again (pytorch issue 96136). They follow every forward, as torch's do.
     """
+
+    moving = {"running_mean": "averaged", "running_var": "averaged"}
 
     def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__()
@@ -31,16 +29,14 @@ class BatchNorm(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.empty(channels)), nn.Parameter(torch.empty(channels))
         self.register_buffer("running_mean", torch.empty(channels))
         self.register_buffer("running_var", torch.empty(channels))
-        self.sum_over_processes: Callable[[Tensor], Tensor] | None = None
-        self.update_statistics = True
 
     def forward(self, x: Tensor) -> Tensor:
         # Under FSDP2 and ZeRO the weights may stand in bf16 beside statistics in fp32, which the kernel does not take.
         weight, bias = self.weight.float(), self.bias.float()
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
-        follow = self.update_statistics and not is_recomputing()
-        if self.sum_over_processes is None:
+        follow = self.moves
+        if self.all_sum is None:
             # On copies: a recomputed forward must do the same operations, without that the statistics follow.
             mean, variance = self.running_mean.clone(), self.running_var.clone()
             y = F.batch_norm(x, mean, variance, weight, bias, True, self.momentum, self.eps)
@@ -48,7 +44,7 @@ class BatchNorm(nn.Module):
                 self.running_mean.copy_(mean)
                 self.running_var.copy_(variance)
             return y
-        y, mean, variance, count = _GlobalBatchNorm.apply(x, weight, bias, self.eps, self.sum_over_processes)
+        y, mean, variance, count = _GlobalBatchNorm.apply(x, weight, bias, self.eps, self.all_sum)
         if follow:
             with torch.no_grad():
                 self.running_mean.lerp_(mean, self.momentum)

@@ -12,6 +12,8 @@ from torch.nn.utils import parametrize
 
 from genscale.models.batch_norm import BatchNorm
 from genscale.models.gan_settings import Norm
+from genscale.models.initial_draw import HasInitialScale, InitialScale, OwnDraw, before_parametrization, has_own_draw
+from genscale.models.moving_state import MovingState
 from genscale.rng import torch_generator
 
 GROUPS, GROUP_CHANNELS = 32, 16
@@ -42,12 +44,15 @@ def norm_layer(kind: Norm, channels: int) -> nn.Module:
     return nn.Identity()
 
 
-class SpectralNorm(nn.Module):
+class SpectralNorm(MovingState):
     """Divides a weight by its largest singular value (Miyato et al. 2018), as a parametrisation of it.
 
     One power iteration an update, in the first training forward after `begin_update`, not one a forward: second forwards,
     accumulation and recomputation see the same vectors, so that the update does not depend on how it was divided.
     """
+
+    moving = {"u": "copied", "v": "copied"}  # of the weights as they are now: the mean of two unit vectors is none
+    counts_forwards = False
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
@@ -56,7 +61,6 @@ class SpectralNorm(nn.Module):
         self._due = False
 
     def begin_update(self) -> None:
-        """An update of the weight is about to be made."""
         self._due = True
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -89,6 +93,8 @@ def spectral_norm(layer: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class _Tensor:
+    """A tensor whose draw `InitialWeights` makes itself."""
+
     shape: torch.Size
     owner: str
     kind: str
@@ -96,11 +102,18 @@ class _Tensor:
 
 
 class InitialWeights:
-    """The initial value of every parameter and buffer of a network of these layers, a function of seed and name alone.
+    """The initial value of every parameter and buffer of a network, a function of seed and name alone: whoever holds a part of
+    the network asks for the tensors one at a time, in any order.
 
-    Convolutions, linear layers and embeddings are normal, with deviation `std`, or (None) the square root of one over the
-    fan-in, times the layer's `initial_gain` where it has one. Biases are normal with the layer's `initial_bias` as deviation
-    where it has one, else 0; norms are 1 (BatchNorm with a deviation of `std`, as in Radford et al. 2015).
+    Convolutions of images, linear layers and embeddings are normal, with deviation `std`, or (None) the square root of one over
+    the fan-in; where a layer has an `InitialScale`, times its gain, and its biases are normal with the scale's deviation, else
+    0. `BatchNorm` is 1 with a deviation of `std`, as in Radford et al. 2015. Every other layer, also one of these kinds with a
+    `reset_parameters` of its own, is drawn as that method says (`genscale.models.initial_draw`).
+
+        >>> network = nn.Sequential(nn.Conv1d(2, 8, 3), nn.Linear(8, 8))
+        >>> read = InitialWeights(network, seed=1)
+        >>> read("0.weight").shape
+        torch.Size([8, 2, 3])
 
     Args:
         network: on any device; its shapes are noted now, and later it may be sharded.
@@ -108,27 +121,44 @@ class InitialWeights:
 
     def __init__(self, network: nn.Module, seed: int, std: float | None = None) -> None:
         self._seed, self._std = seed, std
-        modules = dict(network.named_modules())
-        self._tensors: dict[str, _Tensor] = {}
+        modules = dict(network.named_modules(remove_duplicate=False))
+        self._tensors: dict[str, _Tensor | OwnDraw] = {}
         for name, tensor in network.state_dict(keep_vars=True).items():
             path, kind = name.rpartition(".")[::2]
-            layer = modules[f".{path}".partition(".parametrizations.")[0][1:]]
-            scale = getattr(layer, "initial_bias", 0.0) if kind == "bias" else self._scale(layer, tensor.shape)
-            self._tensors[name] = _Tensor(tensor.shape, path, kind, scale)
+            layer = modules[path]
+            if not isinstance(layer, SpectralNorm):
+                path, kind = before_parametrization(path, kind)
+                layer = modules[path]
+            if (scale := self._scale(layer, kind, tensor.shape)) is None:
+                self._tensors[name] = OwnDraw(layer, path, kind)
+            else:
+                self._tensors[name] = _Tensor(tensor.shape, path, kind, scale)
 
-    def _scale(self, layer: nn.Module, shape: torch.Size) -> float:
-        if isinstance(layer, BatchNorm):
-            return self._std or 0.0
-        if not isinstance(layer, LINEAR_LAYERS):
+    def _scale(self, layer: nn.Module, kind: str, shape: torch.Size) -> float | None:
+        """The deviation of a tensor that is drawn here; None: the layer draws it."""
+        if isinstance(layer, SpectralNorm):
             return 0.0
-        fan_in = 1 if isinstance(layer, nn.Embedding) else math.prod(shape[1:]) if len(shape) > 1 else 1
-        if isinstance(layer, nn.ConvTranspose2d) and len(shape) > 1:
+        if isinstance(layer, BatchNorm):
+            return 0.0 if kind == "bias" else self._std or 0.0
+        if not isinstance(layer, LINEAR_LAYERS) or kind not in ("weight", "bias") or has_own_draw(layer, LINEAR_LAYERS):
+            return None
+        scale = layer.initial_scale if isinstance(layer, HasInitialScale) else InitialScale()
+        if kind == "bias":
+            return scale.bias
+        fan_in = 1.0 if isinstance(layer, nn.Embedding) else math.prod(shape[1:])
+        if isinstance(layer, nn.ConvTranspose2d):
             fan_in = shape[0] * math.prod(shape[2:]) / math.prod(layer.stride)
-        return (fan_in**-0.5 if self._std is None else self._std) * getattr(layer, "initial_gain", 1.0)
+        return (fan_in**-0.5 if self._std is None else self._std) * scale.gain
 
     def __call__(self, name: str) -> Tensor:
-        """The tensor of that name in full, fp32, on the CPU."""
+        """The tensor of that name in full, on the CPU: fp32, or whole numbers where it holds such.
+
+        Raises:
+            UserError: nobody knows how it is drawn; names the layer, the tensor and what to do.
+        """
         tensor = self._tensors[name]
+        if isinstance(tensor, OwnDraw):
+            return tensor(self._seed)
         if tensor.kind in ("u", "v"):
             return self._singular_vector(name, tensor)
         if tensor.kind == "running_mean":

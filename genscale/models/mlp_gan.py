@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from genscale.models.dcgan import SLOPE
 from genscale.models.image_layers import norm_layer, spectral_norm
+from genscale.models.initial_draw import scale_initial
 
 RECTIFIED_GAIN = math.sqrt(2)
 """Of all layers: ReLU halves the variance of what it is given (He et al. 2015)."""
@@ -24,7 +25,7 @@ def spread_kinks(layers: Iterable[nn.Linear], reach: float) -> None:
     Without biases every kink passes through the origin, and inputs of few dimensions are told apart by their direction alone.
     """
     for index, layer in enumerate(layers):
-        layer.initial_bias = RECTIFIED_GAIN * layer.in_features**-0.5 * (reach if index == 0 else 1.0)
+        scale_initial(layer, bias=RECTIFIED_GAIN * layer.in_features**-0.5 * (reach if index == 0 else 1.0))
 
 
 class MLPGenerator(nn.Module):
@@ -45,7 +46,7 @@ class MLPGenerator(nn.Module):
         self.norms = nn.ModuleList(norm_layer(settings.generator_norm, width) for width in widths[1:])
         self.output = nn.Linear(widths[-1], math.prod(shape))
         for linear in (*self.hidden, self.output):
-            linear.initial_gain = RECTIFIED_GAIN
+            scale_initial(linear, gain=RECTIFIED_GAIN)
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         if self.signs:
@@ -70,7 +71,7 @@ class MLPDiscriminator(nn.Module):
                                    for index in range(len(self.hidden)))
         self.output = wrap(nn.Linear(width, 1))
         for linear in (*self.hidden, self.output):
-            linear.initial_gain = RECTIFIED_GAIN
+            scale_initial(linear, gain=RECTIFIED_GAIN)
         self.embedding = wrap(nn.Embedding(settings.classes, width)) if settings.classes else None
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:

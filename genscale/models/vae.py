@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genscale.models.image_layers import norm_layer
+from genscale.models.initial_draw import scale_initial
 from genscale.models.vae_likelihoods import LIKELIHOODS
 from genscale.models.vae_settings import VAESettings, resolved, sizes_of
 
@@ -30,7 +31,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = norm_layer(norm, inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
         self.norm2, self.conv2 = norm_layer(norm, outputs), nn.Conv2d(outputs, outputs, 3, padding=1)
-        self.conv2.initial_gain = 0.0  # a block is the identity at first, so that any depth trains
+        scale_initial(self.conv2, gain=0.0)  # a block is the identity at first, so that any depth trains
         self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
         self.attention = SpatialAttention(outputs, norm) if attention else None
         self.resample = resample
@@ -54,7 +55,7 @@ class SpatialAttention(nn.Module):
         super().__init__()
         self.norm = norm_layer(norm, channels)
         self.input, self.output = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
-        self.output.initial_gain = 0.0
+        scale_initial(self.output, gain=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         places = self.input(self.norm(x)).flatten(2).transpose(1, 2)[:, None]  # (batch, 1 head, places, 3 x channels)
@@ -99,7 +100,7 @@ class Encoder(nn.Module):
             self.final_norm = norm_layer(settings.norm, widths[-1])
             self.head = nn.Conv2d(widths[-1], 2 * settings.latents, 3, padding=1) if settings.latent == "spatial" \
                 else nn.Linear(widths[-1] * sizes[-1] ** 2, 2 * settings.latents)
-        self.head.initial_gain = HEAD_GAIN
+        scale_initial(self.head, gain=HEAD_GAIN)
         self.to(memory_format=torch.channels_last)  # as the images are: a convolution copies a weight that lies otherwise
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,7 +165,7 @@ class Decoder(nn.Module):
             self.layers = nn.ModuleList(_decoder_blocks(settings, widths, sizes))
             self.final_norm = norm_layer(settings.norm, widths[0])
             self.head = nn.Conv2d(widths[0], self.outputs, 3, padding=1)
-        self.head.initial_gain = HEAD_GAIN
+        scale_initial(self.head, gain=HEAD_GAIN)
         self.shared_scale = _SharedScale(channels) if self.scale == "shared" else None
         self.to(memory_format=torch.channels_last)  # as the images are: a convolution copies a weight that lies otherwise
 
@@ -201,6 +202,9 @@ class _SharedScale(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.empty(channels))
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.bias)
 
     def forward(self) -> Tensor:
         return self.bias.float()[:, None, None] * 1.0  # no view, which would lose its memory when the weight is sharded again

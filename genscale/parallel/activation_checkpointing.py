@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from genscale.models.moving_state import moving_layers
 from genscale.models.recomputation import recomputing
 
 aten = torch.ops.aten
@@ -47,7 +48,7 @@ def checkpoint_activations(blocks: list[nn.Module], mode: str) -> None:
     for block in blocks:
         own = dict(options)
         # Only for those that ask: torch.compile takes no context but a selective one.
-        if any(hasattr(layer, "update_statistics") for layer in block.modules()):
+        if any(layer.counts_forwards for layer in moving_layers(block)):
             own["context_fn"] = partial(_contexts, options.get("context_fn", _no_contexts))
         block.forward = _checkpointed(block.forward, own)  # type: ignore[method-assign]
 

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from genscale.models.moving_state import moving_buffers
 from genscale.parallel.materialise import Read, fill_tensor, named_state
 from genscale.parallel.pieces import Piece, is_sharded, pieces_of
 
@@ -40,6 +41,10 @@ class Average(ABC):
     @abstractmethod
     def load(self, keys: Iterable[str], read: Read) -> None:
         """The inverse of `pieces`: `read(key)` gives the full tensor."""
+
+    @abstractmethod
+    def replicas(self) -> Iterator[tuple[str, Tensor]]:
+        """What every process has whole of it, by the network's names."""
 
     @abstractmethod
     def held(self) -> list[Tensor]:
@@ -92,6 +97,9 @@ class NamedAverage(Average):
         for key in keys:
             fill_tensor(self.averages[key], read(key))
 
+    def replicas(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, tensor) for name, tensor in self.averages.items() if not is_sharded(tensor))
+
     def held(self) -> list[Tensor]:
         return list(self.averages.values())
 
@@ -107,8 +115,6 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def copied_names(module: nn.Module) -> set[str]:
-    """Names of the tensors that have no mean: whole numbers, and vectors that belong to the weights as they are now (the
-    singular vectors of a spectral norm: the mean of two unit vectors is none)."""
-    follows = {id(buffer) for part in module.modules() if hasattr(part, "begin_update") for buffer in part.buffers()}
-    return {name for name, tensor in named_state(module)
-            if not tensor.is_floating_point() or (id(tensor) in follows and not isinstance(tensor, nn.Parameter))}
+    """Names of the tensors that have no mean: whole numbers, and what a layer with moving state says is to be copied."""
+    copied = {id(buffer) for buffer, rule in moving_buffers(module) if rule == "copied"}
+    return {name for name, tensor in named_state(module) if not tensor.is_floating_point() or id(tensor) in copied}

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from genscale.models.moving_state import MovingState, moving_layers
+from genscale.models.network_parts import HasBlocks
 from genscale.parallel.activation_checkpointing import checkpoint_activations
 from genscale.parallel.averages import Average, local
 from genscale.parallel.materialise import Read, named_state
@@ -84,8 +86,7 @@ class Engine(ABC):
         self._layers: dict[str, list[nn.Module]] = {}
         self._parameters: dict[str, list[nn.Parameter]] = {}
         self._buffers: dict[str, list[Tensor]] = {}
-        self._following: dict[str, list[Any]] = {}
-        self._updating: dict[str, list[Any]] = {}
+        self._moving: dict[str, list[MovingState]] = {}
 
     @property
     @abstractmethod
@@ -104,8 +105,8 @@ class Engine(ABC):
         """
         for name, module in networks.items():
             if self.processes.world_size > 1:
-                for layer in layers_with(module, "sum_over_processes"):
-                    layer.sum_over_processes = self.processes.sum
+                for layer in moving_layers(module):
+                    layer.all_sum = self.processes.sum
             blocks = blocks_of(module)
             if self.precision == "fp8":
                 use_float8(blocks)
@@ -123,8 +124,7 @@ class Engine(ABC):
             self._parameters[name] = list(self.modules[name].parameters())
             state = [tensor for _, tensor in named_state(self.modules[name])]
             self._buffers[name] = [tensor for tensor in state if not isinstance(tensor, nn.Parameter)]
-            self._following[name] = layers_with(self.modules[name], "update_statistics")
-            self._updating[name] = layers_with(self.modules[name], "begin_update")
+            self._moving[name] = moving_layers(self.modules[name])
         for name in averaged:
             self.averages[name] = self._make_average(name)
 
@@ -146,7 +146,7 @@ class Engine(ABC):
         return {name: self.networks[name] if name in wrapped else self.modules[name] for name in self.networks}
 
     def train_only(self, name: str | None, second_order: bool = False) -> None:
-        """Freeze every network but one, running statistics included; None thaws them all.
+        """Freeze every network but one, moving state included; None thaws them all.
 
         Args:
             second_order: the phase takes gradients of gradients.
@@ -158,8 +158,8 @@ class Engine(ABC):
                 for parameter in self._parameters[other]:
                     if parameter.requires_grad != trains:
                         parameter.requires_grad_(trains)
-                for layer in self._following[other]:
-                    layer.update_statistics = trains
+                for layer in self._moving[other]:
+                    layer.is_trained = trains
 
     def training_mode(self, name: str) -> None:
         """Every layer of the network computes as in training."""
@@ -168,8 +168,14 @@ class Engine(ABC):
 
     def begin_update(self, name: str) -> None:
         """An update of the network is about to be made: what goes with an update, not with a forward, is now due."""
-        for layer in self._updating[name]:
+        for layer in self._moving[name]:
             layer.begin_update()
+
+    @torch.no_grad()
+    def end_update(self, name: str) -> None:
+        """All backwards of the update are done: state that moves once an update, from the whole batch, moves. Collective."""
+        for layer in self._moving[name]:
+            layer.end_update()
 
     def forward_context(self) -> contextlib.AbstractContextManager:
         """The context of every forward (autocast where the strategy keeps fp32 weights; never in a phase of the second
@@ -212,8 +218,22 @@ class Engine(ABC):
         return [local(parameter) for parameter in self.modules[name].parameters()]
 
     def moving_buffers(self, name: str) -> list[Tensor]:
-        """The buffers that a training forward of the network may change: running statistics, singular vectors."""
+        """The buffers that an update of the network may change besides its weights, and all its constants."""
         return self._buffers[name]
+
+    def replicas(self, name: str) -> Iterator[tuple[str, str, Tensor]]:
+        """(kind, name, tensor) of what every process has whole, and must have alike: buffers, and all that is not sharded of
+        weights, average and optimizer state."""
+        for key, tensor in named_state(self.modules[name]):
+            if self.whole_weights or not isinstance(tensor, nn.Parameter):
+                yield "network", key, tensor
+        if name in self.averages:
+            yield from (("average of", key, tensor) for key, tensor in self.averages[name].replicas())
+        if name in self.optimizers:
+            yield from (("optimizer of", key, tensor) for key, tensor in self._optimizer_replicas(name))
+
+    def _optimizer_replicas(self, name: str) -> NamedTensors:
+        return iter(())
 
     def _show_gradients(self, name: str) -> None:
         """In the middle of `step`."""
@@ -299,12 +319,8 @@ class Engine(ABC):
 def blocks_of(module: nn.Module) -> list[nn.Module]:
     """The repeated parts of a network, which are compiled, checkpointed and sharded one at a time: its `blocks()`,
     if it has them."""
-    return list(module.blocks()) if hasattr(module, "blocks") else []
-
-
-def layers_with(module: nn.Module, attribute: str) -> list[Any]:
-    """The layers that ask for something by having an attribute of that name."""
-    return [layer for layer in module.modules() if hasattr(layer, attribute)]
+    own = isinstance(module, HasBlocks) and not isinstance(module.blocks, nn.Module)  # nor a list that happens to be named so
+    return list(module.blocks()) if own else []
 
 
 def tensor_bytes(tensors: Iterable[Any]) -> int:

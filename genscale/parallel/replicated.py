@@ -105,10 +105,12 @@ class ReplicatedEngine(Engine):
         return pieces_of(named_state(self.modules[name]), self.processes.rank, self.processes.world_size)
 
     def optimizer_pieces(self, name: str) -> list[Piece]:
+        return pieces_of(self._optimizer_replicas(name), self.processes.rank, self.processes.world_size)
+
+    def _optimizer_replicas(self, name: str) -> NamedTensors:
         names = {parameter: key for key, parameter in self.modules[name].named_parameters()}
-        tensors = [(f"{kind}/{names[parameter]}", value) for parameter, state in self.optimizers[name].state.items()
-                   for kind, value in state.items() if isinstance(value, Tensor)]
-        return pieces_of(tensors, self.processes.rank, self.processes.world_size)
+        for parameter, state in self.optimizers[name].state.items():
+            yield from ((f"{kind}/{names[parameter]}", value) for kind, value in state.items() if isinstance(value, Tensor))
 
     def load_optimizer_state(self, name: str, keys: Iterable[str], read: Callable[[str], Tensor]) -> None:
         parameters = dict(self.modules[name].named_parameters())

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from genscale.errors import UserError
+from genscale.models.batch_norm import BatchNorm
 from genscale.objectives.base import Objective, Phase
 from genscale.parallel.engine import Engine
 from genscale.parallel.launch_request import (
@@ -123,7 +124,7 @@ def _check_second_order(plan: ParallelPlan, settings: ParallelSettings, phase: P
     if settings.compile:
         raise UserError(f"parallel.compile: true with {what} is not supported (torch.compile has no second derivatives); use "
                         "parallel.compile false")
-    if plan.world_size > 1 and any(hasattr(layer, "sum_over_processes") for layer in network.modules()):
+    if plan.world_size > 1 and any(isinstance(layer, BatchNorm) for layer in network.modules()):
         raise UserError(f"parallel.strategy: {strategy} on {plan.world_size} processes with {what} on {phase.network}, which "
                         "normalises over the batch, is not supported (a penalty by sample has no meaning there); use group "
                         f"normalisation or none in the {phase.network}")

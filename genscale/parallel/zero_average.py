@@ -105,5 +105,8 @@ class FlatAverage(Average):
             inner.state.update(own)
             self.engine.link_optimizer_state(self.name)
 
+    def replicas(self) -> Iterator[tuple[str, Tensor]]:
+        return self.buffers.replicas()
+
     def held(self) -> list[Tensor]:
         return [*(piece.values for piece in self.engine.cut(self.name, self.averages)), *self.buffers.held()]

@@ -25,6 +25,7 @@ from genscale.tracking.run_logging import setup_logging
 from genscale.training.audit_probe import Identity, copies, differing, fingerprints, identities, repeated, term_gradients
 from genscale.training.audit_report import AuditReport, PhaseFindings
 from genscale.training.outcome import PhaseOutcome
+from genscale.training.replicas import has_undeclared
 from genscale.training.run import derive_accumulation, open_loader, open_objective, prepare
 from genscale.training.signals import StopSignal
 from genscale.training.step_report import Hook
@@ -100,6 +101,8 @@ class AuditedTrainer(Trainer):
         """Train, and tell."""
         with StopSignal() as stop:
             follow_launcher()
+            if has_undeclared(self.engine):
+                self._rehearse(1)
             for step in range(1, self.steps + 1):
                 report = self.train_step(step, stop)
                 self._look_at_samples(step)

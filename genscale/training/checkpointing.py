@@ -18,11 +18,27 @@ from genscale.training.best_checkpoint import best_of, better_of
 from genscale.training.checkpoints import Checkpoint, list_checkpoints
 from genscale.training.evaluating import Evaluate
 from genscale.training.provenance import position_in_words, provenance
+from genscale.training.replicas import compare_replicas
 from genscale.training.run_folder import config_yaml
 from genscale.training.saving import Contents, Saver
 from genscale.training.step_report import Hook, Order, StepReport
 
 log = logging.getLogger("genscale")
+
+
+class CompareReplicas(Hook):
+    """Compares the processes after the first step of this life, lest a run train for nothing until its first checkpoint."""
+
+    name, order, settled = "comparing the processes", Order.COUNT, False
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self._compared = engine, False
+
+    def step(self, report: StepReport) -> None:
+        """Collective. Raises UserError as `compare_replicas` does."""
+        if not self._compared:
+            self._compared = True
+            compare_replicas(self.engine)
 
 
 class KeepCheckpoints(Hook):
@@ -63,6 +79,7 @@ class KeepCheckpoints(Hook):
         """Collective. Raises UserError where the last save of a run has failed."""
         started = time.perf_counter()
         self.settle_save()
+        compare_replicas(self.engine)
         best = self.best_with(report.step)
         pieces = {}
         for name in self.objective.networks:

@@ -16,7 +16,7 @@ from genscale.settings.config import Config
 from genscale.tracking.run_record import RunRecord
 from genscale.tracking.writes import Writes
 from genscale.training.best_checkpoint import check_metric
-from genscale.training.checkpointing import KeepCheckpoints
+from genscale.training.checkpointing import CompareReplicas, KeepCheckpoints
 from genscale.training.evaluating import Evaluate, Sample
 from genscale.training.measuring import Count, LogMetrics
 from genscale.training.profile import Profile
@@ -59,7 +59,8 @@ class RunHooks:
         self.checkpoints = KeepCheckpoints(config, folder, engine, objective, data, loader, self.evaluate, may_commit, self.state)
         log_metrics = LogMetrics(config, self.count, loader, self.processes, self.record, objective.unit,
                                  self.checkpoints.held_up, self.evaluate.score)
-        known = [profile, self.trace, self.count, log_metrics, self.evaluate, self.sample, self.checkpoints]
+        compare = CompareReplicas(engine) if self.processes.world_size > 1 else None
+        known = [profile, self.trace, self.count, compare, log_metrics, self.evaluate, self.sample, self.checkpoints]
         self.built_in: list[Hook] = [hook for hook in known if hook is not None]
         self.added = _by_name(added)
         self._load_state(state)

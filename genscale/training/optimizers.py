@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from genscale.errors import UserError
+from genscale.models.network_parts import HasFusedRows
 from genscale.parallel.engine import blocks_of
 from genscale.settings.config import OptimizerSettings
 from genscale.training.muon import Muon
@@ -50,7 +51,7 @@ def _make_muon(module: nn.Module, trained: list[Tensor], settings: OptimizerSett
     if not hidden:
         raise UserError(f"optimizer.name: muon trains the matrices inside a network's blocks, and {type(module).__name__} has "
                         "none; use adamw")
-    rows = {owner.get_parameter(name): parts for owner in module.modules() if hasattr(owner, "fused_rows")
+    rows = {owner.get_parameter(name): parts for owner in module.modules() if isinstance(owner, HasFusedRows)
             for name, parts in owner.fused_rows().items()}
     return Muon([(p, rows.get(p)) for p in trained if p in hidden], lr=settings.lr, weight_decay=settings.weight_decay,
                 momentum=settings.muon_momentum, dtype=torch.float32 if precision == "fp32" else torch.bfloat16,

@@ -25,6 +25,7 @@ from genscale.training.guards import NonFiniteLoss
 from genscale.training.kept_buffers import KeptBuffers
 from genscale.training.out_of_memory import advice, is_out_of_memory
 from genscale.training.outcome import PhaseOutcome
+from genscale.training.replicas import changes_are_declared, has_undeclared
 from genscale.training.schedules import average_decay, learning_rate_share
 from genscale.training.signals import StopSignal
 from genscale.training.step_report import Hook, StepReport
@@ -79,7 +80,7 @@ class Trainer:
         report, step, too_large = None, first_step, None
         with self.stop as stop:
             try:
-                if self.config.guards.dry_batch and step <= self.config.train.steps:
+                if (self.config.guards.dry_batch or has_undeclared(self.engine)) and step <= self.config.train.steps:
                     self._rehearse(step)
                 while step <= self.config.train.steps:
                     try:
@@ -205,7 +206,7 @@ class Trainer:
         """Forward and backward of every phase, lazy ones too, on the first micro-batch and with the loss times zero: what does
         not fit in memory, or does not compute, is found at once. The next step is the one it would have been."""
         batches = self.loader.peek()[:1]
-        with without_a_trace(self.engine):
+        with without_a_trace(self.engine), changes_are_declared(self.engine):
             for phase in self.objective.phases:
                 self._accumulate(phase, step, batches, rehearsal=True)
                 self.engine.step(phase.network, lambda result: True)
@@ -239,6 +240,7 @@ class Trainer:
             for name, value in terms.items():
                 total = value.detach().double()
                 totals[name] = totals[name] + total if name in totals else total
+        engine.end_update(phase.network)
         return totals, count
 
     def _settle(self, report: StepReport) -> None:

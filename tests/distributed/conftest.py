@@ -144,6 +144,16 @@ def image_engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dic
 
 
 @pytest.fixture(scope="session")
+def torch_results(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """The same of any worker script: `torch_results(path, {"name": {setting: value}})`."""
+
+    def run(path: Path, variants: dict[str, dict[str, Any]], processes: int = 2) -> dict[str, Any]:
+        return torch.load(once(tmp_path_factory, path, variants, processes, None), weights_only=True)
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def worker() -> ModuleType:
     """engine_worker.py as a module: its data and initial weights, for computing the truth."""
     return load_module(WORKER)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from genscale.models.moving_state import MovingState
 from genscale.rng import Draws
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -73,7 +74,7 @@ class PlainGAN:
         trained, other = names if phase == "generator" else names[::-1]
         statistics = {key: buffer.clone() for key, buffer in self.networks[other].named_buffers()}
         for layer in self.networks[trained].modules():
-            if hasattr(layer, "begin_update"):
+            if isinstance(layer, MovingState):
                 layer.begin_update()
         draws = Draws(1337, phase, step, torch.arange(self.worker.GLOBAL_BATCH))
         loss = self.loss(phase, self.worker.images(step), draws)

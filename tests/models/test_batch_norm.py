@@ -55,7 +55,7 @@ def test_two_halves_are_normalised_as_one_batch():
     def work(part: int) -> None:
         layer = BatchNorm(4)
         layer.load_state_dict(initial.state_dict())
-        layer.sum_over_processes = halves
+        layer.all_sum = halves
         x = images[part::2].clone().requires_grad_()
         y = layer(x)
         # Autograd's backward runs in the thread that asks for it, on the CPU.
@@ -81,12 +81,12 @@ def test_two_halves_are_normalised_as_one_batch():
 def test_running_statistics_stand_still_when_frozen_or_recomputed(spread):
     ours, torchs = pair()
     if spread:
-        ours.sum_over_processes = torch.clone
+        ours.all_sum = torch.clone
     x = torch.randn(3, 4, 2, 2)
     before = ours.running_mean.clone()
-    ours.update_statistics = False
+    ours.is_trained = False
     frozen = ours(x)
-    ours.update_statistics = True
+    ours.is_trained = True
     with recomputing():
         again = ours(x)
     assert torch.equal(ours.running_mean, before)
