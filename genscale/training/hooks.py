@@ -44,6 +44,7 @@ class RunHooks:
         state: state.json of the checkpoint the run continues from, or an empty dict.
         stop: the signals received so far; one ends an evaluation.
         may_commit: raises where the run folder is another's by now.
+        frozen: what checkpoints say of the frozen networks.
 
     Attributes:
         evaluation: metrics of the last evaluation.
@@ -52,9 +53,11 @@ class RunHooks:
     """
 
     def __init__(self, config: Config, folder: Path, engine: Engine, objective: Objective, data: Data, loader: StepLoader,
-                 state: dict[str, Any], stop: StopSignal, may_commit: Callable[[], object] | None) -> None:
+                 state: dict[str, Any], stop: StopSignal, may_commit: Callable[[], object] | None,
+                 frozen: dict[str, Any] | None = None) -> None:
         self.config, self.folder, self.objective, self.data, self.loader = config, folder, objective, data, loader
         self.engine, self.processes, self.stop = engine, engine.processes, stop
+        self.frozen = frozen or {}
         self.throughput = Throughput(objective.unit, objective.flops_per_unit(), self.processes.world_size,
                                      peak_flops(device_name(self.processes.device), config.train.precision))
         # Each repeat of a phase takes a global batch of its own.
@@ -237,7 +240,7 @@ class RunHooks:
         self.settle_save()
         best = self._best_with(report.step)
         pieces = {}
-        for name in self.objective.networks:
+        for name in self.engine.optimizers:
             pieces[f"networks/{name}"] = self.engine.network_pieces(name)
             pieces[f"optimizers/{name}"] = self.engine.optimizer_pieces(name)
         for name in self.engine.averages:
@@ -246,7 +249,8 @@ class RunHooks:
         state = {"step": report.step, "units": self.units, "best": best, "evaluation": self.evaluation,
                  "evaluation_left_out": self._left_out,
                  "collapse": self.watch.state(), "accumulation": self.engine.accumulation,
-                 "scalers": {name: self.engine.scaler_state(name) for name in self.objective.networks},
+                 "scalers": {name: self.engine.scaler_state(name) for name in self.engine.optimizers},
+                 "frozen": self.frozen,
                  "guards": self.guards_state(), "data": data, "plan": self.data.plan(), "world_size": self.processes.world_size}
         position = position_in_words(data["batches"] * self.config.train.global_batch_size, self.data.samples_of_epoch())
         about = provenance(self.processes.world_size, self.engine.strategy, position)
