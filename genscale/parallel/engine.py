@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genscale.config import ParallelSettings
 from genscale.objectives.base import Rollout, in_evaluation
 from genscale.parallel.activation_checkpointing import checkpoint_activations
 from genscale.parallel.averages import Average, local
@@ -25,6 +24,7 @@ from genscale.parallel.materialise import Read, fill, materialise, named_state
 from genscale.parallel.pieces import Piece
 from genscale.parallel.precision import DTYPES, use_float8
 from genscale.parallel.processes import Processes
+from genscale.settings.config import ParallelSettings
 
 __all__ = ["Engine", "LeaveOut", "MakeOptimizer", "NamedTensors", "Read", "StepResult", "blocks_of", "named_state", "never"]
 

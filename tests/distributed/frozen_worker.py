@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genscale.config import Config
-from genscale.config_parser import parse_config
 from genscale.data.lanes import Data
 from genscale.errors import UserError
 from genscale.models.batch_norm import BatchNorm
@@ -30,6 +28,8 @@ from genscale.parallel.leaving import run_and_leave
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import build_engine, plan_parallel
 from genscale.rng import Draws
+from genscale.settings.config import Config
+from genscale.settings.parser import parse_config
 from genscale.tracking.metrics_file import read_metrics
 from genscale.training import run as life
 from genscale.training.checkpoints import list_checkpoints
