@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from genscale.errors import UserError
 from genscale.rng import Draws
 
 Networks = Mapping[str, nn.Module]
@@ -45,6 +47,45 @@ class Phase:
     statistics: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True)
+class Rollout:
+    """A network to generate with, inside `Objective.generating`.
+
+    Attributes:
+        network: the network to call; it may be called as often as this process likes, as long as `goes_on` is asked before each
+            call that depends on what was generated.
+        goes_on: whether to call the network once more, given whether this process wants to. Where the processes need not wait
+            for each other, that is the answer; where they must (`together`), the answer is whether any of them wants to, and a
+            process that does not calls the network all the same and drops the result.
+        together: every call is collective, because the network did not fit in memory whole.
+    """
+
+    network: nn.Module
+    goes_on: Callable[[bool], bool] = bool
+    together: bool = False
+
+
+@contextmanager
+def in_evaluation(network: nn.Module) -> Iterator[None]:
+    """Inside, there are no gradients, and every layer computes as in evaluation; afterwards as before."""
+    training = [layer for layer in network.modules() if layer.training]
+    try:
+        network.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for layer in training:
+            layer.training = True
+        # Autocast would go on with the copies of weights that it has made in here, which lead to no gradient.
+        torch.clear_autocast_cache()
+
+
+@contextmanager
+def _generating(network: nn.Module) -> Iterator[Rollout]:
+    with in_evaluation(network):
+        yield Rollout(network)
+
+
 class Objective(ABC):
     """What a step minimises. Subclasses hold plain modules; they know nothing of ranks, wrappers or optimizers.
 
@@ -53,6 +94,11 @@ class Objective(ABC):
         loss_unit: of `summarise`'s `loss`, for the plot.
         higher_is_better: metrics of `summarise` of which this is true.
         averaged: networks that samples are made with: `train.ema_half_life` averages their weights.
+        frozen: networks that no phase trains (a reference policy, a teacher, a tokenizer of images), and where the weights of
+            each come from, as text for people. They are spread like the others, always compute as in evaluation, and have no
+            gradients, no optimizer and no average. `initial_weights` is asked for them when the run begins: the run folder then
+            keeps a copy (`frozen/<name>.safetensors`), and checkpoints hold its SHA-256. To build the objective again, for a
+            resume or to sample, must not need the place where they came from.
         couples_samples: a loss depends on which samples share a micro-batch (batch normalisation, packing): the number of
             micro-batches in a step is then part of the run.
     """
@@ -64,12 +110,23 @@ class Objective(ABC):
     loss_unit: str = "nats per token"
     higher_is_better: frozenset[str] = frozenset()
     averaged: Sequence[str] = ()
+    frozen: Mapping[str, str] = {}
     couples_samples: bool = False
 
     @abstractmethod
     def initial_weights(self, name: str) -> Callable[[str], Tensor]:
         """Reads a network's initial weights: the name of a parameter or persistent buffer to its full value, fp32 on the CPU.
         Networks may stand on the meta device; whoever holds a part of them asks for the tensors one at a time."""
+
+    def generating(self, name: str) -> AbstractContextManager[Rollout]:
+        """Context in which a network is called many times without gradients, as in evaluation: a rollout. In a run, the network
+        is held whole by every process meanwhile, where it fits. To enter it is collective: every process enters alike.
+
+        >>> with self.generating("policy") as rollout:
+        ...     while rollout.goes_on(not bool(ended.all())):
+        ...         tokens, ended = self.one_more(rollout.network, tokens, ended)
+        """
+        return _generating(self.networks[name])  # a run puts its engine's here
 
     def flops_per_unit(self) -> int | None:
         """Floating-point operations of forward and backward for one unit, or None where that is not known."""
@@ -96,3 +153,29 @@ class Objective(ABC):
     def preview(self, networks: Networks, seed: int, device: torch.device) -> str | np.ndarray:
         """A small sample to log: text, or a picture, uint8 `(height, width, 3)`. Runs on every rank alike (a sharded forward is
         collective)."""
+
+
+def check_networks(objective: Objective) -> None:
+    """Raises UserError where a network has no phase and is not declared frozen, or a phase or an average names a frozen or an
+    unknown one."""
+    kind, frozen = type(objective).__name__, objective.frozen
+    known = ", ".join(objective.networks)
+    for what, names in (("Objective.frozen", frozen), ("Objective.averaged", objective.averaged)):
+        for name in names:
+            if name not in objective.networks:
+                raise UserError(f"{what}: {name} is no network of {kind}; its networks are {known}")
+    for phase in objective.phases:
+        if phase.network not in objective.networks:
+            raise UserError(f"phase {phase.name}: {phase.network} is no network of {kind}; its networks are {known}")
+        if phase.network in frozen:
+            raise UserError(f"phase {phase.name}: it trains {phase.network}, which Objective.frozen of {kind} declares frozen; "
+                            "take it out of one of them")
+    for name in objective.averaged:
+        if name in frozen:
+            raise UserError(f"Objective.averaged: {name} is declared frozen by Objective.frozen of {kind}: its weights never "
+                            "move; take it out of one of them")
+    trained = {phase.network for phase in objective.phases}
+    for name in objective.networks:
+        if name not in trained and name not in frozen:
+            raise UserError(f"Objective.networks: no phase of {kind} trains {name}; declare it in Objective.frozen, or leave "
+                            "it out")

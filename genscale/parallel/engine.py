@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from genscale.models.moving_state import MovingState, moving_layers
 from genscale.models.network_parts import HasBlocks
+from genscale.objectives.base import Rollout, in_evaluation
 from genscale.parallel.activation_checkpointing import checkpoint_activations
 from genscale.parallel.averages import Average, local
-from genscale.parallel.materialise import Read, named_state
+from genscale.parallel.generating import fits
+from genscale.parallel.materialise import Read, fill, materialise, named_state
 from genscale.parallel.pieces import Piece
-from genscale.parallel.precision import use_float8
+from genscale.parallel.precision import DTYPES, use_float8
 from genscale.parallel.processes import Processes
 from genscale.settings.config import ParallelSettings
 
@@ -68,6 +70,7 @@ class Engine(ABC):
         whole_weights: every process holds every weight, so that a module can be called and differentiated by itself.
         on_gradients: is shown the network's name and its gradients in every step, averaged over processes and not yet clipped;
             it must exhaust them.
+        frozen: networks that are never trained; they have no optimizer.
     """
 
     whole_weights = True
@@ -80,8 +83,10 @@ class Engine(ABC):
         self.modules: dict[str, nn.Module] = {}  # the plain modules inside
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.averages: dict[str, Average] = {}
+        self.frozen: frozenset[str] = frozenset()
         self.on_gradients: Callable[[str, Iterable[Piece]], None] | None = None
         self._second_order = False
+        self._generating: set[str] = set()
         # By network, found once: a walk through a small network's modules takes as long as a layer's forward.
         self._layers: dict[str, list[nn.Module]] = {}
         self._parameters: dict[str, list[nn.Parameter]] = {}
@@ -94,7 +99,8 @@ class Engine(ABC):
         """As `parallel.strategy` names it."""
 
     def prepare(self, networks: Mapping[str, nn.Module], make_optimizer: MakeOptimizer,
-                weights: Mapping[str, Read] | None = None, averaged: Iterable[str] = ()) -> None:
+                weights: Mapping[str, Read] | None = None, averaged: Iterable[str] = (),
+                frozen: Iterable[str] = ()) -> None:
         """Give every network its weights, wrap it, and build its optimizer.
 
         Args:
@@ -102,7 +108,9 @@ class Engine(ABC):
             weights: by network, what gives each tensor in full; a sharded network keeps no more of it than its shard. None:
                 the networks, on the CPU, have their weights already.
             averaged: the networks to keep an average of; it begins as the weights.
+            frozen: the networks that are never trained; they are spread like the others, and get no optimizer.
         """
+        self.frozen = frozenset(frozen)
         for name, module in networks.items():
             if self.processes.world_size > 1:
                 for layer in moving_layers(module):
@@ -117,9 +125,13 @@ class Engine(ABC):
                 for block in blocks or [module]:
                     block.compile()
             read = weights[name] if weights is not None else None
-            self._wrap(name, module, make_optimizer, read)
-            if read is not None:
-                self._restore_rounded(name, read)
+            if name in self.frozen:
+                module.requires_grad_(False).eval()
+                self._hold(name, module, read)
+            else:
+                self._wrap(name, module, make_optimizer, read)
+                if read is not None:
+                    self._restore_rounded(name, read)
             self._layers[name] = list(self.networks[name].modules())
             self._parameters[name] = list(self.modules[name].parameters())
             state = [tensor for _, tensor in named_state(self.modules[name])]
@@ -131,6 +143,13 @@ class Engine(ABC):
     @abstractmethod
     def _wrap(self, name: str, module: nn.Module, make_optimizer: MakeOptimizer, read: Read | None) -> None:
         """Materialise and fill the module, set modules[name], networks[name] and optimizers[name]."""
+
+    def _hold(self, name: str, module: nn.Module, read: Read | None) -> None:
+        """Materialise and fill the module, set modules[name] and networks[name]: whole on every process, where weights are."""
+        materialise(module, self.processes.device)
+        if read is not None:
+            fill(module, read)
+        self.modules[name] = self.networks[name] = module
 
     def _restore_rounded(self, name: str, read: Read) -> None:
         """Set what rounding lost when the network was wrapped; nothing to do where weights stay fp32."""
@@ -154,12 +173,44 @@ class Engine(ABC):
         self._second_order = second_order
         if len(self.modules) > 1:
             for other in self.modules:
-                trains = name in (None, other)
+                trains = name in (None, other) and other not in self.frozen
                 for parameter in self._parameters[other]:
                     if parameter.requires_grad != trains:
                         parameter.requires_grad_(trains)
                 for layer in self._moving[other]:
                     layer.is_trained = trains
+
+    @contextlib.contextmanager
+    def generating(self, name: str) -> Iterator[Rollout]:
+        """Inside, the network computes as in evaluation and without gradients, and where it is sharded every process holds it
+        whole, if that fits (`genscale.parallel.generating.fits`) on all of them: its forwards are then no business of the other
+        processes. To enter is collective; to leave is not. Forwards of other sharded networks stay collective. Enter it before
+        the forward whose gradients are wanted, not between that and its backward."""
+        module = self.modules[name]
+        with contextlib.ExitStack() as stack:
+            together = False
+            if not self.whole_weights and name not in self._generating:
+                together = self._any(not fits(self._bytes_whole(name), self.processes.device))
+                if not together:
+                    stack.enter_context(self._gathered(name))
+                    self._generating.add(name)
+                    stack.callback(self._generating.discard, name)
+            stack.enter_context(in_evaluation(module))
+            yield Rollout(module, self._any if together else bool, together)
+
+    def _any(self, wanted: bool) -> bool:
+        """Whether any process wants it."""
+        return bool(sum(self.processes.sum_of_numbers(int(wanted))))
+
+    def _bytes_whole(self, name: str) -> int:
+        """Of the whole network, as it computes."""
+        size = DTYPES[self.precision].itemsize
+        return size * sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.modules[name].parameters())
+
+    @contextlib.contextmanager
+    def _gathered(self, name: str) -> Iterator[None]:
+        """Inside, every process holds the network whole, and a forward concerns no other."""
+        yield
 
     def training_mode(self, name: str) -> None:
         """Every layer of the network computes as in training."""
@@ -207,7 +258,7 @@ class Engine(ABC):
 
     def weights_are_finite(self) -> bool:
         """Whether every weight and average is a number. Collective."""
-        held = [tensor for name in self.modules for tensor in self._held_weights(name)]
+        held = [tensor for name in self.optimizers for tensor in self._held_weights(name)]
         held += [local(tensor) for average in self.averages.values() for tensor in average.held()]
         numbers = [tensor.detach() for tensor in held if tensor.is_floating_point() and tensor.numel()]
         finite = not numbers or bool(torch.stack(torch._foreach_norm(numbers, math.inf)).isfinite().all())

@@ -5,8 +5,9 @@ Accelerate's own FSDP plugin is ignored on the CPU without a word, so `fully_sha
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from genscale.parallel.averages import Average, NamedAverage, copied_names
 from genscale.parallel.engine import Engine, LeaveOut, MakeOptimizer, NamedTensors, StepResult, blocks_of, never, tensor_bytes
+from genscale.parallel.generating import inputs_cast, without_hooks
 from genscale.parallel.gradients import clip_gradients, fill_gradients, squared_norm
 from genscale.parallel.materialise import Read, check_fillable, fill, named_state, on_meta, places_of, put, shard_like
 from genscale.parallel.pieces import Piece, pieces_of
@@ -28,8 +30,14 @@ class ShardedEngine(Engine):
 
     whole_weights = False
     strategy = "fsdp2"
+    _whole: str | None = None
+    """The network that a phase of the second order holds gathered."""
 
     def _wrap(self, name: str, module: nn.Module, make_optimizer: MakeOptimizer, read: Read | None) -> None:
+        self._hold(name, module, read)
+        self.optimizers[name] = make_optimizer(module)
+
+    def _hold(self, name: str, module: nn.Module, read: Read | None) -> None:
         # A head's logits are often a view; no objective writes into them.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         device = self.processes.device
@@ -57,7 +65,6 @@ class ShardedEngine(Engine):
         # first forward, a network that begins frozen would have its gradients summed in bf16.
         module._get_fsdp_state()._lazy_init()
         self.modules[name] = self.networks[name] = module
-        self.optimizers[name] = make_optimizer(module)
 
     def _make_average(self, name: str) -> Average:
         return ShardedAverage(self.modules[name])
@@ -69,7 +76,9 @@ class ShardedEngine(Engine):
                 # with them in the middle of an accumulation: a frozen network would train, or the trained one not.
                 module.reshard()
         super().train_only(name, second_order)
+        self._whole = None
         if second_order:
+            self._whole = name
             self._gather(self.modules[name])
 
     def _gather(self, module: nn.Module) -> None:
@@ -78,6 +87,19 @@ class ShardedEngine(Engine):
         for part in _wrapped_parts(module):
             self._keep_gathered(part, True, root=part is module)
             part.unshard()
+
+    @contextlib.contextmanager
+    def _gathered(self, name: str) -> Iterator[None]:
+        parts = _wrapped_parts(self.modules[name])
+        for part in parts:
+            part.unshard()
+        try:
+            with without_hooks(self.modules[name], "torch.distributed"), inputs_cast(parts, self.precision):
+                yield
+        finally:
+            if name != self._whole:
+                for part in parts:
+                    part.reshard()
 
     def _keep_gathered(self, part: FSDPModule, keep: bool, root: bool) -> None:
         if not root:  # which keeps its weights after a forward anyway
@@ -155,9 +177,9 @@ class ShardedEngine(Engine):
 
     def bytes_at_rest(self) -> int:
         held = [tensor for average in self.averages.values() for tensor in average.held()]
-        return tensor_bytes(held) + sum(
-            tensor_bytes([*module.parameters(), *module.buffers(), *state_tensors(self.optimizers[name])])
-            for name, module in self.modules.items())
+        held += [tensor for optimizer in self.optimizers.values() for tensor in state_tensors(optimizer)]
+        return tensor_bytes(held) + sum(tensor_bytes([*module.parameters(), *module.buffers()])
+                                        for module in self.modules.values())
 
 
 class ShardedAverage(NamedAverage):

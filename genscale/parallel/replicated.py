@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from genscale.parallel.averages import Average, NamedAverage, copied_names
 from genscale.parallel.engine import Engine, LeaveOut, MakeOptimizer, NamedTensors, StepResult, never, tensor_bytes
 from genscale.parallel.gradients import clip_gradients, fill_gradients, squared_norm
-from genscale.parallel.materialise import Read, fill, materialise, named_state
+from genscale.parallel.materialise import Read, named_state
 from genscale.parallel.pieces import Piece, pieces_of
 from genscale.parallel.precision import autocast
 from genscale.parallel.torch_optimizers import is_fused_adamw, join_groups, skip_by_flag, state_tensors
@@ -31,13 +31,9 @@ class ReplicatedEngine(Engine):
         return "ddp" if self.processes.world_size > 1 else "single"
 
     def _wrap(self, name: str, module: nn.Module, make_optimizer: MakeOptimizer, read: Read | None) -> None:
-        materialise(module, self.processes.device)
-        if read is not None:
-            fill(module, read)
-        self.modules[name] = module
+        self._hold(name, module, read)
         self.optimizers[name] = make_optimizer(module)
         join_groups(self.optimizers[name])
-        self.networks[name] = module
         if self.processes.world_size > 1:
             # Of weights with a dimension of one, whose strides are the same walk through memory written in two ways.
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
@@ -134,9 +130,9 @@ class ReplicatedEngine(Engine):
 
     def bytes_at_rest(self) -> int:
         held = [tensor for average in self.averages.values() for tensor in average.held()]
-        return tensor_bytes(held) + sum(
-            tensor_bytes([*module.parameters(), *module.buffers(), *state_tensors(self.optimizers[name])])
-            for name, module in self.modules.items())
+        held += [tensor for optimizer in self.optimizers.values() for tensor in state_tensors(optimizer)]
+        return tensor_bytes(held) + sum(tensor_bytes([*module.parameters(), *module.buffers()])
+                                        for module in self.modules.values())
 
 
 def _settle_buckets(network: nn.Module, module: nn.Module) -> None:

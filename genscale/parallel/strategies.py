@@ -11,7 +11,7 @@ from torch import nn
 
 from genscale.errors import UserError
 from genscale.models.batch_norm import BatchNorm
-from genscale.objectives.base import Objective, Phase
+from genscale.objectives.base import Objective, Phase, check_networks
 from genscale.parallel.engine import Engine
 from genscale.parallel.launch_request import (
     LaunchRequest,
@@ -102,8 +102,9 @@ def check_objective(plan: ParallelPlan, settings: ParallelSettings, objective: O
     """Refuse an objective that the plan does not serve, naming the nearest combination that does.
 
     Raises:
-        UserError: a phase takes gradients of gradients where there are none.
+        UserError: a phase takes gradients of gradients where there are none; a network is neither trained nor frozen.
     """
+    check_networks(objective)
     for phase in objective.phases:
         if phase.second_order:
             _check_second_order(plan, settings, phase, objective.networks[phase.network])

@@ -8,8 +8,9 @@ after it is made.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from genscale.parallel.averages import Average
 from genscale.parallel.engine import LeaveOut, MakeOptimizer, StepResult, never, tensor_bytes
+from genscale.parallel.generating import cast_inputs, without_hooks
 from genscale.parallel.materialise import Read, check_fillable, fill, fill_tensor, materialise, named_state, on_meta, put
 from genscale.parallel.pieces import Piece
 from genscale.parallel.precision import DTYPES
@@ -83,6 +85,27 @@ class ZeroEngine(ZeroState):
 
     def _wrap(self, name: str, module: nn.Module, make_optimizer: MakeOptimizer, read: Read | None) -> None:
         deepspeed = import_deepspeed(self.processes.device)
+        self._materialise(module, read)
+        self.modules[name] = module
+        optimizer = make_optimizer(module)
+        engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=self.configuration())
+        self._check(engine, optimizer)
+        self.networks[name] = engine
+        self.optimizers[name] = engine.optimizer
+
+    def _hold(self, name: str, module: nn.Module, read: Read | None) -> None:
+        deepspeed = import_deepspeed(self.processes.device)
+        self._materialise(module, read)
+        if self.stage < 3:
+            for parameter in module.parameters():
+                parameter.data = parameter.data.to(DTYPES[self.precision])
+        else:
+            configuration = self.configuration()
+            configuration["zero_optimization"].pop("offload_optimizer", None)
+            deepspeed.initialize(model=module, config=configuration)
+        self.modules[name] = self.networks[name] = module
+
+    def _materialise(self, module: nn.Module, read: Read | None) -> None:
         if self.stage == 3 and self._selective():
             _use_own_linear()
         module.to(memory_format=torch.contiguous_format)  # as its part of a flat partition will be
@@ -92,22 +115,16 @@ class ZeroEngine(ZeroState):
             materialise(module, self.processes.device)
             if read is not None:
                 fill(module, read)
-        self.modules[name] = module
         if self.precision != "fp32":
-            module.register_forward_pre_hook(self._cast_inputs, with_kwargs=True)
-        optimizer = make_optimizer(module)
-        engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=self.configuration())
-        self._check(engine, optimizer)
-        self.networks[name] = engine
-        self.optimizers[name] = engine.optimizer
+            module.register_forward_pre_hook(cast_inputs(self.precision), with_kwargs=True)  # FSDP2 does so by itself
 
-    def _cast_inputs(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Numbers in fp32 (images, noise) meet weights in bf16; FSDP2 does the same by itself."""
-        def cast(value: Any) -> Any:
-            is_wide = isinstance(value, Tensor) and value.is_floating_point()
-            return value.to(DTYPES[self.precision]) if is_wide else value
+    @contextlib.contextmanager
+    def _gathered(self, name: str) -> Iterator[None]:
+        import deepspeed
 
-        return tuple(cast(value) for value in args), {key: cast(value) for key, value in kwargs.items()}
+        absent = [parameter for parameter in self.modules[name].parameters() if not parameter.numel()]
+        with deepspeed.zero.GatheredParameters(absent), without_hooks(self.modules[name], "deepspeed"):
+            yield
 
     def _materialise_in_partitions(self, module: nn.Module, read: Read | None) -> None:
         """Give the tensors of one leaf module after another memory and values, and partition them before the next."""
@@ -200,7 +217,9 @@ class ZeroEngine(ZeroState):
         total = 0
         for name, module in self.modules.items():
             average = self.averages[name].held() if name in self.averages else []
-            held: list[Any] = [*average, *module.buffers(), *self.flat_partitions(name), *state_tensors(self.inner(name))]
+            held: list[Any] = [*average, *module.buffers()]
+            if name in self.optimizers:
+                held += [*self.flat_partitions(name), *state_tensors(self.inner(name))]
             held += [getattr(p, "ds_tensor", p) for p in module.parameters()]
             total += tensor_bytes(held)
         return total

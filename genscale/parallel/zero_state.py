@@ -33,9 +33,22 @@ class ZeroState(Engine):
     def network_state(self, name: str) -> NamedTensors:
         from deepspeed.utils import safe_get_full_fp32_param
 
+        if name in self.frozen:
+            yield from self._frozen_state(name)
+            return
         for key, tensor in named_state(self.modules[name]):
             full = safe_get_full_fp32_param(tensor) if isinstance(tensor, nn.Parameter) else tensor
             yield key, full.detach().cpu()
+
+    def _frozen_state(self, name: str) -> NamedTensors:
+        """A network without an optimizer has no weights in fp32 but its own."""
+        import deepspeed
+
+        for key, tensor in named_state(self.modules[name]):
+            absent = isinstance(tensor, nn.Parameter) and not tensor.numel()
+            with deepspeed.zero.GatheredParameters([tensor], enabled=absent):
+                full = tensor.detach().clone()
+            yield key, (full.float() if full.is_floating_point() else full).cpu()
 
     def network_pieces(self, name: str) -> list[Piece]:
         buffers = [(key, tensor) for key, tensor in named_state(self.modules[name]) if not isinstance(tensor, nn.Parameter)]

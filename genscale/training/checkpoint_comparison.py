@@ -72,6 +72,10 @@ def _compare(one: Checkpoint, other: Checkpoint) -> CheckpointDifference | None:
 
 def _tensors(one: Checkpoint, other: Checkpoint) -> Iterator[tuple[str, str, Tensor | None, Tensor | None]]:
     """(network and what of it, tensor, its two values) of all that either holds."""
+    frozen_a, frozen_b = one.state().get("frozen") or {}, other.state().get("frozen") or {}
+    for network in sorted(frozen_a.keys() | frozen_b.keys()):
+        if frozen_a.get(network, {}).get("sha256") != frozen_b.get(network, {}).get("sha256"):
+            yield "frozen network, of another SHA-256", network, None, None
     for kind, words in KINDS.items():
         for network in one.state()["scalers"]:
             if kind == "averages" and not (one.has_average(network) and other.has_average(network)):

@@ -51,6 +51,7 @@ class KeepCheckpoints(Hook):
         evaluate: the hook whose metrics choose the best.
         may_commit: raises where the run folder is another's by now.
         state_of_hooks: what all of them keep, this one too, and the trainer.
+        frozen: what a checkpoint says of the frozen networks, which it does not hold.
 
     Attributes:
         best: what state.json says of the best checkpoint so far.
@@ -60,12 +61,12 @@ class KeepCheckpoints(Hook):
 
     def __init__(self, config: Config, folder: Path, engine: Engine, objective: Objective, data: Data, loader: StepLoader,
                  evaluate: Evaluate, may_commit: Callable[[], object] | None,
-                 state_of_hooks: Callable[[], dict[str, Any]]) -> None:
+                 state_of_hooks: Callable[[], dict[str, Any]], frozen: dict[str, Any]) -> None:
         train = config.train
         self.config, self.every = config, train.checkpoint_every
         self.by_clock = self._minutes_are_up if train.checkpoint_minutes else None
         self.engine, self.processes, self.objective, self.data, self.loader = engine, engine.processes, objective, data, loader
-        self.evaluate, self.state_of_hooks = evaluate, state_of_hooks
+        self.evaluate, self.state_of_hooks, self.frozen = evaluate, state_of_hooks, frozen
         self.best: dict[str, Any] | None = None
         self.saver = Saver(folder / "checkpoints", self.processes, train.checkpoint_keep, train.checkpoint_keep_every, may_commit)
         self._best_in_flight: dict[str, Any] | None = None
@@ -82,14 +83,15 @@ class KeepCheckpoints(Hook):
         compare_replicas(self.engine)
         best = self.best_with(report.step)
         pieces = {}
-        for name in self.objective.networks:
+        for name in self.engine.optimizers:
             pieces[f"networks/{name}"] = self.engine.network_pieces(name)
             pieces[f"optimizers/{name}"] = self.engine.optimizer_pieces(name)
         for name in self.engine.averages:
             pieces[f"averages/{name}"] = self.engine.average_pieces(name)
         data = merge_states(self.processes.gather(self.loader.state()), self.data.lane_count)
         state = {"step": report.step, **self.state_of_hooks(), "best": best, "accumulation": self.engine.accumulation,
-                 "scalers": {name: self.engine.scaler_state(name) for name in self.objective.networks},
+                 "scalers": {name: self.engine.scaler_state(name) for name in self.engine.optimizers},
+                 "frozen": self.frozen,
                  "data": data, "plan": self.data.plan(), "world_size": self.processes.world_size}
         position = position_in_words(data["batches"] * self.config.train.global_batch_size, self.data.samples_of_epoch())
         about = provenance(self.processes.world_size, self.engine.strategy, position)

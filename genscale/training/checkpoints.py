@@ -35,7 +35,8 @@ READABLE = (1, FORMAT)
 TENSORS = ("networks", "optimizers", "averages")
 STATE = {"step": int, "data": dict, "scalers": dict, "plan": dict}
 """What every state.json has."""
-NOT_IN_ALL = {"units": int, "accumulation": int, "evaluation": dict, "best": dict, "guards": dict, "collapse": dict, "hooks": dict}
+NOT_IN_ALL = {"units": int, "accumulation": int, "evaluation": dict, "best": dict, "guards": dict, "collapse": dict,
+              "frozen": dict, "hooks": dict}
 """What it may have; null stands for none."""
 
 
@@ -177,6 +178,8 @@ class Checkpoint:
         deciding = {key: state[key] for key in ("step", "data", "scalers")}
         if state.get("collapse"):  # of the runs that watch for it
             deciding["collapse"] = state["collapse"]
+        if state.get("frozen"):
+            deciding["frozen"] = {name: entry["sha256"] for name, entry in state["frozen"].items()}
         total.update(json.dumps(deciding, sort_keys=True).encode())
         return total.hexdigest()
 
@@ -198,6 +201,11 @@ def _is_best(best: dict[str, Any]) -> bool:
     return _is_count(best.get("step")) and ("loss" in best or "metric" in best)
 
 
+def _is_frozen(frozen: dict[str, Any]) -> bool:
+    return all(isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("sha256", "origin"))
+               for entry in frozen.values())
+
+
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
@@ -207,7 +215,8 @@ def _values(value: Any) -> list[Any]:
     return list(value.values()) if isinstance(value, dict) else [value]
 
 
-RIGHT: dict[str, Callable[[Any], bool]] = {"step": _is_count, "data": _is_position, "guards": _is_guard, "best": _is_best}
+RIGHT: dict[str, Callable[[Any], bool]] = {"step": _is_count, "data": _is_position, "guards": _is_guard, "best": _is_best,
+                                           "frozen": _is_frozen}
 """Parts of state.json that are looked into."""
 
 

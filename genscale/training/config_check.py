@@ -13,7 +13,7 @@ from genscale.training.checkpoints import Checkpoint
 from genscale.training.run import (
     averaged_networks,
     check_learning_rates,
-    check_same_network,
+    check_same_networks,
     check_settings,
     derive_accumulation,
 )
@@ -50,7 +50,6 @@ def check_config(config: Config, world_size: int) -> None:
             check_may_continue(config, checkpoint, data.plan())
             if objective.couples_samples:
                 check_same_accumulation(config.train, checkpoint, accumulation, world_size)
-            for name, network in objective.networks.items():
-                check_same_network(checkpoint, name, network)
+            check_same_networks(checkpoint, objective)
     finally:
         data.close()

@@ -37,11 +37,12 @@ class RunHooks:
         stop: the signals received so far; one ends an evaluation.
         may_commit: raises where the run folder is another's by now.
         added: the user's. Their states stand together under `hooks` in state.json, by name; the others' beside each other.
+        frozen: what checkpoints say of the frozen networks.
     """
 
     def __init__(self, config: Config, folder: Path, engine: Engine, objective: Objective, data: Data, loader: StepLoader,
                  state: dict[str, Any], stop: StopSignal, may_commit: Callable[[], object] | None,
-                 added: Sequence[Hook] = ()) -> None:
+                 added: Sequence[Hook] = (), frozen: dict[str, Any] | None = None) -> None:
         self.config, self.engine, self.processes, self.loss_unit = config, engine, engine.processes, objective.loss_unit
         self.guards_state: Callable[[], dict[str, Any]] = dict  # the trainer's, once there is one
         validation_set, done, train = data.validation(), state.get("step", 0), config.train
@@ -56,7 +57,8 @@ class RunHooks:
         self.evaluate = Evaluate(config, engine, objective, validation_set, self.record, stop,
                                  lambda: self.checkpoints.best_checkpoint())
         self.sample = Sample(config, folder, engine, objective, self.record)
-        self.checkpoints = KeepCheckpoints(config, folder, engine, objective, data, loader, self.evaluate, may_commit, self.state)
+        self.checkpoints = KeepCheckpoints(config, folder, engine, objective, data, loader, self.evaluate, may_commit,
+                                           self.state, frozen or {})
         log_metrics = LogMetrics(config, self.count, loader, self.processes, self.record, objective.unit,
                                  self.checkpoints.held_up, self.evaluate.score)
         compare = CompareReplicas(engine) if self.processes.world_size > 1 else None

@@ -14,7 +14,7 @@ def load_beside_weights(engine: Engine, checkpoint: Checkpoint) -> None:
         UserError: a weight is infinite or not a number: no update could follow.
     """
     scalers = checkpoint.state()["scalers"]
-    for name in engine.modules:
+    for name in engine.optimizers:
         stored = checkpoint.tensors("optimizers", name)
         engine.load_optimizer_state(name, stored.keys(), stored)
         engine.load_scaler_state(name, scalers.get(name, {}))
@@ -29,14 +29,14 @@ def load_beside_weights(engine: Engine, checkpoint: Checkpoint) -> None:
 def restore(engine: Engine, checkpoint: Checkpoint) -> None:
     """Take an engine that has trained on back to the checkpoint: networks with their averaged weights, where it has an average,
     or their own. Collective."""
-    for name in engine.modules:
+    for name in engine.optimizers:
         engine.load_network_state(name, checkpoint.weights(name, averaged=True))
     load_beside_weights(engine, checkpoint)
 
 
 def restore_exactly(engine: Engine, checkpoint: Checkpoint) -> None:
     """The same with every network's own weights: the engine is then as it was when the checkpoint was written. Collective."""
-    for name in engine.modules:
+    for name in engine.optimizers:
         engine.load_network_state(name, checkpoint.tensors("networks", name))
         engine.clear_optimizer_state(name)
     load_beside_weights(engine, checkpoint)

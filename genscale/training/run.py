@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from genscale.families import family
 from genscale.interop.starting import keep_for_export, weights_from
 from genscale.objectives.base import Objective
 from genscale.parallel.determinism import deterministic
-from genscale.parallel.engine import Engine, named_state
+from genscale.parallel.engine import Engine, Read, named_state
 from genscale.parallel.launch_request import clear_launch_environment
 from genscale.parallel.launcher import follow_launcher, launcher_is_gone
 from genscale.parallel.processes import Processes
@@ -31,6 +31,7 @@ from genscale.tracking.metrics_file import read_metrics
 from genscale.training.checkpoints import Checkpoint
 from genscale.training.collapse import Collapsed, check_collapse
 from genscale.training.ending import before_the_run
+from genscale.training.frozen_networks import keep_frozen
 from genscale.training.hooks import RunHooks
 from genscale.training.optimizers import make_optimizer
 from genscale.training.restoring import load_beside_weights
@@ -157,18 +158,22 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
     try:
         objective = open_objective(config, processes, plan, data)
         sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in objective.networks.items()}
+        frozen_parameters = sum(sizes.pop(name) for name in objective.frozen)
         parameters = sum(sizes.values())
         averages = sum(sizes[name] for name in averaged_networks(config, objective))
         hosts = processes.gather(platform.node())
         here = hosts.count(hosts[0])
         copies = plan.copies_of_weights(here) if processes.device.type == "cpu" else 0
-        processes.main_does(lambda: check_host_memory(parameters, averages, here / len(hosts), copies))
-        processes.main_does(lambda: check_free_space(folder, parameters, averages, config.train, log.warning))
+        processes.main_does(lambda: check_host_memory(parameters, averages, here / len(hosts), copies,
+                                                      frozen_parameters))
+        processes.main_does(lambda: check_free_space(folder, parameters, averages, config.train, log.warning,
+                                                     frozen_parameters))
         checkpoint = _resume_point(config, processes, folder, data, objective, accumulation)
         engine = build_engine(plan, processes, config.parallel, config.train.precision, config.train.clip,
                               micro_batch_size, accumulation)
         pretrained = None if checkpoint else processes.all_do(lambda: weights_from(config))
-        prepare(config, engine, objective, checkpoint, pretrained)
+        frozen, reads = keep_frozen(objective, folder, checkpoint, processes)
+        prepare(config, engine, objective, checkpoint, pretrained, reads)
         state = checkpoint.state() if checkpoint else {}
         loader = open_loader(config, data, processes, micro_batch_size, state)
         processes.main_does(lambda: _write_what_it_is(config, folder, objective, pretrained is not None))
@@ -178,10 +183,12 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
             if pretrained is not None:
                 log.info("starting from the weights of %s", config.model.from_)
             kind = processes.device.type if processes.device.type == "cpu" else torch.cuda.get_device_name(processes.device)
-            log.info("%s: %s parameters, %s, %d process%s on %s, %s, accumulation %d", folder, f"{parameters:,}", plan.strategy,
+            beside = f" and {frozen_parameters:,} frozen ones" if frozen_parameters else ""
+            log.info("%s: %s parameters%s, %s, %d process%s on %s, %s, accumulation %d", folder, f"{parameters:,}", beside,
+                     plan.strategy,
                      processes.world_size, "es" if processes.world_size > 1 else "", kind, config.train.precision, accumulation)
         hooks = RunHooks(config, folder, engine, objective, data, loader, state, supervision.stop,
-                         supervision.owner.check if supervision.owner else None, added)
+                         supervision.owner.check if supervision.owner else None, added, frozen)
         return _loop(config, folder, engine, objective, loader, hooks, checkpoint, supervision)
     except BaseException as error:
         supervision.failed(error)
@@ -216,6 +223,9 @@ def open_objective(config: Config, processes: Processes, plan: ParallelPlan, dat
 def check_learning_rates(config: Config, objective: Objective) -> None:
     """Raises UserError where optimizer.lr_of names a network that the objective has not."""
     for name in config.optimizer.lr_of:
+        if name in objective.frozen:
+            raise UserError(f"optimizer.lr_of: {name} is frozen in family {config.model.family}: no optimizer steps it; leave "
+                            "it out")
         if name not in objective.networks:
             raise UserError(f"optimizer.lr_of: {name} is no network of family {config.model.family}; its networks are "
                             f"{', '.join(objective.networks)}")
@@ -271,8 +281,7 @@ def _resume_point(config: Config, processes: Processes, folder: Path, data: Data
         changed = check_may_continue(config, found, data.plan())
         if objective.couples_samples:
             check_same_accumulation(config.train, found, accumulation, processes.world_size)
-        for name, network in objective.networks.items():
-            check_same_network(found, name, network)
+        check_same_networks(found, objective)
         set_later_checkpoints_aside(folder, found.step, log.warning)
         log.info("continuing from %s%s", found.path, f" with {'; '.join(changed)}" if changed else "")
         return found
@@ -280,8 +289,14 @@ def _resume_point(config: Config, processes: Processes, folder: Path, data: Data
     return processes.main_does(find)
 
 
-def check_same_network(checkpoint: Checkpoint, name: str, network: torch.nn.Module) -> None:
+def check_same_networks(checkpoint: Checkpoint, objective: Objective) -> None:
     """Raises UserError where the checkpoint holds a network of other shapes."""
+    for name, network in objective.networks.items():
+        if name not in objective.frozen:
+            _check_same_network(checkpoint, name, network)
+
+
+def _check_same_network(checkpoint: Checkpoint, name: str, network: torch.nn.Module) -> None:
     stored = checkpoint.tensors("networks", name).shapes()
     wanted = {key: tuple(value.shape) for key, value in named_state(network)}
     for key in sorted(stored.keys() | wanted.keys()):
@@ -292,12 +307,23 @@ def check_same_network(checkpoint: Checkpoint, name: str, network: torch.nn.Modu
 
 
 def prepare(config: Config, engine: Engine, objective: Objective, checkpoint: Checkpoint | None,
-            pretrained: Callable[[str], Tensor] | None) -> None:
-    """Networks with the checkpoint's weights, or those to start from, under the strategy; then the rest of the checkpoint."""
-    weights = {name: checkpoint.tensors("networks", name) if checkpoint else pretrained or objective.initial_weights(name)
-               for name in objective.networks}
+            pretrained: Callable[[str], Tensor] | None, frozen: Mapping[str, Read] | None = None) -> None:
+    """Networks with the checkpoint's weights, or those to start from, under the strategy; then the rest of the checkpoint.
+
+    Args:
+        frozen: reads the weights of the frozen networks; None: they are those that the objective gives.
+    """
+    weights: dict[str, Read] = {}
+    for name in objective.networks:
+        if name in objective.frozen:
+            weights[name] = frozen[name] if frozen is not None else objective.initial_weights(name)
+        elif checkpoint is not None:
+            weights[name] = checkpoint.tensors("networks", name)
+        else:
+            weights[name] = pretrained or objective.initial_weights(name)
     engine.prepare(objective.networks, lambda module: make_optimizer(module, config.optimizer, config.train.precision), weights,
-                   averaged_networks(config, objective))
+                   averaged_networks(config, objective), objective.frozen)
+    objective.generating = engine.generating  # type: ignore[method-assign]
     if checkpoint is not None:
         load_beside_weights(engine, checkpoint)
 

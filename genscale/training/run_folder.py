@@ -55,16 +55,17 @@ def create_run_folder(folder: Path) -> None:
                         f"write to") from None
 
 
-def check_host_memory(parameters: int, averages: int = 0, share: float = 1.0, copies: float = 0.0) -> None:
+def check_host_memory(parameters: int, averages: int = 0, share: float = 1.0, copies: float = 0.0, frozen: int = 0) -> None:
     """Refuse to start where no checkpoint could be written: each process copies its part to host memory first, 12 bytes a
     parameter as on the disk, and 4 for each that an average is kept of; and where the model does not fit that is trained there.
 
     Args:
         share: of all processes, that run on this machine.
         copies: of the weights and their gradients that are held in this machine's memory, 8 bytes a parameter.
+        frozen: parameters that are held, 4 bytes each in every copy, and neither trained nor in checkpoints.
     """
     each = 12 * share + 8 * copies
-    free, needed = psutil.virtual_memory().available, each * parameters + 4 * averages * share
+    free, needed = psutil.virtual_memory().available, each * parameters + 4 * averages * share + 4 * frozen * copies
     if free < needed:
         beside = " beside the weights and their gradients" if copies else ""
         need = f"{needed / 2**30:,.0f} GiB of this machine's memory, of which {free / 2**30:,.0f} GiB are free"
@@ -88,13 +89,15 @@ def check_batch_memory(config: Config, micro_batch_size: int) -> None:
                         f"{memory / 2**30:,.0f} GiB of memory; at most {memory // (sample * batches):,} samples fit")
 
 
-def check_free_space(folder: Path, parameters: int, averages: int, train: TrainSettings, warn: Callable[[str], None]) -> None:
+def check_free_space(folder: Path, parameters: int, averages: int, train: TrainSettings, warn: Callable[[str], None],
+                     frozen: int = 0) -> None:
     """Refuse to start where the checkpoints cannot fit: 12 bytes a parameter each (fp32 weights, two AdamW moments), and 4 for
-    each that an average is kept of. Warn where those cannot that are kept for ever: they may be moved elsewhere meanwhile."""
+    each that an average is kept of; and the one copy of the frozen parameters, 4 bytes each. Warn where those cannot that are
+    kept for ever: they may be moved elsewhere meanwhile."""
     # Checkpoints that are there already are replaced one for one; one more is written before the oldest is deleted.
     keep, steps = train.checkpoint_keep, [checkpoint.step for checkpoint in list_checkpoints(folder / "checkpoints")]
     size, free = 12 * parameters + 4 * averages, shutil.disk_usage(folder).free
-    wanted = size * max(1, keep + 1 - len(steps)) + 2**20
+    wanted = size * max(1, keep + 1 - len(steps)) + 2**20 + (0 if steps else 4 * frozen)
     if free < wanted:
         fewer = f"lower train.checkpoint_keep ({keep}), " if keep > max(1, len(steps)) else ""
         raise UserError(f"run.dir: disk full: {folder} has {free / 2**20:,.0f} MiB free, checkpoints need "

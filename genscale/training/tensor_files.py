@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -99,12 +99,23 @@ class TensorBuffer:
 
 def write_whole(file: Path, tensors: TensorFiles) -> None:
     """Write all the tensors to one file, one at a time. Raises OSError."""
-    types, shapes = tensors.types(), tensors.shapes()
-    names = sorted(shapes, key=lambda name: (-types[name].itemsize, name))
+    types = tensors.types()
+    write_tensors(file, tensors, {name: (types[name], shape) for name, shape in tensors.shapes().items()})
+
+
+def write_tensors(file: Path, read: Callable[[str], Tensor],
+                  entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    """Write the named tensors of these types and shapes to one file, asking for one at a time. Raises OSError, and ValueError
+    where one has another shape."""
+    names = sorted(entries, key=lambda name: (-entries[name][0].itemsize, name))
     with file.open("wb") as out:
-        out.write(_header([(name, types[name], shapes[name]) for name in names], {})[0])
+        out.write(_header([(name, *entries[name]) for name in names], {})[0])
         for name in names:
-            out.write(memoryview(tensors(name).reshape(-1).view(torch.uint8).numpy()))
+            dtype, shape = entries[name]
+            value = read(name).detach()
+            if value.shape != shape:
+                raise ValueError(f"{name} is {tuple(value.shape)}, not {shape}")
+            out.write(memoryview(value.to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8).numpy()))
         out.flush()
         os.fsync(out.fileno())
 

@@ -107,8 +107,8 @@ class Trace(Hook):
 
     def _weights(self) -> dict[str, dict[str, list[Any]]]:
         found = {}
-        for name, module in self.engine.modules.items():
-            prints = Fingerprints([key for key, _ in named_state(module)], self.engine.network_pieces(name))
+        for name in self.engine.optimizers:
+            prints = Fingerprints([key for key, _ in named_state(self.engine.modules[name])], self.engine.network_pieces(name))
             found[name] = _as_json(prints.total(self.processes))
         return found
 

@@ -56,8 +56,10 @@ def main(arguments: list[str]) -> int:
         rows = [describe(checkpoint, checkpoints[-1]) for checkpoint in checkpoints]
         print("\n".join(map(json.dumps, rows)) if chosen.get("json") else table(rows))
         damaged = ", ".join(checkpoint.path.name for checkpoint, row in zip(checkpoints, rows, strict=True) if row["problem"])
-        if parsed.subcommand == "verify" and damaged:
-            raise UserError(f"{chosen.path}: damaged: {damaged}")
+        if parsed.subcommand == "verify":
+            if damaged:
+                raise UserError(f"{chosen.path}: damaged: {damaged}")
+            verify_frozen(checkpoints)
     return 0
 
 
@@ -65,6 +67,18 @@ def _undamaged(checkpoint: Checkpoint) -> Checkpoint:
     if problem := checkpoint.problem():
         raise UserError(f"{checkpoint.path}: damaged: {problem}")
     return checkpoint
+
+
+def verify_frozen(checkpoints: list[Checkpoint]) -> None:
+    """Raises UserError where the run folder's copy of a frozen network is not the one that a checkpoint was trained with."""
+    from genscale.training.frozen_networks import find_copy, recorded_in
+
+    looked_at: set[tuple[str, str]] = set()
+    for checkpoint in checkpoints:
+        for name, entry in recorded_in(checkpoint).items():
+            if (name, entry["sha256"]) not in looked_at:
+                find_copy(checkpoint, name)
+                looked_at.add((name, entry["sha256"]))
 
 
 def consolidate(checkpoint: Checkpoint, out: Path, network: str | None, live: bool) -> None:

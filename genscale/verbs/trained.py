@@ -24,6 +24,7 @@ from genscale.parallel.processes import on_cpu
 from genscale.settings.config import Config
 from genscale.settings.parser import load_config
 from genscale.training.checkpoints import Checkpoint, find_checkpoints
+from genscale.training.frozen_networks import find_copy
 from genscale.training.run_folder import config_yaml
 from genscale.training.tensor_files import TensorFiles
 
@@ -119,7 +120,8 @@ def load_weights(objective: Objective, checkpoint: Checkpoint | Published, avera
     keep_fp32()
     for name, network in objective.networks.items():
         try:
-            weights = checkpoint.weights(name, averaged)
+            frozen = name in objective.frozen and isinstance(checkpoint, Checkpoint)
+            weights = TensorFiles([find_copy(checkpoint, name)]) if frozen else checkpoint.weights(name, averaged)
             if isinstance(weights, TensorFiles):  # before memory is asked for
                 _check_shapes(network, weights.shapes())
             materialise(network, device)
