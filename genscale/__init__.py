@@ -1,6 +1,7 @@
 """genscale trains generative models at any scale: a run is the same run however it is sharded, interrupted or resized."""
 
 import ctypes
+import importlib
 import os
 
 __version__ = "0.1.0"
@@ -34,3 +35,13 @@ def _keep_memory() -> None:
 # Here, which runs before anything else of genscale, and before torch.
 _wait_shortly()
 _keep_memory()
+
+_PUBLIC = {"MapData": "data.map_data", "ShardData": "data.shard_data", "LoaderSettings": "data.loader_settings",
+           "SimpleObjective": "objectives.own", "make_family": "objectives.own", "register": "objectives", "main": "cli"}
+"""Where what the package offers is. It is loaded when it is asked for: torch takes a second, and `--help` needs none."""
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'genscale' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"genscale.{_PUBLIC[name]}"), name)

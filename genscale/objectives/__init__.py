@@ -1,4 +1,4 @@
-"""The families: what `model.family` can be. A new family is one entry here."""
+"""The families: what `model.family` can be. A new built-in one is one entry here; see `registry` for others."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from genscale.models.points_settings import PointsGANSettings
 from genscale.models.vae_settings import VAEGANSettings, VAESettings
 from genscale.objectives.family import Family
 from genscale.objectives.gan_settings import GANObjectiveSettings
+from genscale.objectives.registry import Families
 from genscale.objectives.vae_settings import VAEGANObjectiveSettings, VAEObjectiveSettings
 
 
@@ -46,10 +47,21 @@ def _vae_gan() -> ModuleType:
     return vae_gan
 
 
-FAMILIES: dict[str, Family] = {
+FAMILIES = Families({
     "gpt": Family(GPTSettings, TextDataSettings, _language_model),
     "dcgan": Family(GANSettings, PackedImageDataSettings, _image_gan, GANObjectiveSettings),
     "points": Family(PointsGANSettings, PointsDataSettings, _points, GANObjectiveSettings),
     "vae": Family(VAESettings, ImageDataSettings, _vae, VAEObjectiveSettings),
     "vae_gan": Family(VAEGANSettings, ImageDataSettings, _vae_gan, VAEGANObjectiveSettings),
-}
+})
+
+
+def register(name: str, family: Family) -> None:
+    """Make a family of one's own known to this process: to a config whose `model.family` is `name`, to every verb, and to the
+    processes that run the same script (`accelerate launch my_script.py`, torchrun, `python my_script.py train --processes 2`).
+    A job of `genscale slurm submit` runs genscale itself, and knows only what is installed (`genscale.objectives.registry`).
+
+    Raises:
+        ValueError: the name is that of a built-in family.
+    """
+    FAMILIES.register(name, family)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Family:
 
     model_settings: type
     data_settings: type
-    module: Callable[[], ModuleType]
+    module: Callable[[], ModuleType | SimpleNamespace]
     objective_settings: type = NoSettings
 
     def build_data(self, settings: Any, seed: int) -> Data:

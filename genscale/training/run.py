@@ -25,6 +25,7 @@ from genscale.parallel.determinism import deterministic
 from genscale.parallel.engine import Engine, named_state
 from genscale.parallel.launch_request import clear_launch_environment
 from genscale.parallel.launcher import follow_launcher, launcher_is_gone
+from genscale.parallel.materialise import begin_alike
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import ParallelPlan, build_engine, check_objective, plan_parallel
 from genscale.training.checkpoints import Checkpoint
@@ -288,6 +289,8 @@ def prepare(config: Config, engine: Engine, objective: Objective, checkpoint: Ch
     """Networks with the checkpoint's weights, or those to start from, under the strategy; then the rest of the checkpoint."""
     weights = {name: checkpoint.tensors("networks", name) if checkpoint else pretrained or objective.initial_weights(name)
                for name in objective.networks}
+    for network in objective.networks.values():
+        begin_alike(network, engine.processes)
     engine.prepare(objective.networks, lambda module: make_optimizer(module, config.optimizer, config.train.precision), weights,
                    averaged_networks(config, objective))
     if checkpoint is not None:
