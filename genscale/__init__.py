@@ -3,6 +3,7 @@
 import ctypes
 import importlib
 import os
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -36,12 +37,14 @@ def _keep_memory() -> None:
 _wait_shortly()
 _keep_memory()
 
-_PUBLIC = {"MapData": "data.map_data", "ShardData": "data.shard_data", "LoaderSettings": "data.loader_settings",
-           "SimpleObjective": "objectives.own", "make_family": "objectives.own", "register": "objectives", "main": "cli"}
-"""Where what the package offers is. It is loaded when it is asked for: torch takes a second, and `--help` needs none."""
+_HOMES = {"MapData": "genscale.data.map_data", "ShardData": "genscale.data.shard_data",
+          "LoaderSettings": "genscale.data.loader_settings", "SimpleObjective": "genscale.objectives.own",
+          "make_family": "genscale.objectives.own", "register": "genscale.objectives", "start": "genscale.cli"}
+"""The public names and where they are, for `__getattr__`: who imports genscale need not wait for torch."""
+__all__ = ["__version__", *_HOMES]
 
 
-def __getattr__(name: str):
-    if name not in _PUBLIC:
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
         raise AttributeError(f"module 'genscale' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"genscale.{_PUBLIC[name]}"), name)
+    return getattr(importlib.import_module(_HOMES[name]), name)

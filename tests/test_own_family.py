@@ -23,7 +23,9 @@ SETTINGS = {"train.steps": 30, "train.global_batch_size": 12, "train.micro_batch
             "train.log_every": 1, "train.checkpoint_every": 10, "optimizer.name": "sgd", "optimizer.lr": 0.05,
             "schedule.name": "constant", "tracking.wandb": "disabled"}  # fmt: skip
 SHORT = {"train.steps": 4}
-STRATEGIES = ["ddp", "fsdp2", "zero2"]
+OTHERS = [("own_gpt", "ddp"), ("own_gpt", "zero2"), ("own_gpt", "zero3"),
+          ("own_diffusion", "ddp"), ("own_diffusion", "fsdp2"), ("own_diffusion", "zero3")]  # fmt: skip
+CELLS = [("own_gpt", "fsdp2"), ("own_diffusion", "zero2"), *(pytest.param(*cell, marks=pytest.mark.matrix) for cell in OTHERS)]
 
 
 def words(name: str, folder: Path, processes: int, **settings: Any) -> list[str]:
@@ -77,8 +79,7 @@ def alone(genscale_process, tmp_path_factory) -> Callable[[str], Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("name", ["own_gpt", "own_diffusion"])
+@pytest.mark.parametrize(("name", "strategy"), CELLS)
 def test_an_example_is_the_same_run_on_two_processes_and_after_a_kill(name, strategy, alone, genscale_process, genscale_start,
                                                                       tmp_path):
     example = (sys.executable, str(EXAMPLES / f"{name}.py"))
@@ -119,12 +120,12 @@ class Scaled(nn.Module):
 def loss(network, batch, draws):
     return (network(batch["x"]) - batch["x"]).square().mean(1)
 
-genscale.register("mine", genscale.make_family(
-    network=lambda model: Scaled(), loss=loss,
+genscale.register(genscale.make_family(
+    "mine", network=lambda model: Scaled(), loss=loss,
     data=lambda data, seed: genscale.MapData(torch.arange(400.0).sin().view(100, 4), validation=10, seed=seed)))
 
 if __name__ == "__main__":
-    genscale.main()
+    genscale.start()
 """
 
 

@@ -62,6 +62,10 @@ def test_a_packages_family_is_trained_recorded_and_named_where_it_is_missing(see
     about = json.loads((tmp_path / "rings" / "checkpoints" / "step-00000004" / "manifest.json").read_text())["about"]
     assert about["family"] == {"name": "rings", "package": "genscale-rings", "version": "1.2.0"}
     assert genscale("evaluate", tmp_path / "rings").code == 0
+    manifest = tmp_path / "rings" / "checkpoints" / "step-00000004" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"1.2.0"', '"1.1.0"'))
+    other = genscale("train", "--config", config, "--train.steps", 5)
+    assert "was made with package genscale-rings==1.1.0, and genscale-rings==1.2.0 is used" in other.err, other.err
     broken = genscale("train", "--config", config, "--model.family", "broken_rings").message()
     assert broken.startswith("model.family: 'broken_rings' of package genscale-rings==1.2.0 cannot be loaded (Mod")
 

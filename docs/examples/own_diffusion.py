@@ -73,8 +73,8 @@ def data(settings, seed: int) -> genscale.MapData:
     return genscale.MapData(Shapes(), validation=128, seed=seed)
 
 
-genscale.register("own_diffusion", genscale.make_family(
-    network=lambda model: Denoiser(), loss=loss, data=data, preview=preview, unit="images"))
+genscale.register(genscale.make_family(
+    "own_diffusion", network=lambda model: Denoiser(), loss=loss, data=data, preview=preview, unit="images"))
 
 if __name__ == "__main__":
-    genscale.main()
+    genscale.start()

@@ -43,9 +43,9 @@ def data(settings, seed: int) -> genscale.MapData:
     return genscale.MapData(BLOCKS, validation=64, seed=seed)
 
 
-genscale.register("own_gpt", genscale.make_family(
-    network=network, loss=loss, data=data, model_settings=Model, count=lambda batch: batch["x"][:, 1:].numel(),
+genscale.register(genscale.make_family(
+    "own_gpt", network=network, loss=loss, data=data, model_settings=Model, count=lambda batch: batch["x"][:, 1:].numel(),
     loss_unit="nats per byte"))
 
 if __name__ == "__main__":
-    genscale.main()
+    genscale.start()

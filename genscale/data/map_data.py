@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -112,11 +113,15 @@ class MapData(Data):
                             f"train on; nearest allowed: {len(self._indices)}")
         check_repeatable(lambda: self._read(int(self._indices[0])), "an item of the data set")
 
+    @cached_property
+    def _content(self) -> str:
+        probes = permutation(len(self._indices), 0, "probes")[:PROBES]
+        return content_of(self._read(int(self._indices[probe])) for probe in probes)
+
     def plan(self) -> dict[str, Any]:
         """See `Data.plan`."""
-        probes = permutation(len(self._indices), 0, "probes")[:PROBES]
         plan = {"order": "items", "items": len(self._indices), "lanes": self.lane_count, "seed": self._seed,
-                "content": content_of(self._read(int(self._indices[probe])) for probe in probes),
+                "content": self._content,
                 "validation_items": len(self._held_out)}
         name = getattr(self._dataset, "fingerprint", None)
         return {**plan, "fingerprint": name} if isinstance(name, str) else plan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ class ShardData(Data):
     each epoch of its lane.
 
     Args:
-        shards: paths, addresses, or iterables that can be read again and again (not generators).
+        shards: paths, addresses, or iterables that can be read again and again (not generators). Of a stream of Hugging Face:
+            `[stream.shard(num_shards=n, index=i) for i in range(n)]`, with n its `num_shards`.
         validation: the items to validate with; all of them are read.
         seed: keys the order; the run's.
         read: opens a shard: its items in a fixed order. Default: iterates it.
@@ -107,10 +109,14 @@ class ShardData(Data):
         for shard in self._shards:
             yield from (self._sample(item) for item in islice(self._read(shard), 1))
 
+    @cached_property
+    def _content(self) -> str:
+        return content_of(islice(self._firsts(), PROBES))
+
     def plan(self) -> dict[str, Any]:
         """See `Data.plan`."""
         plan = {"order": "shards", "shards": len(self._shards), "lanes": self.lane_count, "window": self._window,
-                "seed": self._seed, "content": content_of(islice(self._firsts(), PROBES))}
+                "seed": self._seed, "content": self._content}
         if all(isinstance(shard, (str, Path)) for shard in self._shards):
             names = "\n".join(Path(shard).name for shard in self._shards)  # where they lie is not what they are
             plan["names"] = hashlib.sha256(names.encode()).hexdigest()[:16]

@@ -56,12 +56,12 @@ FAMILIES = Families({
 })
 
 
-def register(name: str, family: Family) -> None:
-    """Make a family of one's own known to this process: to a config whose `model.family` is `name`, to every verb, and to the
+def register(family: Family) -> None:
+    """Make a family of one's own known to this process: to a config whose `model.family` is its name, to every verb, and to the
     processes that run the same script (`accelerate launch my_script.py`, torchrun, `python my_script.py train --processes 2`).
     A job of `genscale slurm submit` runs genscale itself, and knows only what is installed (`genscale.objectives.registry`).
 
     Raises:
         ValueError: the name is that of a built-in family.
     """
-    FAMILIES.register(name, family)
+    FAMILIES.register(family)

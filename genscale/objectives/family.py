@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,11 @@ class Family:
     data_settings: type
     module: Callable[[], ModuleType | SimpleNamespace]
     objective_settings: type = NoSettings
+
+    @property
+    def name(self) -> str:
+        """What `model.family` calls it."""
+        return {entry.name: entry.default for entry in dataclasses.fields(self.model_settings)}["family"]
 
     def build_data(self, settings: Any, seed: int) -> Data:
         """What the `data` section asks for."""

@@ -8,7 +8,7 @@ from functools import reduce
 from operator import add
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,11 +37,11 @@ class SimpleObjective(Objective):
         network: the module, with the weights to begin with; every process begins with those of the first. Dropout of torch is
             refused, whose masks belong to no sample; so is BatchNorm, whose statistics would be each process's own (use
             `genscale.models.batch_norm.BatchNorm`, or GroupNorm).
-        loss: of `(network, batch, draws)`, where the network may stand in a wrapper, so that it can be called and nothing else
-            (an attribute of it is no attribute of the wrapper): one value for each sample, `(batch,)`; or, with `count`, a tensor of any values that
-            are to be added up (the tokens' losses, zero where one does not count); or several of these by name, which are added
-            up. Never a mean: genscale divides by the number in the global batch, so that no mean of means arises. Random
-            numbers are `draws.normal("name", *shape)` and `draws.uniform(...)`, `(batch, *shape)`.
+        loss: of `(network, batch, draws)`, one value for each sample, `(batch,)`; or, with `count`, a tensor of any values
+            that are to be added up (the tokens' losses, zero where one does not count); or several of these by name, which are
+            added up. Never a mean: genscale divides by the number in the global batch, so that no mean of means arises. The
+            network may stand in a wrapper: it can be called, and nothing else. Random numbers are
+            `draws.normal("name", *shape)` and `draws.uniform("name", *shape)`, `(batch, *shape)`.
         count: how many values of a batch count (default: its samples).
         seed: the run's, for what an evaluation draws.
         preview: makes a sample to log, of `(network, seed, device)`: text, or a picture, uint8 `(height, width, 3)`.
@@ -139,11 +139,12 @@ def _random_state(device: str | torch.device) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def make_family(*, network: Callable[[Any], nn.Module], loss: Loss, data: Callable[[Any, int], Data],
+def make_family(name: str, *, network: Callable[[Any], nn.Module], loss: Loss, data: Callable[[Any, int], Data],
                 model_settings: type = NoSettings, data_settings: type = LoaderSettings, **options: Any) -> Family:
     """A family of one's own, of a network, a loss and data: what `genscale.register` and the entry points take.
 
     Args:
+        name: what `model.family` calls it.
         network: makes the module of the `model` settings, with the weights to begin with. It is called with torch's random
             numbers seeded with the run's seed.
         loss: see `SimpleObjective`.
@@ -176,14 +177,13 @@ def make_family(*, network: Callable[[Any], nn.Module], loss: Loss, data: Callab
         finally:
             opened.close()
 
-    module = SimpleNamespace(build_data=data, validation=validation, build=build, restore=restore)
-    return Family(_with_family(model_settings), data_settings, lambda: module)
+    module = SimpleNamespace(__name__=name, build_data=data, validation=validation, build=build, restore=restore)
+    return Family(_with_family(model_settings, name), data_settings, lambda: module)
 
 
-def _with_family(settings: type) -> type:
+def _with_family(settings: type, name: str) -> type:
     """The model's settings with `family`, by which a config says whose they are."""
-    if any(field.name == "family" for field in dataclasses.fields(settings)):
-        return settings
-    made = dataclasses.make_dataclass(settings.__name__, [("family", str, dataclasses.field(default=""))], bases=(settings,))
+    field = ("family", Literal[name], dataclasses.field(default=name))
+    made = dataclasses.make_dataclass(settings.__name__, [field], bases=(settings,))
     made.__doc__, made.__module__ = settings.__doc__, settings.__module__
     return made

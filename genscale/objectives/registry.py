@@ -69,12 +69,12 @@ class Families(Mapping[str, Family]):
             found.setdefault(point.name, []).append(point)
         return found
 
-    def register(self, name: str, family: Family) -> None:
+    def register(self, family: Family) -> None:
         """Make a family known in this process, and in those that run the same script. Raises ValueError for a name that a
         built-in one has."""
-        if name in self._built_in:
-            raise ValueError(f"'{name}' is a built-in family; give yours another name")
-        self._registered[name] = family
+        if family.name in self._built_in:
+            raise ValueError(f"'{family.name}' is a built-in family; give yours another name")
+        self._registered[family.name] = family
         self.script = getattr(sys.modules["__main__"], "__file__", None) or self.script
 
     def is_registered(self, name: str) -> bool:
@@ -86,6 +86,11 @@ class Families(Mapping[str, Family]):
         if name in self._built_in or name in self._registered or name not in self._installed:
             return None
         return _package(self._installed[name][0])
+
+    def other_version(self, name: str, checkpoint: Path) -> str | None:
+        """What a checkpoint was made with and what is used here, where that is not the same version of a package."""
+        was, now = recorded_package(checkpoint, name), self.package(name)
+        return f"{was}, and {now or 'no package'} is used" if was and (now is None or was.version != now.version) else None
 
     def advice(self, name: str, places: Iterable[Path]) -> str:
         """Where a checkpoint in one of these run or checkpoint folders was made with a family that is not installed here: what
@@ -122,9 +127,13 @@ def _load(points: list[EntryPoint]) -> Family:
     try:
         family = point.load()
     except Exception as error:  # whatever the package does
-        raise UserError(f"model.family: '{point.name}' of package {package} cannot be loaded ({type(error).__name__}: {error}); "
-                        "mend or update the package, or choose another family") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"model.family: '{point.name}' of package {package} cannot be loaded ({reason}); mend "
+                        "or update the package, or choose another family") from None
     if not isinstance(family, Family):
         raise UserError(f"model.family: '{point.name}' of package {package} is no Family ({point.value} is a "
                         f"{type(family).__name__}); update the package, or choose another family")
+    if family.name != point.name:
+        raise UserError(f"model.family: '{point.name}' of package {package} calls itself '{family.name}'; update the "
+                        "package, or choose another family")
     return family

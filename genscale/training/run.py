@@ -266,6 +266,8 @@ def _resume_point(config: Config, processes: Processes, folder: Path, data: Data
             check_same_accumulation(config.train, found, accumulation, processes.world_size)
         for name, network in objective.networks.items():
             check_same_network(found, name, network)
+        if other := FAMILIES.other_version(config.model.family, found.path):
+            log.warning("%s was made with package %s: the run may go on otherwise than it would have", found.path, other)
         set_later_checkpoints_aside(folder, found.step, log.warning)
         log.info("continuing from %s%s", found.path, f" with {'; '.join(changed)}" if changed else "")
         return found

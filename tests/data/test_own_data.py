@@ -21,9 +21,12 @@ from genscale.errors import UserError
 PAIRS = TensorDataset(torch.arange(100.0), torch.arange(100))
 TABLE = datasets.Dataset.from_dict({"x": [float(n) for n in range(100)], "y": list(range(100))})
 SHARDS = [list(zip(map(float, part), part.tolist(), strict=True)) for part in np.split(np.arange(100), [7, 8, 30, 31, 64, 90])]
+STREAM = TABLE.to_iterable_dataset(num_shards=7)
+STREAMED = [STREAM.shard(num_shards=7, index=i) for i in range(7)]
 DATA = {
     "tensors": lambda seed=1: MapData(PAIRS, validation=20, seed=seed, lanes=12),
     "hugging face": lambda seed=1: MapData(TABLE, validation=20, seed=seed, lanes=12),
+    "stream": lambda seed=1: ShardData(STREAMED, validation=[(0.5, 0)], seed=seed),
     "shards": lambda seed=1: ShardData(SHARDS, validation=[(0.5, 0)], seed=seed, window=4),
 }
 

@@ -77,4 +77,4 @@ def test_statistics_of_each_process_alone_are_refused_and_ours_begin_as_construc
 
 def test_data_settings_must_say_how_to_load():
     with pytest.raises(TypeError, match="inherits from LoaderSettings"):
-        make_family(network=lambda model: nn.Linear(2, 1), loss=loss, data=lambda *words: None, data_settings=int)
+        make_family("mine", network=lambda model: nn.Linear(2, 1), loss=loss, data=lambda *words: None, data_settings=int)

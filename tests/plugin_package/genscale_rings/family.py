@@ -41,5 +41,5 @@ def points(radius: float) -> torch.Tensor:
     return torch.from_numpy(radius * POINTS)
 
 
-family = genscale.make_family(network=network, loss=loss, model_settings=Rings, data_settings=RingData, unit="points",
+family = genscale.make_family("rings", network=network, loss=loss, model_settings=Rings, data_settings=RingData, unit="points",
                               data=lambda data, seed: genscale.MapData(points(data.radius), validation=100, seed=seed))
