@@ -135,8 +135,9 @@ def mine(tmp_path) -> Iterator[Path]:
     (tmp_path / "mine.py").write_text(RANK_DEPENDENT)
     script = FAMILIES.script
     runpy.run_path(str(tmp_path / "mine.py"))
+    FAMILIES.script = str(tmp_path / "mine.py")
     yield tmp_path / "mine.py"
-    del FAMILIES._registered["mine"]
+    FAMILIES._registered.clear()
     FAMILIES.script = script
 
 
@@ -151,5 +152,11 @@ def test_a_network_drawn_anew_by_each_process_begins_alike(mine, genscale, gensc
 def test_a_registered_family_has_every_verb_but_a_job(mine, genscale, tmp_path):
     (tmp_path / "mine.yaml").write_text("model: {family: mine}")
     assert [line for line in genscale("families").out.splitlines() if line.startswith("mine ") and "this script" in line]
+    assert genscale(*words("mine", tmp_path, 1, **SHORT)).code == 0
+    del FAMILIES._registered["mine"]  # as in another process
+    message = genscale("evaluate", tmp_path / "run").message()
+    assert message.endswith(f"was made by {mine}, which registers it: python {mine} VERB ...")
+    runpy.run_path(str(mine))
+    FAMILIES.script = str(mine)
     message = genscale("slurm", "render", "--config", tmp_path / "mine.yaml").message()
     assert message.startswith("model.family: 'mine' is known to") and "entry point genscale.families" in message

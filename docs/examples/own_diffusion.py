@@ -1,7 +1,7 @@
 """A small diffusion model (Ho et al. 2020, "Denoising Diffusion Probabilistic Models") on squares and discs of 8 by 8 pixels.
 
-    python docs/examples/own_diffusion.py train --model.family own_diffusion --train.steps 300
-    accelerate launch docs/examples/own_diffusion.py train --model.family own_diffusion --parallel.strategy zero2 ...
+    python docs/examples/own_diffusion.py train --train.steps 300
+    accelerate launch docs/examples/own_diffusion.py train --parallel.strategy zero2 ...
 
 Noise and noise levels are drawn from `draws`, whose numbers belong to a sample: any number of processes draws the same ones.
 """

@@ -1,7 +1,7 @@
 """A GPT-2 of transformers, trained by genscale on blocks of text: a network, a loss and a data set of one's own.
 
-    python docs/examples/own_gpt.py train --model.family own_gpt --train.steps 100
-    accelerate launch docs/examples/own_gpt.py train --model.family own_gpt --parallel.strategy fsdp2 ...
+    python docs/examples/own_gpt.py train --train.steps 100
+    accelerate launch docs/examples/own_gpt.py train --parallel.strategy fsdp2 ...
 """
 
 import argparse

@@ -34,7 +34,7 @@ class Package:
 
 
 class Families(Mapping[str, Family]):
-    """Families by name. Built-in ones come first, and win over others of the same name.
+    """Families by name, those of the script first. Built-in ones win over a package's of the same name.
 
     Attributes:
         script: the program that has registered a family, which another process must run to know it; None where there is none.
@@ -52,8 +52,8 @@ class Families(Mapping[str, Family]):
         return _load(self._installed[name])
 
     def __iter__(self) -> Iterator[str]:
+        yield from self._registered  # the first one is what a config without `model.family` means
         yield from self._built_in
-        yield from self._registered
         yield from (name for name in sorted(self._installed) if name not in self._built_in and name not in self._registered)
 
     def __len__(self) -> int:
@@ -87,30 +87,43 @@ class Families(Mapping[str, Family]):
             return None
         return _package(self._installed[name][0])
 
+    def origin(self, name: str) -> dict[str, str]:
+        """Where a family that is not built in comes from, as JSON; empty for the others."""
+        if name in self._registered and self.script:
+            return {"name": name, "script": self.script}
+        package = self.package(name)
+        return {"name": name, "package": package.name, "version": package.version} if package else {}
+
     def other_version(self, name: str, checkpoint: Path) -> str | None:
         """What a checkpoint was made with and what is used here, where that is not the same version of a package."""
-        was, now = recorded_package(checkpoint, name), self.package(name)
-        return f"{was}, and {now or 'no package'} is used" if was and (now is None or was.version != now.version) else None
+        was, now = recorded_origin(checkpoint, name), self.package(name)
+        if "package" not in was or (now is not None and str(now) == f"{was['package']}=={was['version']}"):
+            return None
+        return f"{was['package']}=={was['version']}, and {now or 'no package'} is used"
 
     def advice(self, name: str, places: Iterable[Path]) -> str:
-        """Where a checkpoint in one of these run or checkpoint folders was made with a family that is not installed here: what
-        to install, to be added to a message."""
+        """Where a checkpoint in one of these run or checkpoint folders was made with a family that is not known here: what to
+        install or to run, to be added to a message."""
         for place in places:
-            if (package := recorded_package(place, name)) is not None:
+            was = recorded_origin(place, name)
+            if "package" in was:
+                package = f"{was['package']}=={was['version']}"
                 return f"; {place} was made with that of package {package}: pip install {package}"
+            if "script" in was:
+                return f"; {place} was made by {was['script']}, which registers it: python {was['script']} VERB ..."
         return ""
 
 
-def recorded_package(place: Path, family: str) -> Package | None:
-    """The package whose family a checkpoint, or the latest one of a run folder, was made with; None where nothing says so."""
+def recorded_origin(place: Path, family: str) -> dict[str, str]:
+    """`origin` of the family that a checkpoint, or the latest one of a run folder, was made with; empty where nobody says."""
     for folder in (place, *sorted(place.glob("checkpoints/step-*"), reverse=True)):
         try:
             found = json.loads((folder / "manifest.json").read_text())["about"]["family"]
             if found["name"] == family:
-                return Package(str(found["package"]), str(found["version"]))
-        except (OSError, ValueError, KeyError, TypeError):
+                return {key: str(value) for key, value in found.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
-    return None
+    return {}
 
 
 def _package(point: EntryPoint) -> Package:
