@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from genscale.config import Config
 from genscale.data.lanes import Data, Sample
 from genscale.data.loader_settings import LoaderSettings
 from genscale.errors import UserError
@@ -22,6 +21,7 @@ from genscale.models.batch_norm import BatchNorm
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.objectives.family import Family, NoSettings
 from genscale.rng import Draws
+from genscale.settings.config import Config
 
 NETWORK = "network"
 """The name of the one network, in checkpoints too."""
