@@ -15,6 +15,9 @@ _HOMES = {"config": "genscale.api", "train": "genscale.api", "load": "genscale.a
           "Hook": "genscale.training.step_report", "every": "genscale.training.step_report",
           "Order": "genscale.training.step_report",
           "StepReport": "genscale.training.step_report", "RunResult": "genscale.training.run",
+          "MapData": "genscale.data.map_data", "ShardData": "genscale.data.shard_data",
+          "LoaderSettings": "genscale.data.loader_settings", "SimpleObjective": "genscale.families.own",
+          "make_family": "genscale.families.own", "register": "genscale.families", "start": "genscale.cli",
           "TrainedRun": "genscale.evaluation.trained_run", "UserError": "genscale.errors"}
 """The public names and where they are, for `__getattr__`: who imports genscale need not wait for torch. Type checkers read the
 same in `__init__.pyi`."""

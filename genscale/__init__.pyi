@@ -1,8 +1,15 @@
 from genscale.api import config as config
 from genscale.api import load as load
 from genscale.api import train as train
+from genscale.cli import start as start
+from genscale.data.loader_settings import LoaderSettings as LoaderSettings
+from genscale.data.map_data import MapData as MapData
+from genscale.data.shard_data import ShardData as ShardData
 from genscale.errors import UserError as UserError
 from genscale.evaluation.trained_run import TrainedRun as TrainedRun
+from genscale.families import register as register
+from genscale.families.own import SimpleObjective as SimpleObjective
+from genscale.families.own import make_family as make_family
 from genscale.settings.config import Config as Config
 from genscale.training.run import RunResult as RunResult
 from genscale.training.step_report import Hook as Hook

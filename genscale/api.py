@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genscale.errors import UserError, nearest
-from genscale.objectives import FAMILIES
+from genscale.families import FAMILIES
 from genscale.settings.config import Config
 from genscale.settings.parser import parse_config
 

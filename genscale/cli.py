@@ -23,6 +23,7 @@ VERBS = {
     "sample": "generate from a trained run",
     "evaluate": "loss and other scores of a trained run on a data set",
     "export": "write a trained run as a Hugging Face folder",
+    "families": "what model.family can be: built in, and of installed packages",
     "tokenizer": "train a byte-level BPE tokenizer",
     "data": "fill the token cache ahead of a run, or see what a run would train on",
     "compare": "the first step at which two runs differ, and in what",
@@ -33,7 +34,7 @@ VERBS = {
     "doctor": "what is wrong with this machine, or with the nodes of a job, before a run finds out",
 }
 
-PRINTING = {"sample", "evaluate", "compare", "doctor", "check-family", "checkpoint list", "checkpoint verify",
+PRINTING = {"sample", "evaluate", "compare", "doctor", "families", "check-family", "checkpoint list", "checkpoint verify",
             "checkpoint digest", "data inspect", "slurm render", "slurm status", "slurm logs"}
 """What is there for what it prints."""
 
@@ -114,6 +115,8 @@ def _verb(verb: str) -> Callable[[list[str]], int]:
         from genscale.verbs.evaluate import main as run
     elif verb == "export":
         from genscale.verbs.export import main as run
+    elif verb == "families":
+        from genscale.verbs.families import main as run
     elif verb == "tokenizer":
         from genscale.verbs.tokenizer import main as run
     elif verb == "data":

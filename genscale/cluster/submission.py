@@ -138,6 +138,10 @@ def _prepare(asked: JobSettings, settings: Sequence[str], submitted_with: str | 
     site = read_site(asked.site)
     words = ["--config", asked.config, *settings]
     config = parse_config(FAMILIES, words)
+    if FAMILIES.is_registered(config.model.family):
+        raise UserError(f"model.family: '{config.model.family}' is known to {FAMILIES.script} alone, and a job runs genscale; "
+                        "make it an installed package with an entry point genscale.families, or call `srun python "
+                        f"{FAMILIES.script} train ...` in a script of your own")
     if (scratch := site.scratch_folder()) and config.run.dir == RunSettings().dir:
         config.run.dir = f"{scratch}/{config.run.dir}"
     if is_unlimited(asked.time):

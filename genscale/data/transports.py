@@ -140,7 +140,11 @@ class WorkerTransport(Transport):
                             generator=torch.Generator())
         with _interrupts_ignored():
             forkserver.ensure_running()
-        self._iterator = iter(loader)
+        try:
+            self._iterator = iter(loader)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:  # of a data set that somebody brought
+            raise UserError(f"data.workers: {share.workers} processes cannot be given the data ({error}); define at the top of "
+                            "a module what it holds (no lambda), or set data.workers to 0") from None
         self._closed = False
 
     def _next(self) -> Part | _Failure:

@@ -1,50 +1,38 @@
-"""The families: what `model.family` can be. A new family is one folder here and one name below, or an installed package."""
+"""The families: what `model.family` can be. A new family is one folder here and one name below, or an installed package's, or
+one that the running script registers (`genscale.families.registry`)."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator, Mapping
 
 from genscale.errors import UserError, nearest
 from genscale.families import dcgan, gpt, points, vae, vae_gan
 from genscale.families.family import Family
+from genscale.families.registry import Families
 
-BUILT_IN: dict[str, Family] = {entry.FAMILY.name: entry.FAMILY for entry in (gpt, dcgan, points, vae, vae_gan)}
+FAMILIES = Families({entry.FAMILY.name: entry.FAMILY for entry in (gpt, dcgan, points, vae, vae_gan)})
 
 
 def family(name: str) -> Family:
     """The entry of the family that `model.family` calls by this name.
 
     Raises:
-        UserError: there is none; with those that there are, and the nearest.
+        UserError: there is none; with those that there are, and the nearest. Or a package's own cannot be loaded.
 
     Example:
         >>> family("vae").data_settings.__name__
         'ImageDataSettings'
     """
-    if name not in BUILT_IN:
-        raise UserError(f"model.family: '{name}' is not one of {', '.join(names())}{nearest(name, names())}")
-    return BUILT_IN[name]
+    if name not in FAMILIES:
+        names = list(FAMILIES)
+        raise UserError(f"model.family: '{name}' is not one of {', '.join(names)}{nearest(name, names)}")
+    return FAMILIES[name]
 
 
-def names() -> list[str]:
-    """Names of all families, the one that a run without `model.family` has first."""
-    return list(BUILT_IN)
+def register(family: Family) -> None:
+    """Make a family of one's own known to this process: to a config whose `model.family` is its name, to every verb, and to the
+    processes that run the same script (`accelerate launch my_script.py`, torchrun, `python my_script.py train --processes 2`).
+    A job of `genscale slurm submit` runs genscale itself, and knows only what is installed (`genscale.families.registry`).
 
-
-class _Families(Mapping[str, Family]):
-    """All families by name, as the parser of a config asks for them."""
-
-    def __getitem__(self, name: str) -> Family:
-        try:
-            return family(name)
-        except UserError as error:
-            raise KeyError(name) from error
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(names())
-
-    def __len__(self) -> int:
-        return len(names())
-
-
-FAMILIES: Mapping[str, Family] = _Families()
+    Raises:
+        ValueError: the name is that of a built-in family.
+    """
+    FAMILIES.register(family)

@@ -50,8 +50,9 @@ def follow_launcher(starting: bool = False) -> None:
             os.kill(os.getpid(), number)
 
 
-def launch_processes(processes: int, arguments: list[str]) -> int:
-    """Runs `genscale train <arguments>` in several processes of this machine and returns the exit code (128 + n for signal n).
+def launch_processes(processes: int, arguments: list[str], script: str | None = None) -> int:
+    """Runs `genscale train <arguments>` (or `<script> train <arguments>`) in several processes of this machine and returns the
+    exit code (128 + n for signal n).
 
     Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP are passed on to the processes, which end by themselves after a checkpoint. What the
     processes print is all there is to see: the launcher's own traceback about a child that failed is left out. Raises
@@ -63,7 +64,7 @@ def launch_processes(processes: int, arguments: list[str]) -> int:
     if processes < 1 or 0 < gpus < processes:
         reason = f"this machine has {gpus} GPU(s), one a process" if processes > 1 else "a run needs a process"
         raise UserError(f"--processes: {processes} is not possible: {reason}; nearest allowed: {max(1, gpus)}")
-    return run_workers(processes, ["--module", "genscale", "train", *arguments])
+    return run_workers(processes, [*([script] if script else ["--module", "genscale"]), "train", *arguments])
 
 
 def run_workers(processes: int, command: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from genscale.parallel.pieces import is_sharded
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+    from genscale.parallel.processes import Processes
 
 Read = Callable[[str], Tensor]
 """Name of a parameter or persistent buffer -> the full tensor on the CPU."""
@@ -60,6 +63,21 @@ def materialise(module: nn.Module, device: torch.device) -> None:
         if isinstance(tensor, nn.Parameter):
             real = nn.Parameter(real, requires_grad=tensor.requires_grad)
         put(real, places)
+
+
+@torch.no_grad()
+def begin_alike(module: nn.Module, processes: Processes) -> None:
+    """Give every process what rank 0's network was constructed with, in place: one that has its memory already may have been
+    drawn from a generator of each process's own. Collective; networks on the meta device are left as they are."""
+    if processes.world_size == 1:
+        return
+    held = [tensor for tensor in (*module.parameters(), *module.buffers()) if not tensor.is_meta]
+    digest = hashlib.sha256()
+    for tensor in held:
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    if len(set(processes.gather(digest.hexdigest()))) > 1:
+        for tensor in held:
+            tensor.copy_(processes.from_main(tensor))
 
 
 def put(tensor: Tensor, places: list[Place]) -> None:

@@ -119,6 +119,13 @@ class Processes:
         dist.all_reduce(tensor, group=self._host_group)
         return tensor.tolist()
 
+    def from_main(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor of the same shape, on every process; on the device where there are several."""
+        if self.world_size > 1:
+            tensor = tensor.to(self.device).clone()
+            dist.broadcast(tensor, src=0)
+        return tensor
+
     def gather(self, value: T) -> list[T]:
         """Every process's value, in rank order, on every process."""
         if self.world_size == 1:

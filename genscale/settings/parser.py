@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -105,7 +105,7 @@ def parse_config(families: Families, arguments: Sequence[str], prog: str = "gens
     the user."""
     files, flags = take_texts(arguments, "--config")
     contents = {file: _read_yaml(file) for file in files}
-    family = _family(families, contents.values(), flags)
+    family = _family(families, contents, flags)
     parser = config_parser(families, family, prog, description)
     known, numbers = parser.keys(), number_keys(_sections(families[family]))
     for file, content in contents.items():
@@ -225,14 +225,25 @@ def _nearest_file(file: str) -> str:
     return nearest(Path(file).name, (p.name for p in folder.iterdir() if p.is_file())) if folder.is_dir() else ""
 
 
-def _family(families: Families, contents: Iterable[Mapping[str, Any]], flags: Sequence[str]) -> str:
+def _family(families: Families, contents: Mapping[str, Mapping[str, Any]], flags: Sequence[str]) -> str:
     family = next(iter(families))
-    for content in contents:
+    for content in contents.values():
         model = content.get("model")
         if isinstance(model, dict):
             family = model.get("family", family)
     asked, _ = _take(flags, "--model.family")
     family = asked[-1] if asked else family
     if not isinstance(family, str) or family not in families:
-        raise UserError(f"model.family: '{family}' is not one of {', '.join(families)}{nearest(str(family), families)}")
+        advice = families.advice(str(family), _run_folders(contents, flags)) if hasattr(families, "advice") else ""
+        raise UserError(f"model.family: '{family}' is not one of {', '.join(families)}{nearest(str(family), families)}{advice}")
     return family
+
+
+def _run_folders(contents: Mapping[str, Mapping[str, Any]], flags: Sequence[str]) -> list[Path]:
+    """Where the run's checkpoints may lie, of settings that cannot be parsed without their family."""
+    run = {"dir": RunSettings().dir, "name": RunSettings().name}
+    for content in contents.values():
+        run |= content["run"] if isinstance(content.get("run"), dict) else {}
+    for key in run:
+        run[key] = next(reversed(_take(flags, f"--run.{key}")[0]), run[key])
+    return [*(Path(file).parent for file in contents), Path(str(run["dir"])).expanduser() / str(run["name"])]

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 
 import genscale
+from genscale.families import FAMILIES
 from genscale.training.code_version import commit
 
 
-def provenance(world_size: int, strategy: str, position: str) -> dict[str, Any]:
-    """As JSON: versions, commit of the code, host, time, the shape of the run, and its position in the data."""
-    return {"versions": versions(), "commit": commit(), "host": platform.node(),
+def provenance(world_size: int, strategy: str, position: str, family: str) -> dict[str, Any]:
+    """As JSON: versions, commit of the code, host, time, the shape of the run, its position in the data, and the package or
+    script of its family where that is not built in."""
+    origin = FAMILIES.origin(family)
+    return {**({"family": origin} if origin else {}), "versions": versions(), "commit": commit(), "host": platform.node(),
             "time": datetime.now(UTC).isoformat(timespec="seconds"), "world_size": world_size, "strategy": strategy,
             "position": position}
 

@@ -16,13 +16,14 @@ from torch import Tensor
 from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader
 from genscale.errors import UserError, nearest_divisors
-from genscale.families import family
+from genscale.families import FAMILIES, family
 from genscale.interop.starting import keep_for_export, weights_from
 from genscale.objectives.base import Objective
 from genscale.parallel.determinism import deterministic
 from genscale.parallel.engine import Engine, Read, named_state
 from genscale.parallel.launch_request import clear_launch_environment
 from genscale.parallel.launcher import follow_launcher, launcher_is_gone
+from genscale.parallel.materialise import begin_alike
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import ParallelPlan, build_engine, check_objective, plan_parallel
 from genscale.settings.config import Config
@@ -282,6 +283,8 @@ def _resume_point(config: Config, processes: Processes, folder: Path, data: Data
         if objective.couples_samples:
             check_same_accumulation(config.train, found, accumulation, processes.world_size)
         check_same_networks(found, objective)
+        if other := FAMILIES.other_version(config.model.family, found.path):
+            log.warning("%s was made with package %s: the run may go on otherwise than it would have", found.path, other)
         set_later_checkpoints_aside(folder, found.step, log.warning)
         log.info("continuing from %s%s", found.path, f" with {'; '.join(changed)}" if changed else "")
         return found
@@ -321,6 +324,8 @@ def prepare(config: Config, engine: Engine, objective: Objective, checkpoint: Ch
             weights[name] = checkpoint.tensors("networks", name)
         else:
             weights[name] = pretrained or objective.initial_weights(name)
+    for network in objective.networks.values():
+        begin_alike(network, engine.processes)
     engine.prepare(objective.networks, lambda module: make_optimizer(module, config.optimizer, config.train.precision), weights,
                    averaged_networks(config, objective), objective.frozen)
     objective.generating = engine.generating  # type: ignore[method-assign]

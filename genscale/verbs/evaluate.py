@@ -81,7 +81,7 @@ def _help() -> None:
     with contextlib.suppress(SystemExit):  # which ends each help
         parse_config(FAMILIES, ["--help"], prog=USAGE, description=DESCRIPTION)
     sharing: dict[type, list[str]] = {}
-    for name, entry in FAMILIES.items():
+    for name, entry in FAMILIES.loadable().items():
         if entry.scoring is not None:
             sharing.setdefault(entry.scoring.settings, []).append(name)
     for settings, names in sharing.items():

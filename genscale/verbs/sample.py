@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     config, checkpoint = find_trained(path, step)
     sampling = family(config.model.family).sampling
     if sampling is None:
-        able = ", ".join(name for name, entry in FAMILIES.items() if entry.sampling is not None)
+        able = ", ".join(name for name, entry in FAMILIES.loadable().items() if entry.sampling is not None)
         raise UserError(f"model.family: {path} is a run of {config.model.family}, which makes nothing to write; samples can be "
                         f"had of {able}")
     overrides, rest = split_flags(rest, lambda name: name.startswith("data."))
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
 
 def _help() -> None:
     sharing: dict[type, list[str]] = {}
-    for name, entry in FAMILIES.items():
+    for name, entry in FAMILIES.loadable().items():
         if entry.sampling is not None:
             sharing.setdefault(entry.sampling.settings, []).append(name)
     for settings, names in sharing.items():

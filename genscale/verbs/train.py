@@ -49,7 +49,7 @@ def main(arguments: list[str], stop: StopSignal) -> int:
 
         derive_accumulation(config, processes)  # a mistake found here costs no launch
         os.environ[PROCESSES] = str(processes)  # for the processes to say how to go on
-        return launch_processes(processes, arguments)
+        return launch_processes(processes, arguments, FAMILIES.script)
     if audited is not None:
         from genscale.training.audit import audit
 
@@ -66,6 +66,11 @@ def main(arguments: list[str], stop: StopSignal) -> int:
     return exit_codes.of_signal(result.stopped_by) if result.stopped_by and not silent else exit_codes.DONE
 
 
+def program() -> str:
+    """What runs a verb of genscale: itself, or the script that has registered a family."""
+    return f"python {shlex.quote(FAMILIES.script)}" if FAMILIES.script else "genscale"
+
+
 def command(settings: Sequence[str], drop: Sequence[str] = ()) -> str:
     """What to type to run these settings again, without those that `drop` names."""
     kept, words = [], iter(settings)
@@ -80,12 +85,16 @@ def command(settings: Sequence[str], drop: Sequence[str] = ()) -> str:
         asked = os.environ.get(SUBMIT, f"--nodes {os.environ.get('SLURM_NNODES', '1')}")
         return masked(" ".join(["genscale slurm submit", *([asked] if asked else []), *own, "--", *rest]))
     if PROCESSES in os.environ:
-        start = f"genscale train --processes {os.environ[PROCESSES]}"
+        start = f"{program()} train --processes {os.environ[PROCESSES]}"
     elif "SLURM_STEP_NUM_TASKS" in os.environ and "RANK" in os.environ and not has_launcher():
-        start = f"srun -n {os.environ['WORLD_SIZE']} genscale train"
+        start = f"srun -n {os.environ['WORLD_SIZE']} {program()} train"
     else:
-        start = "accelerate launch train.py" if "RANK" in os.environ else "genscale train"
+        start = _launched() if "RANK" in os.environ else f"{program()} train"
     return masked(" ".join([start, *kept]))
+
+
+def _launched() -> str:
+    return f"accelerate launch {shlex.quote(FAMILIES.script)} train" if FAMILIES.script else "accelerate launch train.py"
 
 
 def farewell(result: RunResult, settings: Sequence[str], sampling: Sampling | None) -> str:
@@ -115,13 +124,13 @@ def farewell(result: RunResult, settings: Sequence[str], sampling: Sampling | No
     lines += [f"validation: {scores}", f"run folder: {folder}", f"loss curve: {folder}/plots/loss.png", "", "next:",
               f"  train on         {longer}"]
     if sampling is not None:
-        lines.append(f"  sample           genscale sample {word} {sampling.example}".rstrip())
+        lines.append(f"  sample           {program()} sample {word} {sampling.example}".rstrip())
     if PROCESSES not in os.environ and "RANK" not in os.environ:
-        lines.append(f"  two processes    genscale train --processes 2 {again} {sibling('2')}")
+        lines.append(f"  two processes    {program()} train --processes 2 {again} {sibling('2')}")
     if on_cpu():
-        lines.append(f"  a GPU            accelerate launch train.py {again} {sibling('gpu')} --train.precision bf16")
+        lines.append(f"  a GPU            {_launched()} {again} {sibling('gpu')} --train.precision bf16")
     if any(folder.glob("wandb/offline-run-*")):
-        lines.append(f"  see it in W&B    wandb login && genscale sync {word}")
+        lines.append(f"  see it in W&B    wandb login && {program()} sync {word}")
     else:
-        lines.append(f"  see it in W&B    wandb login && genscale train {again} {sibling('wandb')} --tracking.wandb online")
+        lines.append(f"  see it in W&B    wandb login && {program()} train {again} {sibling('wandb')} --tracking.wandb online")
     return "\n".join(lines)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from genscale.data.lanes import Data
 from genscale.errors import UserError
+from genscale.families import FAMILIES
 from genscale.models.batch_norm import BatchNorm
-from genscale.objectives import FAMILIES
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.parallel import engine as engine_room
 from genscale.parallel.averages import local

@@ -1,0 +1,3 @@
+"""A family whose module needs what is not there."""
+
+import no_such_library  # noqa: F401

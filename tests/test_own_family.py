@@ -1,0 +1,162 @@
+"""docs/examples: a network, a loss and a data set of one's own, under every strategy, killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from genscale.families import FAMILIES
+from genscale.training.checkpoints import Checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "docs" / "examples"
+SETTINGS = {"train.steps": 30, "train.global_batch_size": 12, "train.micro_batch_size": 3, "train.precision": "fp32",
+            "train.log_every": 1, "train.checkpoint_every": 10, "optimizer.name": "sgd", "optimizer.lr": 0.05,
+            "schedule.name": "constant", "tracking.wandb": "disabled"}  # fmt: skip
+SHORT = {"train.steps": 4}
+OTHERS = [("own_gpt", "ddp"), ("own_gpt", "zero2"), ("own_gpt", "zero3"),
+          ("own_diffusion", "ddp"), ("own_diffusion", "fsdp2"), ("own_diffusion", "zero3")]  # fmt: skip
+CELLS = [("own_gpt", "fsdp2"), ("own_diffusion", "zero2"), *(pytest.param(*cell, marks=pytest.mark.matrix) for cell in OTHERS)]
+
+
+def words(name: str, folder: Path, processes: int, **settings: Any) -> list[str]:
+    """The arguments of a run of an example."""
+    several = ["--processes", str(processes)] if processes > 1 else []
+    settings = {"model.family": name, "run.dir": folder, "run.name": "run", **SETTINGS, **settings}
+    return ["train", *several, *(word for key, value in settings.items() for word in (f"--{key}", str(value)))]
+
+
+def metrics(folder: Path) -> dict[int, dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in lines if "data_digest" in line}
+
+
+def same_run(folder: Path, other: Path) -> None:
+    ours, theirs = metrics(folder), metrics(other)
+    assert ours.keys() == theirs.keys()
+    for step, line in ours.items():
+        assert line["data_digest"] == theirs[step]["data_digest"]
+        assert line["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-5)
+
+
+def kill_after_checkpoint(process: subprocess.Popen, folder: Path) -> None:
+    """SIGKILL for the program and all that it has started, as soon as there is a first checkpoint."""
+    deadline = time.monotonic() + 120
+    while not (folder / "run" / "checkpoints" / "step-00000010").is_dir():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for each in family:
+        each.kill()
+    psutil.wait_procs(family, timeout=30)
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
+def alone(genscale_process, tmp_path_factory) -> Callable[[str], Path]:
+    """The folder of an example's run in one process."""
+    done: dict[str, Path] = {}
+
+    def run(name: str, **settings: Any) -> Path:
+        if name not in done:
+            done[name] = tmp_path_factory.mktemp(name)
+            example = (sys.executable, str(EXAMPLES / f"{name}.py"))
+            outcome = genscale_process(*words(name, done[name], 1), command=example)
+            assert outcome.code == 0, outcome.err
+            assert f"python {example[1]} sample" in outcome.out
+        return done[name]
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "strategy"), CELLS)
+def test_an_example_is_the_same_run_on_two_processes_and_after_a_kill(name, strategy, alone, genscale_process, genscale_start,
+                                                                      tmp_path):
+    example = (sys.executable, str(EXAMPLES / f"{name}.py"))
+    asked = {"parallel.strategy": strategy}
+    outcome = genscale_process(*words(name, tmp_path / "straight", 2, **asked), command=example)
+    assert outcome.code == 0, outcome.err
+    same_run(tmp_path / "straight", alone(name))
+    losses = [line["loss"] for line in metrics(tmp_path / "straight").values()]
+    assert losses[-1] < 0.95 * losses[0]
+
+    resumed = words(name, tmp_path / "killed", 2, **asked)
+    kill_after_checkpoint(genscale_start(*resumed, command=example), tmp_path / "killed")
+    assert not (tmp_path / "killed" / "run" / "checkpoints" / "step-00000030").exists()
+    outcome = genscale_process(*resumed, command=example)
+    assert outcome.code == 0, outcome.err
+    last = [Checkpoint(tmp_path / folder / "run" / "checkpoints" / "step-00000030") for folder in ("straight", "killed")]
+    assert last[0].digest() == last[1].digest()
+    log = (tmp_path / "killed" / "run" / "logs" / "rank-00000.log").read_text()
+    assert "continuing from" in log and "step-000000" in log
+
+
+RANK_DEPENDENT = """
+import os
+import torch
+from torch import nn
+import genscale
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(int(os.environ.get("RANK", 0)))
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("scale", torch.rand(4), persistent=False)
+
+    def forward(self, x):
+        return self.layer(x) * self.scale
+
+def loss(network, batch, draws):
+    return (network(batch["x"]) - batch["x"]).square().mean(1)
+
+genscale.register(genscale.make_family(
+    "mine", network=lambda model: Scaled(), loss=loss,
+    data=lambda data, seed: genscale.MapData(torch.arange(400.0).sin().view(100, 4), validation=10, seed=seed)))
+
+if __name__ == "__main__":
+    genscale.start()
+"""
+
+
+@pytest.fixture
+def mine(tmp_path) -> Iterator[Path]:
+    """A script that registers a family, which this process knows too."""
+    (tmp_path / "mine.py").write_text(RANK_DEPENDENT)
+    script = FAMILIES.script
+    runpy.run_path(str(tmp_path / "mine.py"))
+    FAMILIES.script = str(tmp_path / "mine.py")
+    yield tmp_path / "mine.py"
+    FAMILIES._registered.clear()
+    FAMILIES.script = script
+
+
+def test_a_network_drawn_anew_by_each_process_begins_alike(mine, genscale, genscale_process, tmp_path):
+    """Else each process would train weights and constants of its own, without a word."""
+    assert genscale(*words("mine", tmp_path / "1", 1, **SHORT)).code == 0
+    outcome = genscale_process(*words("mine", tmp_path / "2", 2, **SHORT), command=(sys.executable, str(mine)))
+    assert outcome.code == 0, outcome.err
+    same_run(tmp_path / "2", tmp_path / "1")
+
+
+def test_a_registered_family_has_every_verb_but_a_job(mine, genscale, tmp_path):
+    (tmp_path / "mine.yaml").write_text("model: {family: mine}")
+    assert [line for line in genscale("families").out.splitlines() if line.startswith("mine ") and "this script" in line]
+    assert genscale(*words("mine", tmp_path, 1, **SHORT)).code == 0
+    del FAMILIES._registered["mine"]  # as in another process
+    message = genscale("evaluate", tmp_path / "run").message()
+    assert message.endswith(f"was made by {mine}, which registers it: python {mine} VERB ...")
+    runpy.run_path(str(mine))
+    FAMILIES.script = str(mine)
+    message = genscale("slurm", "render", "--config", tmp_path / "mine.yaml").message()
+    assert message.startswith("model.family: 'mine' is known to") and "entry point genscale.families" in message
