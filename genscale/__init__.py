@@ -3,7 +3,7 @@
 import ctypes
 import os
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 SPINS = "500"
 """Looks that a thread of libgomp takes for its next piece of work before it sleeps (some 10 microseconds): enough for what lies

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
     {"cli", "__main__", "verbs"}, {"cluster"}, {"planning"}, {"training"}, {"tracking"}, {"evaluation"}, {"interop"},
     {"parallel"}, {"objectives"}, {"data"}, {"models"},
-    {"config", "config_parser", "config_keys", "config_mistakes", "config_numbers"},
+    {"config", "config_parser", "config_keys", "config_mistakes", "config_numbers", "settings"},
     {"rng"}, {"errors", "exit_codes", "reading", "writing"}, {"masking", "printable"}, {"__init__"},
 ]  # fmt: skip
 STRATEGIES = {"single", "ddp", "zero1", "zero2", "zero3", "fsdp2"}

@@ -83,8 +83,13 @@ def command(settings: Sequence[str], drop: Sequence[str] = ()) -> str:
     elif "SLURM_STEP_NUM_TASKS" in os.environ and "RANK" in os.environ and not has_launcher():
         start = f"srun -n {os.environ['WORLD_SIZE']} genscale train"
     else:
-        start = "accelerate launch train.py" if "RANK" in os.environ else "genscale train"
+        start = launched_by_hand() if "RANK" in os.environ else "genscale train"
     return masked(" ".join([start, *kept]))
+
+
+def launched_by_hand() -> str:
+    """What starts a run with Accelerate's launcher from here: in a checkout by its train.py, else by the installed package."""
+    return f"accelerate launch {'train.py' if os.path.isfile('train.py') else '--module genscale train'}"
 
 
 def farewell(result: RunResult, settings: Sequence[str]) -> str:
@@ -118,7 +123,7 @@ def farewell(result: RunResult, settings: Sequence[str]) -> str:
     if PROCESSES not in os.environ and "RANK" not in os.environ:
         lines.append(f"  two processes    genscale train --processes 2 {again} {sibling('2')}")
     if on_cpu():
-        lines.append(f"  a GPU            accelerate launch train.py {again} {sibling('gpu')} --train.precision bf16")
+        lines.append(f"  a GPU            {launched_by_hand()} {again} {sibling('gpu')} --train.precision bf16")
     if any(folder.glob("wandb/offline-run-*")):
         lines.append(f"  see it in W&B    wandb login && genscale sync {word}")
     else:

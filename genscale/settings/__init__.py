@@ -1,0 +1,1 @@
+"""What a run is: its files, and the paths in them."""
