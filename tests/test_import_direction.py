@@ -18,7 +18,7 @@ ORDER = [
 ]  # fmt: skip
 STRATEGIES = {"single", "ddp", "zero1", "zero2", "zero3", "fsdp2"}
 SPREADING = ("accelerate", "deepspeed", "torch.distributed.fsdp", "torch.distributed._composable", "torch.nn.parallel")
-KNOWS_STRATEGIES = {"parallel", "config", "config_parser", "cli"}
+KNOWS_STRATEGIES = {"parallel", "settings", "cli"}
 
 
 def modules(package: Path) -> dict[str, Path]:

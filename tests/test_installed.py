@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from genscale.config_parser import parse_config
 from genscale.objectives import FAMILIES
+from genscale.settings.parser import parse_config
 from genscale.settings.shipped import find_config
 
 ROOT = Path(__file__).resolve().parents[1]
