@@ -5,7 +5,7 @@ from typing import Any
 
 from genscale.process_settings import keep_memory, wait_longer_if_quiet, wait_shortly
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Here, which runs before anything else of genscale, and before torch.
 wait_shortly()

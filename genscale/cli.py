@@ -20,6 +20,7 @@ from genscale.training.signals import Stopped, StopSignal
 
 VERBS = {
     "train": "train a model as a YAML config says; resumes by itself",
+    "configs": "list the configs that genscale brings, for --config NAME",
     "sample": "generate from a trained run",
     "evaluate": "loss and other scores of a trained run on a data set",
     "export": "write a trained run as a Hugging Face folder",
@@ -34,7 +35,7 @@ VERBS = {
     "doctor": "what is wrong with this machine, or with the nodes of a job, before a run finds out",
 }
 
-PRINTING = {"sample", "evaluate", "compare", "doctor", "families", "check-family", "checkpoint list", "checkpoint verify",
+PRINTING = {"sample", "evaluate", "compare", "configs", "doctor", "families", "check-family", "checkpoint list", "checkpoint verify",
             "checkpoint digest", "data inspect", "slurm render", "slurm status", "slurm logs"}
 """What is there for what it prints."""
 
@@ -109,6 +110,8 @@ def _verb(verb: str) -> Callable[[list[str]], int]:
     # Imported one at a time: torch takes seconds to load, and `--help` of another verb need not wait for it.
     if verb == "train":
         run = _train
+    elif verb == "configs":
+        from genscale.verbs.configs import main as run
     elif verb == "sample":
         from genscale.verbs.sample import main as run
     elif verb == "evaluate":

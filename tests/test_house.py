@@ -8,11 +8,20 @@ import sys
 import tomllib
 from pathlib import Path
 
+import genscale
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGE_OF = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn"}
 # Imported only where the user chose it, or only when present.
 OPTIONAL = {"tensorboard", "transformers", "torchao", "lm_eval"}
+
+
+def test_the_version_is_the_same_everywhere():
+    found = [PROJECT["version"], genscale.__version__]
+    found.append(re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1])
+    found.append(re.search(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1])
+    assert len(set(found)) == 1, found
 
 
 def declared(requirements: list[str]) -> set[str]:

@@ -10,20 +10,21 @@ from pathlib import Path
 from genscale.cluster.environment import clean_environment
 from genscale.cluster.job_records import active_jobs, jobs_of, with_runs
 from genscale.cluster.lives import read_ended
-from genscale.cluster.site import Site
+from genscale.cluster.site import Site, user_file
 from genscale.cluster.slurm_commands import Queued
 from genscale.errors import UserError
 from genscale.training.run_owner import who_has
 
 LAUNCH_FILE = Path("launch/ddp.yaml")
+"""As a job's script names it: in its copy of the code, or, without one, in the folder that it is submitted from."""
 SETUP_SECONDS = 120
 
 
 def check_launch_file() -> None:
-    """Raises UserError where the launcher accelerate would not find its own."""
+    """Raises UserError where the launcher accelerate would not find its own, for a job without a copy of the code."""
     if not LAUNCH_FILE.is_file():
-        raise UserError(f"--launcher: accelerate reads {LAUNCH_FILE}, which is not in {Path.cwd()}; submit from the folder "
-                        "that genscale was cloned into, or with --launcher srun")
+        raise UserError(f"--launcher: accelerate reads {LAUNCH_FILE}, which is not in {Path.cwd()}; leave "
+                        "--no-snapshot out, submit from the folder that genscale was cloned into, or with --launcher srun")
 
 
 def check_is_free(run: Path, queue: Sequence[Queued]) -> None:
@@ -49,7 +50,7 @@ def check_setup(site: Site) -> None:
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["no word why"])[-1]
         raise UserError(f"site.setup: `{'; '.join(site.setup_lines(None))}` does not lead to a Python that has genscale: "
-                        f"{said}; set modules and setup in launch/site.yaml")
+                        f"{said}; set modules and setup in {user_file()}, or in launch/site.yaml of a clone")
 
 
 def wait_for(words: Sequence[str]) -> str:

@@ -124,7 +124,7 @@ def _check_place(script: Path, text: str) -> None:
     if found is None or not os.path.realpath("".join(shlex.split(found["word"]))).startswith(base):
         raise UserError(f"{script}: is about another folder than {base}, as seen from {Path.cwd()}; go to the folder that it "
                         "was submitted from, or submit the run anew")
-    if str(LAUNCH_FILE) in text:
+    if str(LAUNCH_FILE) in text and not CODE.search(text):
         check_launch_file()
 
 

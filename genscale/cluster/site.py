@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -44,7 +45,8 @@ class Site:
     modules: list[str] = field(default_factory=list)
     """Modules to load (`module load`), as [cuda/12.8]."""
     setup: list[str] | None = None
-    """Lines of shell after that (default: `source .venv/bin/activate`, or nothing with a container)."""
+    """Lines of shell after that (default: `source .venv/bin/activate`; where there is no clone, the same of the virtual
+    environment that genscale is installed in; or nothing with a container)."""
     node_setup: list[str] = field(default_factory=list)
     """Commands that each node runs before each life of a job, as [cp data.parquet /local]."""
     pre_commands: list[str] = field(default_factory=list)
@@ -80,11 +82,17 @@ class Site:
 
     def setup_lines(self, container: str | None) -> list[str]:
         """The shell's part in it, for a job in that container."""
-        activate = [] if container else ["source .venv/bin/activate"]
+        activate = [] if container else [f"source {shlex.quote(_activate())}"]
         return [*(f"module load {module}" for module in self.modules), *(activate if self.setup is None else self.setup)]
 
     def scratch_folder(self) -> str | None:
         return os.path.expandvars(os.path.expanduser(self.scratch)) if self.scratch else None
+
+
+def _activate() -> str:
+    own = Path(sys.prefix, "bin", "activate")
+    in_clone = OF_THE_REPOSITORY.is_file() or Path(".venv").is_dir() or not own.is_file()
+    return ".venv/bin/activate" if in_clone or sys.prefix == sys.base_prefix else str(own)
 
 
 def user_file() -> Path:

@@ -130,7 +130,7 @@ def take(run: Path, with_launch_file: bool) -> Snapshot:
     try:
         files = {f"{genscale.__name__}/{name}": content for name, content in _files(package)}
         if with_launch_file:
-            files[str(LAUNCH_FILE)] = LAUNCH_FILE.read_bytes()
+            files[str(LAUNCH_FILE)] = (package / LAUNCH_FILE).read_bytes()
     except OSError as error:
         raise UserError(f"--no-snapshot: the code cannot be kept with the job, for {error.filename} cannot be read "
                         f"({error.strerror}); mend that, or submit with --no-snapshot") from None

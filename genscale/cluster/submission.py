@@ -98,7 +98,7 @@ def submit(arguments: Sequence[str], settings: Sequence[str]) -> int:
     slurm_commands.need("sbatch")
     again = _without([word for word in arguments if word.partition("=")[0] != "--dry-run"], OF_THIS_JOB)
     prepared = _prepare(asked, settings, shlex.join(again))
-    _check(prepared)
+    _check(prepared, asked.no_snapshot)
     snapshot = None if asked.no_snapshot else take(prepared.folder, prepared.job.launcher == "accelerate")
     if asked.dry_run:
         code = str(snapshot.place) if snapshot else None
@@ -131,7 +131,7 @@ def _gathered(arguments: Sequence[str]) -> list[str]:
 
 def _prepare(asked: JobSettings, settings: Sequence[str], submitted_with: str | None = None) -> Prepared:
     if not asked.config:
-        raise UserError("--config: name the YAML file of the run, as --config configs/gpt/demo.yaml")
+        raise UserError("--config: name the YAML file of the run, or one that `genscale configs` lists, as --config gpt/demo")
     from genscale.training.run_folder import run_folder
     from genscale.training.supervision import group_timeout_minutes
 
@@ -183,12 +183,12 @@ def _without(settings: Sequence[str], flags: Sequence[str]) -> list[str]:
     return kept
 
 
-def _check(prepared: Prepared) -> None:
+def _check(prepared: Prepared, no_snapshot: bool) -> None:
     """Raises UserError for what would go wrong on the cluster."""
     from genscale.training.config_check import check_config
 
     job, site = prepared.job, prepared.site
-    if job.launcher == "accelerate":
+    if job.launcher == "accelerate" and no_snapshot:
         check_launch_file()
     if partition := find_partition(job.partition):
         check_fits(job, partition)

@@ -1,4 +1,4 @@
-"""Shards of documents behind one face: CPython's language reference, local files, URLs and Hugging Face hub datasets.
+"""Shards of documents behind one face: texts that Python brings, local files, URLs and Hugging Face hub datasets.
 
 Which row goes where is decided in `genscale.data.sources`. Hub datasets are read through `datasets`.
 """
@@ -28,16 +28,15 @@ from genscale.data.opening import (
     is_silence,
     open_hub,
 )
+from genscale.data.python_texts import TEXTS
 from genscale.data.source_file import SourceFile, TooLarge, is_url
 from genscale.data.spec import TOOLS, Spec
 from genscale.data.web import AGAIN
 from genscale.errors import SourceLost, UserError, as_utf8, nearest
 from genscale.masking import masked
 
-__all__ = ["Shard", "Spec", "TableShard", "TopicsShard", "damaged", "find_shards", "in_parts", "known_size", "parted_shards",
+__all__ = ["PythonShard", "Shard", "Spec", "TableShard", "damaged", "find_shards", "in_parts", "known_size", "parted_shards",
            "place", "split"]
-
-PYTHON_DOCS = Spec("data.source", "python-docs")
 
 
 class Row(NamedTuple):
@@ -73,17 +72,15 @@ class Shard(ABC):
 
 
 @dataclass(frozen=True)
-class TopicsShard(Shard):
-    """CPython's language reference, one document a topic."""
+class PythonShard(Shard):
+    """A text that every Python brings, one document a topic or module."""
 
-    name: str = "python-docs"
+    name: str
+    spec: Spec
     size: int = 0
-    spec: Spec = PYTHON_DOCS
 
     def rows(self, start: int = 0, residue: int = 0, modulus: int = 1, at: At | None = None) -> Iterator[Row]:
-        from pydoc_data.topics import topics
-
-        texts = text_values([topics[name] for name in sorted(topics)])
+        texts = text_values(TEXTS[self.spec.name]())
         wanted = start + (residue - start) % modulus
         for row, text in zip(range(wanted, len(texts), modulus), documents(texts, self.spec, self.name, 0, wanted, modulus),
                              strict=True):
@@ -224,8 +221,8 @@ def _url_shards(spec: Spec, urls: Sequence[str]) -> list[Shard]:
 
 
 def _shards(spec: Spec) -> tuple[list[Shard], list[Shard]]:
-    if spec.name == "python-docs":
-        return [TopicsShard(spec=spec)], []
+    if spec.name in TEXTS:
+        return [PythonShard(spec.name, spec)], []
     path = Path(spec.name).expanduser()
     if path.is_dir():
         return _folder_shards(spec, path)
@@ -234,7 +231,7 @@ def _shards(spec: Spec) -> tuple[list[Shard], list[Shard]]:
     if builder_of(path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", spec.name):
         near = nearest(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
         raise UserError(f"{spec.key}={spec.name}: there is no such file or folder{near}; give an existing one, a URL "
-                        "(https://...), a hub name, or python-docs")
+                        "(https://...), a hub name, python-stdlib or python-docs")
     spec = replace(spec, revision=hub_revision(spec))
     return [TableShard(f"{spec.name}@{spec.revision}", 0, spec)], []
 
@@ -269,8 +266,8 @@ def _file_shards(spec: Spec, root: Path, files: Sequence[File]) -> list[Shard]:
 def place(shard: Shard) -> Any:
     """The same for shards that are read from one file, by whatever path; or from one URL, or one split of a hub dataset."""
     file = getattr(shard, "file", None)
-    if isinstance(shard, TopicsShard):
-        return shard.name
+    if isinstance(shard, PythonShard):
+        return shard.spec.name
     if file is None:
         return shard.name, shard.spec.subset, shard.spec.split
     return file.path if is_url(file.path) else identity(file.path)

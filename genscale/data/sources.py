@@ -59,7 +59,7 @@ def no_text(spec: Spec) -> UserError:
     what = "no conversation with an answer in column" if spec.pairs else "no text in column"
     kept = " that the filters keep" if spec.filters or spec.shortest or spec.longest is not None else ""
     columns = "', '".join(spec.content.values())
-    why = spec.left_out.no_answer() or "; give one with text, or python-docs"
+    why = spec.left_out.no_answer() or "; give one with text, python-stdlib or python-docs"
     return UserError(f"{spec.key}={spec.name}: holds {what} '{columns}'{kept}{why}")
 
 

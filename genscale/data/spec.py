@@ -69,7 +69,8 @@ class Spec:
     retry_minutes: float = 5.0
     max_record_bytes: int = 256 * 2**20
     left_out: LeftOut = field(default=None, compare=False, repr=False)
-    local_advice: ClassVar[str] = "give the path of a local file or folder (.txt, .jsonl, .parquet), or python-docs"
+    local_advice: ClassVar[str] = ("give the path of a local file or folder (.txt, .jsonl, .parquet), python-stdlib or "
+                                   "python-docs")
 
     def __post_init__(self) -> None:
         if self.left_out is None:  # one that is made of another counts with it

@@ -14,6 +14,7 @@ from genscale.data.encoded import open_encoded
 from genscale.data.lanes import Cursor, Sample
 from genscale.data.packing import Piece, Place, cut, pack, tokenise
 from genscale.data.pairs import PairEncoder, unpack
+from genscale.data.python_texts import version_of
 from genscale.data.readers import Shard, parted_shards
 from genscale.data.sources import open_source
 from genscale.data.spec import Spec
@@ -87,7 +88,8 @@ class TextStream:
 
     def plan(self) -> dict[str, Any]:
         """What the samples of this source depend on besides the data section, as JSON."""
-        plan = {f"source_{key}": value for key, value in self.source.plan().items()}
+        versions = version_of(self.spec.locations or (self.spec.name,))
+        plan = {f"source_{key}": value for key, value in (self.source.plan() | versions).items()}
         if self._pairs:
             plan["chat_template"] = self._pairs.digest
         return plan

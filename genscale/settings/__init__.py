@@ -1,1 +1,1 @@
-"""What a run is: its typed sections, how they are read, and what is said of mistakes in them."""
+"""What a run is: its files, and the paths in them."""

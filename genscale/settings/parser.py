@@ -36,6 +36,8 @@ from genscale.settings.config import (
 from genscale.settings.keys import as_field, as_key, in_users_words, renamed
 from genscale.settings.mistakes import check_flags, check_keys, check_no_code, check_values, empty, one_line
 from genscale.settings.numbers import check_numbers, number_keys, numbers_of, with_plain_numbers
+from genscale.settings.paths import paths_beside
+from genscale.settings.shipped import find_config, shipped_names
 
 # Else a config that writes {class_path: ..., init_args: ...} where any value may stand would call what it names.
 set_parsing_settings(docstring_parse_attribute_docstrings=True, instantiate_subclass_spec_in_any=False)
@@ -87,7 +89,8 @@ def config_parser(families: Families, family: str, prog: str = "genscale train",
     """The parser of one family: --config FILE, --print_config and a flag for every setting of every section."""
     parser = RunParser(prog, description)
     parser.add_argument("--config", action=ActionConfigFile,
-                        help="YAML file of a run. A flag wins over it wherever it stands, and of several files the later one.")
+                        help="YAML file of a run, or the name of one that `genscale configs` lists, as gpt/demo. A "
+                             "flag wins over it wherever it stands, and of several files the later one.")
     for name, section in _sections(families[family]).items():
         if dataclasses.fields(section):
             parser.add_class_arguments(section, name)
@@ -103,7 +106,8 @@ def _sections(family: Any) -> dict[str, type]:
 def parse_config(families: Families, arguments: Sequence[str], prog: str = "genscale train", description: str = "") -> Config:
     """The config that the arguments mean: a flag wins over every file, wherever it stands. Raises UserError with one line for
     the user."""
-    files, flags = take_texts(arguments, "--config")
+    words, flags = take_texts(arguments, "--config")
+    files = [find_config(word) for word in words]
     contents = {file: _read_yaml(file) for file in files}
     family = _family(families, contents, flags)
     parser = config_parser(families, family, prog, description)
@@ -116,6 +120,9 @@ def parse_config(families: Families, arguments: Sequence[str], prog: str = "gens
     built = parser.instantiate(parse(parser, files_first))
     # A family without settings of its objective has no such section.
     config = Config(**{name: getattr(built, name, None) for name in Config.__dataclass_fields__})
+    for key, path in paths_beside(contents, flags).items():
+        section, _, name = key.partition(".")
+        setattr(getattr(config, section), as_field(name), path)
     for name in ("model", "data", *(["objective"] if config.objective else []), *COMMON_SECTIONS):
         check_values(getattr(config, name), f"{name}.")
     return config
@@ -222,7 +229,8 @@ def _read_yaml(file: str) -> dict[str, Any]:
 
 def _nearest_file(file: str) -> str:
     folder = Path(file).parent
-    return nearest(Path(file).name, (p.name for p in folder.iterdir() if p.is_file())) if folder.is_dir() else ""
+    there = nearest(Path(file).name, (p.name for p in folder.iterdir() if p.is_file())) if folder.is_dir() else ""
+    return there or nearest(file, shipped_names())
 
 
 def _family(families: Families, contents: Mapping[str, Mapping[str, Any]], flags: Sequence[str]) -> str:

@@ -89,12 +89,16 @@ def command(settings: Sequence[str], drop: Sequence[str] = ()) -> str:
     elif "SLURM_STEP_NUM_TASKS" in os.environ and "RANK" in os.environ and not has_launcher():
         start = f"srun -n {os.environ['WORLD_SIZE']} {program()} train"
     else:
-        start = _launched() if "RANK" in os.environ else f"{program()} train"
+        start = launched_by_hand() if "RANK" in os.environ else f"{program()} train"
     return masked(" ".join([start, *kept]))
 
 
-def _launched() -> str:
-    return f"accelerate launch {shlex.quote(FAMILIES.script)} train" if FAMILIES.script else "accelerate launch train.py"
+def launched_by_hand() -> str:
+    """What starts a run with Accelerate's launcher from here: by the script that has registered a family, in a checkout by its
+    train.py, else by the installed package."""
+    if FAMILIES.script:
+        return f"accelerate launch {shlex.quote(FAMILIES.script)} train"
+    return f"accelerate launch {'train.py' if os.path.isfile('train.py') else '--module genscale train'}"
 
 
 def farewell(result: RunResult, settings: Sequence[str], sampling: Sampling | None) -> str:
@@ -128,7 +132,7 @@ def farewell(result: RunResult, settings: Sequence[str], sampling: Sampling | No
     if PROCESSES not in os.environ and "RANK" not in os.environ:
         lines.append(f"  two processes    {program()} train --processes 2 {again} {sibling('2')}")
     if on_cpu():
-        lines.append(f"  a GPU            {_launched()} {again} {sibling('gpu')} --train.precision bf16")
+        lines.append(f"  a GPU            {launched_by_hand()} {again} {sibling('gpu')} --train.precision bf16")
     if any(folder.glob("wandb/offline-run-*")):
         lines.append(f"  see it in W&B    wandb login && {program()} sync {word}")
     else:
