@@ -307,7 +307,8 @@ def test_the_commands_of_a_tutorial_run(name, clone):
     for block in blocks(ROOT / "docs/tutorials" / f"{name}.md"):
         if block.startswith(ON_THE_CLUSTER):
             continue
-        done = subprocess.run(["bash", "-eu", "-c", block], cwd=clone, env=environment, capture_output=True, text=True, timeout=400)
+        done = subprocess.run(["bash", "-eu", "-c", block], cwd=clone, env=environment, capture_output=True, text=True,
+                              timeout=400)
         assert done.returncode == (2 if "# refused" in block else 0), f"{block}\n{done.stdout}\n{done.stderr}"
         printed.append(done.stdout)
     if name == "resume":

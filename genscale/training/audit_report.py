@@ -12,7 +12,7 @@ SHOWN = 3  # names in a line; the rest are counted
 
 @dataclass
 class PhaseFindings:
-    """Of one phase, over all steps of an audit.
+    """What was found of one phase, over all steps of an audit.
 
     Attributes:
         runs: how often it ran.
@@ -30,7 +30,7 @@ class PhaseFindings:
 
 @dataclass
 class AuditReport:
-    """Of the whole audit.
+    """What the whole audit has found.
 
     Attributes:
         heading: what was run.

@@ -47,7 +47,7 @@ def _validation(run: TrainedRun, samples: list[Sample]) -> dict[str, Any]:
 
 
 def scores(config: Config, checkpoint: Checkpoint | Published, scorer: Scorer, settings: Any) -> dict[str, Any]:
-    """Of generated images; of an autoencoder also the validation metrics, and the likelihood where it was asked for."""
+    """Scores of generated images; of an autoencoder also the validation metrics, and the likelihood where it was asked for."""
     run = open_run(config, checkpoint, settings.live)
     if settings.importance_samples is not None:
         check_likelihood(run, settings.importance_samples)
