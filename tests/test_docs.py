@@ -18,7 +18,7 @@ import pytest
 
 from genscale.cluster.job_logs import LogSettings
 from genscale.cluster.submission import print_script
-from genscale.config_parser import parse, parse_config, parse_settings, split_flags, take_number, take_text
+from genscale.config_parser import config_parser, parse, parse_config, parse_settings, split_flags, take_number, take_text
 from genscale.errors import UserError
 from genscale.evaluation.settings import SAMPLING, SCORING
 from genscale.objectives import FAMILIES
@@ -248,6 +248,24 @@ def test_every_file_that_is_named_is_there():
     assert not missing
 
 
+def test_every_setting_that_is_named_is_one():
+    known = set().union(*(config_parser(FAMILIES, name).keys() for name in FAMILIES))
+    sections = "|".join(sorted({key.partition(".")[0] for key in known if "." in key}))
+    named = re.compile(rf"`(?:--)?((?:{sections})\.[a-z]\w*)(?=[` :=])")
+    files = ("run.yaml", "model.safetensors", "train.py", "train.npz")
+    wrong = {f"{page.relative_to(ROOT)}: {key}" for page in PAGES for key in named.findall(page.read_text())
+             if key not in known and key not in files}
+    assert not wrong
+
+
+def test_every_config_that_is_shown_is_one(tmp_path):
+    shown = [text for page in PAGES for text in re.findall(r"^```yaml\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)]
+    assert shown
+    for number, text in enumerate(shown):
+        (file := tmp_path / f"{number}.yaml").write_text(text)
+        parse_config(FAMILIES, ["--config", str(file)])
+
+
 def test_the_reference_is_what_the_code_says():
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs/reference/generate.py")
     generate = importlib.util.module_from_spec(spec)
@@ -316,4 +334,4 @@ def test_the_commands_of_a_tutorial_run(name, clone):
         assert straight == stopped and len(straight) == 64
         assert "equal but for rounding" in printed[3]
     if name == "gan":
-        assert len(list((clone / "pictures").iterdir())) == 500 and (clone / "digits.png").is_file()
+        assert len(list((clone / "pictures").iterdir())) == 1000 and (clone / "digits.png").is_file()

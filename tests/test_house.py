@@ -10,6 +10,8 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGE_OF = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn"}
@@ -64,11 +66,16 @@ def prose() -> Iterator[tuple[str, str]]:
         yield str(path.relative_to(ROOT)), re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-def test_one_spelling():
-    found = {f"{where}: {word}" for where, text in prose() for word in AMERICAN.findall(QUOTED.sub("", text))}
+@pytest.fixture(scope="module")
+def texts() -> list[tuple[str, str]]:
+    return list(prose())
+
+
+def test_one_spelling(texts):
+    found = {f"{where}: {word}" for where, text in texts for word in AMERICAN.findall(QUOTED.sub("", text))}
     assert not found, "British spelling, please"
 
 
-def test_no_docstring_begins_without_a_noun():
+def test_no_docstring_begins_without_a_noun(texts):
     """`Of a run.` says whose, and not what. A sentence may begin so, where a clause follows."""
-    assert not [f"{where}: {text}" for where, text in prose() if re.match(r"Of [^:,.]{1,60}[.(;]", text)]
+    assert not [f"{where}: {text}" for where, text in texts if re.match(r"Of [^:,.]{1,60}[.(;]", text)]
