@@ -35,10 +35,10 @@ TIMEOUT = 1500
 
 def open_engine(strategy: str) -> Any:
     """An engine that holds a network and its optimizer's state, as in the middle of a run."""
-    from genscale.config import OptimizerSettings, ParallelSettings
     from genscale.models.gpt import GPT, GPTSettings
     from genscale.parallel.processes import Processes
     from genscale.parallel.strategies import ParallelPlan, build_engine
+    from genscale.settings.config import OptimizerSettings, ParallelSettings
     from genscale.training.optimizers import make_optimizer
 
     processes = Processes(need_group=True)

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from genscale.config import Config
-from genscale.config_parser import load_config
 from genscale.models.batch_norm import BatchNorm
 from genscale.objectives import FAMILIES
+from genscale.settings.config import Config
+from genscale.settings.parser import load_config
 from our_step import OurSteps
 from report import ROOT, circumstances, write
 

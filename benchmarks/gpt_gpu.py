@@ -22,11 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from genscale.config import Config, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
 from genscale.data.text import TextDataSettings
 from genscale.interop.architectures import config_json
 from genscale.interop.weights import write_weights
 from genscale.models.gpt import GPT, GPTSettings, resolved
+from genscale.settings.config import Config, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
 from genscale.tracking.peaks import device_name, peak_flops
 from our_step import OurSteps, first_batches
 from report import ROOT, circumstances, write

@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from genscale.config import Config, GuardSettings, OptimizerSettings, ScheduleSettings, TrainSettings
 from genscale.data.packed import PackedImageDataSettings
 from genscale.data.text import TextDataSettings
 from genscale.models.gan_settings import GANSettings
@@ -27,6 +26,7 @@ from genscale.models.gpt_settings import GPTSettings
 from genscale.objectives.base import Phase
 from genscale.objectives.gan_settings import GANObjectiveSettings
 from genscale.parallel.engine import StepResult
+from genscale.settings.config import Config, GuardSettings, OptimizerSettings, ScheduleSettings, TrainSettings
 from genscale.training import trainer
 from genscale.training.ending import Ending
 from genscale.training.kept_buffers import KeptBuffers

@@ -14,8 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from genscale.config_parser import load_config
 from genscale.objectives import FAMILIES
+from genscale.settings.parser import load_config
 from memory import GIB, ROOT, Gauge
 from our_step import OurSteps
 from report import circumstances, write

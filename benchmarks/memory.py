@@ -113,12 +113,12 @@ class Gauge:
 
 def measure(variant: dict[str, Any]) -> None:
     """Two steps through the trainer's own body; prints the peak of the second."""
-    from genscale.config import Config, OptimizerSettings, ParallelSettings
     from genscale.data.tokenizers import ByteTokenizer
     from genscale.models.gpt import GPT, GPTSettings
     from genscale.objectives.language_model import LanguageModel
     from genscale.parallel.processes import Processes
     from genscale.parallel.strategies import ParallelPlan, build_engine
+    from genscale.settings.config import Config, OptimizerSettings, ParallelSettings
     from genscale.training.optimizers import make_optimizer
     from genscale.training.trainer import Trainer
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from genscale.config import Config
 from genscale.data.loader import StepLoader
 from genscale.objectives import FAMILIES
 from genscale.objectives.base import Objective
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import build_engine, plan_parallel
+from genscale.settings.config import Config
 from genscale.training.optimizers import make_optimizer
 from genscale.training.run import averaged_networks
 from genscale.training.signals import StopSignal

@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from genscale.config_parser import load_config
 from genscale.objectives import FAMILIES
+from genscale.settings.parser import load_config
 from genscale.training.run import train
 from report import ROOT, circumstances, write
 

@@ -75,11 +75,11 @@ def run_cells(processes: int, cells: list[Cell], folder: Path) -> None:
 
 def work(cells: list[Cell], folder: Path) -> None:
     """One process of the group."""
-    from genscale.config_parser import parse_config
     from genscale.objectives import FAMILIES
     from genscale.parallel.launch_request import clear_launch_environment
     from genscale.parallel.processes import Processes
     from genscale.parallel.strategies import plan_parallel
+    from genscale.settings.parser import parse_config
     from genscale.training.run import _train, derive_accumulation
     from genscale.training.signals import StopSignal
     from genscale.training.supervision import Supervision

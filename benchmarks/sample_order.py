@@ -26,13 +26,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from genscale.config import Config
-from genscale.config_parser import parse_config
 from genscale.data import image_sources, sources
 from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader
 from genscale.data.order import merge_states
 from genscale.objectives import FAMILIES
+from genscale.settings.config import Config
+from genscale.settings.parser import parse_config
 from report import circumstances, write
 
 import numpy as np

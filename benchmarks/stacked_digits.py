@@ -15,10 +15,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from genscale.config_parser import parse_config
 from genscale.data.images import ImageData, ImageDataSettings
 from genscale.evaluation.classifier import Classifier, trained_classifier
 from genscale.objectives import FAMILIES
+from genscale.settings.parser import parse_config
 from genscale.training.run import train
 from genscale.verbs.trained import find_trained, load_weights
 from report import circumstances, write

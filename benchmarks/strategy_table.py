@@ -214,10 +214,10 @@ def _bytes_at_rest(strategy: str) -> int:
 
 def bytes_at_rest_worker(strategy: str) -> None:
     """One process of `_bytes_at_rest`."""
-    from genscale.config import OptimizerSettings, ParallelSettings
     from genscale.models.gpt import GPT, GPTSettings
     from genscale.parallel.processes import Processes
     from genscale.parallel.strategies import ParallelPlan, build_engine
+    from genscale.settings.config import OptimizerSettings, ParallelSettings
     from genscale.training.optimizers import make_optimizer
 
     import torch

@@ -17,11 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from genscale.config import Config, OptimizerSettings, ScheduleSettings, TrainSettings
 from genscale.data.text import TextDataSettings
 from genscale.models.gpt import GPTSettings
 from genscale.objectives import FAMILIES
 from genscale.parallel.materialise import fill, materialise
+from genscale.settings.config import Config, OptimizerSettings, ScheduleSettings, TrainSettings
 from genscale.training.optimizers import make_optimizer
 from our_step import OurSteps, first_batches
 from report import circumstances, write

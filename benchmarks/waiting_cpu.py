@@ -79,8 +79,8 @@ def work(case: str) -> None:
     """What a contestant's process does: so many steps for each number that comes in."""
     out, sys.stdout = sys.stdout, sys.stderr
     importlib.import_module("genscale")  # first, as in the product
-    from genscale.config_parser import parse_config
     from genscale.objectives import FAMILIES
+    from genscale.settings.parser import parse_config
     from our_step import OurSteps
 
     config = parse_config(FAMILIES, GPT if case == "gpt" else ["--config", str(HERE.parent / "configs" / case / "digits.yaml")],

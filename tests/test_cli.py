@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from genscale.config_parser import load_config
 from genscale.data.tokenizers import ByteTokenizer, load_tokenizer
 from genscale.models.gpt import GPT
 from genscale.objectives import FAMILIES
+from genscale.settings.parser import load_config
 from genscale.training.checkpoints import Checkpoint
 from genscale.training.run import RunResult
 from genscale.verbs.train import farewell

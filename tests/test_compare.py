@@ -13,10 +13,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from genscale.config_parser import load_config
 from genscale.data.loader import StepLoader
 from genscale.objectives import FAMILIES
 from genscale.objectives.language_model import LanguageModel
+from genscale.settings.parser import load_config
 
 STEPS = 4
 GAN = {"model": {"family": "dcgan", "width": 4, "latent": 4},

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from genscale.config_numbers import check_numbers, with_plain_numbers
-from genscale.config_parser import load_config, parse_config
 from genscale.data.images import ImageData, ImageDataSettings
 from genscale.errors import UserError
 from genscale.objectives import FAMILIES
 from genscale.reading import Unreadable, dump_yaml, parse_json, parse_yaml, read_bytes
+from genscale.settings.numbers import check_numbers, with_plain_numbers
+from genscale.settings.parser import load_config, parse_config
 from genscale.training.run_folder import config_yaml
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from genscale.config_parser import load_config
 from genscale.data.tokenizers import ByteTokenizer
 from genscale.models.gpt import GPT
 from genscale.objectives import FAMILIES
+from genscale.settings.parser import load_config
 from genscale.training.run import derive_accumulation
 from genscale.training.run_folder import config_yaml
 

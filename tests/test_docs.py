@@ -18,10 +18,10 @@ import pytest
 
 from genscale.cluster.job_logs import LogSettings
 from genscale.cluster.submission import print_script
-from genscale.config_parser import config_parser, parse, parse_config, parse_settings, split_flags, take_number, take_text
 from genscale.errors import UserError
 from genscale.evaluation.settings import SAMPLING, SCORING
 from genscale.objectives import FAMILIES
+from genscale.settings.parser import config_parser, parse, parse_config, parse_settings, split_flags, take_number, take_text
 from genscale.verbs import checkpoint, compare, slurm, sync
 from genscale.verbs.data import ACTIONS, BuildSettings, InspectSettings
 from genscale.verbs.doctor import OWN, DoctorSettings

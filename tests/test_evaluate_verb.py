@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from genscale.config_parser import load_config
 from genscale.objectives import FAMILIES
+from genscale.settings.parser import load_config
 from genscale.training.checkpoints import Checkpoint
 from genscale.verbs.trained import load_weights
 

@@ -13,12 +13,12 @@ import pytest
 
 from genscale import __version__
 from genscale.cli import VERBS
-from genscale.config_keys import as_key
-from genscale.config_parser import COMMON_SECTIONS
 from genscale.evaluation.image_sampling import ImageSampling
 from genscale.evaluation.image_scores import ImageScoring
 from genscale.evaluation.samplers import TextSampling
 from genscale.objectives import FAMILIES
+from genscale.settings.keys import as_key
+from genscale.settings.parser import COMMON_SECTIONS
 from genscale.verbs.export import ExportSettings
 from genscale.verbs.tokenizer import TokenizerSettings
 

@@ -13,9 +13,9 @@ import torch
 import yaml
 from PIL import Image
 
-from genscale.config_parser import load_config
 from genscale.evaluation.validation import evaluating
 from genscale.objectives import FAMILIES
+from genscale.settings.parser import load_config
 from genscale.training.checkpoints import Checkpoint
 from genscale.verbs.trained import load_weights
 

@@ -11,7 +11,6 @@ import torch
 import yaml
 from PIL import Image
 
-from genscale.config_parser import load_config
 from genscale.data.images import ImageData, ImageDataSettings
 from genscale.errors import UserError
 from genscale.evaluation.classifier import RECIPE
@@ -25,6 +24,7 @@ from genscale.objectives import FAMILIES
 from genscale.objectives.sample_quality import frechet_distance, kernel_distance
 from genscale.parallel.processes import Processes
 from genscale.rng import permutation
+from genscale.settings.parser import load_config
 from genscale.training.checkpoints import Checkpoint
 from genscale.verbs.trained import load_weights
 

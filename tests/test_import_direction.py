@@ -13,12 +13,12 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
     {"cli", "__main__", "verbs"}, {"cluster"}, {"planning"}, {"training"}, {"tracking"}, {"evaluation"}, {"interop"},
     {"parallel"}, {"objectives"}, {"data"}, {"models"},
-    {"config", "config_parser", "config_keys", "config_mistakes", "config_numbers"},
+    {"settings"},
     {"rng"}, {"errors", "exit_codes", "reading", "writing"}, {"masking", "printable"}, {"__init__"},
 ]  # fmt: skip
 STRATEGIES = {"single", "ddp", "zero1", "zero2", "zero3", "fsdp2"}
 SPREADING = ("accelerate", "deepspeed", "torch.distributed.fsdp", "torch.distributed._composable", "torch.nn.parallel")
-KNOWS_STRATEGIES = {"parallel", "config", "config_parser", "cli"}
+KNOWS_STRATEGIES = {"parallel", "settings", "cli"}
 
 
 def modules(package: Path) -> dict[str, Path]:

@@ -19,8 +19,8 @@ from genscale.cluster.node_checks import (
 )
 from genscale.cluster.promised_devices import check_promised
 from genscale.cluster.storage_checks import QUICK_BYTES, SPEED_BYTES, check_run_folder
-from genscale.config import Config
 from genscale.errors import UserError
+from genscale.settings.config import Config
 
 NODE_SECONDS = 30.0
 """Longest wait for what a sound node answers within one."""

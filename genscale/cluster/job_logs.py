@@ -10,8 +10,8 @@ from pathlib import Path
 
 from genscale.cluster import slurm_commands
 from genscale.cluster.job_records import active_jobs, jobs_of, runs_of, submitted, with_runs
-from genscale.config_parser import parse_settings
 from genscale.errors import UserError
+from genscale.settings.parser import parse_settings
 
 MOST = 16 * 2**20
 """Bytes of a file that are read at a time, and of its end at first."""

@@ -17,9 +17,9 @@ from genscale.cluster.lives import Life, read_ended, read_lives
 from genscale.cluster.site import read_site
 from genscale.cluster.slurm_commands import Queued
 from genscale.cluster.why_ended import log_of, why_ended
-from genscale.config import RunSettings
 from genscale.errors import UserError
 from genscale.printable import printable
+from genscale.settings.config import RunSettings
 from genscale.tracking.metrics_file import read_metrics
 from genscale.tracking.progress import figure
 from genscale.training.checkpoint_names import latest_step

@@ -18,9 +18,9 @@ from genscale.cluster.script import CODE, code_line
 from genscale.cluster.slurm_commands import options_in
 from genscale.cluster.snapshot import take
 from genscale.cluster.submission import log_of, what_next
-from genscale.config_parser import load_config
 from genscale.errors import UserError
 from genscale.objectives import FAMILIES
+from genscale.settings.parser import load_config
 from genscale.training.code_version import code_in
 from genscale.training.config_check import check_config
 from genscale.writing import write_whole

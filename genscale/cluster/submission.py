@@ -23,11 +23,11 @@ from genscale.cluster.partition import check_fits, find_partition
 from genscale.cluster.script import Training, render
 from genscale.cluster.site import Site, read_site
 from genscale.cluster.snapshot import Snapshot, take
-from genscale.config import Config, RunSettings
-from genscale.config_parser import parse_config, parse_settings
 from genscale.errors import UserError
 from genscale.masking import has_mask
 from genscale.objectives import FAMILIES
+from genscale.settings.config import Config, RunSettings
+from genscale.settings.parser import parse_config, parse_settings
 from genscale.training.code_version import code_in
 from genscale.writing import make_folder
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from genscale.config import Config
 from genscale.objectives.base import Objective
+from genscale.settings.config import Config
 
 
 @dataclass(frozen=True)

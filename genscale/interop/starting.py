@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genscale.config import Config
 from genscale.data.tokenizers import load_tokenizer
 from genscale.errors import UserError
 from genscale.interop.huggingface import TOKENIZER, find_folder, open_huggingface, read_settings
 from genscale.interop.tokenizer_files import GENERATION_CONFIG
 from genscale.interop.weights import Read
 from genscale.reading import Unreadable, read_yaml
+from genscale.settings.config import Config
 from genscale.writing import write_whole
 
 FREE = {"family", "from_", "dropout", "attention_dropout", "loss_chunk", "init_std"}

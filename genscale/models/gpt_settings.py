@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from genscale.config_mistakes import MOST
 from genscale.errors import UserError, nearest_divisors
+from genscale.settings.mistakes import MOST
 
 PRESETS: dict[str, dict[str, Any]] = {
     "gpt2": {"position_encoding": "learned", "norm": "layernorm", "norm_eps": 1e-5, "activation": "gelu", "bias": True,

@@ -9,9 +9,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from genscale.config import Config
     from genscale.data.lanes import Data, Sample
     from genscale.objectives.base import Objective
+    from genscale.settings.config import Config
 
 
 @dataclass

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from genscale.config import Config
 from genscale.data.images import ImageData
 from genscale.data.lanes import Data, Sample
 from genscale.data.packed import PackedImageDataSettings, gan_images
@@ -32,6 +31,7 @@ from genscale.objectives.gan import GAN, INITIAL_STD
 from genscale.objectives.gan_settings import GANObjectiveSettings, check_batch, check_losses
 from genscale.objectives.sample_quality import distance, distance_units, diversity
 from genscale.reading import Unreadable, read_json
+from genscale.settings.config import Config
 from genscale.writing import write_whole
 
 log = logging.getLogger("genscale")

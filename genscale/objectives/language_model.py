@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from genscale.config import Config
 from genscale.data.lanes import Sample
 from genscale.data.text import TextData, TextDataSettings
 from genscale.data.tokenizers import Tokenizer, load_tokenizer
@@ -18,6 +17,7 @@ from genscale.models.decoding import generate
 from genscale.models.gpt import GPT
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.rng import Draws, torch_generator
+from genscale.settings.config import Config
 from genscale.writing import drafted
 
 TOKENIZER_FILE = "tokenizer.json"

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genscale.config import Config
 from genscale.data.lanes import Data, Sample
 from genscale.data.packed import packed
 from genscale.data.points import MIXTURES, Mixture, PointsData, PointsDataSettings
@@ -19,6 +18,7 @@ from genscale.models.mlp_gan import MLPDiscriminator, MLPGenerator, spread_kinks
 from genscale.objectives.base import Batch, Networks
 from genscale.objectives.gan import GAN
 from genscale.objectives.gan_settings import check_batch, check_losses
+from genscale.settings.config import Config
 
 NEAR = 3.0
 """A point is of high quality within so many standard deviations of a mode."""

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genscale.config import Config
 from genscale.data.images import ImageData, ImageDataSettings
 from genscale.data.lanes import Sample
 from genscale.models.image_layers import InitialWeights
@@ -29,6 +28,7 @@ from genscale.objectives.vae_losses import (
 )
 from genscale.objectives.vae_pictures import examples_of, preview_picture, validation_images
 from genscale.rng import Draws
+from genscale.settings.config import Config
 
 ACTIVE = 0.01
 """A latent dimension is active where the mean of its posterior varies by more over images (Burda et al. 2016)."""

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genscale.config import Config
 from genscale.data.images import ImageData, ImageDataSettings
 from genscale.data.lanes import Sample
 from genscale.models.feature_network import RandomFeatures
@@ -24,6 +23,7 @@ from genscale.objectives.vae_losses import divergence
 from genscale.objectives.vae_pictures import examples_of, preview_picture, validation_images
 from genscale.objectives.vae_settings import VAEGANObjectiveSettings
 from genscale.rng import Draws
+from genscale.settings.config import Config
 
 
 class VAEGANObjective(Objective):

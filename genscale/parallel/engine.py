@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genscale.config import ParallelSettings
 from genscale.parallel.activation_checkpointing import checkpoint_activations
 from genscale.parallel.averages import Average, local
 from genscale.parallel.materialise import Read, named_state
 from genscale.parallel.pieces import Piece
 from genscale.parallel.precision import use_float8
 from genscale.parallel.processes import Processes
+from genscale.settings.config import ParallelSettings
 
 __all__ = ["Engine", "LeaveOut", "MakeOptimizer", "NamedTensors", "Read", "StepResult", "blocks_of", "named_state", "never"]
 

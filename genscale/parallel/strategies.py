@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from genscale.config import ParallelSettings
 from genscale.errors import UserError
 from genscale.objectives.base import Objective, Phase
 from genscale.parallel.engine import Engine
@@ -22,6 +21,7 @@ from genscale.parallel.launch_request import (
 )
 from genscale.parallel.precision import check_float8
 from genscale.parallel.processes import on_cpu
+from genscale.settings.config import ParallelSettings
 
 SHARDS_MOST = "fsdp2"
 """The strategy that leaves each process the least to hold, for every objective."""

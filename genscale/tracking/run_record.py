@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from genscale.config import Config
+from genscale.settings.config import Config
 from genscale.tracking.metrics_file import MetricsFile
 from genscale.tracking.plots import plot_losses
 from genscale.tracking.progress import Progress

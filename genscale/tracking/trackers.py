@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from genscale.config import TrackingSettings
+from genscale.settings.config import TrackingSettings
 from genscale.tracking.behind import Behind
 from genscale.tracking.tensorboard_tracker import TensorboardTracker
 from genscale.tracking.wandb_tracker import WandbTracker

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from genscale.config import Config, GuardSettings
 from genscale.data.loader import StepLoader
 from genscale.interop.starting import complete_from, weights_from
 from genscale.objectives import FAMILIES
@@ -21,6 +20,7 @@ from genscale.parallel.launch_request import clear_launch_environment
 from genscale.parallel.launcher import follow_launcher
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import ParallelPlan, build_engine, plan_parallel
+from genscale.settings.config import Config, GuardSettings
 from genscale.tracking.run_logging import setup_logging
 from genscale.training.audit_probe import Identity, differing, fingerprints, identities, repeated, term_gradients
 from genscale.training.audit_report import AuditReport, PhaseFindings

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from genscale.config import TrainSettings
 from genscale.errors import UserError, nearest_divisors
+from genscale.settings.config import TrainSettings
 
 
 class Collapsed(UserError):

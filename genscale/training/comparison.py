@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from genscale.config import MAY_CHANGE_AT_RESUME, MUST_NOT_CHANGE_AT_RESUME
 from genscale.errors import UserError
 from genscale.reading import Unreadable, read_yaml
+from genscale.settings.config import MAY_CHANGE_AT_RESUME, MUST_NOT_CHANGE_AT_RESUME
 from genscale.tracking.metrics_file import read_metrics
 from genscale.training.checkpoint_comparison import CheckpointDifference, compare_checkpoints
 from genscale.training.run_folder import flatten

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 
-from genscale.config import Config
 from genscale.errors import UserError
 from genscale.interop.starting import complete_from
 from genscale.objectives import FAMILIES
 from genscale.parallel.strategies import check_objective, plan_elsewhere
+from genscale.settings.config import Config
 from genscale.training.checkpoints import Checkpoint
 from genscale.training.run import (
     averaged_networks,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from genscale.config import Config
 from genscale.errors import UserError
 from genscale.parallel.precision import native_precision
 from genscale.parallel.processes import on_cpu
+from genscale.settings.config import Config
 
 
 class NonFiniteLoss(UserError):

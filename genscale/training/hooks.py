@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from genscale.config import Config
 from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader
 from genscale.data.order import merge_states
 from genscale.evaluation.validation import evaluating, validate
 from genscale.objectives.base import Objective
 from genscale.parallel.engine import Engine
+from genscale.settings.config import Config
 from genscale.tracking.peaks import device_name, peak_flops
 from genscale.tracking.run_record import RunRecord
 from genscale.tracking.throughput import Throughput

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from genscale.config import OptimizerSettings
 from genscale.errors import UserError
 from genscale.parallel.engine import blocks_of
+from genscale.settings.config import OptimizerSettings
 from genscale.training.muon import Muon
 
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from genscale.config import Config
 from genscale.errors import UserError
 from genscale.objectives.base import Objective
 from genscale.parallel.engine import Engine, blocks_of
 from genscale.parallel.strategies import SHARDS_MOST, ParallelPlan, check_combination, check_objective
+from genscale.settings.config import Config
 
 WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "defaultcpuallocator", "std::bad_alloc",
          "cublas_status_alloc_failed")

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genscale.config import Config
-from genscale.config_mistakes import check_not_masked
 from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader
 from genscale.errors import UserError, nearest_divisors
@@ -27,6 +25,8 @@ from genscale.parallel.launch_request import clear_launch_environment
 from genscale.parallel.launcher import follow_launcher, launcher_is_gone
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import ParallelPlan, build_engine, check_objective, plan_parallel
+from genscale.settings.config import Config
+from genscale.settings.mistakes import check_not_masked
 from genscale.training.checkpoints import Checkpoint
 from genscale.training.collapse import Collapsed, check_collapse
 from genscale.training.ending import before_the_run

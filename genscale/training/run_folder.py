@@ -14,8 +14,6 @@ from typing import Any
 
 import psutil
 
-from genscale.config import MAY_CHANGE_AT_RESUME, MUST_NOT_CHANGE_AT_RESUME, Config, TrainSettings
-from genscale.config_keys import as_key
 from genscale.data.lanes import Data
 from genscale.data.opening import of_a_run_that_goes_on
 from genscale.data.plans import only_moved, plan_differences
@@ -24,6 +22,8 @@ from genscale.interop.starting import complete_from
 from genscale.masking import masked, masked_throughout
 from genscale.objectives import FAMILIES
 from genscale.reading import dump_yaml, parse_yaml, read_yaml
+from genscale.settings.config import MAY_CHANGE_AT_RESUME, MUST_NOT_CHANGE_AT_RESUME, Config, TrainSettings
+from genscale.settings.keys import as_key
 from genscale.training.checkpoint_writing import clear_leftovers
 from genscale.training.checkpoints import Checkpoint, latest_valid, list_checkpoints
 from genscale.writing import make_folder, refuse_link, write_draft

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from genscale.config import Config, ScheduleSettings
+from genscale.settings.config import Config, ScheduleSettings
 
 
 def learning_rate_share(step: int, steps: int, settings: ScheduleSettings) -> float:

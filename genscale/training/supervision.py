@@ -10,10 +10,10 @@ from pathlib import Path
 from types import TracebackType
 
 from genscale import exit_codes
-from genscale.config import Config
 from genscale.errors import UserError
 from genscale.parallel.launcher import has_launcher
 from genscale.parallel.processes import Processes, lost_peer
+from genscale.settings.config import Config
 from genscale.tracking.run_logging import setup_logging
 from genscale.training.ending import Ending, PeerLost
 from genscale.training.run_folder import create_run_folder

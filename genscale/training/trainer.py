@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genscale.config import Config
 from genscale.data.loader import StepLoader
 from genscale.data.order import DIGEST_MODULUS
 from genscale.errors import UserError
 from genscale.objectives.base import Objective, Phase
 from genscale.parallel.engine import Engine, StepResult
 from genscale.rng import Draws, DrawsAhead
+from genscale.settings.config import Config
 from genscale.training.dry_batch import without_a_trace
 from genscale.training.guards import NonFiniteLoss
 from genscale.training.kept_buffers import KeptBuffers

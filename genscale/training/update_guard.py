@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from genscale.config import Config
 from genscale.errors import UserError
 from genscale.parallel.processes import Processes
+from genscale.settings.config import Config
 from genscale.training.guards import NonFiniteLoss, calmer
 from genscale.training.outcome import PhaseOutcome
 from genscale.training.spikes import LossWindow

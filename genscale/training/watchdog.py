@@ -28,12 +28,12 @@ from typing import Any
 import psutil
 
 from genscale import exit_codes
-from genscale.config import Config
 from genscale.data.source_file import is_url
 from genscale.errors import UserError
 from genscale.parallel.processes import BOARD, Processes
 from genscale.printable import printable, say_at_once
 from genscale.reading import read_json
+from genscale.settings.config import Config
 from genscale.training.ending import Ending
 from genscale.training.hang import Report, innermost, verdict
 from genscale.training.run_owner import BEAT_SECONDS, Fenced, FolderGone, RunOwner

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
-from genscale.config_mistakes import empty
-from genscale.config_parser import parse
 from genscale.errors import UserError, nearest
 from genscale.printable import printable
+from genscale.settings.mistakes import empty
+from genscale.settings.parser import parse
 from genscale.writing import drafted
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
-from genscale.config_parser import parse
 from genscale.printable import printable
+from genscale.settings.parser import parse
 
 if TYPE_CHECKING:
     from genscale.training.comparison import Comparison

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 from jsonargparse.typing import PositiveInt
 
-from genscale.config_parser import parse_config, parse_settings, take_number
 from genscale.data.image_settings import ImageDataSettings
 from genscale.data.text_settings import TextDataSettings
 from genscale.errors import UserError, nearest
 from genscale.objectives import FAMILIES
+from genscale.settings.parser import parse_config, parse_settings, take_number
 
 ACTIONS = {"build": "Fill the token cache (data.cache) ahead of a run; stopped and started again, it goes on where it was.",
            "inspect": "Show what would be trained on (with --config FILE: by that run): a few blocks of text and what is "

@@ -12,10 +12,10 @@ from pathlib import Path
 from genscale.cluster.checks import Check, bad_nodes, report, worst
 from genscale.cluster.doctor import full_check, group_check, job_check
 from genscale.cluster.slurm_task import adopt_slurm_task
-from genscale.config import Config
-from genscale.config_parser import parse_settings, split_flags, take_number
 from genscale.errors import UserError
 from genscale.parallel.launch_request import read_launch_request
+from genscale.settings.config import Config
+from genscale.settings.parser import parse_settings, split_flags, take_number
 
 UNWELL = 1
 """Exit code where there is a failure among the checks."""
@@ -84,8 +84,8 @@ def _run_of(arguments: list[str], settings: DoctorSettings) -> tuple[Config | No
     """The run that the arguments describe, and its folder."""
     if not arguments:
         return None, Path(settings.folder or "runs")
-    from genscale.config_parser import parse_config
     from genscale.objectives import FAMILIES
+    from genscale.settings.parser import parse_config
     from genscale.training.run_folder import run_folder
 
     config = parse_config(FAMILIES, arguments, "genscale doctor")

@@ -9,11 +9,11 @@ import json
 import sys
 from pathlib import Path
 
-from genscale.config_keys import as_key
-from genscale.config_parser import parse_config, parse_settings, split_flags, take_number, take_text
 from genscale.errors import UserError
 from genscale.evaluation.settings import SCORING
 from genscale.objectives import FAMILIES
+from genscale.settings.keys import as_key
+from genscale.settings.parser import parse_config, parse_settings, split_flags, take_number, take_text
 
 USAGE = "genscale evaluate RUN [--step N] [--on SOURCE | --tasks A,B [--include_path DIR] [--limit N]]"
 IMAGE_USAGE = "genscale evaluate RUN [--step N]  (model.family {families})"

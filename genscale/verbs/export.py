@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from genscale.config_parser import parse_settings, take_number
 from genscale.errors import UserError
 from genscale.objectives import FAMILIES
+from genscale.settings.parser import parse_settings, take_number
 
 USAGE = "genscale export RUN --out DIR [--step N]"
 DESCRIPTION = ("Write a trained run as a Hugging Face folder: config.json, safetensors, tokenizer, generation config. RUN is a "

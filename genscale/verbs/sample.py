@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import sys
 
-from genscale.config_parser import parse_settings, split_flags, take_number
 from genscale.errors import UserError
 from genscale.evaluation.settings import SAMPLING
+from genscale.settings.parser import parse_settings, split_flags, take_number
 
 USAGE = "genscale sample RUN [--step N]"
 DESCRIPTION = ("Generate from a trained run. RUN is a run folder (its latest checkpoint, or --step N's), a checkpoint folder "

@@ -8,7 +8,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from genscale.config import Config
 from genscale.data.lanes import Sample
 from genscale.evaluation.image_scores import TooFewImages
 from genscale.evaluation.likelihood import check_likelihood, likelihood
@@ -18,6 +17,7 @@ from genscale.evaluation.validation import validate
 from genscale.objectives import FAMILIES
 from genscale.parallel.precision import autocast, native_precision
 from genscale.parallel.processes import on_cpu
+from genscale.settings.config import Config
 from genscale.training.checkpoints import Checkpoint
 from genscale.verbs.trained import Published, open_run
 

@@ -61,7 +61,7 @@ class LifeSettings:
 def _life(action: str, arguments: list[str]) -> int:
     from genscale.cluster.job_life import begin, end
     from genscale.cluster.lost_process import tell_the_others
-    from genscale.config_parser import parse_settings
+    from genscale.settings.parser import parse_settings
 
     run, arguments = _runs(arguments)
     settings = parse_settings(LifeSettings, arguments, f"genscale slurm {action} RUN", ACTIONS[action])
@@ -87,7 +87,7 @@ def _submit(action: str, arguments: list[str]) -> int:
 
 def split_settings(arguments: list[str]) -> tuple[list[str], list[str]]:
     """The flags of a job, and the settings of its run."""
-    from genscale.config_parser import split_flags, take_texts
+    from genscale.settings.parser import split_flags, take_texts
 
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     # A flag of a job has no dot: the run's settings are known as such before the -- too.

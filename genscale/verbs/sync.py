@@ -11,8 +11,8 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from genscale.config_parser import parse
 from genscale.errors import UserError
+from genscale.settings.parser import parse
 from genscale.tracking.wandb_lives import join_lives
 from genscale.tracking.wandb_server import check_server, uploaded
 from genscale.training.run_owner import who_has

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from jsonargparse.typing import PositiveInt
 
-from genscale.config_parser import parse_settings
 from genscale.data.text_settings import TextDataSettings
 from genscale.errors import UserError, nearest
+from genscale.settings.parser import parse_settings
 
 DESCRIPTION = "Train a byte-level BPE tokenizer on the training documents of a source (never on its held-out ones)."
 

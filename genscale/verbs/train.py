@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from genscale import exit_codes
 from genscale.cluster.promised_devices import check_devices
-from genscale.config_parser import parse_config, split_flags, take_number
 from genscale.errors import UserError
 from genscale.masking import masked
 from genscale.objectives import FAMILIES
 from genscale.parallel.launcher import has_launcher
+from genscale.settings.parser import parse_config, split_flags, take_number
 from genscale.training.ending import RUN, SUBMIT, before_the_run
 from genscale.training.signals import StopSignal
 

@@ -13,8 +13,6 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from genscale.config import Config
-from genscale.config_parser import load_config
 from genscale.errors import UserError
 from genscale.evaluation.trained_run import TrainedRun
 from genscale.interop.huggingface import open_huggingface
@@ -23,6 +21,8 @@ from genscale.objectives.base import Objective
 from genscale.parallel.materialise import Read, fill, materialise, named_state
 from genscale.parallel.precision import keep_fp32
 from genscale.parallel.processes import on_cpu
+from genscale.settings.config import Config
+from genscale.settings.parser import load_config
 from genscale.training.checkpoints import Checkpoint, find_checkpoints
 from genscale.training.run_folder import config_yaml
 from genscale.training.tensor_files import TensorFiles

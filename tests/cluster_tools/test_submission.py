@@ -16,9 +16,9 @@ from genscale.cluster.job_records import Submitted, jobs_of, new_folder, record,
 from genscale.cluster.partition import Node, Partition, check_fits, find_partition
 from genscale.cluster.site import Site
 from genscale.cluster.slurm_commands import explain
-from genscale.config_parser import load_config
 from genscale.errors import UserError
 from genscale.objectives import FAMILIES
+from genscale.settings.parser import load_config
 from genscale.training.config_check import check_config
 from genscale.training.run_owner import RunOwner, who_has
 

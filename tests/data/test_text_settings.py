@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from genscale.config_parser import parse_config
 from genscale.data.text_settings import TextDataSettings, readings
 from genscale.errors import UserError
 from genscale.objectives import FAMILIES
+from genscale.settings.parser import parse_config
 from genscale.training.run_folder import config_yaml
 
 YAML = """

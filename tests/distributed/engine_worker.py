@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genscale.config import Config, OptimizerSettings, ParallelSettings
 from genscale.models.gpt import GPT, GPTSettings
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.objectives.language_model import LanguageModel
@@ -25,6 +24,7 @@ from genscale.parallel.leaving import run_and_leave
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import build_engine, plan_parallel
 from genscale.rng import Draws, torch_generator
+from genscale.settings.config import Config, OptimizerSettings, ParallelSettings
 from genscale.training.optimizers import make_optimizer
 from genscale.training.trainer import Trainer
 

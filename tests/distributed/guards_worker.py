@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from genscale.config_parser import parse_config
 from genscale.data.lanes import Cursor, Sample
 from genscale.data.points import PointsData
 from genscale.errors import UserError
@@ -24,6 +23,7 @@ from genscale.parallel.launch_request import clear_launch_environment
 from genscale.parallel.leaving import run_and_leave
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import plan_parallel
+from genscale.settings.parser import parse_config
 from genscale.tracking.metrics_file import read_metrics
 from genscale.training import run as life
 from genscale.training.checkpoints import list_checkpoints

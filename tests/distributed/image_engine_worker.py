@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genscale.config import Config, OptimizerSettings, ParallelSettings, TrainSettings
 from genscale.models.dcgan import DCGANDiscriminator, DCGANGenerator
 from genscale.models.gan_settings import GANSettings
 from genscale.models.image_layers import InitialWeights
@@ -27,6 +26,7 @@ from genscale.parallel.pieces import Piece
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import build_engine, check_objective, plan_parallel
 from genscale.rng import Draws, torch_generator
+from genscale.settings.config import Config, OptimizerSettings, ParallelSettings, TrainSettings
 from genscale.training.optimizers import make_optimizer
 from genscale.training.trainer import Trainer
 

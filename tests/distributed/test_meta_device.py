@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch.nn.functional as F
 
-from genscale.config import OptimizerSettings
+from genscale.settings.config import OptimizerSettings
 from genscale.training.optimizers import make_optimizer
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")

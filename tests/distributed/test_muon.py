@@ -6,7 +6,7 @@ import pytest
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from genscale.config import OptimizerSettings
+from genscale.settings.config import OptimizerSettings
 from genscale.training.optimizers import make_optimizer
 
 MUON = {"name": "muon", "lr": 5e-3, "weight_decay": 0.1}

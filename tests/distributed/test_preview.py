@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from genscale.config_parser import load_config
 from genscale.objectives import FAMILIES
+from genscale.settings.parser import load_config
 from genscale.verbs.trained import load_weights
 
 

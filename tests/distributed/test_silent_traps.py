@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from genscale.config import OptimizerSettings
+from genscale.settings.config import OptimizerSettings
 from genscale.training.optimizers import make_optimizer
 
 ZERO = ("zero1", "zero2", "zero3")

@@ -22,7 +22,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from genscale.config_parser import load_config
 from genscale.data.tokenizers import ByteTokenizer, load_tokenizer, train_bpe
 from genscale.errors import UserError
 from genscale.evaluation import task_files
@@ -33,6 +32,7 @@ from genscale.models.gpt import GPT, GPTSettings
 from genscale.objectives import FAMILIES
 from genscale.parallel.materialise import fill
 from genscale.reading import Unreadable
+from genscale.settings.parser import load_config
 from genscale.training.checkpoints import Checkpoint
 from genscale.verbs.trained import load_weights
 

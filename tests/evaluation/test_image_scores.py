@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from genscale.config import Config
 from genscale.data.images import ImageData, ImageDataSettings
 from genscale.data.order import LaneReader
 from genscale.data.packed import PackedImageDataSettings, gan_images
@@ -20,6 +19,7 @@ from genscale.evaluation.image_sampling import spherical
 from genscale.evaluation.image_scores import ImageScoring, score_images
 from genscale.evaluation.trained_run import TrainedRun
 from genscale.rng import torch_generator
+from genscale.settings.config import Config
 
 SETTINGS = ImageDataSettings(size=8, channels=1, validation_images=150)
 

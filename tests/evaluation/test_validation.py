@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from genscale.config import Config
 from genscale.evaluation.validation import validate
 from genscale.objectives import FAMILIES
 from genscale.objectives.base import Objective
 from genscale.parallel.materialise import fill, materialise
+from genscale.settings.config import Config
 
 CPU = torch.device("cpu")
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 from fault_runs import SETTINGS, Life, Run, Shape, make_source, training_lines, wait_for
 
-from genscale.config_parser import parse_config
 from genscale.data.loader import StepLoader
 from genscale.objectives import FAMILIES
+from genscale.settings.parser import parse_config
 
 MOMENTS = ("saving", "step", "start", "saving", "step")
 """When to strike: as a checkpoint is written, in a step, while libraries are loaded and the run is taken up again."""

@@ -9,9 +9,9 @@ import time
 from fault_bench import STEPS, Bench, Case, end, living, one_error, planted, wait_for_step
 from fault_runs import Run, training_lines
 
-from genscale.config_parser import parse_config
 from genscale.data.loader import StepLoader
 from genscale.objectives import FAMILIES
+from genscale.settings.parser import parse_config
 from genscale.tracking.metrics_file import read_metrics
 
 SPIKE_STEPS = 44

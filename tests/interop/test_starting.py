@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from genscale.config import Config
 from genscale.data.text import TextData, TextDataSettings
 from genscale.data.tokenizers import load_tokenizer, train_bpe
 from genscale.errors import UserError
 from genscale.interop.starting import complete_from, weights_from
 from genscale.models.gpt import GPT, GPTSettings
+from genscale.settings.config import Config
 
 
 @pytest.fixture

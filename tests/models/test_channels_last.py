@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from genscale.config import OptimizerSettings
 from genscale.models.dcgan import DCGANDiscriminator, DCGANGenerator
 from genscale.models.gan_settings import GANSettings
 from genscale.models.image_layers import InitialWeights
@@ -18,6 +17,7 @@ from genscale.models.vae import VAE, VAESettings
 from genscale.parallel.materialise import fill, materialise
 from genscale.parallel.pieces import pieces_of
 from genscale.rng import torch_generator
+from genscale.settings.config import OptimizerSettings
 from genscale.training.fingerprints import digest_of
 from genscale.training.optimizers import make_optimizer
 from genscale.training.tensor_files import TensorBuffer

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from genscale.config import Config, TrainSettings
 from genscale.data.loader import StepLoader
 from genscale.data.packed import PackedImageDataSettings, packed
 from genscale.data.points import MIXTURES, PointsData, PointsDataSettings
@@ -20,6 +19,7 @@ from genscale.objectives.gan_losses import discriminator_loss, generator_loss
 from genscale.objectives.gan_settings import GANObjectiveSettings
 from genscale.objectives.points import draw_points, modes_and_quality
 from genscale.rng import Draws
+from genscale.settings.config import Config, TrainSettings
 
 SAMPLES = torch.arange(6)
 

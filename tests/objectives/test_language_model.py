@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from genscale.config import Config, RunSettings
 from genscale.data.text import TextDataSettings
 from genscale.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 from genscale.errors import UserError
@@ -17,6 +16,7 @@ from genscale.models.gpt import GPTSettings
 from genscale.objectives import FAMILIES
 from genscale.objectives.language_model import PREVIEW_TOKENS, LanguageModel, build, restore
 from genscale.rng import Draws
+from genscale.settings.config import Config, RunSettings
 
 MODEL = GPTSettings(layers=2, heads=2, width=16, positions=32)
 DRAWS = Draws(0, "language_model", 0, torch.arange(4))

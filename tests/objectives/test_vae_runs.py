@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from genscale.config_parser import load_config
 from genscale.evaluation.validation import validate
 from genscale.objectives import FAMILIES
+from genscale.settings.parser import load_config
 from genscale.training.checkpoints import find_checkpoints
 from genscale.verbs.trained import load_weights
 

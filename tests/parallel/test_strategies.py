@@ -8,7 +8,6 @@ from itertools import product
 import pytest
 import torch
 
-from genscale.config import ParallelSettings
 from genscale.errors import UserError
 from genscale.models.dcgan import DCGANDiscriminator, DCGANGenerator
 from genscale.models.gan_settings import GANSettings
@@ -16,6 +15,7 @@ from genscale.objectives.gan_settings import GANObjectiveSettings
 from genscale.objectives.image_gan import ImageGAN
 from genscale.parallel.precision import check_float8
 from genscale.parallel.strategies import ParallelPlan, check_combination, check_objective
+from genscale.settings.config import ParallelSettings
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 SHARDED = ("zero1", "zero2", "zero3", "fsdp2")

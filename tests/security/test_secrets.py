@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from genscale.config_parser import load_config
 from genscale.data.readers import find_shards
 from genscale.data.spec import Spec
 from genscale.errors import UserError
 from genscale.masking import masked
 from genscale.objectives import FAMILIES
+from genscale.settings.parser import load_config
 from genscale.tracking.run_logging import setup_logging
 from genscale.training.checkpoints import find_checkpoints
 

@@ -23,7 +23,7 @@ LIFE = """
 import logging, os, psutil, signal, sys, time
 logging.basicConfig(level=logging.INFO)
 from pathlib import Path
-from genscale.config import Config, RunSettings, TrackingSettings
+from genscale.settings.config import Config, RunSettings, TrackingSettings
 from genscale.tracking.run_record import RunRecord
 from genscale.tracking.writes import Writes
 folder, number, done, last, how = Path(sys.argv[1]), *map(int, sys.argv[2:5]), sys.argv[5]

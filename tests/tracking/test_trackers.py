@@ -21,7 +21,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
-from genscale.config import TrackingSettings
+from genscale.settings.config import TrackingSettings
 from genscale.tracking import behind
 from genscale.tracking.trackers import Trackers
 
@@ -160,7 +160,7 @@ def _python(code: str, folder, stdin=None, stderr=subprocess.PIPE, **variables: 
     # A process that used W&B hands its service to its children by a variable: these must start their own.
     env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | variables
     code = (
-        "import sys\nfrom genscale.config import TrackingSettings\nfrom genscale.tracking.trackers import Trackers\n"
+        "import sys\nfrom genscale.settings.config import TrackingSettings\nfrom genscale.tracking.trackers import Trackers\n"
         "from genscale.tracking import wandb_tracker\n"
         "def warn(line): print('WARNED', line)\n" + code
     )

@@ -18,7 +18,8 @@ import pytest
 def test_a_server_that_fails_at_the_start_costs_seconds_and_the_run_is_offline(mode, wandb_server, tmp_path):
     server = wandb_server
     server.mode = mode
-    code = ("import sys, time\nfrom genscale.config import TrackingSettings\nfrom genscale.tracking.trackers import Trackers\n"
+    code = ("import sys, time\nfrom genscale.settings.config import TrackingSettings\n"
+            "from genscale.tracking.trackers import Trackers\n"
             "from genscale.tracking import wandb_tracker\nimport wandb\n"
             "wandb_tracker.INIT_SECONDS = 3\nstarted = time.monotonic()\n"
             "trackers = Trackers(TrackingSettings(wandb='online'), sys.argv[1], {}, print)\n"

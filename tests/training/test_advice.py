@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from genscale.config import Config, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
 from genscale.data.text_settings import TextDataSettings
 from genscale.errors import UserError, nearest
 from genscale.models.gpt_settings import GPTSettings
@@ -13,6 +12,7 @@ from genscale.models.points_settings import PointsGANSettings
 from genscale.objectives.base import Objective, Phase
 from genscale.parallel.precision import native_precision
 from genscale.parallel.strategies import ParallelPlan
+from genscale.settings.config import Config, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
 from genscale.training.guards import calmer
 from genscale.training.out_of_memory import smaller
 from genscale.training.run_folder import check_free_space

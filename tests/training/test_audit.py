@@ -14,7 +14,6 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
-from genscale.config import Config, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
 from genscale.data.lanes import Cursor, Data, Sample
 from genscale.data.loader import StepLoader
 from genscale.models.image_layers import spectral_norm
@@ -22,6 +21,7 @@ from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.parallel.processes import Processes
 from genscale.parallel.replicated import ReplicatedEngine
 from genscale.rng import Draws
+from genscale.settings.config import Config, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
 from genscale.training.audit import AuditedTrainer
 from genscale.training.audit_probe import repeated
 from genscale.training.audit_report import AuditReport

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from genscale.config import TrainSettings
+from genscale.settings.config import TrainSettings
 from genscale.training.checkpoints import Checkpoint
 from genscale.training.collapse import CollapseWatch
 from genscale.training.hooks import RunHooks

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from genscale.config import OptimizerSettings
 from genscale.errors import UserError
 from genscale.models.gpt import GPT, GPTSettings
+from genscale.settings.config import OptimizerSettings
 from genscale.training.muon import orthogonal
 from genscale.training.optimizers import make_optimizer
 

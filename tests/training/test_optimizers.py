@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from genscale.config import OptimizerSettings
 from genscale.models.gpt import GPT, GPTSettings
 from genscale.parallel.torch_optimizers import join_groups
+from genscale.settings.config import OptimizerSettings
 from genscale.training.optimizers import make_optimizer
 
 DECAYED = {"token_embedding.weight", "position_embedding.weight"} | {

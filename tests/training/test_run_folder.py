@@ -13,10 +13,10 @@ import pytest
 import torch
 import yaml
 
-from genscale.config import Config, RunSettings, TrainSettings
 from genscale.data.text import TextDataSettings
 from genscale.errors import UserError
 from genscale.models.gpt import GPTSettings
+from genscale.settings.config import Config, RunSettings, TrainSettings
 from genscale.training.checkpoint_writing import write_checkpoint
 from genscale.training.checkpoints import Checkpoint, list_checkpoints
 from genscale.training.run_folder import (

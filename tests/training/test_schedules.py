@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from genscale.config import ScheduleSettings
+from genscale.settings.config import ScheduleSettings
 from genscale.training.schedules import average_decay, learning_rate_share
 
 STEPS, WARMUP = 50, 10

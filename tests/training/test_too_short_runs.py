@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from genscale.config import Config, ScheduleSettings, TrainSettings
 from genscale.objectives.vae_losses import VAEObjectiveSettings
+from genscale.settings.config import Config, ScheduleSettings, TrainSettings
 from genscale.training.schedules import never_reached
 
 

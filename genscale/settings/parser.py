@@ -21,7 +21,9 @@ from jsonargparse import (
     set_parsing_settings,
 )
 
-from genscale.config import (
+from genscale.errors import UserError, nearest
+from genscale.reading import Unreadable, dump_yaml, parse_yaml, read_yaml
+from genscale.settings.config import (
     Config,
     GuardSettings,
     OptimizerSettings,
@@ -31,11 +33,9 @@ from genscale.config import (
     TrackingSettings,
     TrainSettings,
 )
-from genscale.config_keys import as_field, as_key, in_users_words, renamed
-from genscale.config_mistakes import check_flags, check_keys, check_no_code, check_values, empty, one_line
-from genscale.config_numbers import check_numbers, number_keys, numbers_of, with_plain_numbers
-from genscale.errors import UserError, nearest
-from genscale.reading import Unreadable, dump_yaml, parse_yaml, read_yaml
+from genscale.settings.keys import as_field, as_key, in_users_words, renamed
+from genscale.settings.mistakes import check_flags, check_keys, check_no_code, check_values, empty, one_line
+from genscale.settings.numbers import check_numbers, number_keys, numbers_of, with_plain_numbers
 
 # Else a config that writes {class_path: ..., init_args: ...} where any value may stand would call what it names.
 set_parsing_settings(docstring_parse_attribute_docstrings=True, instantiate_subclass_spec_in_any=False)

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, get_args, get_type_hints
 from urllib.parse import urlsplit
 
-from genscale.config_keys import as_key, in_users_words
-from genscale.config_numbers import WHOLE_NUMBERS
 from genscale.errors import UserError, as_utf8, is_utf8, nearest, shortened
 from genscale.masking import has_mask, has_password
+from genscale.settings.keys import as_key, in_users_words
+from genscale.settings.numbers import WHOLE_NUMBERS
 
 TYPE_WORDS = {
     "PositiveInt": "a whole number of at least 1", "NonNegativeInt": "a whole number of at least 0",

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args, get_origin, get_type_hints
 
-from genscale.config_keys import as_key
 from genscale.errors import UserError, shortened
 from genscale.reading import Unreadable, parse_yaml
+from genscale.settings.keys import as_key
 
 WHOLE_NUMBERS = 2**63 - 1
 """What fits wherever they go."""
