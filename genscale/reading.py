@@ -26,9 +26,9 @@ MAX_YAML_BYTES = 2**22
 MAX_DEPTH = 64
 """Levels of lists and mappings, one in the other."""
 MAX_VALUES = 200_000
-"""Of a YAML file: a second or two of reading."""
+"""Most values of a YAML file: a second or two of reading."""
 MAX_DIGITS = 4000
-"""Of a whole number in a YAML file; Python's own limit is a little more."""
+"""Most digits of a whole number in a YAML file; Python's own limit is a little more."""
 MAX_REPEATED = 10_000
 """Values that the aliases of a YAML file may stand for in all."""
 KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}

@@ -61,7 +61,7 @@ def philox(key: tuple[int, int] | np.ndarray, counters: np.ndarray) -> np.ndarra
 
 
 def _rounds(keys: np.ndarray, even: np.ndarray, odd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of counters (c2, c0) and (c1, c3), which it overwrites: words (w0, w2) and (w1, w3)."""
+    """The words (w0, w2) and (w1, w3) of counters (c2, c0) and (c1, c3), which it overwrites."""
     shape = 2, *[1] * (even.ndim - 1)
     factors = _FACTORS.reshape(shape)
     product, high = np.empty_like(even), np.empty_like(even)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import ast
 import re
 import sys
+import tokenize
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 import genscale
 
@@ -48,3 +52,39 @@ def test_every_declared_dependency_is_pinned():
     for extra in PROJECT["optional-dependencies"].values():
         wanted |= declared(extra)
     assert wanted <= {name.lower() for name in pins}
+
+
+AMERICAN = re.compile(r"(?<![\w./-])(?:behaviors?|colored|centers?|centered|favor\w*|gray|neighbors?|labeled|modeling|catalog|"
+                      r"initializ\w+|normaliz(?:ed?|es|ing|ation)|recogniz\w+|organiz\w+|synchroniz\w+|serializ\w+|tokeniz(?:ed?|es|ing|ation)|"
+                      r"optimiz(?:ed?|es|ing|ation)|summariz\w+|analyz\w+|minimiz\w+|maximiz\w+|memoriz\w+|quantiz\w+|"
+                      r"regulariz\w+|penaliz\w+|parametriz\w+)(?![\w(=.-])", re.IGNORECASE)
+QUOTED = re.compile(r"`[^`]*`|\"[^\"]*\"|```.*?```", re.DOTALL)
+"""Code, names of settings and titles are spelt as they are."""
+
+
+def prose() -> Iterator[tuple[str, str]]:
+    """(where, text) of every docstring and comment of the package, and of every page."""
+    for path in (ROOT / "genscale").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+                yield f"{path.relative_to(ROOT)}:{node.lineno}", node.value.value
+        with path.open("rb") as file:
+            yield from ((f"{path.relative_to(ROOT)}:{token.start[0]}", token.string)
+                        for token in tokenize.tokenize(file.readline) if token.type == tokenize.COMMENT)
+    for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        yield str(path.relative_to(ROOT)), re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[tuple[str, str]]:
+    return list(prose())
+
+
+def test_one_spelling(texts):
+    found = {f"{where}: {word}" for where, text in texts for word in AMERICAN.findall(QUOTED.sub("", text))}
+    assert not found, "British spelling, please"
+
+
+def test_no_docstring_begins_without_a_noun(texts):
+    """`Of a run.` says whose, and not what. A sentence may begin so, where a clause follows."""
+    assert not [f"{where}: {text}" for where, text in texts if re.match(r"Of [^:,.]{1,60}[.(;]", text)]

@@ -64,7 +64,7 @@ class Array:
         return f"{indices[0]}-{indices[-1]}" + (f"%{self.at_once}" if self.at_once else "")
 
     def name_of(self, name: str, element: Sequence[str]) -> str:
-        """Of the run with these values, in an array called `name`."""
+        """The name of the run with these values, in an array called `name`."""
         parts = (f"-{axis.short}{re.sub(_UNSAFE, '-', value)}" for axis, value in zip(self.axes, element, strict=True))
         return name + "".join(parts)
 

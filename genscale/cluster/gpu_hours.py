@@ -37,7 +37,7 @@ def _gpus_in(resources: str) -> int:
 
 
 def gpu_hours(run: Path, known: Mapping[str, float], running: str | None) -> float | None:
-    """Of a run; None where it has had no GPU.
+    """The GPU hours of a run; None where it has had no GPU.
 
     Args:
         known: hours by job, from the accounting.

@@ -25,7 +25,7 @@ class Gpus:
 
     @property
     def option(self) -> list[str]:
-        """Of sbatch."""
+        """The options of sbatch that ask for them."""
         if self.gres is not None:
             return [f"--gres={self.gres}"]
         return [f"--gpus-per-node={self.kind + ':' if self.kind else ''}{self.count}"] if self.count else []

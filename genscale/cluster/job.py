@@ -15,7 +15,7 @@ from genscale.cluster.site import Site, is_slurm_name
 from genscale.errors import UserError
 
 LONGEST = "365-00:00:00"
-"""Of lives, where a partition has no limit of its own."""
+"""The longest time limit of lives, where a partition has no limit of its own."""
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 
 
@@ -191,7 +191,7 @@ def no_time_limit(time: str, longest: str | None) -> str:
 
 
 def seconds_of(time: str) -> int:
-    """Of a time limit in one of Slurm's formats; 0 for what is none."""
+    """The seconds of a time limit in one of Slurm's formats; 0 for what is none."""
     match = TIME.fullmatch(time)
     if match is None:
         return 0

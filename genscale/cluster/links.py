@@ -14,7 +14,7 @@ from genscale.parallel.processes import Processes
 
 GPU_BYTES, CPU_BYTES = 64 * 2**20, 4 * 2**20
 SLOW_SHARE = 1 / 3
-"""Of what the links usually carry."""
+"""A link is slow that carries less than this share of what the links usually carry."""
 
 
 def check_links(processes: Processes, hosts: list[str]) -> Iterator[Check]:

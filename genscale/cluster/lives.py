@@ -112,7 +112,7 @@ def tell(run: Path, job: str, line: str) -> None:
 
 
 def job_nodes() -> list[str]:
-    """Of the job, as its script has found them."""
+    """The nodes of the job, as its script has found them."""
     return os.environ.get("GENSCALE_NODES", "").split() or [host_name()]
 
 

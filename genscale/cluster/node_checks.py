@@ -57,7 +57,7 @@ def _number(name: str) -> int:
 
 
 def check_versions() -> Iterator[Check]:
-    """Of genscale, Python and the packages that compute; all nodes must have the same."""
+    """The versions of genscale, Python and the packages that compute; all nodes must have the same."""
     found, missing = [f"genscale {genscale.__version__}", f"Python {'.'.join(map(str, sys.version_info[:3]))}"], []
     for package in PACKAGES:
         number = None  # also of a package that is there in part

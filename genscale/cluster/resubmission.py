@@ -29,8 +29,8 @@ SCRIPT, CONFIG = "job.sbatch", "config.yaml"
 
 
 def resubmit(folders: Sequence[Path], arguments: Sequence[str]) -> int:
-    """Of an array those runs that are not complete and have no job. Raises UserError, and then the jobs of those folders that
-    were named before have been submitted."""
+    """Submit again, of an array those runs that are not complete and have no job. Raises UserError, and then the jobs of those
+    folders that were named before have been submitted."""
     if not folders:
         raise UserError("genscale slurm resubmit: name the run folders whose jobs are to be submitted again")
     slurm_commands.need("sbatch")
@@ -137,7 +137,7 @@ def _check_config(run: Path, file: Path, settings: dict[str, str], processes: in
 
 
 def _world_size(text: str, options: Sequence[str]) -> int:
-    """Of the processes that the script starts."""
+    """The number of processes that the script starts."""
     nodes = next((int(value) for option in options if (value := option.removeprefix("--nodes=")).isdigit()), 1)
     here = re.search(r"^export LOCAL_WORLD_SIZE=(?:\$\{SLURM_GPUS_ON_NODE:-)?(\d+)", text, re.MULTILINE)
     return nodes * (int(here[1]) if here else 1)

@@ -186,5 +186,5 @@ def _check_text(key: str, value: str, path: Path) -> None:
 
 
 def is_slurm_name(word: str) -> bool:
-    """Of a partition (or several, with commas) or an account."""
+    """Whether it may be the name of a partition (or of several, with commas) or an account."""
     return re.fullmatch(r"[\w.,+-]+", word) is not None

@@ -19,7 +19,7 @@ from genscale.errors import UserError
 from genscale.reading import open_plain
 
 TAIL_BYTES = 2**18
-"""Of a log, in which the reason is looked for."""
+"""Last bytes of a log, in which the reason is looked for."""
 _SLURM = re.compile(r"CANCELLED AT \S+ DUE TO (?P<why>(?!JOB REQUEUE)[A-Z ]+)|(?P<node>Node failure on \S+)", re.MULTILINE)
 _MEMORY = re.compile(r"^.*(?:out[ -]of[ -]memory|oom[-_]kill).*$", re.MULTILINE | re.IGNORECASE)
 _PORT = re.compile(r"^.*(?:EADDRINUSE|address already in use|another process is utilizing it).*$", re.MULTILINE | re.IGNORECASE)
@@ -36,7 +36,7 @@ _FIRST = re.compile("|".join((
 )), re.MULTILINE)  # fmt: skip
 _CONSEQUENCE = re.compile(r"ChildFailedError|SignalException|Connection (?:reset|closed|refused)|Broken pipe|BrokenPipeError|"
                           r"Dist(?:Network|Store|Backend)Error|RendezvousConnectionError|CalledProcessError|Exited with")
-"""Of what another process has met."""
+"""What is said of an error that another process has met."""
 
 
 _DISK = re.compile(r"No space left on device|Disk quota exceeded|Input/output error|Stale file handle|Read-only file system")

@@ -16,7 +16,7 @@ BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning
 """What an answer may consist of where it has no content."""
 
 ENCODER = json.JSONEncoder(ensure_ascii=False, default=str)
-"""Of documents. (A message of a table may carry its time.)"""
+"""How documents are written as JSON. (A message of a table may carry its time.)"""
 
 
 class Conversation(str):

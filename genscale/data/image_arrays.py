@@ -33,7 +33,7 @@ class Header(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of the array in memory."""
+        """Bytes of the array in memory."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def __str__(self) -> str:

@@ -53,7 +53,7 @@ class Range(NamedTuple):
 
 
 FULL_RANGE = Range(0, 65535)
-"""Of 16 bits."""
+"""The range of 16 bits."""
 
 
 @dataclass(frozen=True)

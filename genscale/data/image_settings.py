@@ -65,7 +65,7 @@ class ImageDataSettings:
     """An image whose file has more bytes counts as damaged. A .tar.gz that grows to more, and to over 200 times its size, is
     refused."""
     max_array_bytes: PositiveInt = ARRAY_BYTES
-    """Of a .npz file's array in memory; a larger one is refused before it is read."""
+    """Most bytes of a .npz file's array in memory; a larger one is refused before it is read."""
     lanes: PositiveInt = 48
     """Parallel streams that make up the sample order, whatever the number of processes; reading is cheapest where it is a
     multiple of processes x workers."""

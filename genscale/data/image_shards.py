@@ -32,7 +32,7 @@ NO_PICTURES = {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR", "IPTC"}
 """What Pillow opens though it is no picture, or needs another program to be one."""
 TAR_FILES = (".tar", ".tar.gz", ".tgz")
 TABLE_BYTES = 2**27
-"""Of images in memory at a time, as they are in a table of values that were packed to less than a `GROWTH`th."""
+"""Bytes of images in memory at a time, as they are in a table of values that were packed to less than a `GROWTH`th."""
 GROWTH = 4
 INTEGER = re.compile(r"[+-]?\d{1,18}")
 

@@ -20,7 +20,7 @@ FIELDS = 16
 MEMBERS = 1000
 """Images and labels with one key at most."""
 HEADER_BYTES = LABEL_BYTES = 2**20
-"""Of a name or an extended header (tarfile reads it as a whole), and of a label."""
+"""Most bytes of a name or an extended header (tarfile reads it as a whole), and of a label."""
 LONG_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
 

@@ -1,6 +1,6 @@
 """The seam between data and everything else: lanes of samples, and the cursor that says how far a lane was read.
 
-Global sample g lives in lane g % lane_count at position g // lane_count (house plan, section 7). A lane is the same endless
+Global sample g lives in lane g % lane_count at position g // lane_count (docs/design.md, section 7). A lane is the same endless
 sequence whoever reads it: processes and workers only decide who reads which lane.
 """
 

@@ -16,7 +16,7 @@ LATER = ("probes", "validation_content")
 
 
 def digest_of(arrays: Iterable[np.ndarray]) -> str:
-    """Of their bytes, one after the other."""
+    """The digest of their bytes, one after the other."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(np.ascontiguousarray(array).data)

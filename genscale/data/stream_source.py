@@ -203,7 +203,7 @@ def probes(shards: Sequence[Shard]) -> str:
 
 
 def _path(shard: Shard) -> str:
-    """Of the local file that the shard is read from; nothing where there is none."""
+    """The path of the local file that the shard is read from; nothing where there is none."""
     path = file.path if (file := getattr(shard, "file", None)) else ""
     return path if path and Path(path).is_file() else ""
 

@@ -30,7 +30,7 @@ TRAVERSED = 3.0
 """How far a latent dimension is moved to either side, in standard deviations of the prior."""
 EXAMPLES_FOR_ACTIVITY = 256
 MOST_PIXELS = 178_956_970
-"""Of a picture; Pillow and others refuse to open larger ones."""
+"""Most pixels of a picture; Pillow and others refuse to open larger ones."""
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ class ImageScoring:
     inception: str | None = None
     """File of Inception's weights, pt_inception-2015-12-05-6726825d.pth; the Frechet distance is then called fid."""
     importance_samples: PositiveInt | None = None
-    """Of a VAE: estimate the log-likelihood with this many importance samples an image."""
+    """A VAE's: estimate the log-likelihood with this many importance samples an image."""
     live: bool = False
     """The weights as trained, not their average."""
     batch_size: PositiveInt = 64

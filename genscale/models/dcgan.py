@@ -12,7 +12,7 @@ from genscale.models.gan_settings import SMALLEST_MAP, GANSettings, multipliers
 from genscale.models.image_layers import norm_layer, spectral_norm
 
 SLOPE = 0.2
-"""Of LeakyReLU below zero."""
+"""Slope of LeakyReLU below zero."""
 
 
 class LatentInput(nn.Module):

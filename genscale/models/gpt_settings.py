@@ -72,7 +72,7 @@ class GPTSettings:
     norm_eps: PositiveFloat | None = None
     """Added to the variance (layernorm) or the mean square (rmsnorm)."""
     activation: Literal["gelu", "swiglu", "relu2"] | None = None
-    """Of the MLP: gelu (tanh form), swiglu (a gate beside it) or relu2 (squared ReLU)."""
+    """Activation of the MLP: gelu (tanh form), swiglu (a gate beside it) or relu2 (squared ReLU)."""
     bias: bool | None = None
     """Biases in linear layers and LayerNorms."""
     qk_norm: bool | None = None
@@ -118,7 +118,7 @@ def resolved(settings: GPTSettings) -> GPTSettings:
 
 
 def parameter_count(settings: GPTSettings) -> int:
-    """Of a GPT of these (resolved) settings; without its token embedding where model.vocab_size is left open."""
+    """The parameters of a GPT of these (resolved) settings; without its token embedding where model.vocab_size is left open."""
     s = settings
     heads, shared = s.heads * s.head_width, s.kv_heads * s.head_width
     layer_norm = s.norm == "layernorm"

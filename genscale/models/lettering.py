@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import ImageDraw, ImageFont, features
 
 MOST_LETTERS = 48
-"""Of a class's name on a picture."""
+"""Most letters of a class's name on a picture."""
 NAMED = 8
 """Classes at most that a message lists."""
 JOINED = ((0x0590, 0x0DFF), (0x0F00, 0x109F), (0x1780, 0x18AF), (0xFB1D, 0xFDFF), (0xFE70, 0xFEFF))

@@ -16,7 +16,7 @@ from genscale.models.image_layers import norm_layer, spectral_norm
 from genscale.models.initial_draw import scale_initial
 
 RECTIFIED_GAIN = math.sqrt(2)
-"""Of all layers: ReLU halves the variance of what it is given (He et al. 2015)."""
+"""Gain of all layers: ReLU halves the variance of what it is given (He et al. 2015)."""
 
 
 def spread_kinks(layers: Iterable[nn.Linear], reach: float) -> None:

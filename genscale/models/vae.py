@@ -17,7 +17,7 @@ from genscale.models.vae_settings import VAESettings, resolved, sizes_of
 __all__ = ["VAE", "Decoder", "Encoder", "VAESettings", "latent_shape"]
 
 HEAD_GAIN = 0.1
-"""Of what the encoder and the decoder put out at first: a posterior near the prior, and grey images."""
+"""Gain of the layers that the encoder and the decoder put out with: a posterior near the prior, and grey images."""
 INITIAL_LOG_SCALE = -1.5
 """About that of an image's pixels: one trained number would be long on its way from 0."""
 LEAST_LOG_VARIANCE, MOST_LOG_VARIANCE = -20.0, 10.0
@@ -211,7 +211,7 @@ class _SharedScale(nn.Module):
 
 
 def latent_shape(settings: VAESettings, size: int) -> tuple[int, ...]:
-    """Of one image's latent: `(latents,)`, or `(latents, height, width)` of a spatial one."""
+    """The shape of one image's latent: `(latents,)`, or `(latents, height, width)` of a spatial one."""
     if settings.latent == "vector":
         return (settings.latents,)
     smallest = sizes_of(resolved(settings, size), size)[-1]

@@ -30,7 +30,7 @@ class Measures(NamedTuple):
 
 
 class Likelihood(ABC):
-    """Of pixels that are independent given the latent.
+    """The likelihood of pixels that are independent given the latent.
 
     Attributes:
         floor: of the logarithm of the scale.
@@ -41,7 +41,7 @@ class Likelihood(ABC):
     nats_to_integers: float = 0.0
 
     measures = Measures("log_likelihood", "bits_per_dim")
-    """Of grey levels."""
+    """What is measured of grey levels."""
 
     @abstractmethod
     def observed(self, images: Tensor) -> Tensor:

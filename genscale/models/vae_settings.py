@@ -42,8 +42,8 @@ class VAESettings:
     latents: PositiveInt = 64
     """Length of a latent vector (at each place, of a spatial latent)."""
     likelihood: Literal["bernoulli", "gaussian", "logistic"] = "logistic"
-    """Of pixels given the latent: bernoulli (black and white, or intensities as probabilities), gaussian (a density), or
-    logistic (a probability of each of the 256 values)."""
+    """Distribution of pixels given the latent: bernoulli (black and white, or intensities as probabilities), gaussian (a
+    density), or logistic (a probability of each of the 256 values)."""
     scale: Literal["fixed", "shared", "learned"] = "shared"
     """gaussian: standard deviation, logistic: scale, for pixels in [-1, 1]. fixed: scale_value; shared: one a channel, trained;
     learned: the decoder gives one for every pixel."""

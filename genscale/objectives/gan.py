@@ -17,7 +17,7 @@ from genscale.objectives.gan_settings import GANObjectiveSettings
 from genscale.rng import Draws
 
 INITIAL_STD = 0.02
-"""Of all weights (Radford et al. 2015)."""
+"""Standard deviation of all initial weights (Radford et al. 2015)."""
 
 
 class GAN(Objective):

@@ -70,7 +70,7 @@ class LanguageModel(Objective):
         return self._weights
 
     def flops_per_unit(self) -> int:
-        """Of forward and backward for one token."""
+        """Floating-point operations of forward and backward for one token."""
         return self._flops
 
     def loss(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:

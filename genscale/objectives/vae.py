@@ -111,7 +111,7 @@ class VAEObjective(Objective):
         return binarised(images, draws.keys("binarisation") if dynamic else content_keys(images))
 
     def _bound(self, networks: Networks, pixels: Tensor, draws: Draws) -> dict[str, Tensor]:
-        """Of each image: `negative_bound`, `reconstruction` `(batch,)`, `kl` and posterior `mean` `(batch, *latent_shape)`."""
+        """Each image's `negative_bound`, `reconstruction` `(batch,)`, `kl` and posterior `mean` `(batch, *latent_shape)`."""
         noise = draws.normal("epsilon", self.settings.importance_samples, *self.latent_shape)
         mean, log_variance, latents, location, log_scale = networks["vae"](pixels, noise)
         nats = self._nats(pixels, location, log_scale)

@@ -98,7 +98,7 @@ class VAEGANObjective(Objective):
                 "real_logit": real.detach().sum(), "fake_logit": fake.detach().sum() / 2}
 
     def _latents(self, networks: Networks, images: Tensor, draws: Draws) -> Tensor:
-        """Of the images, and as many from the prior, `(2 x batch, latents)`."""
+        """Latents of the images, and as many from the prior, `(2 x batch, latents)`."""
         posterior = _drawn(*networks["encoder"](images), draws)
         return torch.cat([posterior, draws.normal("prior", *self.latent_shape)])
 

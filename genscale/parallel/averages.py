@@ -52,7 +52,7 @@ class Average(ABC):
 
 
 class NamedAverage(Average):
-    """Of tensors that keep their names: whole ones, or shards (DTensor).
+    """The average of tensors that keep their names: whole ones, or shards (DTensor).
 
     Args:
         tensors: by name; the very ones that the optimizer steps.

@@ -183,7 +183,7 @@ class ShardedEngine(Engine):
 
 
 class ShardedAverage(NamedAverage):
-    """Of shards. Weights that a network has gathered are given back whenever what they were gathered from changes."""
+    """An average of shards. Weights that a network has gathered are given back when what they were gathered from changes."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

@@ -37,7 +37,7 @@ def run_and_leave(run: Callable[[], int | None]) -> NoReturn:
 
 
 def _number(code: Any) -> int:
-    """Of what `sys.exit` may be given."""
+    """The exit code that is meant by what `sys.exit` may be given."""
     if code is None or isinstance(code, int):
         return (code or 0) & 0xFF
     print(code, file=sys.stderr)

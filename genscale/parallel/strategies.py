@@ -1,4 +1,4 @@
-"""Which strategy a run has, and what may be combined with it (house plan, section 6): a cell says yes only where a
+"""Which strategy a run has, and what may be combined with it (docs/design.md, section 6): a cell says yes only where a
 test does."""
 
 from __future__ import annotations

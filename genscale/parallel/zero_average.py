@@ -30,7 +30,7 @@ class FlatEngine(Protocol):
 
 
 class FlatAverage(Average):
-    """Of this rank's flat fp32 partitions; buffers, which every rank has, keep their names."""
+    """The average of this rank's flat fp32 partitions; buffers, which every rank has, keep their names."""
 
     def __init__(self, engine: FlatEngine, name: str) -> None:
         self.engine, self.name = engine, name

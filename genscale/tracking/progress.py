@@ -16,7 +16,7 @@ LONGEST = 1e12
 """Seconds that are said of what is left, 31,700 years."""
 BAR_FORMAT = "step {n_fmt}/{total_fmt} |{bar}|{desc}  {remaining} left"
 BAR_COLUMNS = 24
-"""Of it without the numbers of steps and the description, with the least of a bar."""
+"""Columns of the bar without the numbers of steps and the description, with the least of a bar."""
 
 
 def figure(value: float) -> str:
@@ -66,7 +66,7 @@ def _short(value: float) -> str:
 
 
 def _columns() -> int:
-    """Of the terminal; 0 where there is none, not any more, or one (a container's, a recorder's) that reports no width."""
+    """Columns of the terminal; 0 where there is none, not any more, or one (a container's, a recorder's) without a width."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns if sys.stderr.isatty() else 0
     except (OSError, ValueError):

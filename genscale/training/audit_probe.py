@@ -19,7 +19,7 @@ from genscale.rng import Draws
 
 MicroBatches = Sequence[Mapping[str, Tensor]]
 Identity = tuple[int, str]
-"""Of a sample: its global number, and a hash of its content."""
+"""What tells a sample from others: its global number, and a hash of its content."""
 
 
 def term_gradients(engine: Engine, phase: Phase, seed: int, step: int, batches: MicroBatches) -> dict[str, dict[str, Tensor]]:
@@ -102,7 +102,7 @@ def differing(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
 
 
 def identities(batches: MicroBatches) -> list[Identity]:
-    """Of every sample in this process's micro-batches."""
+    """The identity of every sample in this process's micro-batches."""
     found = []
     for batch in batches:
         arrays = {key: value.numpy() for key, value in sorted(batch.items()) if key != "sample"}

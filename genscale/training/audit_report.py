@@ -13,7 +13,7 @@ UNEQUAL = "the processes hold different copies"
 
 @dataclass
 class PhaseFindings:
-    """Of one phase, over all steps of an audit.
+    """What was found of one phase, over all steps of an audit.
 
     Attributes:
         runs: how often it ran.
@@ -31,7 +31,7 @@ class PhaseFindings:
 
 @dataclass
 class AuditReport:
-    """Of the whole audit.
+    """What the whole audit has found.
 
     Attributes:
         heading: what was run.

@@ -39,7 +39,7 @@ class CheckpointDifference:
 
 
 def compare_checkpoints(a: Path, b: Path) -> tuple[list[int], CheckpointDifference | None]:
-    """Of two checkpoints folders: the equal steps that were compared, and the first difference. Damaged ones are left out."""
+    """The equal steps of two checkpoint folders that were compared, and the first difference. Damaged ones are left out."""
     of_b = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(b)}
     compared = []
     for one in list_checkpoints(a):

@@ -211,7 +211,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _values(value: Any) -> list[Any]:
-    """Of a mapping; what is none is returned as the one of them."""
+    """The values of a mapping; what is none is returned as the one of them."""
     return list(value.values()) if isinstance(value, dict) else [value]
 
 

@@ -181,7 +181,7 @@ def _malformed(record: dict[str, Any], is_trace: bool) -> str | None:
 
 
 def _is_number(value: Any) -> bool:
-    """Of a size that a float can have."""
+    """Whether it is a number, of a size that a float can have."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
@@ -210,7 +210,7 @@ def _find(comparison: Comparison, records: list[Records], steps: list[int], limi
 
 
 def _scales(records: list[Records]) -> dict[str, float]:
-    """Of each logged number, its usual size: what crosses zero differs by much there, relative to itself."""
+    """The usual size of each logged number: what crosses zero differs by much there, relative to itself."""
     values: dict[str, list[float]] = {}
     for record in (*records[0].values(), *records[1].values()):
         for name, value in _metrics(record).items():

@@ -32,7 +32,7 @@ class DataWait:
 
 
 def cores(processes: int) -> int:
-    """Of this machine, for each of so many processes; at least 1."""
+    """Cores of this machine for each of so many processes; at least 1."""
     return max(1, len(os.sched_getaffinity(0)) // processes)
 
 

@@ -21,7 +21,7 @@ BLOCK = 2**18
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Of one tensor.
+    """What one tensor is known by.
 
     Attributes:
         digest: equal bits of all elements, in fp32, give equal digests, at any sharding.

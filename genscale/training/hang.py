@@ -51,7 +51,7 @@ class Report:
 
 
 def innermost(stacks: str, thread: str) -> Frame | None:
-    """Of a thread, from what `faulthandler` wrote.
+    """The innermost frame of a thread, from what `faulthandler` wrote.
 
     Args:
         thread: its identity as written there, `0x00007f74ae21bb80`.

@@ -24,7 +24,7 @@ def provenance(world_size: int, strategy: str, position: str, family: str) -> di
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of genscale and of what it computes with here."""
+    """The versions of Python, of genscale and of what it computes with here."""
     found = {"python": platform.python_version(), "genscale": genscale.__version__, "torch": torch.__version__}
     for name in ("deepspeed", "accelerate"):
         if name in sys.modules:

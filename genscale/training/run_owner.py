@@ -34,7 +34,7 @@ BEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
 """An owner on another machine that has not touched its file for so long is dead."""
 _KEYS = {"token", "host", "pid", "started", "boot", "pids", "job", "restart", "folder"}
-"""Of a claim."""
+"""The keys of a claim."""
 EMPTY_SECONDS = 1.0
 """After which an owner's file without content is one that nobody is writing."""
 
@@ -233,7 +233,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _line(path: str) -> str:
-    """Of a file that other systems than Linux do not have."""
+    """The one line of a file that other systems than Linux do not have."""
     with contextlib.suppress(OSError):
         return Path(path).read_text().strip()
     return ""

@@ -269,7 +269,7 @@ class Trainer:
         return metrics
 
     def _set_learning_rates(self, step: int) -> dict[str, float]:
-        """Of every network; returns them by the names they are logged by."""
+        """Set every network's learning rate; returns them by the names they are logged by."""
         optimizer = self.config.optimizer
         share = learning_rate_share(step, self.config.train.steps, self.config.schedule)
         peaks = {name: optimizer.lr_of.get(name, optimizer.lr) for name in self.engine.optimizers}

@@ -283,7 +283,7 @@ class Watchdog:
         return {}
 
     def _pid_here(self, rank: int) -> int | None:
-        """Of a process of this machine that still is the one that wrote the heartbeat."""
+        """The number of the rank's process, where it is one of this machine and still is the one that wrote the heartbeat."""
         beat = self._heartbeat(rank)
         if beat.get("host") == self._identity["host"]:
             with contextlib.suppress(psutil.Error):

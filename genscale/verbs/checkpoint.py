@@ -28,9 +28,10 @@ ACTIONS = {
 }
 
 
-def main(arguments: list[str]) -> int:
-    parser = ArgumentParser(prog="genscale checkpoint", description="Look at checkpoints.", exit_on_error=False)
-    actions = parser.add_subcommands()
+def parser() -> ArgumentParser:
+    """The actions and their flags."""
+    verb = ArgumentParser(prog="genscale checkpoint", description="Look at checkpoints.", exit_on_error=False)
+    actions = verb.add_subcommands()
     for name, meaning in ACTIONS.items():
         action = ArgumentParser(exit_on_error=False)
         action.add_argument("path", type=str, help="A checkpoint folder, or a run folder for all of its checkpoints.")
@@ -41,7 +42,11 @@ def main(arguments: list[str]) -> int:
             action.add_argument("--network", type=str, default=None, help="Which network, where there are several.")
             action.add_argument("--live", action="store_true", help="The weights of the step, also where there is an average.")
         actions.add_subcommand(name, action, help=meaning)
-    parsed = parse(parser, arguments)
+    return verb
+
+
+def main(arguments: list[str]) -> int:
+    parsed = parse(parser(), arguments)
     chosen = parsed[parsed.subcommand]
     if refusal := empty("path", chosen.path):
         raise refusal

@@ -22,19 +22,24 @@ SHOWN = 12  # differences of the first step that differs
 
 def main(arguments: list[str]) -> int:
     """Exit code 0: equal, or equal but for rounding; 1: different."""
-    parser = ArgumentParser(prog="genscale compare", exit_on_error=False, description=(
-        "Name the first step at which two runs differ, and in what: settings, samples, draws, gradients, weights, learning "
-        "rate. Runs with run.trace true are compared step by step and tensor by tensor, others by metrics.jsonl; then "
-        "checkpoints of equal steps. Exit code 0: equal, or equal but for rounding; 1: different."))
-    parser.add_argument("run_a", type=str, help="A run folder.")
-    parser.add_argument("run_b", type=str, help="Another.")
-    parser.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")
-    parsed = parse(parser, arguments)
+    parsed = parse(parser(), arguments)
     from genscale.training.comparison import compare_runs
 
     comparison = compare_runs(Path(parsed.run_a), Path(parsed.run_b))
     print(json.dumps(_as_json(comparison), indent=1, allow_nan=False) if parsed.json else _as_text(comparison))
     return 0 if comparison.alike else DIFFERENT
+
+
+def parser() -> ArgumentParser:
+    """The flags of the verb."""
+    flags = ArgumentParser(prog="genscale compare", exit_on_error=False, description=(
+        "Name the first step at which two runs differ, and in what: settings, samples, draws, gradients, weights, learning "
+        "rate. Runs with run.trace true are compared step by step and tensor by tensor, others by metrics.jsonl; then "
+        "checkpoints of equal steps. Exit code 0: equal, or equal but for rounding; 1: different."))
+    flags.add_argument("run_a", type=str, help="A run folder.")
+    flags.add_argument("run_b", type=str, help="Another.")
+    flags.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")
+    return flags
 
 
 def _as_text(comparison: Comparison) -> str:

@@ -80,6 +80,13 @@ def _life(action: str, arguments: list[str]) -> int:
 
 def _submit(action: str, arguments: list[str]) -> int:
     from genscale.cluster.submission import print_script, submit
+
+    own, settings = split_settings(arguments)
+    return print_script(own, settings) if action == "render" else submit(own, settings)
+
+
+def split_settings(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The flags of a job, and the settings of its run."""
     from genscale.settings.parser import split_flags, take_texts
 
     cut = arguments.index("--") if "--" in arguments else len(arguments)
@@ -87,8 +94,7 @@ def _submit(action: str, arguments: list[str]) -> int:
     settings, own = split_flags(arguments[:cut], lambda name: "." in name)
     files, own = take_texts(own, "--config")
     own += [f"--config={file}" for file in files[:1]]
-    settings = [*(f"--config={file}" for file in files[1:]), *settings, *arguments[cut + 1:]]
-    return print_script(own, settings) if action == "render" else submit(own, settings)
+    return own, [*(f"--config={file}" for file in files[1:]), *settings, *arguments[cut + 1:]]
 
 
 def _look(action: str, arguments: list[str]) -> int:

@@ -19,14 +19,19 @@ from genscale.training.run_owner import who_has
 
 
 def main(arguments: list[str]) -> int:
-    parser = ArgumentParser(prog="genscale sync", exit_on_error=False, description=(
+    for run in parse(parser(), arguments).runs:
+        sync(Path(run))
+    return 0
+
+
+def parser() -> ArgumentParser:
+    """The arguments of the verb."""
+    flags = ArgumentParser(prog="genscale sync", exit_on_error=False, description=(
         "Upload to W&B what a run has kept for it in its folder: from a machine with internet, at any time, also while the run "
         "goes on. However often the run was stopped and started, it becomes one W&B run with every step once. Done again, it "
         "brings what has come since."))
-    parser.add_argument("runs", type=str, nargs="+", help="Run folders.")
-    for run in parse(parser, arguments).runs:
-        sync(Path(run))
-    return 0
+    flags.add_argument("runs", type=str, nargs="+", help="Run folders.")
+    return flags
 
 
 def sync(folder: Path) -> None:

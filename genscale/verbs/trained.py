@@ -51,7 +51,7 @@ class Published:
     step: None = None
 
     def weights(self, name: str, averaged: bool) -> Read:
-        """Of the one network there is."""
+        """The weights of the one network there is."""
         return self.read
 
 

@@ -1,4 +1,4 @@
-"""What the libraries below do without a word when they are given other than what was asked (house plan, section 5)."""
+"""What the libraries below do without a word when they are given other than what was asked (docs/design.md, section 5)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,337 @@
+"""README and docs/: every command is one that its parser takes, every file named is there, the reference is up to date."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from genscale.cluster.job_logs import LogSettings
+from genscale.cluster.submission import print_script
+from genscale.errors import UserError
+from genscale.evaluation.settings import SAMPLING, SCORING
+from genscale.objectives import FAMILIES
+from genscale.settings.parser import config_parser, parse, parse_config, parse_settings, split_flags, take_number, take_text
+from genscale.verbs import checkpoint, compare, slurm, sync
+from genscale.verbs.data import ACTIONS, BuildSettings, InspectSettings
+from genscale.verbs.doctor import OWN, DoctorSettings
+from genscale.verbs.export import ExportSettings
+from genscale.verbs.tokenizer import TokenizerSettings
+from genscale.verbs.trained import take_run
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TUTORIALS = ("gpt", "gan", "resume", "slurm")
+ON_THE_CLUSTER = "# on the cluster"
+"""The first line of a block of a tutorial that is parsed and not run."""
+TRUSTED = {"cat", "source", "$EDITOR", "pip", "wandb", ".venv/bin/ruff", ".venv/bin/pytest", ".venv/bin/mkdocs"}
+"""Programs that are not ours."""
+FILES = re.compile(r"(?<![\w/])(?:benchmarks|configs|docs|genscale|launch|slurm|tests)/[\w./*-]*\w")
+
+
+def blocks(page: Path) -> list[str]:
+    """The bash blocks of a page."""
+    return re.findall(r"^```bash\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The commands of a block as words, without what is redirected."""
+    for line in text.replace("\\\n", " ").splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=";&>")
+        lexer.whitespace_split, words = True, []
+        for word in [*lexer, ";"]:
+            if set(word) <= set(";&"):
+                words = words[: words.index(">")] if ">" in words else words
+                if words:
+                    yield words
+                words = []
+            else:
+                words.append(word)
+
+
+def check(words: list[str]) -> None:
+    """Raises what the command's own parser does."""
+    while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+        words = words[1:]
+    program, *rest = words
+    if program in TRUSTED:
+        return
+    if program == "genscale":
+        VERBS[rest[0]](rest[1:])
+    elif program == "accelerate":
+        check_accelerate(rest)
+    elif program == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        parsed = strict(get_args_parser(), ["0" if word == "RANK" else word for word in rest])
+        check_script(parsed.training_script, parsed.training_script_args)
+    elif program in ("bash", "python", ".venv/bin/python"):
+        check_script(*split_script(rest))
+    else:
+        raise AssertionError(f"{program} is no command that this test knows")
+
+
+def check_accelerate(words: list[str]) -> None:
+    from accelerate.commands.launch import launch_command_parser
+
+    assert words[0] == "launch"
+    words = ["0" if word == "RANK" else word for word in words[1:]]
+    parsed = strict(launch_command_parser(), words)
+    assert parsed.config_file is None or (ROOT / parsed.config_file).is_file(), parsed.config_file
+    check_script(parsed.training_script, parsed.training_script_args)
+
+
+def split_script(words: list[str]) -> tuple[str, list[str]]:
+    return words[0], words[1:]
+
+
+def check_script(script: str, arguments: list[str]) -> None:
+    """A script of ours is there; what trains takes a run's settings."""
+    assert (ROOT / script).is_file(), script
+    if script in ("train.py", "launch/local.sh", "launch/quickstart.sh"):
+        train(arguments)
+
+
+def strict(parser, words: list[str]):
+    """What argparse makes of the words; a mistake is an AssertionError with its message."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return parser.parse_args(words)
+    except SystemExit:
+        raise AssertionError(said.getvalue()) from None
+
+
+def train(words: list[str]) -> None:
+    _, words = take_number(words, "--processes", least=1)
+    _, words = take_number(words, "--audit", least=1)
+    parse_config(FAMILIES, words)
+
+
+def sample(words: list[str]) -> None:
+    _, words = take_run(words, "")
+    _, words = take_number(words, "--step", least=0)
+    _, words = split_flags(words, lambda name: name.startswith("data."))
+    any_of({*SAMPLING.values()}, words)
+
+
+def evaluate(words: list[str]) -> None:
+    _, words = take_run(words, "")
+    _, words = take_number(words, "--step", least=0)
+    for flag in ("--on", "--tasks", "--include_path"):
+        _, words = take_text(words, flag)
+    _, words = take_number(words, "--limit", least=1)
+    own, words = split_flags(words, lambda name: "." not in name)
+    any_of({*SCORING.values()}, own)
+    any_of_families(words)
+
+
+def any_of(kinds: set[type], words: list[str]) -> None:
+    """One of the families' flags they must be."""
+    refusals = [refusal_of(functools.partial(parse_settings, kind, words, "", "")) for kind in kinds]
+    assert None in refusals, refusals
+
+
+def any_of_families(words: list[str]) -> None:
+    refusals = [refusal_of(functools.partial(parse_config, FAMILIES, [f"--model.family={name}", *words])) for name in FAMILIES]
+    assert None in refusals, refusals
+
+
+def refusal_of(act: Callable[[], object]) -> str | None:
+    try:
+        act()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def export(words: list[str]) -> None:
+    _, words = take_run(words, "")
+    _, words = take_number(words, "--step", least=0)
+    parse_settings(ExportSettings, words, "", "")
+
+
+def tokenizer(words: list[str]) -> None:
+    assert words[0] == "train"
+    parse_settings(TokenizerSettings, words[1:], "", "")
+
+
+def data(words: list[str]) -> None:
+    assert words[0] in ACTIONS
+    if words[0] == "inspect" and "--config" in words:
+        train(take_number(words[1:], "--blocks", least=1)[1])
+    else:
+        parse_settings({"build": BuildSettings, "inspect": InspectSettings}[words[0]], words[1:], "", "")
+
+
+def doctor(words: list[str]) -> None:
+    _, words = take_number(words, "--processes", least=1)
+    own, run = split_flags(words, lambda name: name in OWN)
+    parse_settings(DoctorSettings, own, "", "")
+    if run:
+        train(run)
+
+
+def on_slurm(words: list[str]) -> None:
+    action, *words = words
+    assert action in slurm.ACTIONS
+    if action in ("render", "submit"):
+        out = io.StringIO()
+        own, run = slurm.split_settings(words)
+        if action == "submit":  # what Slurm is not asked for
+            own = [word for word in own if word not in ("--dry-run", "--no-snapshot")]
+        with contextlib.redirect_stdout(out):
+            assert print_script(["--site=site.yaml", *own], run) == 0
+    elif action == "logs":
+        parse_settings(LogSettings, [word for word in words if word.startswith("-")], "", "")
+    else:
+        assert {word for word in words if word.startswith("-")} <= ({"--sweep"} if action == "status" else set()), words
+
+
+VERBS: dict[str, Callable[[list[str]], object]] = {
+    "train": train, "sample": sample, "evaluate": evaluate, "export": export, "tokenizer": tokenizer, "data": data,
+    "doctor": doctor, "slurm": on_slurm, "compare": lambda words: parse(compare.parser(), words),
+    "checkpoint": lambda words: parse(checkpoint.parser(), words), "sync": lambda words: parse(sync.parser(), words),
+}  # fmt: skip
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch) -> Path:
+    """A folder like the root of a clone, with the files that the pages say are the reader's."""
+    for name in ("configs", "launch", "train.py", "genscale", "README.md"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "run.yaml").write_text((ROOT / "configs/gpt/demo.yaml").read_text())
+    (tmp_path / "site.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_is_taken_by_its_parser(page, clone):
+    found = [words for block in blocks(page) for words in commands(block)]
+    assert found
+    for words in found:
+        try:
+            check(words)
+        except (UserError, AssertionError) as error:
+            pytest.fail(f"{shlex.join(words)}\n{error}")
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("genscale train --config configs/gpt/demo.yaml --train.stepps 3", "train.steps"),
+    ("accelerate launch --config_file launch/fsdp3.yaml train.py --config run.yaml", "fsdp3"),
+    ("accelerate launch train.py --config run.yaml --optimizer.lr fast", "optimizer.lr"),
+    ("genscale sample runs/a --temprature 0.8", "temprature"), ("genscale checkpoint digests runs/a", "digests"),
+    ("genscale slurm submit --config configs/gpt/demo.yaml --node 2", "nodes"), ("bash launch/demo.sh", "demo.sh"),
+    ("genscale slurm status --swept runs/a", "swept"), ("genscale compare runs/a", "run_b"), ("unknown word", "unknown"),
+])  # fmt: skip
+def test_a_planted_mistake_is_found(line, said, clone):
+    with pytest.raises((UserError, AssertionError, KeyError), match=said):
+        for words in commands(line):
+            check(words)
+
+
+def test_every_file_that_is_named_is_there():
+    missing = [f"{page.relative_to(ROOT)}: {name}" for page in PAGES if page.parent.name != "reference"
+               for name in FILES.findall(" ".join(re.findall(r"`([^`\n]+)`", page.read_text())))
+               if "/<" not in name and not list(ROOT.glob(name)) and not name.startswith("docs/examples/")]
+    assert not missing
+
+
+def test_every_setting_that_is_named_is_one():
+    known = set().union(*(config_parser(FAMILIES, name).keys() for name in FAMILIES))
+    sections = "|".join(sorted({key.partition(".")[0] for key in known if "." in key}))
+    named = re.compile(rf"`(?:--)?((?:{sections})\.[a-z]\w*)(?=[` :=])")
+    files = ("run.yaml", "model.safetensors", "train.py", "train.npz")
+    wrong = {f"{page.relative_to(ROOT)}: {key}" for page in PAGES for key in named.findall(page.read_text())
+             if key not in known and key not in files}
+    assert not wrong
+
+
+def test_every_config_that_is_shown_is_one(tmp_path):
+    shown = [text for page in PAGES for text in re.findall(r"^```yaml\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)]
+    assert shown
+    for number, text in enumerate(shown):
+        (file := tmp_path / f"{number}.yaml").write_text(text)
+        parse_config(FAMILIES, ["--config", str(file)])
+
+
+def test_the_reference_is_what_the_code_says():
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs/reference/generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    sys.modules["generate"] = generate  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(generate)
+        written = generate.pages()
+    finally:
+        del sys.modules["generate"]
+    for name, text in written.items():
+        assert (ROOT / "docs/reference" / name).read_text() == text, f"{name}: run python docs/reference/generate.py"
+
+
+def test_readme_is_short():
+    assert (ROOT / "README.md").stat().st_size <= 10_000
+
+
+def test_the_links_of_readme_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / "README.md").read_text())
+    assert len(links) > 10 and not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    """A page that no link or menu reaches, a link or an anchor that leads nowhere: all are errors."""
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    built = subprocess.run(command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True,
+                           timeout=120)
+    assert built.returncode == 0, built.stderr
+    assert (tmp_path / "site" / "reference" / "settings.html").is_file()
+
+
+SHIM = """#!{python}
+import sys
+words = sys.argv[1:]
+if ("train" in words[:1] or "train.py" in words) and "--train.steps" not in words:
+    words += ["--train.steps", "4"]
+sys.argv[1:] = words
+{start}
+"""
+"""A command that the tutorials type, which cuts runs short that say nothing of their steps."""
+STARTS = {"genscale": "from genscale.cli import start; start(words)",
+          "accelerate": "from accelerate.commands.accelerate_cli import main; main()"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_the_commands_of_a_tutorial_run(name, clone):
+    (clone / "bin").mkdir()
+    for program, start in STARTS.items():
+        (clone / "bin" / program).write_text(SHIM.format(python=sys.executable, start=start))
+        (clone / "bin" / program).chmod(0o755)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "ACCELERATE_"))}
+    environment |= {"PATH": f"{clone / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    printed = []
+    for block in blocks(ROOT / "docs/tutorials" / f"{name}.md"):
+        if block.startswith(ON_THE_CLUSTER):
+            continue
+        done = subprocess.run(["bash", "-eu", "-c", block], cwd=clone, env=environment, capture_output=True, text=True,
+                              timeout=400)
+        assert done.returncode == (2 if "# refused" in block else 0), f"{block}\n{done.stdout}\n{done.stderr}"
+        printed.append(done.stdout)
+    if name == "resume":
+        straight, stopped, *_ = printed[2].splitlines()
+        assert straight == stopped and len(straight) == 64
+        assert "equal but for rounding" in printed[3]
+    if name == "gan":
+        assert len(list((clone / "pictures").iterdir())) == 1000 and (clone / "digits.png").is_file()
