@@ -40,7 +40,7 @@ def standard_library() -> list[str]:
 
 
 def _text(path: Path) -> str:
-    """Of a module; empty where it cannot be read as UTF-8."""
+    """Text of a module; empty where it cannot be read as UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

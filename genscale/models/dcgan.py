@@ -9,10 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from genscale.models.gan_settings import SMALLEST_MAP, GANSettings, multipliers
-from genscale.models.image_layers import norm_layer, spectral_norm
-
-SLOPE = 0.2
-"""Slope of LeakyReLU below zero."""
+from genscale.models.image_layers import SLOPE, norm_layer, spectral_norm
 
 
 class LatentInput(nn.Module):

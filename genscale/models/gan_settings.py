@@ -8,8 +8,7 @@ from typing import Literal
 from jsonargparse.typing import PositiveInt
 
 from genscale.errors import UserError, refuse_unheeded
-
-Norm = Literal["batch", "group", "none"]
+from genscale.models.norms import Norm
 
 SIZES = (8, 16, 32, 64, 128, 256, 512)
 SMALLEST_MAP = 4

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from genscale.models.batch_norm import BatchNorm
-from genscale.models.gan_settings import Norm
 from genscale.models.initial_draw import HasInitialScale, InitialScale, OwnDraw, before_parametrization, has_own_draw
 from genscale.models.moving_state import MovingState
+from genscale.models.norms import Norm
 from genscale.rng import torch_generator
 
+SLOPE = 0.2
+"""Slope of LeakyReLU below zero."""
 GROUPS, GROUP_CHANNELS = 32, 16
 """Groups of a GroupNorm at most, and channels of a group at least (both of Wu and He 2018). In bf16 and channels-last PyTorch's
 CPU kernels take 15 to 40 times as long for groups of 8."""

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genscale.models.dcgan import SLOPE
-from genscale.models.image_layers import norm_layer, spectral_norm
+from genscale.models.image_layers import SLOPE, norm_layer, spectral_norm
 from genscale.models.initial_draw import scale_initial
 
 RECTIFIED_GAIN = math.sqrt(2)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from genscale.models.gan_settings import Norm
+from genscale.models.norms import Norm
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Literal
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
 
 from genscale.errors import UserError, refuse_unheeded
-from genscale.models.gan_settings import Norm
+from genscale.models.norms import Norm
 from genscale.settings.config import TrainSettings
 
 LossName = Literal["non_saturating", "hinge", "wasserstein", "least_squares", "relativistic"]
