@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from genscale.config_parser import load_config
 from genscale.objectives import FAMILIES
+from genscale.settings.parser import load_config
 from genscale.training.config_check import check_config
 
 ROOT = Path(__file__).resolve().parents[1]
