@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from genscale.families import FAMILIES
+from genscale.settings.parser import load_config
+from genscale.training.config_check import check_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "tests" / "plugin_package"
@@ -57,6 +59,7 @@ def test_a_packages_family_is_trained_recorded_and_named_where_it_is_missing(see
     assert "cannot be loaded (ModuleNotFoundError: No module named 'no_such_library')" in listed["broken_rings"]
     assert "Width of the hidden layer." in genscale("train", "--model.family", "rings", "--help").out
 
+    check_config(load_config(FAMILIES, config), 4)  # as `genscale slurm submit` does
     done = genscale("train", "--config", config)
     assert done.code == 0, done.err
     about = json.loads((tmp_path / "rings" / "checkpoints" / "step-00000004" / "manifest.json").read_text())["about"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from genscale.errors import UserError
 from genscale.families.family import Family
 
 GROUP = "genscale.families"
+PLAIN = re.compile(r"[\w./][\w.+!/-]*")
+"""Names, versions and paths that can be typed as they are."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,8 @@ class Families(Mapping[str, Family]):
                 package = f"{was['package']}=={was['version']}"
                 return f"; {place} was made with that of package {package}: pip install {package}"
             if "script" in was:
-                return f"; {place} was made by {was['script']}, which registers it: python {was['script']} VERB ..."
+                script = was["script"]
+                return f"; {place} was made by {script}, which registers it: python {script} VERB ..."
         return ""
 
 
@@ -128,8 +132,9 @@ def recorded_origin(place: Path, family: str) -> dict[str, str]:
     for folder in (place, *sorted(place.glob("checkpoints/step-*"), reverse=True)):
         try:
             found = json.loads((folder / "manifest.json").read_text())["about"]["family"]
-            if found["name"] == family:
-                return {key: str(value) for key, value in found.items()}
+            # A stranger's checkpoint shall not put a command into a message.
+            if found["name"] == family and all(PLAIN.fullmatch(value) for value in found.values()):
+                return dict(found)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
     return {}

@@ -75,7 +75,7 @@ def _inspect_run(arguments: list[str]) -> int:
             return inspect(config.data, config.run.seed, blocks or InspectSettings.blocks)
         if isinstance(config.data, ImageDataSettings):
             return inspect_images(config.data, config.run.seed)
-    raise UserError(f"model.family={config.model.family}: its data is made up as it is needed; there is nothing to inspect")
+    raise UserError(f"model.family={config.model.family}: only text and images can be inspected, and its data is neither")
 
 
 @contextmanager
