@@ -10,8 +10,9 @@ from pathlib import Path
 from genscale.errors import UserError
 
 DOCS, STDLIB = "python-docs", "python-stdlib"
-NO_PART = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-"""Folders within that of the standard library: of its tests, and of what was installed besides."""
+NO_PART = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
+"""Folders within that of the standard library: of its tests, of what was installed besides, and of tables and texts that a
+program wrote, which are learnt in no time and would make the loss look better than the code is known."""
 OF_THE_MACHINE = ("_sysconfigdata", "config-", "sitecustomize", "usercustomize")
 """How the names of files and folders begin that say how and where a Python was built, or what its owner added."""
 
