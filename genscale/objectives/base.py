@@ -76,8 +76,6 @@ def in_evaluation(network: nn.Module) -> Iterator[None]:
     finally:
         for layer in training:
             layer.training = True
-        # Autocast would go on with the copies of weights that it has made in here, which lead to no gradient.
-        torch.clear_autocast_cache()
 
 
 @contextmanager

@@ -96,14 +96,15 @@ class ZeroEngine(ZeroState):
     def _hold(self, name: str, module: nn.Module, read: Read | None) -> None:
         deepspeed = import_deepspeed(self.processes.device)
         self._materialise(module, read)
+        self.modules[name] = self.networks[name] = module
         if self.stage < 3:
             for parameter in module.parameters():
                 parameter.data = parameter.data.to(DTYPES[self.precision])
         else:
             configuration = self.configuration()
             configuration["zero_optimization"].pop("offload_optimizer", None)
-            deepspeed.initialize(model=module, config=configuration)
-        self.modules[name] = self.networks[name] = module
+            # Kept, though only the module is called: with the engine would go the hooks that gather.
+            self.networks[name], _, _, _ = deepspeed.initialize(model=module, config=configuration)
 
     def _materialise(self, module: nn.Module, read: Read | None) -> None:
         if self.stage == 3 and self._selective():

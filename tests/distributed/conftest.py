@@ -25,6 +25,7 @@ from genscale.training.checkpoints import Checkpoint
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("engine_worker.py")
 IMAGE_WORKER = Path(__file__).with_name("image_engine_worker.py")
+FROZEN_WORKER = Path(__file__).with_name("frozen_worker.py")
 TIMEOUT = 200
 SETTINGS = {
     "model.layers": 2, "model.heads": 2, "model.width": 32, "model.positions": 32, "data.sequence_length": 32,
@@ -162,6 +163,24 @@ def worker() -> ModuleType:
 @pytest.fixture(scope="session")
 def image_worker() -> ModuleType:
     return load_module(IMAGE_WORKER)
+
+
+@pytest.fixture(scope="session")
+def frozen_worker() -> ModuleType:
+    return load_module(FROZEN_WORKER)
+
+
+@pytest.fixture(scope="session")
+def frozen_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """What frozen_worker.py says of some variants, in one start of two processes."""
+
+    def run(variants: list[dict[str, Any]]) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp("frozen")
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(FROZEN_WORKER)]
+        run_to_end([*command, json.dumps(variants), str(folder)])
+        return json.loads((folder / "results.json").read_text())
+
+    return run
 
 
 def load_module(path: Path) -> ModuleType:

@@ -1,9 +1,10 @@
 """One process of a test of frozen networks, started by torchrun: whole runs of a toy that is planted in the place of the points
-family. A student learns a teacher's answers where its own rollouts lead; their lengths, and so the forwards of a process, depend
-on the sample. Writes what came of several runs as JSON."""
+family. A student learns a teacher's answers where its own rollouts lead; their lengths, and so the forwards of a process,
+depend on the sample. Writes what came of several runs as JSON."""
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import sys
@@ -39,9 +40,9 @@ from genscale.training.supervision import Supervision
 GLOBAL_BATCH, WIDTH, STEPS = 8, 128, 6
 SETTINGS = {
     "model.family": "points", "data.lanes": GLOBAL_BATCH, "data.validation_points": 20, "train.global_batch_size": GLOBAL_BATCH,
-    "train.steps": STEPS, "train.precision": "fp32", "train.log_every": 1, "train.checkpoint_every": 3, "train.evaluate_every": 3,
-    "train.sample_every": 6, "train.checkpoint_keep": 9, "train.ema_half_life": 100, "train.ema_ramp_up": 0,
-    "optimizer.name": "sgd", "optimizer.lr": 0.02, "tracking.wandb": "disabled", "run.trace": True,
+    "train.steps": STEPS, "train.precision": "fp32", "train.log_every": 1, "train.checkpoint_every": 3,
+    "train.evaluate_every": 3, "train.sample_every": 6, "train.checkpoint_keep": 9, "train.ema_half_life": 100,
+    "train.ema_ramp_up": 0, "optimizer.name": "sgd", "optimizer.lr": 0.02, "tracking.wandb": "disabled", "run.trace": True,
 }  # fmt: skip
 
 
@@ -118,6 +119,7 @@ class Distilled(Objective):
         return {"error": (networks["student"](led) - networks["teacher"](led)).float().square().sum(1)}
 
     def summarise(self, totals: Mapping[str, Any]) -> dict[str, float]:
+        gc.collect()  # with an engine that nobody holds would go what gathers its network
         return {"loss": totals["error"].mean().item()}
 
     def preview(self, networks: Networks, seed: int, device: torch.device) -> str:
@@ -178,12 +180,14 @@ def run(folder: Path, variant: dict[str, Any], processes: Processes) -> dict[str
         return {}
     found = list_checkpoints(folder / "checkpoints")[-1]
     lines = list(read_metrics(folder / "metrics.jsonl"))
-    return {"losses": [line["loss"] for line in lines if "loss" in line], "gradients": [line["grad_norm"] for line in lines
-                                                                                         if "grad_norm" in line],
-            "validation": [line["validation_loss"] for line in lines if "validation_loss" in line],
-            "digest": found.digest(), "frozen": found.state()["frozen"], "calls": calls, "bytes": bytes_held,
-            "optimizers": list(engine.optimizers), "averages": list(engine.averages),
+    return {"numbers": numbers(lines), "digest": found.digest(), "frozen": found.state()["frozen"], "calls": calls,
+            "bytes": bytes_held, "optimizers": list(engine.optimizers), "averages": list(engine.averages),
             "files": sorted(file.relative_to(found.path).as_posix() for file in found.path.rglob("*.safetensors"))}
+
+
+def numbers(lines: list[dict[str, Any]]) -> list[float]:
+    """What was logged of a run: losses, gradient norms and validation losses."""
+    return [line[key] for key in ("loss", "grad_norm", "validation_loss") for line in lines if key in line]
 
 
 def main(variants: list[dict[str, Any]], folder: Path) -> None:
