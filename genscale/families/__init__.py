@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-
 from genscale.errors import UserError, nearest
 from genscale.families import dcgan, gpt, points, vae, vae_gan
 from genscale.families.family import Family
 
-BUILT_IN: dict[str, Family] = {entry.FAMILY.name: entry.FAMILY for entry in (gpt, dcgan, points, vae, vae_gan)}
+FAMILIES: dict[str, Family] = {entry.FAMILY.name: entry.FAMILY for entry in (gpt, dcgan, points, vae, vae_gan)}
+"""All by name; the first is that of a run without `model.family`."""
 
 
 def family(name: str) -> Family:
@@ -21,30 +20,6 @@ def family(name: str) -> Family:
         >>> family("vae").data_settings.__name__
         'ImageDataSettings'
     """
-    if name not in BUILT_IN:
-        raise UserError(f"model.family: '{name}' is not one of {', '.join(names())}{nearest(name, names())}")
-    return BUILT_IN[name]
-
-
-def names() -> list[str]:
-    """Names of all families, the one that a run without `model.family` has first."""
-    return list(BUILT_IN)
-
-
-class _Families(Mapping[str, Family]):
-    """All families by name, as the parser of a config asks for them."""
-
-    def __getitem__(self, name: str) -> Family:
-        try:
-            return family(name)
-        except UserError as error:
-            raise KeyError(name) from error
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(names())
-
-    def __len__(self) -> int:
-        return len(names())
-
-
-FAMILIES: Mapping[str, Family] = _Families()
+    if name not in FAMILIES:
+        raise UserError(f"model.family: '{name}' is not one of {', '.join(FAMILIES)}{nearest(name, FAMILIES)}")
+    return FAMILIES[name]
