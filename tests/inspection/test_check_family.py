@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from genscale.errors import UserError
-from genscale.families import BUILT_IN, FAMILIES, names
+from genscale.families import FAMILIES
 from genscale.inspection.check_family import FIXED, FamilyReport, check_family
 from genscale.inspection.loss_laws import LossFindings, look_at_losses
 from genscale.settings.parser import parse_config
@@ -29,7 +29,7 @@ def planted(monkeypatch):
     import broken_families
 
     for name, family in broken_families.FAMILIES.items():
-        monkeypatch.setitem(BUILT_IN, name, family)
+        monkeypatch.setitem(FAMILIES, name, family)
     yield
     sys.modules.pop("broken_families")
 
@@ -63,7 +63,7 @@ def test_what_cannot_be_checked_is_said_in_a_line(planted, genscale, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("name", "settings"), [
-    *((name, {}) for name in names()),
+    *((name, {}) for name in FAMILIES),
     pytest.param("dcgan", PENALTY, id="gradient penalty"), pytest.param("dcgan", CONDITIONAL, id="conditional"),
 ])  # fmt: skip
 def test_every_family_keeps_the_promise(name, settings):

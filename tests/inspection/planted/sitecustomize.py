@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from broken_families import FAMILIES
+import broken_families
 
-from genscale.families import BUILT_IN
+from genscale.families import FAMILIES
 
-BUILT_IN |= FAMILIES
+FAMILIES |= broken_families.FAMILIES
