@@ -27,7 +27,7 @@ def module(**changed: object) -> SimpleNamespace:
 def known(monkeypatch: pytest.MonkeyPatch, **changed: object) -> Family:
     """The toy family, with an entry that differs in that."""
     entry = replace(toy.FAMILY, **changed)
-    monkeypatch.setitem(FAMILIES, "toy", entry)
+    monkeypatch.setitem(FAMILIES.registered, "toy", entry)
     return entry
 
 

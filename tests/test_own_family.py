@@ -137,7 +137,7 @@ def mine(tmp_path) -> Iterator[Path]:
     runpy.run_path(str(tmp_path / "mine.py"))
     FAMILIES.script = str(tmp_path / "mine.py")
     yield tmp_path / "mine.py"
-    FAMILIES._registered.clear()
+    FAMILIES.registered.clear()
     FAMILIES.script = script
 
 
@@ -153,7 +153,7 @@ def test_a_registered_family_has_every_verb_but_a_job(mine, genscale, tmp_path):
     (tmp_path / "mine.yaml").write_text("model: {family: mine}")
     assert [line for line in genscale("families").out.splitlines() if line.startswith("mine ") and "this script" in line]
     assert genscale(*words("mine", tmp_path, 1, **SHORT)).code == 0
-    del FAMILIES._registered["mine"]  # as in another process
+    del FAMILIES.registered["mine"]  # as in another process
     message = genscale("evaluate", tmp_path / "run").message()
     assert message.endswith(f"was made by {mine}, which registers it: python {mine} VERB ...")
     runpy.run_path(str(mine))

@@ -9,6 +9,7 @@ from genscale.families.family import Family
 from genscale.families.registry import Families
 
 FAMILIES = Families({entry.FAMILY.name: entry.FAMILY for entry in (gpt, dcgan, points, vae, vae_gan)})
+"""All by name; the first built-in one is that of a run without `model.family`."""
 
 
 def family(name: str) -> Family:

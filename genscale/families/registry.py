@@ -41,30 +41,31 @@ class Families(Mapping[str, Family]):
     """Families by name, those of the script first. Built-in ones win over a package's of the same name.
 
     Attributes:
+        registered: those known in this process alone.
         script: the program that has registered a family, which another process must run to know it; None where there is none.
     """
 
     def __init__(self, built_in: Mapping[str, Family]) -> None:
-        self._built_in, self._registered = dict(built_in), dict[str, Family]()
+        self._built_in, self.registered = dict(built_in), dict[str, Family]()
         self.script: str | None = None
 
     def __getitem__(self, name: str) -> Family:
         """Raises KeyError where there is none, and UserError where a package's own cannot be loaded."""
-        for known in (self._built_in, self._registered):
+        for known in (self._built_in, self.registered):
             if name in known:
                 return known[name]
         return _load(self._installed[name])
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._registered  # the first one is what a config without `model.family` means
+        yield from self.registered  # the first one is what a config without `model.family` means
         yield from self._built_in
-        yield from (name for name in sorted(self._installed) if name not in self._built_in and name not in self._registered)
+        yield from (name for name in sorted(self._installed) if name not in self._built_in and name not in self.registered)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._built_in or name in self._registered or name in self._installed
+        return name in self._built_in or name in self.registered or name in self._installed
 
     @functools.cached_property
     def _installed(self) -> dict[str, list[EntryPoint]]:
@@ -86,22 +87,22 @@ class Families(Mapping[str, Family]):
         built-in one has."""
         if family.name in self._built_in:
             raise ValueError(f"'{family.name}' is a built-in family; give yours another name")
-        self._registered[family.name] = family
+        self.registered[family.name] = family
         self.script = getattr(sys.modules["__main__"], "__file__", None) or self.script
 
     def is_registered(self, name: str) -> bool:
         """Whether it is known in this process alone."""
-        return name in self._registered
+        return name in self.registered
 
     def package(self, name: str) -> Package | None:
         """The installed package that the family is of; None for built-in and registered ones."""
-        if name in self._built_in or name in self._registered or name not in self._installed:
+        if name in self._built_in or name in self.registered or name not in self._installed:
             return None
         return _package(self._installed[name][0])
 
     def origin(self, name: str) -> dict[str, str]:
         """Where a family that is not built in comes from, as JSON; empty for the others."""
-        if name in self._registered and self.script:
+        if name in self.registered and self.script:
             return {"name": name, "script": self.script}
         package = self.package(name)
         return {"name": name, "package": package.name, "version": package.version} if package else {}

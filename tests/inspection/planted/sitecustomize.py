@@ -6,4 +6,4 @@ import broken_families
 
 from genscale.families import FAMILIES
 
-FAMILIES |= broken_families.FAMILIES
+FAMILIES.registered |= broken_families.FAMILIES
