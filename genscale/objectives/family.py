@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from genscale.settings.config import Config
 
 
-@dataclass
+@dataclass(frozen=True)
 class NoSettings:
     """A family whose objective leaves nothing to choose."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -93,10 +94,11 @@ class LanguageModel(Objective):
         with drafted(folder / TOKENIZER_FILE) as draft:
             self.tokenizer.save(draft)
 
-    def use_assets(self, config: Config, folder: Path) -> None:
+    def use_assets(self, config: Config, folder: Path) -> Config:
         """The text is cut into the tokens the network was trained on."""
-        if (folder / TOKENIZER_FILE).exists():
-            config.data.tokenizer = str(folder / TOKENIZER_FILE)
+        if not (folder / TOKENIZER_FILE).exists():
+            return config
+        return replace(config, data=replace(config.data, tokenizer=str(folder / TOKENIZER_FILE)))
 
     def evaluate(self, networks: Networks, batch: Batch) -> Terms:
         """Sums in float64: `nats`, `tokens` and, where the tokenizer knows them, the `bytes` that the targets stand for."""

@@ -35,7 +35,8 @@ READABLE = (1, FORMAT)
 TENSORS = ("networks", "optimizers", "averages")
 STATE = {"step": int, "data": dict, "scalers": dict, "plan": dict}
 """What every state.json has."""
-NOT_IN_ALL = {"units": int, "accumulation": int, "evaluation": dict, "best": dict, "guards": dict, "collapse": dict, "hooks": dict}
+NOT_IN_ALL = {"units": int, "accumulation": int, "evaluation": dict, "best": dict, "guards": dict, "collapse": dict,
+              "hooks": dict}
 """What it may have; null stands for none."""
 
 
