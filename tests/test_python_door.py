@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import doctest
 import importlib
 import json
@@ -22,6 +24,7 @@ import torch
 import yaml
 
 import genscale
+from genscale.objectives import FAMILIES
 from genscale.training.checkpoints import Checkpoint, list_checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,6 +164,24 @@ def test_a_hook_that_fails_ends_the_run_with_its_own_error(tmp_path, capfd) -> N
     with pytest.raises(TypeError, match=r"no genscale.Hook; genscale.every\(50, f\)"):
         genscale.train(tiny(tmp_path, run__name="other"), hooks=[broken])
     assert not (tmp_path / "other").exists()
+
+
+def test_a_config_is_frozen_and_a_run_does_not_change_it(tmp_path, capfd) -> None:
+    config = tiny(tmp_path, train__steps=1)
+    before = copy.deepcopy(config)
+    for section, name in (("train", "precision"), ("model", "family"), ("data", "source"), ("objective", "beta")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(getattr(config, section), name, "other")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.train = before.train
+    genscale.train(config)
+    assert config == before and config.parallel.strategy == "auto"
+
+
+def test_every_section_of_every_family_is_frozen() -> None:
+    for name, family in FAMILIES.items():
+        for section in (family.model_settings, family.data_settings, family.objective_settings):
+            assert section.__dataclass_params__.frozen, f"{name}: {section.__name__}"
 
 
 def test_settings_are_checked_as_on_the_command_line(refuse_door, tmp_path) -> None:

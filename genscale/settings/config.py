@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -32,6 +32,11 @@ class DataSettings(Protocol):
 
     @property
     def prefetch_steps(self) -> int: ...
+
+
+Model = TypeVar("Model", bound=ModelSettings)
+Data = TypeVar("Data", bound=DataSettings)
+Objective = TypeVar("Objective")
 
 
 @dataclass(frozen=True)
@@ -194,16 +199,17 @@ class TrackingSettings:
 
 
 @dataclass(frozen=True)
-class Config:
-    """A whole run. `model`, `data` and `objective` hold the family's own settings dataclasses.
+class Config(Generic[Model, Data, Objective]):
+    """A whole run. `model`, `data` and `objective` hold the family's own settings dataclasses: that of a VAE is a
+    `Config[VAESettings, ImageDataSettings, VAEObjectiveSettings]`, and a `Config` is that of any family.
 
     A config does not change: `dataclasses.replace` makes one that differs.
     """
 
     run: RunSettings = field(default_factory=RunSettings)
-    model: ModelSettings = None  # type: ignore[assignment]
-    data: DataSettings = None  # type: ignore[assignment]
-    objective: Any = None
+    model: Model = None  # type: ignore[assignment]
+    data: Data = None  # type: ignore[assignment]
+    objective: Objective = None  # type: ignore[assignment]
     train: TrainSettings = field(default_factory=TrainSettings)
     guards: GuardSettings = field(default_factory=GuardSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)

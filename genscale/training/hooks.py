@@ -36,7 +36,7 @@ class RunHooks:
         state: state.json of the checkpoint the run continues from, or an empty dict.
         stop: the signals received so far; one ends an evaluation.
         may_commit: raises where the run folder is another's by now.
-        added: the user's, by name. Their states stand together under `hooks` in state.json, by name; the others' beside each other.
+        added: the user's, by name. Their states stand together under `hooks` in state.json; the others' beside each other.
     """
 
     def __init__(self, config: Config, folder: Path, engine: Engine, objective: Objective, data: Data, loader: StepLoader,
