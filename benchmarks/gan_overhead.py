@@ -15,6 +15,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def digits_step(generator: nn.Module, discriminator: nn.Module, config: Config, 
 def measure(name: str) -> dict[str, Any]:
     source, steps = CONFIGS[name]
     config = load_config(FAMILIES, ROOT / source, [])
-    config.train.steps = 10**9  # a constant learning rate, and no end
+    config = replace(config, train=replace(config.train, steps=10**9))  # a constant learning rate, and no end
     ours = OurSteps(config)
     networks = [[plain(copy.deepcopy(ours.objective.networks[each])) for each in ("generator", "discriminator")]
                 for _ in range(2)]

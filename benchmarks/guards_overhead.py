@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,9 +107,8 @@ class _TimedBuffers:
 def measure(name: str, steps: int) -> dict[str, Any]:
     contestants: dict[str, OurSteps] = {}
     for label, kind in (("on", Counted), ("off", Unguarded), ("control", Unguarded)):
-        config = CONFIGS[name]()
-        config.optimizer, config.schedule = OptimizerSettings(lr=1e-4), ScheduleSettings(name="constant")
-        config.guards = GuardSettings(spikes="skip")
+        config = replace(CONFIGS[name](), optimizer=OptimizerSettings(lr=1e-4), schedule=ScheduleSettings(name="constant"),
+                         guards=GuardSettings(spikes="skip"))
         contestants[label] = OurSteps(config, kind)
     losses: dict[str, list[dict[str, float]]] = {label: [] for label in contestants}
 

@@ -96,7 +96,7 @@ def work(cells: list[Cell], folder: Path) -> None:
     processes = Processes(need_group=True)
     logging.getLogger("genscale").addHandler(logging.NullHandler())
     for config, plan in jobs:
-        config.train.precision = plan.precision
+        config = plan.settled(config)
         run = folder / config.run.name
         began = time.perf_counter()
         with StopSignal() as stop, Supervision(config, run, processes, stop) as supervision:

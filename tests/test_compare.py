@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,7 @@ def test_seed(make, verdict) -> None:
 
 def batches(config: Any, source: Path | str) -> list[torch.Tensor]:
     """Tokens of the global batches, from the data alone."""
-    config.data.source = str(source)
-    data = family("gpt").build_data(config.data, config.run.seed)
+    data = family("gpt").build_data(replace(config.data, source=str(source)), config.run.seed)
     loader = StepLoader(data, global_batch_size=4, micro_batch_size=4, rank=0, world_size=1, workers=0, prefetch_steps=1)
     try:
         return [loader.next_batch()[0]["tokens"] for _ in range(STEPS)]

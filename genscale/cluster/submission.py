@@ -143,7 +143,7 @@ def _prepare(asked: JobSettings, settings: Sequence[str], submitted_with: str | 
                         "make it an installed package with an entry point genscale.families, or call `srun python "
                         f"{FAMILIES.script} train ...` in a script of your own")
     if (scratch := site.scratch_folder()) and config.run.dir == RunSettings().dir:
-        config.run.dir = f"{scratch}/{config.run.dir}"
+        config = replace(config, run=replace(config.run, dir=f"{scratch}/{config.run.dir}"))
     if is_unlimited(asked.time):
         partition = find_partition(asked.partition or site.partition) if shutil.which("sinfo") else None
         raise UserError(no_time_limit(asked.time, partition.time if partition else None))
@@ -159,8 +159,8 @@ def _prepare(asked: JobSettings, settings: Sequence[str], submitted_with: str | 
         for element in array.elements():
             own = [f"--{key}={value}" for key, value in array.settings_of(element).items()]
             one = parse_config(FAMILIES, [*words, *own])
-            one.run = replace(one.run, dir=config.run.dir, name=array.name_of(config.run.name, element))
-            configs.append(one)
+            run = replace(one.run, dir=config.run.dir, name=array.name_of(config.run.name, element))
+            configs.append(replace(one, run=run))
         if len(names := {each.run.name for each in configs}) < len(configs):
             raise UserError(f"--array: its {len(configs)} runs would have {len(names)} names, for values look alike in the "
                             "name of a folder")

@@ -16,7 +16,7 @@ TABLE_SETTINGS = ["image_column", "label_column"]
 """Settings that only hub datasets, and only tables, heed."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class ImageDataSettings:
     """Images to train on."""
 
@@ -79,7 +79,7 @@ class ImageDataSettings:
     """How long a web server that fails is tried again before the run ends; less than guards.hang_minutes."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class PackedImageDataSettings(ImageDataSettings):
     """Images for a GAN."""
 

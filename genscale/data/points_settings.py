@@ -8,7 +8,7 @@ from typing import Literal
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 
-@dataclass
+@dataclass(frozen=True)
 class PointsDataSettings:
     """Points to train on; they are drawn as they are needed."""
 

@@ -17,7 +17,7 @@ Document = Literal["paragraph", "line", "file"]
 DEFAULT_SOURCE = "python-docs"
 
 
-@dataclass
+@dataclass(frozen=True)
 class SourceSettings:
     """An entry of `data.sources`. What is left out is as the data section has it."""
 
@@ -49,7 +49,7 @@ class SourceSettings:
     """As data.tools_column."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class TextDataSettings:
     """Text to train on."""
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import queue
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -141,7 +142,8 @@ class WorkerTransport(Transport):
         with _interrupts_ignored():
             forkserver.ensure_running()
         try:
-            self._iterator = iter(loader)
+            with _script_not_run_again(data):
+                self._iterator = iter(loader)
         except (pickle.PicklingError, AttributeError, TypeError) as error:  # of a data set that somebody brought
             raise UserError(f"data.workers: {share.workers} processes cannot be given the data ({error}); define at the top of "
                             "a module what it holds (no lambda), or set data.workers to 0") from None
@@ -185,6 +187,22 @@ def _interrupts_ignored() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@contextmanager
+def _script_not_run_again(data: Data) -> Iterator[None]:
+    """A worker would run the program's script first, and a script of a few lines that train would train in each. It is needed
+    only where the data is of a class of its own (whoever writes one puts the training under `if __name__ == "__main__"`)."""
+    main = sys.modules["__main__"]
+    if any(type(each).__module__ == "__main__" for each in (data, *getattr(data, "__dict__", {}).values())):
+        yield
+        return
+    hidden = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
+    vars(main).update(dict.fromkeys(hidden))
+    try:
+        yield
+    finally:
+        vars(main).update(hidden)
 
 
 def _start_worker(stop: Connection, logs: Logs, worker: int) -> None:

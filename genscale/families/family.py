@@ -22,7 +22,7 @@ READ_BY_LOADER = ("workers", "prefetch_steps")
 """Settings that every `data` section has."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class NoSettings:
     """A family whose objective leaves nothing to choose."""
 

@@ -184,6 +184,7 @@ def make_family(name: str, *, network: Callable[[Any], nn.Module], loss: Loss, d
 def _with_family(settings: type, name: str) -> type:
     """The model's settings with `family`, by which a config says whose they are."""
     field = ("family", Literal[name], dataclasses.field(default=name))
-    made = dataclasses.make_dataclass(settings.__name__, [field], bases=(settings,))
+    frozen = settings.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    made = dataclasses.make_dataclass(settings.__name__, [field], bases=(settings,), frozen=frozen)
     made.__doc__, made.__module__ = settings.__doc__, settings.__module__
     return made

@@ -26,38 +26,38 @@ FREE = {"family", "from_", "dropout", "attention_dropout", "loss_chunk", "init_s
 """Settings that are the run's own whatever it starts from."""
 
 
-def complete_from(config: Config, recorded: Path | None = None) -> Any:
-    """Fill `config.model` and `config.data.tokenizer` from the model that `model.from` names; without one change nothing.
+def complete_from(config: Config, recorded: Path | None = None) -> tuple[Config, Any]:
+    """The config with `model` and `data.tokenizer` from the model that `model.from` names; without one, as it is.
 
     Args:
         recorded: a checkpoint that the run goes on from. If it began from the same model, its config.yaml has the shape and its
             run folder the tokenizer, and the model itself is not needed any more.
 
     Returns:
-        The data settings to build the data with: `config.data`, its tokenizer where it lies on this machine.
+        The config, and the data settings to build the data with: its `data`, the tokenizer where it lies on this machine.
 
     Raises:
         UserError: the model cannot be read, model.* settings contradict it, or it has fewer rows than the tokenizer has ids.
     """
     name = getattr(config.model, "from_", None)
     if name is None:
-        return config.data
+        return config, config.data
     shape = _recorded_shape(recorded, name)
     if shape is None:
         folder = find_folder(name)
         shape, tokenizer = read_settings(folder, name), folder / TOKENIZER
     else:
         tokenizer = recorded.resolve().parent.parent / TOKENIZER
-    config.model = _merged(config.model, shape, name)
+    config = dataclasses.replace(config, model=_merged(config.model, shape, name))
     defaults = {field.name: field.default for field in dataclasses.fields(config.data)}
     if config.data.tokenizer not in (defaults["tokenizer"], name):
         _check_rows(config, config.data.tokenizer)
-        return config.data
+        return config, config.data
     if not tokenizer.is_file():
         raise UserError(f"model.from: {name} holds no {TOKENIZER}; set data.tokenizer to the one that it was trained with")
-    config.data.tokenizer = name
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=name))
     _check_rows(config, str(tokenizer))
-    return dataclasses.replace(config.data, tokenizer=str(tokenizer))
+    return config, dataclasses.replace(config.data, tokenizer=str(tokenizer))
 
 
 def _recorded_shape(recorded: Path | None, name: str) -> dict[str, Any] | None:

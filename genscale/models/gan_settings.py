@@ -15,7 +15,7 @@ SMALLEST_MAP = 4
 """Pixels of the side of the map that a generator begins with and a discriminator ends with."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class GANSettings:
     """Generator and discriminator."""
 

@@ -25,7 +25,7 @@ MAX_PARAMETERS = 10**14
 """More than any machine holds."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class GPTSettings:
     """The `model` section of a GPT. What is left out is as the preset has it."""
 

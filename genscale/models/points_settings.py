@@ -10,7 +10,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from genscale.models.norms import Norm
 
 
-@dataclass
+@dataclass(frozen=True)
 class PointsGANSettings:
     """Generator and discriminator as multilayer perceptrons (Goodfellow et al. 2014)."""
 

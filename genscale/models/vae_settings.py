@@ -14,7 +14,7 @@ SMALLEST = 4
 DEFAULT_MULTIPLIERS = (1, 2, 4)
 
 
-@dataclass
+@dataclass(frozen=True)
 class VAESettings:
     """The `model` section of a VAE."""
 
@@ -101,7 +101,7 @@ def _default_multipliers(size: int) -> list[int]:
     return multipliers
 
 
-@dataclass
+@dataclass(frozen=True)
 class VAEGANSettings:
     """The `model` section of a VAE-GAN. No layer of it couples the samples of a batch."""
 

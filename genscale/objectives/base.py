@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from genscale.errors import UserError
 from genscale.rng import Draws
+from genscale.settings.config import Config
 
 Networks = Mapping[str, nn.Module]
 Batch = Mapping[str, Tensor]
@@ -144,8 +145,9 @@ class Objective(ABC):
     def save_assets(self, folder: Path) -> None:
         """Write what `Family.restore` needs besides weights and config (a tokenizer) to the run folder."""
 
-    def use_assets(self, config: Any, folder: Path) -> None:
-        """Point the config at the assets of the run folder, for evaluating the trained run on other data."""
+    def use_assets(self, config: Config, folder: Path) -> Config:
+        """The config with the assets of the run folder, for evaluating the trained run on other data."""
+        return config
 
     @abstractmethod
     def preview(self, networks: Networks, seed: int, device: torch.device) -> str | np.ndarray:

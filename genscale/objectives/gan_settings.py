@@ -16,7 +16,7 @@ LossName = Literal["non_saturating", "hinge", "wasserstein", "least_squares", "r
 Augmentation = Literal["color", "translation", "cutout"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class GANObjectiveSettings:
     """Losses and regularisers of a GAN."""
 

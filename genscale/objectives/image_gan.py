@@ -20,7 +20,7 @@ from genscale.data.packed import PackedImageDataSettings, gan_images
 from genscale.errors import UserError
 from genscale.models.dcgan import DCGANDiscriminator, DCGANGenerator
 from genscale.models.feature_network import RandomFeatures
-from genscale.models.gan_settings import check_gan
+from genscale.models.gan_settings import GANSettings, check_gan
 from genscale.models.image_grid import grid
 from genscale.models.image_layers import to_signed, to_unit
 from genscale.models.lettering import class_captions
@@ -110,6 +110,9 @@ class ImageGAN(GAN):
             write_whole(folder / CLASSES_FILE, json.dumps(self.class_names, ensure_ascii=False))
 
 
+GANConfig = Config[GANSettings, PackedImageDataSettings, GANObjectiveSettings]
+
+
 def build_data(settings: PackedImageDataSettings, seed: int) -> Data:
     return gan_images(ImageData(settings, seed), settings)
 
@@ -118,7 +121,7 @@ def validation(settings: PackedImageDataSettings, seed: int) -> list[Sample]:
     return gan_images(ImageData(settings, seed, for_training=False), settings).validation()
 
 
-def build(config: Config, data: Data) -> ImageGAN:
+def build(config: GANConfig, data: Data) -> ImageGAN:
     """The objective of a run. Raises UserError as `_build` does, and where there are no such labels."""
     names = data.classes if config.model.classes else None
     if config.model.classes and (names is None or len(names) != config.model.classes):
@@ -132,7 +135,7 @@ def build(config: Config, data: Data) -> ImageGAN:
     return objective
 
 
-def restore(config: Config, folder: Path) -> ImageGAN:
+def restore(config: GANConfig, folder: Path) -> ImageGAN:
     """The objective of a trained run."""
     return _build(config, _class_names(folder / CLASSES_FILE, config.model.classes) if config.model.classes else None)
 
@@ -150,7 +153,7 @@ def _class_names(file: Path, classes: int) -> list[str]:
     return names
 
 
-def _build(config: Config, class_names: list[str] | None) -> ImageGAN:
+def _build(config: GANConfig, class_names: list[str] | None) -> ImageGAN:
     """Networks and objective.
 
     Raises:

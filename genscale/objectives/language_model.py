@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,9 @@ from genscale.data.tokenizers import Tokenizer, load_tokenizer
 from genscale.errors import UserError
 from genscale.models.decoding import generate
 from genscale.models.gpt import GPT
+from genscale.models.gpt_settings import GPTSettings
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
+from genscale.objectives.family import NoSettings
 from genscale.rng import Draws, torch_generator
 from genscale.settings.config import Config
 from genscale.writing import drafted
@@ -93,10 +96,11 @@ class LanguageModel(Objective):
         with drafted(folder / TOKENIZER_FILE) as draft:
             self.tokenizer.save(draft)
 
-    def use_assets(self, config: Config, folder: Path) -> None:
+    def use_assets(self, config: Config, folder: Path) -> Config:
         """The text is cut into the tokens the network was trained on."""
-        if (folder / TOKENIZER_FILE).exists():
-            config.data.tokenizer = str(folder / TOKENIZER_FILE)
+        if not (folder / TOKENIZER_FILE).exists():
+            return config
+        return replace(config, data=replace(config.data, tokenizer=str(folder / TOKENIZER_FILE)))
 
     def evaluate(self, networks: Networks, batch: Batch) -> Terms:
         """Sums in float64: `nats`, `tokens` and, where the tokenizer knows them, the `bytes` that the targets stand for."""
@@ -127,6 +131,9 @@ class LanguageModel(Objective):
         return self.tokenizer.decode(tokens[0, 1:].tolist())
 
 
+GPTConfig = Config[GPTSettings, TextDataSettings, NoSettings | None]
+
+
 def build_data(settings: TextDataSettings, seed: int) -> TextData:
     return TextData(settings, seed)
 
@@ -135,18 +142,18 @@ def validation(settings: TextDataSettings, seed: int) -> list[Sample]:
     return TextData(settings, seed, for_training=False).validation()
 
 
-def build(config: Config, data: TextData) -> LanguageModel:
+def build(config: GPTConfig, data: TextData) -> LanguageModel:
     """The objective of a run, its network initialised from the run's seed. Raises UserError as `_build` does."""
     return _build(config, data.tokenizer)
 
 
-def restore(config: Config, folder: Path) -> LanguageModel:
+def restore(config: GPTConfig, folder: Path) -> LanguageModel:
     """The objective of a trained run, with the tokenizer that its folder keeps."""
     kept = folder / TOKENIZER_FILE
     return _build(config, load_tokenizer(str(kept) if kept.exists() else config.data.tokenizer))
 
 
-def _build(config: Config, tokenizer: Tokenizer) -> LanguageModel:
+def _build(config: GPTConfig, tokenizer: Tokenizer) -> LanguageModel:
     """Network and objective.
 
     Raises:

@@ -15,9 +15,10 @@ from genscale.data.packed import packed
 from genscale.data.points import MIXTURES, Mixture, PointsData, PointsDataSettings
 from genscale.errors import UserError
 from genscale.models.mlp_gan import MLPDiscriminator, MLPGenerator, spread_kinks
+from genscale.models.points_settings import PointsGANSettings
 from genscale.objectives.base import Batch, Networks
 from genscale.objectives.gan import GAN
-from genscale.objectives.gan_settings import check_batch, check_losses
+from genscale.objectives.gan_settings import GANObjectiveSettings, check_batch, check_losses
 from genscale.settings.config import Config
 
 NEAR = 3.0
@@ -90,6 +91,9 @@ def draw_points(points: np.ndarray, mixture: Mixture) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
+PointsConfig = Config[PointsGANSettings, PointsDataSettings, GANObjectiveSettings]
+
+
 def build_data(settings: PointsDataSettings, seed: int) -> Data:
     return packed(PointsData(settings, seed), settings.pack)
 
@@ -98,13 +102,13 @@ def validation(settings: PointsDataSettings, seed: int) -> list[Sample]:
     return PointsData(settings, seed).validation()
 
 
-def build(config: Config, data: Data) -> PointsGAN:
+def build(config: PointsConfig, data: Data) -> PointsGAN:
     """The objective of a run. Raises UserError as `restore` does, and for a batch of too few points."""
     check_batch(config.train, (config.model.generator_norm, config.model.discriminator_norm))
     return restore(config)
 
 
-def restore(config: Config, folder: Path | None = None) -> PointsGAN:
+def restore(config: PointsConfig, folder: Path | None = None) -> PointsGAN:
     """The objective of a run, trained or not.
 
     Raises:

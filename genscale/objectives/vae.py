@@ -224,6 +224,9 @@ def _active(means: Tensor) -> int:
     return int((means.double().var(0, correction=0) > ACTIVE).sum())
 
 
+VAEConfig = Config[VAESettings, ImageDataSettings, VAEObjectiveSettings]
+
+
 def build_data(settings: ImageDataSettings, seed: int) -> ImageData:
     return ImageData(settings, seed)
 
@@ -232,18 +235,18 @@ def validation(settings: ImageDataSettings, seed: int) -> list[Sample]:
     return validation_images(settings, seed)
 
 
-def build(config: Config, data: ImageData) -> VAEObjective:
+def build(config: VAEConfig, data: ImageData) -> VAEObjective:
     """The objective of a run, its network initialised from the run's seed. Raises UserError for an impossible model."""
     images = (torch.from_numpy(sample["image"])[None] for sample in data.validation())
     return _build(config, examples_of(data), all(bool(_without_grey(image)) for image in images))
 
 
-def restore(config: Config, folder: Path) -> VAEObjective:
+def restore(config: VAEConfig, folder: Path) -> VAEObjective:
     """The objective of a trained run."""
     return _build(config, None)
 
 
-def _build(config: Config, examples: Callable[[], Tensor] | None, black_and_white: bool = False) -> VAEObjective:
+def _build(config: VAEConfig, examples: Callable[[], Tensor] | None, black_and_white: bool = False) -> VAEObjective:
     check_objective(config.objective, config.model.likelihood)
     shape = (config.data.channels, config.data.size, config.data.size)
     with torch.device("meta"):  # the engine fills the parameters, or its share of them, from `initial_weights`

@@ -17,6 +17,7 @@ from genscale.models.feature_network import RandomFeatures
 from genscale.models.image_layers import InitialWeights, to_signed, to_unit
 from genscale.models.vae import Encoder
 from genscale.models.vae_gan import FeatureDiscriminator, ImageDecoder, networks_settings
+from genscale.models.vae_settings import VAEGANSettings
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.objectives.sample_quality import distance, distance_units
 from genscale.objectives.vae_losses import divergence
@@ -149,6 +150,9 @@ def _feature_nats(real: Tensor, seen: Tensor) -> Tensor:
     return 0.5 * (real - seen).square().sum()
 
 
+VAEGANConfig = Config[VAEGANSettings, ImageDataSettings, VAEGANObjectiveSettings]
+
+
 def build_data(settings: ImageDataSettings, seed: int) -> ImageData:
     return ImageData(settings, seed)
 
@@ -157,19 +161,19 @@ def validation(settings: ImageDataSettings, seed: int) -> list[Sample]:
     return validation_images(settings, seed)
 
 
-def build(config: Config, data: ImageData) -> VAEGANObjective:
+def build(config: VAEGANConfig, data: ImageData) -> VAEGANObjective:
     """The objective of a run. Raises UserError for an impossible model."""
     objective = _build(config, examples_of(data))
     objective.loss_unit = distance_units(len(data.validation()), RandomFeatures.width)
     return objective
 
 
-def restore(config: Config, folder: Path) -> VAEGANObjective:
+def restore(config: VAEGANConfig, folder: Path) -> VAEGANObjective:
     """The objective of a trained run."""
     return _build(config, None)
 
 
-def _build(config: Config, examples: Callable[[], Tensor] | None) -> VAEGANObjective:
+def _build(config: VAEGANConfig, examples: Callable[[], Tensor] | None) -> VAEGANObjective:
     model, shape = config.model, (config.data.channels, config.data.size, config.data.size)
     vae, judge = networks_settings(model, shape)
     with torch.device("meta"):  # the engine fills the parameters, or its share of them, from `initial_weights`

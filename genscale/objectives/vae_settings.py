@@ -8,7 +8,7 @@ from typing import Literal
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 
-@dataclass
+@dataclass(frozen=True)
 class VAEObjectiveSettings:
     """The `objective` section of a VAE: reconstruction + beta x divergence, unless changed below."""
 
@@ -31,7 +31,7 @@ class VAEObjectiveSettings:
     """bernoulli: draw black and white images from grey ones, once for ever (fixed) or anew each time (dynamic)."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class VAEGANObjectiveSettings:
     """The `objective` section of a VAE-GAN."""
 

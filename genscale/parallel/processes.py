@@ -182,8 +182,9 @@ class Processes:
 def _meet_again(timeout_minutes: float) -> None:
     """The group of a later run of this process."""
     store, backend = _stores[0]
-    dist.init_process_group(backend, store=dist.PrefixStore(f"genscale/{next(_later_runs)}", store), rank=int(os.environ["RANK"]),
-                            world_size=int(os.environ["WORLD_SIZE"]), timeout=timedelta(minutes=timeout_minutes))
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(backend, store=dist.PrefixStore(f"genscale/{next(_later_runs)}", store), rank=rank,
+                            world_size=world_size, timeout=timedelta(minutes=timeout_minutes))
 
 
 class HostCopy:

@@ -3,7 +3,7 @@ test does."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from genscale.parallel.launch_request import (
 )
 from genscale.parallel.precision import check_float8
 from genscale.parallel.processes import on_cpu
-from genscale.settings.config import ParallelSettings
+from genscale.settings.config import Config, ParallelSettings
 
 SHARDS_MOST = "fsdp2"
 """The strategy that leaves each process the least to hold, for every objective."""
@@ -44,6 +44,11 @@ class ParallelPlan:
     @property
     def needs_group(self) -> bool:
         return self.strategy not in ("single", "ddp")
+
+    def settled(self, config: Config) -> Config:
+        """The config with what it may have left to the launcher and the device."""
+        return replace(config, parallel=replace(config.parallel, offload=self.offload),
+                       train=replace(config.train, precision=self.precision))
 
     def copies_of_weights(self, processes: int) -> float:
         """That so many of its processes hold between them."""

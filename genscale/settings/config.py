@@ -10,14 +10,36 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 
 
-@dataclass
+class ModelSettings(Protocol):
+    """What every family's `model` section has."""
+
+    @property
+    def family(self) -> str: ...
+
+
+class DataSettings(Protocol):
+    """What every family's `data` section has."""
+
+    @property
+    def workers(self) -> int: ...
+
+    @property
+    def prefetch_steps(self) -> int: ...
+
+
+Model = TypeVar("Model", bound=ModelSettings)
+Data = TypeVar("Data", bound=DataSettings)
+Objective = TypeVar("Objective")
+
+
+@dataclass(frozen=True)
 class RunSettings:
     """Where a run lives and how it starts."""
 
@@ -37,7 +59,7 @@ class RunSettings:
     error."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainSettings:
     """The steps of a run and what happens every so many of them (0 = never)."""
 
@@ -88,7 +110,7 @@ class TrainSettings:
     table.txt (0 = none)."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class GuardSettings:
     """What becomes of a run when something goes wrong."""
 
@@ -109,7 +131,7 @@ class GuardSettings:
     """Run every phase once before the first step, without a trace: what does not fit in memory is found at once."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimizerSettings:
     """The optimizer of every network."""
 
@@ -133,7 +155,7 @@ class OptimizerSettings:
     """Muon: momentum of the hidden matrices, in Nesterov's form."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class ScheduleSettings:
     """Learning rate over the steps, as a share of optimizer.lr."""
 
@@ -147,7 +169,7 @@ class ScheduleSettings:
     """wsd: share of all steps spent in the final linear decay."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class ParallelSettings:
     """How a step is spread over processes and memory."""
 
@@ -162,7 +184,7 @@ class ParallelSettings:
     """torch.compile, one block at a time."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrackingSettings:
     """Where metrics go besides metrics.jsonl."""
 
@@ -176,14 +198,18 @@ class TrackingSettings:
     """Also write TensorBoard event files to <run folder>/tensorboard."""
 
 
-@dataclass
-class Config:
-    """A whole run. `model`, `data` and `objective` hold the family's own settings dataclasses."""
+@dataclass(frozen=True)
+class Config(Generic[Model, Data, Objective]):
+    """A whole run. `model`, `data` and `objective` hold the family's own settings dataclasses: that of a VAE is a
+    `Config[VAESettings, ImageDataSettings, VAEObjectiveSettings]`, and a `Config` is that of any family.
+
+    A config does not change: `dataclasses.replace` makes one that differs.
+    """
 
     run: RunSettings = field(default_factory=RunSettings)
-    model: Any = None
-    data: Any = None
-    objective: Any = None
+    model: Model = None  # type: ignore[assignment]
+    data: Data = None  # type: ignore[assignment]
+    objective: Objective = None  # type: ignore[assignment]
     train: TrainSettings = field(default_factory=TrainSettings)
     guards: GuardSettings = field(default_factory=GuardSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
@@ -193,12 +219,12 @@ class Config:
 
     @classmethod
     def from_yaml(cls, path: str | Path, settings: Mapping[str, Any] | None = None) -> Config:
-        """Read the config of a YAML file, with other settings by dotted key: `Config.from_yaml("run.yaml", {"train.steps": 9})`.
+        """Read a run's YAML file, with other settings by dotted key: `Config.from_yaml("run.yaml", {"train.steps": 9})`.
 
         Raises:
             UserError: a mistake in the file or the settings, in one line, as on the command line.
         """
-        read: Config = import_module("genscale.api").read_config(path, settings)  # by name: what families there are stands above
+        read: Config = import_module("genscale.api").read_config(path, settings)  # by name, for families stand above
         return read
 
 

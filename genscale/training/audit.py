@@ -6,6 +6,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -41,7 +42,7 @@ def audit(config: Config, steps: int) -> bool:
         UserError: as `train` does.
     """
     plan = plan_parallel(config.parallel, config.train.precision, config.optimizer.name)
-    config.parallel.offload, config.train.precision = plan.offload, plan.precision
+    config = plan.settled(config)
     shape = derive_accumulation(config, plan.world_size)
     clear_launch_environment()
     processes = Processes(need_group=plan.needs_group)
@@ -58,7 +59,7 @@ def audit(config: Config, steps: int) -> bool:
 
 def _audit(config: Config, steps: int, processes: Processes, plan: ParallelPlan, shape: tuple[int, int]) -> AuditReport:
     micro_batch_size, accumulation = shape
-    data_settings = processes.all_do(lambda: complete_from(config, None))
+    config, data_settings = processes.all_do(partial(complete_from, config))
     data = processes.all_do(lambda: family(config.model.family).build_data(data_settings, config.run.seed))
     loader = None
     try:

@@ -68,7 +68,8 @@ class KeepCheckpoints(Hook):
         self.engine, self.processes, self.objective, self.data, self.loader = engine, engine.processes, objective, data, loader
         self.evaluate, self.state_of_hooks, self.frozen = evaluate, state_of_hooks, frozen
         self.best: dict[str, Any] | None = None
-        self.saver = Saver(folder / "checkpoints", self.processes, train.checkpoint_keep, train.checkpoint_keep_every, may_commit)
+        self.saver = Saver(folder / "checkpoints", self.processes, train.checkpoint_keep, train.checkpoint_keep_every,
+                           may_commit)
         self._best_in_flight: dict[str, Any] | None = None
         self._hold_up: float | None = None
         self._saved_at = time.monotonic()

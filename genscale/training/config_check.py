@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from dataclasses import replace
 
 from genscale.errors import UserError
 from genscale.families import family
@@ -27,13 +27,13 @@ def check_config(config: Config, world_size: int) -> None:
     Raises:
         UserError: what it would refuse, other than for want of memory, disk space or a device.
     """
-    config = copy.deepcopy(config)
     check_settings(config)
     plan = plan_elsewhere(config.parallel, config.train.precision, world_size, config.optimizer.name)
     _, accumulation = derive_accumulation(config, world_size)
     recorded = recorded_in(run_folder(config), config.run.resume)
     chosen = family(config.model.family)
-    data = chosen.build_data(complete_from(config, recorded), config.run.seed)
+    config, data_settings = complete_from(config, recorded)
+    data = chosen.build_data(data_settings, config.run.seed)
     try:
         data.check(config.train.global_batch_size)
         objective = chosen.build_objective(config, data)
@@ -46,7 +46,8 @@ def check_config(config: Config, world_size: int) -> None:
         if recorded is not None:
             checkpoint = Checkpoint(recorded)
             if config.train.precision == "auto":  # which the other machines settle, as they did before
-                config.train.precision = checkpoint.config().get("train", {}).get("precision", "auto")
+                precision = checkpoint.config().get("train", {}).get("precision", "auto")
+                config = replace(config, train=replace(config.train, precision=precision))
             check_may_continue(config, checkpoint, data.plan())
             if objective.couples_samples:
                 check_same_accumulation(config.train, checkpoint, accumulation, world_size)

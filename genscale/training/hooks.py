@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,13 @@ class RunHooks:
         state: state.json of the checkpoint the run continues from, or an empty dict.
         stop: the signals received so far; one ends an evaluation.
         may_commit: raises where the run folder is another's by now.
-        added: the user's. Their states stand together under `hooks` in state.json, by name; the others' beside each other.
+        added: the user's, by name. Their states stand together under `hooks` in state.json; the others' beside each other.
         frozen: what checkpoints say of the frozen networks.
     """
 
     def __init__(self, config: Config, folder: Path, engine: Engine, objective: Objective, data: Data, loader: StepLoader,
                  state: dict[str, Any], stop: StopSignal, may_commit: Callable[[], object] | None,
-                 added: Sequence[Hook] = (), frozen: dict[str, Any] | None = None) -> None:
+                 added: Mapping[str, Hook] | None = None, frozen: dict[str, Any] | None = None) -> None:
         self.config, self.engine, self.processes, self.loss_unit = config, engine, engine.processes, objective.loss_unit
         self.guards_state: Callable[[], dict[str, Any]] = dict  # the trainer's, once there is one
         validation_set, done, train = data.validation(), state.get("step", 0), config.train
@@ -64,7 +64,7 @@ class RunHooks:
         compare = CompareReplicas(engine) if self.processes.world_size > 1 else None
         known = [profile, self.trace, self.count, compare, log_metrics, self.evaluate, self.sample, self.checkpoints]
         self.built_in: list[Hook] = [hook for hook in known if hook is not None]
-        self.added = _by_name(added)
+        self.added = dict(added or {})
         self._load_state(state)
         if unknown := sorted(state.get("hooks", {}).keys() - self.added.keys()):
             log.warning("the checkpoint holds what was kept by hooks that this run has not: %s", ", ".join(unknown))
@@ -142,14 +142,3 @@ class RunHooks:
                 hook.close(failed)
         if self.record is not None:
             self.record.close(failed, self.loss_unit)
-
-
-def _by_name(hooks: Sequence[Hook]) -> dict[str, Hook]:
-    """Two of one name are told apart by their place among those."""
-    named: dict[str, Hook] = {}
-    for hook in hooks:
-        if not isinstance(hook, Hook):
-            raise TypeError(f"hooks: {hook!r} is no genscale.Hook; genscale.every(50, f) makes one of a function")
-        places = (hook.name if number == 1 else f"{hook.name}-{number}" for number in range(1, len(hooks) + 1))
-        named[next(place for place in places if place not in named)] = hook
-    return named

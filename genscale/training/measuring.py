@@ -79,7 +79,8 @@ class LogMetrics(Hook):
 
     def step(self, report: StepReport) -> None:
         """Collective."""
-        line = {**report.metrics, self.unit: self.count.units, **self.count.throughput.read(), "data_digest": report.data_digest}
+        line = {**report.metrics, self.unit: self.count.units, **self.count.throughput.read(),
+                "data_digest": report.data_digest}
         if (seconds := self._hold_up()) is not None:
             line["checkpoint_hold_up_seconds"] = seconds
         new, self.loader.retries = self.loader.retries, 0

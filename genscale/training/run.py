@@ -7,6 +7,7 @@ import platform
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ from genscale.training.run_folder import (
 )
 from genscale.training.schedules import never_reached
 from genscale.training.signals import StopSignal
-from genscale.training.step_report import Hook
+from genscale.training.step_report import Hook, hooks_by_name
 from genscale.training.supervision import Supervision, group_timeout_minutes
 from genscale.training.trainer import Trainer
 from genscale.training.update_guard import check_guards
@@ -85,8 +86,8 @@ class RunResult:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """Everything that the run has logged so far, read from its metrics.jsonl: a dict a line, `step` among its keys; those of
-        evaluations are called `validation_<name>`. `pandas.DataFrame(run.metrics)` makes a table of it."""
+        """Everything that the run has logged so far, read from its metrics.jsonl: a dict a line, `step` among its keys; what
+        evaluations found is called `validation_<name>`. `pandas.DataFrame(run.metrics)` makes a table of it."""
         return read_metrics(self.folder / "metrics.jsonl")
 
 
@@ -100,15 +101,16 @@ def train(config: Config, stop: StopSignal | None = None, hooks: Sequence[Hook] 
     Raises:
         UserError: anything the user can mend, on every rank, before the first step; and a run that has gone wrong.
     """
+    named = hooks_by_name(hooks)
     with deterministic(config.run.deterministic), stop or StopSignal() as listening:
-        return _start(config, listening, hooks)
+        return _start(config, listening, named)
 
 
-def _start(config: Config, stop: StopSignal, hooks: Sequence[Hook]) -> RunResult:
+def _start(config: Config, stop: StopSignal, hooks: Mapping[str, Hook]) -> RunResult:
     with before_the_run():
         check_settings(config)
         plan = plan_parallel(config.parallel, config.train.precision, config.optimizer.name)
-        config.parallel.offload, config.train.precision = plan.offload, plan.precision
+        config = plan.settled(config)
         shape = derive_accumulation(config, plan.world_size)
         folder = run_folder(config)
         check_batch_memory(config, shape[0])
@@ -152,9 +154,9 @@ def derive_accumulation(config: Config, world_size: int) -> tuple[int, int]:
 
 
 def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tuple[int, int], folder: Path,
-           supervision: Supervision, added: Sequence[Hook] = ()) -> RunResult:
+           supervision: Supervision, added: Mapping[str, Hook] | None = None) -> RunResult:
     micro_batch_size, accumulation = shape
-    data = processes.all_do(lambda: open_data(config, folder))
+    config, data = processes.all_do(partial(open_data, config, folder))
     loader = None
     try:
         objective = open_objective(config, processes, plan, data)

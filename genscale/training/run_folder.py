@@ -195,12 +195,12 @@ def check_same_accumulation(train: TrainSettings, checkpoint: Checkpoint, accumu
                     f"together, so this would be another run; {instead}")
 
 
-def open_data(config: Config, folder: Path) -> Data:
-    """The run's data; also completes `config` from the model that it starts from. Raises UserError."""
+def open_data(config: Config, folder: Path) -> tuple[Config, Data]:
+    """The config, completed from the model that the run starts from, and the run's data. Raises UserError."""
     recorded = recorded_in(folder, config.run.resume)
-    settings = complete_from(config, recorded)
+    config, settings = complete_from(config, recorded)
     with of_a_run_that_goes_on(recorded is not None or int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0):
-        return family(config.model.family).build_data(settings, config.run.seed)
+        return config, family(config.model.family).build_data(settings, config.run.seed)
 
 
 def recorded_in(folder: Path, resume: str) -> Path | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
@@ -24,8 +24,8 @@ class Order(IntEnum):
 
 
 class Hook:
-    """Something to do every so many steps, and after the last one. Subclass it for what keeps a state, acts on every process, or
-    ends the run; `genscale.every` is enough for looking on.
+    """Something to do every so many steps, and after the last one. Subclass it for what keeps a state, acts on every process,
+    or ends the run; `genscale.every` is enough for looking on.
 
     A hook is called on every process alike, so that it may take part in collectives, and must decide alike. What it
     raises ends the run, with its traceback.
@@ -75,7 +75,7 @@ class Hook:
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`, before the first step and where the run goes back to a checkpoint. Called where there is one."""
+        """The inverse of `state`: before the first step, and where the run goes back, of a checkpoint that has one of it."""
 
     def rolled_back(self, step: int) -> None:
         """The run has gone back to the checkpoint of that step: what came later is done again."""
@@ -89,20 +89,26 @@ class Hook:
         return report.last or by_clock or (self.every > 0 and report.step % self.every == 0)
 
 
-class every(Hook):  # noqa: N801 - reads as the function it is used as
-    """Calls `f(report)` every so many steps, and after the last one, on rank 0: to look on, not to act (see `Hook`).
+def every(steps: int, f: Callable[[StepReport], object]) -> Hook:
+    """Make a hook that calls `f(report)` every so many steps, and after the last one, on rank 0: to look on, not to act.
 
     `report.step` and `report.metrics` say what the step did: `loss` and other terms (`<phase>/loss` where a step has several
-    phases), `grad_norm`, `learning_rate`, and `validation_<name>` where the step has been evaluated. They are plain floats, over
-    the global batch of all processes.
+    phases), `grad_norm`, `learning_rate`, and `validation_<name>` where the step has been evaluated. They are plain floats,
+    over the global batch of all processes.
 
     >>> import genscale
     >>> hook = genscale.every(50, lambda report: print(report.step, report.metrics["loss"]))
-    """
 
+    Raises:
+        ValueError: there are no so many steps.
+    """
+    if steps < 0:
+        raise ValueError(f"genscale.every: {steps} steps; give a number of at least 0 (0: only after the last step)")
+    return _Every(steps, f)
+
+
+class _Every(Hook):
     def __init__(self, steps: int, f: Callable[[StepReport], object]) -> None:
-        if steps < 0:
-            raise ValueError(f"genscale.every: {steps} steps; give a number of at least 0 (0: only after the last step)")
         self.every, self.f = steps, f
 
     @property
@@ -112,6 +118,19 @@ class every(Hook):  # noqa: N801 - reads as the function it is used as
     def step(self, report: StepReport) -> None:
         if report.is_main:
             self.f(replace(report, metrics=dict(report.metrics)))
+
+
+def hooks_by_name(hooks: Sequence[Hook]) -> dict[str, Hook]:
+    """The hooks under the names by which a checkpoint keeps their states; several of one name are numbered, as they were given.
+
+    Raises TypeError for what is no hook."""
+    named: dict[str, Hook] = {}
+    for hook in hooks:
+        if not isinstance(hook, Hook):
+            raise TypeError(f"hooks: {hook!r} is no genscale.Hook; genscale.every(50, f) makes one of a function")
+        names = (hook.name if number == 1 else f"{hook.name}-{number}" for number in range(1, len(hooks) + 1))
+        named[next(name for name in names if name not in named)] = hook
+    return named
 
 
 @dataclass

@@ -29,8 +29,7 @@ SHOWN_AFTER_SECONDS = 2.0
 
 def metrics(config: Config, checkpoint: Checkpoint | Published) -> dict[str, Any]:
     run = open_run(config, checkpoint)
-    run.objective.use_assets(config, run.folder)
-    return _validation(run, _samples(config))
+    return _validation(run, _samples(run.objective.use_assets(config, run.folder)))
 
 
 def _samples(config: Config) -> list[Sample]:

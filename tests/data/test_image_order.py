@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import tarfile
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ def test_the_same_samples_at_any_shape_and_across_changes_of_shape(settings: Ima
 
 @pytest.mark.parametrize("augmented", [False, True])
 def test_a_cursor_continues_where_it_was_taken(settings: ImageDataSettings, augmented: bool) -> None:
-    settings.crop, settings.flip = ("random", True) if augmented else ("center", False)
+    settings = replace(settings, crop="random" if augmented else "center", flip=augmented)
     data = ImageData(settings, SEED)
     whole = list(islice(data.open_lane(3), 25))
     again = ImageData(settings, SEED)
@@ -182,7 +183,7 @@ def test_held_out_by_content_whatever_the_seed(sources: dict[str, Path]) -> None
     expected = [i for i in range(COUNT) if content_hash(PIXELS[i]) < int(0.2 * 2**64)]
     for seed in (1, 2):
         assert [number(sample) for sample in ImageData(settings, seed).validation()] == expected
-    settings.validation_images = 7
+    settings = replace(settings, validation_images=7)
     chosen = [number(sample) for sample in ImageData(settings, 1).validation()]
     assert len(chosen) == 7 and set(chosen) < set(expected) and chosen != expected[:7]
 

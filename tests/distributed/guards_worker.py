@@ -104,7 +104,7 @@ def run(folder: Path, variant: dict[str, Any], processes: Processes) -> dict[str
     WithoutPhases.absent = frozenset((name, step) for name, step in variant.get("without", ()))
     life.Trainer = WithoutPhases if "without" in variant else Trainer
     plan = plan_parallel(config.parallel, config.train.precision)
-    config.train.precision = plan.precision
+    config = plan.settled(config)
     error = None
     try:
         with Supervision(config, folder, processes, StopSignal()) as supervision:

@@ -116,7 +116,7 @@ def config_of(name: object, tokenizer: str = "bytes", **model: object) -> Config
 
 def test_the_shape_and_the_tokenizer_are_the_models(folder: Path) -> None:
     config = config_of(folder, dropout=0.1, loss_chunk=7, init_std=0.5)
-    data = complete_from(config)
+    config, data = complete_from(config)
     model = config.model
     assert (model.layers, model.width, model.kv_heads, model.positions, model.vocab_size) == (2, 32, 2, 48, 263)
     assert (model.dropout, model.loss_chunk, model.init_std) == (0.1, 7, 0.5)
@@ -126,7 +126,7 @@ def test_the_shape_and_the_tokenizer_are_the_models(folder: Path) -> None:
 
 def test_without_from_nothing_changes() -> None:
     config = Config(model=GPTSettings(), data=TextDataSettings())
-    assert complete_from(config) is config.data and config.model == GPTSettings() and weights_from(config) is None
+    assert complete_from(config) == (config, config.data) and weights_from(config) is None
 
 
 def filled(config: Config) -> GPT:
@@ -142,8 +142,7 @@ def filled(config: Config) -> GPT:
 @pytest.mark.parametrize("kind", ["gpt2-untied", "llama"])
 def test_fewer_positions_and_more_rows(kind: str, model_named, saved, some_tokens) -> None:
     theirs = model_named(kind)
-    config = config_of(saved(theirs), positions=24, vocab_size=320)
-    complete_from(config)
+    config, _ = complete_from(config_of(saved(theirs), positions=24, vocab_size=320))
     logits, expected = filled(config)(some_tokens), theirs(some_tokens).logits
     torch.testing.assert_close(logits[..., :263], expected, rtol=1e-5, atol=1e-5)
     # A mean row's logit is the mean of the logits: no new token is likelier than the likeliest old one.

@@ -257,7 +257,7 @@ def test_a_run_keeps_its_tokenizer(bpe: Tokenizer, tmp_path: Path) -> None:
     restored = restore(config, tmp_path)
     text = "then the theme of others"
     assert restored.tokenizer.encode(text) == bpe.encode(text) and restored.networks["gpt"].vocab_size == 320
-    restored.use_assets(config, tmp_path)
+    config = restored.use_assets(config, tmp_path)
     assert load_tokenizer(config.data.tokenizer).digest == bpe.digest
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,7 @@ def with_setting(key: str, value: Any) -> Config:
     changed = config()
     section, name = key.split(".")
     assert getattr(getattr(changed, section), name) != value
-    setattr(getattr(changed, section), name, value)
-    return changed
+    return replace(changed, **{section: replace(getattr(changed, section), **{name: value})})
 
 
 @pytest.mark.parametrize("key", MAY)

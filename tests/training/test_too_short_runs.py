@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def test_a_setting_that_does_not() -> None:
         config = Config(train=TrainSettings(steps=10, ema_half_life=1000), schedule=ScheduleSettings(**schedule),
                         objective=VAEObjectiveSettings(kl_warmup_steps=10))
         assert list(never_reached(config)) == []
-    config.objective.kl_warmup_steps = 11
+    config = replace(config, objective=VAEObjectiveSettings(kl_warmup_steps=11))
     assert [line.split(":")[0] for line in never_reached(config)] == ["objective.kl_warmup_steps"]
 
 

@@ -186,8 +186,7 @@ def test_two_networks_follow_the_loop_written_by_hand(micro: int) -> None:
 
 def test_rates_of_several_networks_keep_their_names_to_the_last_step() -> None:
     """Where a schedule ends in zero, they are all the same there."""
-    config = settings(steps=3, lr_of={"generator": 0.1})
-    config.schedule = ScheduleSettings(name="linear", final_share=0.0)
+    config = replace(settings(steps=3, lr_of={"generator": 0.1}), schedule=ScheduleSettings(name="linear", final_share=0.0))
     rates: list[list[float | None]] = []
     trainer = trainer_of(Adversaries(), config, 6, [every(1, lambda report: rates.append(
         [report.metrics.get(f"learning_rate/{name}") for name in ("generator", "discriminator")]))])
@@ -256,9 +255,7 @@ class Diverging(Adversaries):
 
 
 def stopping() -> Config:
-    config = settings()
-    config.guards = GuardSettings(non_finite="stop")
-    return config
+    return replace(settings(), guards=GuardSettings(non_finite="stop"))
 
 
 @pytest.mark.parametrize("kind, words", [("nan", "generate/loss became nan at step 3 on rank 0"),
