@@ -141,6 +141,7 @@ def mine(tmp_path) -> Iterator[Path]:
     FAMILIES.script = script
 
 
+@pytest.mark.slow
 def test_a_network_drawn_anew_by_each_process_begins_alike(mine, genscale, genscale_process, tmp_path):
     """Else each process would train weights and constants of its own, without a word."""
     assert genscale(*words("mine", tmp_path / "1", 1, **SHORT)).code == 0
