@@ -35,8 +35,8 @@ VERBS = {
     "doctor": "what is wrong with this machine, or with the nodes of a job, before a run finds out",
 }
 
-PRINTING = {"sample", "evaluate", "compare", "configs", "doctor", "families", "check-family", "checkpoint list", "checkpoint verify",
-            "checkpoint digest", "data inspect", "slurm render", "slurm status", "slurm logs"}
+PRINTING = {"sample", "evaluate", "compare", "configs", "doctor", "families", "check-family", "checkpoint list",
+            "checkpoint verify", "checkpoint digest", "data inspect", "slurm render", "slurm status", "slurm logs"}
 """What is there for what it prints."""
 
 
