@@ -18,7 +18,7 @@ from genscale.models.decoding import generate
 from genscale.models.gpt import GPT
 from genscale.models.gpt_settings import GPTSettings
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
-from genscale.objectives.family import NoSettings
+from genscale.families.family import NoSettings
 from genscale.rng import Draws, torch_generator
 from genscale.settings.config import Config
 from genscale.writing import drafted
