@@ -101,14 +101,14 @@ def resolved(settings: GPTSettings) -> GPTSettings:
     _check_sizes(settings)
     preset = {key: value for key, value in PRESETS[settings.preset].items() if getattr(settings, key) is None}
     filled = replace(settings, **preset)
-    filled.kv_heads = filled.kv_heads or filled.heads
+    filled = replace(filled, kv_heads=filled.kv_heads or filled.heads)
     if filled.head_width is None:
         _check_heads_divide(filled.width, filled.heads)
-        filled.head_width = filled.width // filled.heads
+        filled = replace(filled, head_width=filled.width // filled.heads)
     if filled.mlp_width is None:
         wanted = -(-8 * filled.width // 3) if filled.activation == "swiglu" else 4 * filled.width
         multiple = MLP_MULTIPLE if filled.activation == "swiglu" else 1
-        filled.mlp_width = -(-wanted // multiple) * multiple
+        filled = replace(filled, mlp_width=-(-wanted // multiple) * multiple)
     _check(filled)
     count = parameter_count(filled)
     if count > MAX_PARAMETERS:
