@@ -12,7 +12,7 @@ from genscale.errors import UserError
 from genscale.models.moving_state import moving_buffers
 from genscale.parallel.averages import local
 from genscale.parallel.engine import Engine, named_state
-from genscale.training.fingerprints import digest_of
+from genscale.training.fingerprints import BLOCK, digest_of
 
 SHOWN = 4
 """Names in a message at most."""
@@ -27,17 +27,17 @@ def compare_replicas(engine: Engine) -> None:
     """
     if engine.processes.world_size == 1:
         return
-    names, digests = _digests((f"{kind} {name}.{key}", tensor) for name in engine.modules
-                              for kind, key, tensor in engine.replicas(name))
-    everywhere = engine.processes.gather(hash(tuple(digests)))
-    if len(set(everywhere)) == 1:
+    if len(set(engine.processes.gather(_digest_of_all(tensor for _, tensor in _replicas(engine))))) == 1:
         return
+    names, digests = _digests(_replicas(engine))
     by_rank = engine.processes.gather(digests)
     faults = []
     for name, *values in zip(names, *by_rank, strict=True):
         ranks = [str(rank) for rank, value in enumerate(values) if value != values[0]]
         if ranks:
             faults.append(f"{name} (process{'es' if len(ranks) > 1 else ''} {', '.join(ranks)} against 0)")
+    if not faults:
+        return
     raise UserError(f"the processes have come apart, so no checkpoint is written: {_some(faults)}. A layer that changes its "
                     "buffers must sum what moves them over the processes (sum_over_processes of "
                     "genscale.models.moving_state.MovingState), and nothing may draw random numbers but from its draws")
@@ -86,6 +86,40 @@ def changes_are_declared(engine: Engine) -> Iterator[None]:
         raise UserError(f"{_described(engine, changed)}: forward changes it and the layer does not declare it, so each of the "
                         f"{engine.processes.world_size} processes would keep its own; {_way_out(engine, changed)}, or train in "
                         "one process")
+
+
+def _replicas(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    for name in engine.modules:
+        for kind, key, tensor in engine.replicas(name):
+            yield f"{kind} {name}.{key}", tensor
+
+
+def _digest_of_all(tensors: Iterable[Tensor]) -> int:
+    """One number for all. Small tensors are digested together, for a call costs more than they do."""
+    waiting: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    digests: list[Tensor] = []
+
+    def digest(flat: Tensor) -> None:
+        digests.append(digest_of(str(len(digests)), 0, _words(flat)))
+
+    for tensor in tensors:
+        flat = local(tensor.detach()).reshape(-1)
+        some = waiting.setdefault((flat.dtype, flat.device), [])
+        some.append(flat)
+        if sum(map(len, some)) >= BLOCK:
+            digest(torch.cat(some) if len(some) > 1 else flat)
+            some.clear()
+    for some in waiting.values():
+        if some:
+            digest(torch.cat(some))
+    return hash(tuple(torch.stack([each.cpu() for each in digests]).tolist())) if digests else 0
+
+
+def _words(flat: Tensor) -> Tensor:
+    """The bits as words of 64, where they can be had without a copy: a digest takes half as long of these."""
+    size = flat.element_size()
+    fits = size < 8 and flat.is_contiguous() and not flat.numel() * size % 8 and not flat.storage_offset() * size % 8
+    return flat.view(torch.int64) if fits else flat
 
 
 def _digests(tensors: Iterable[tuple[str, Tensor]]) -> tuple[list[str], list[int]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import doctest
 import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -129,3 +131,20 @@ def test_under_every_strategy_the_faults_are_found(strategy, slow) -> None:
 def test_the_example_runs() -> None:
     result = doctest.testmod(genscale.models.moving_state)
     assert result.attempted > 0 and result.failed == 0
+
+
+@pytest.mark.slow
+def test_a_run_whose_processes_come_apart_writes_no_checkpoint_of_it(tmp_path) -> None:
+    """Each looks at its own weights, and the checkpoint would hold some of each."""
+    settings = {"model.family": "vae", "data.source": "digits", "data.size": 16, "data.channels": 1, "data.lanes": 12,
+                "data.validation_images": 80, "train.steps": 6, "train.global_batch_size": 12, "train.checkpoint_every": 2,
+                "train.precision": "fp32", "parallel.strategy": "ddp", "tracking.wandb": "disabled", "run.dir": tmp_path,
+                "run.name": "run"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
+               str(WORKER.with_name("replicas_worker.py")), "train"]
+    root = WORKER.parents[2]
+    done = subprocess.run([*command, *(f"--{key}={value}" for key, value in settings.items())], cwd=root, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}, capture_output=True, timeout=200)
+    assert done.returncode != 0
+    assert "network vae.encoder.head.bias (process 1 against 0)" in done.stderr, done.stderr[-3000:]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
