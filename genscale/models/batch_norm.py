@@ -25,6 +25,9 @@ class BatchNorm(nn.Module):
         update_statistics: whether the running statistics follow the batches.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+
     def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__()
         self.eps, self.momentum = eps, momentum

@@ -49,6 +49,9 @@ class SpectralNorm(nn.Module):
     accumulation and recomputation see the same vectors, so that the update does not depend on how it was divided.
     """
 
+    u: Tensor
+    v: Tensor
+
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
         self.register_buffer("u", torch.empty(rows))

@@ -49,7 +49,7 @@ def checkpoint_activations(blocks: list[nn.Module], mode: str) -> None:
         # Only for those that ask: torch.compile takes no context but a selective one.
         if any(hasattr(layer, "update_statistics") for layer in block.modules()):
             own["context_fn"] = partial(_contexts, options.get("context_fn", _no_contexts))
-        block.forward = _checkpointed(block.forward, own)  # type: ignore[method-assign]
+        block.forward = _checkpointed(block.forward, own)
 
 
 Contexts = tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]
