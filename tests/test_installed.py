@@ -14,7 +14,6 @@ import pytest
 import yaml
 
 from genscale import __version__
-from genscale.config_parser import parse_config
 from genscale.objectives import FAMILIES
 from genscale.settings.parser import parse_config
 from genscale.settings.shipped import find_config
