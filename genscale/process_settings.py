@@ -85,7 +85,7 @@ def keep_memory() -> None:
     if any(name.startswith("MALLOC_") for name in os.environ) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return
     process = ctypes.CDLL(None) if os.name == "posix" else None
-    if hasattr(process, "gnu_get_libc_version"):
+    if process is not None and hasattr(process, "gnu_get_libc_version"):
         trim_threshold, mmap_threshold = -1, -3  # malloc.h
         process.mallopt(mmap_threshold, LARGE) or process.mallopt(mmap_threshold, 2**25)  # the most that glibc 2.34 takes
         process.mallopt(trim_threshold, -1)  # never

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from genscale import __version__
 from genscale.objectives import FAMILIES
 from genscale.settings.parser import parse_config
 from genscale.settings.shipped import find_config
@@ -109,3 +110,8 @@ def test_from_a_wheel_the_demo_runs_in_an_empty_folder(installed, tmp_path):
     assert "accelerate launch --module genscale train" in out, "there is no train.py here"
     [packages] = (installed.parent / "lib").glob("python*/site-packages")
     assert (packages / "genscale" / "py.typed").is_file() and (packages / "genscale" / "launch" / "ddp.yaml").is_file()
+    # A job of such an installation keeps a copy of the code with what its launcher reads.
+    kept = "from pathlib import Path; from genscale.cluster.snapshot import take; print(take(Path('runs/job'), True).keep())"
+    code = tmp_path / _done([installed / "python", "-c", kept], cwd=tmp_path).strip()
+    assert (code / "launch" / "ddp.yaml").read_text() == (ROOT / "launch" / "ddp.yaml").read_text()
+    assert _done([installed / "python", code, "--version"], cwd=tmp_path).strip() == __version__

@@ -82,7 +82,8 @@ def _final(run: Path) -> dict[str, float]:
     except UserError:  # damaged: the row says so
         return {}
     logged: dict[str, Any] = next((each for each in reversed(records) if "step_seconds" in each), {})
-    evaluated = next((each for each in reversed(records) if any(name.startswith("validation_") for name in each)), {})
+    evaluated: dict[str, Any] = next(
+        (each for each in reversed(records) if any(name.startswith("validation_") for name in each)), {})
     chosen = {name: value for name, value in logged.items() if name == "loss" or name.endswith("/loss")}
     chosen |= {name: value for name, value in evaluated.items() if name.startswith("validation_")}
     return {name: float(value) for name, value in chosen.items() if isinstance(value, (int, float))}

@@ -53,10 +53,12 @@ class Shard(ABC):
     Attributes:
         name: unique in the source, the same on every machine.
         size: bytes on disk, or 0 where unknown.
+        spec: what it is a part of.
     """
 
     name: str
     size: int
+    spec: Spec
 
     @abstractmethod
     def rows(self, start: int = 0, residue: int = 0, modulus: int = 1, at: At | None = None) -> Iterator[Row]:

@@ -167,8 +167,8 @@ class WebAddress:
             raise UserError(f"{self.where}: reading {self.url} broke off (asked for bytes {asked[0]}-{asked[1]}, the server "
                             f"gave {found}); mend the server, or give a local copy, and start again: {AGAIN}")
         size = part[2] if part else size_of(headers)
-        found = [(self.size, size, " bytes"), (self.version, version_of(headers), "")]
-        for before, now, unit in found:
+        compared = [(self.size, size, " bytes"), (self.version, version_of(headers), "")]
+        for before, now, unit in compared:
             if before and now and before != now:
                 raise UserError(f"{self.where}: {self.url} has changed since the run started (was {before}{unit}, now "
                                 f"{now}{unit}); put the former file back, or begin a new run")

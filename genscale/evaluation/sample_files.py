@@ -85,8 +85,8 @@ def write_images_npz(file: Path, batches: Iterable[Tensor], shape: tuple[int, in
             for images in _shown(batches, count):
                 array.write(images.permute(0, 2, 3, 1).contiguous().numpy().data)
         with zipfile.ZipFile(draft) as source, zipfile.ZipFile(draft, "a") as archive:
-            with source.open("images.npy") as images, archive.open("arr_0.npy", "w", force_zip64=True) as copy:
-                shutil.copyfileobj(images, copy, COPIED)
+            with source.open("images.npy") as written, archive.open("arr_0.npy", "w", force_zip64=True) as copy:
+                shutil.copyfileobj(written, copy, COPIED)
             for name, values in (("labels", classes), ("arr_1", numbers)):
                 if values is not None:
                     with archive.open(f"{name}.npy", "w") as array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from genscale.objectives.base import Batch, Networks, Objective, Terms
 
 
 @contextmanager
-def evaluating(networks: Networks):
+def evaluating(networks: Networks) -> Iterator[None]:
     """No gradients, and every network in evaluation mode; its own mode comes back afterwards."""
     modes = {name: network.training for name, network in networks.items()}
     try:

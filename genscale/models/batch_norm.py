@@ -21,7 +21,8 @@ class BatchNorm(MovingState):
     recomputation in backward does not change them again (pytorch issue 96136). They follow every forward, as torch's do.
     """
 
-    moving = {"running_mean": "averaged", "running_var": "averaged"}
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__()

@@ -53,8 +53,8 @@ class SpectralNorm(MovingState):
     accumulation and recomputation see the same vectors, so that the update does not depend on how it was divided.
     """
 
-    moving = {"u": "copied", "v": "copied"}  # of the weights as they are now: the mean of two unit vectors is none
-    counts_forwards = False
+    u: Tensor
+    v: Tensor
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()

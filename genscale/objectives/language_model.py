@@ -14,11 +14,11 @@ from genscale.data.lanes import Sample
 from genscale.data.text import TextData, TextDataSettings
 from genscale.data.tokenizers import Tokenizer, load_tokenizer
 from genscale.errors import UserError
+from genscale.families.family import NoSettings
 from genscale.models.decoding import generate
 from genscale.models.gpt import GPT
 from genscale.models.gpt_settings import GPTSettings
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
-from genscale.families.family import NoSettings
 from genscale.rng import Draws, torch_generator
 from genscale.settings.config import Config
 from genscale.writing import drafted

@@ -50,7 +50,7 @@ def checkpoint_activations(blocks: list[nn.Module], mode: str) -> None:
         # Only for those that ask: torch.compile takes no context but a selective one.
         if any(layer.counts_forwards for layer in moving_layers(block)):
             own["context_fn"] = partial(_contexts, options.get("context_fn", _no_contexts))
-        block.forward = _checkpointed(block.forward, own)  # type: ignore[method-assign]
+        block.forward = _checkpointed(block.forward, own)
 
 
 Contexts = tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]
