@@ -21,6 +21,7 @@ class BatchNorm(MovingState):
     recomputation in backward does not change them again (pytorch issue 96136). They follow every forward, as torch's do.
     """
 
+    moving = {"running_mean": "averaged", "running_var": "averaged"}
     running_mean: Tensor
     running_var: Tensor
 

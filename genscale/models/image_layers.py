@@ -53,6 +53,7 @@ class SpectralNorm(MovingState):
     accumulation and recomputation see the same vectors, so that the update does not depend on how it was divided.
     """
 
+    moving = {"u": "copied", "v": "copied"}  # of the weights as they are now: the mean of two unit vectors is none
     u: Tensor
     v: Tensor
 
