@@ -35,7 +35,7 @@ TIMEOUT = 1500
 
 def open_engine(strategy: str) -> Any:
     """An engine that holds a network and its optimizer's state, as in the middle of a run."""
-    from genscale.models.gpt import GPT, GPTSettings
+    from genscale.families.gpt.network import GPT, GPTSettings
     from genscale.parallel.processes import Processes
     from genscale.parallel.strategies import ParallelPlan, build_engine
     from genscale.settings.config import OptimizerSettings, ParallelSettings
@@ -64,13 +64,13 @@ class Ours:
     """Saves through the hooks' own saver, and waits for the save as the next one would."""
 
     def __init__(self, engine: Any, folder: Path) -> None:
-        from genscale.training.saving import Saver
+        from genscale.checkpoint.saving import Saver
 
         self.engine, self.folder, self.step = engine, folder, 0
         self.saver = Saver(folder, engine.processes, keep=1)
 
     def save(self) -> dict[str, float]:
-        from genscale.training.saving import Contents
+        from genscale.checkpoint.saving import Contents
 
         self.step += 1
         state = {"step": self.step, "data": {}, "scalers": {}}
@@ -83,7 +83,7 @@ class Ours:
         return {"hold-up": held_up, "save, waited for": time.perf_counter() - started}
 
     def load(self) -> dict[str, float]:
-        from genscale.training.checkpoints import Checkpoint
+        from genscale.checkpoint.checkpoints import Checkpoint
 
         checkpoint = Checkpoint(self.folder / f"step-{self.step:08d}")
         started = time.perf_counter()
@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.strategy:
-        from genscale.parallel.leaving import run_and_leave
+        from genscale.parallel.exit_together import run_and_leave
 
         run_and_leave(lambda: measure(arguments.strategy, arguments.repeats, arguments.folder))
     load_before, results = os.getloadavg()[0], {}

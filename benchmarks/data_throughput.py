@@ -19,12 +19,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from genscale.data.cache_build import build, work_of
 from genscale.data.lanes import Sample
 from genscale.data.loader import StepLoader
 from genscale.data.order import fingerprint
 from genscale.data.packing import cut
-from genscale.data.text import TextData, TextDataSettings
+from genscale.data.text.cache_build import build, work_of
+from genscale.data.text.data import TextData, TextDataSettings
 from report import circumstances, write
 
 Count = Callable[[], int]  # does the work and returns its tokens

@@ -22,10 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from genscale.data.text import TextDataSettings
+from genscale.data.text.data import TextDataSettings
+from genscale.families.gpt.network import GPT, GPTSettings, resolved
 from genscale.interop.architectures import config_json
 from genscale.interop.weights import write_weights
-from genscale.models.gpt import GPT, GPTSettings, resolved
 from genscale.settings.config import Config, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
 from genscale.tracking.peaks import device_name, peak_flops
 from our_step import OurSteps, first_batches

@@ -20,21 +20,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from genscale.data.packed import PackedImageDataSettings
-from genscale.data.text import TextDataSettings
-from genscale.models.gan_settings import GANSettings
-from genscale.models.gpt_settings import GPTSettings
+from genscale.data.images.grouped import PackedImageDataSettings
+from genscale.data.text.data import TextDataSettings
+from genscale.families.dcgan.settings import GANSettings
+from genscale.families.gpt.settings import GPTSettings
+from genscale.hook import StepReport
 from genscale.objectives.base import Phase
 from genscale.objectives.gan_settings import GANObjectiveSettings
 from genscale.parallel.engine import StepResult
 from genscale.settings.config import Config, GuardSettings, OptimizerSettings, ScheduleSettings, TrainSettings
+from genscale.supervise.ending import Ending
+from genscale.supervise.watchdog import Watchdog
 from genscale.training import trainer
-from genscale.training.ending import Ending
 from genscale.training.kept_buffers import KeptBuffers
-from genscale.training.outcome import PhaseOutcome
-from genscale.training.step_report import StepReport
+from genscale.training.phase_outcome import PhaseOutcome
 from genscale.training.trainer import MicroBatches, Trainer
-from genscale.training.watchdog import Watchdog
 from our_step import OurSteps
 from report import circumstances, write
 from turns import compared, take_turns

@@ -113,9 +113,9 @@ class Gauge:
 
 def measure(variant: dict[str, Any]) -> None:
     """Two steps through the trainer's own body; prints the peak of the second."""
-    from genscale.data.tokenizers import ByteTokenizer
-    from genscale.models.gpt import GPT, GPTSettings
-    from genscale.objectives.language_model import LanguageModel
+    from genscale.data.text.tokenizers import ByteTokenizer
+    from genscale.families.gpt.network import GPT, GPTSettings
+    from genscale.families.gpt.objective import LanguageModel
     from genscale.parallel.processes import Processes
     from genscale.parallel.strategies import ParallelPlan, build_engine
     from genscale.settings.config import Config, OptimizerSettings, ParallelSettings
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--variant", help=argparse.SUPPRESS)  # of one process
     arguments = parser.parse_args()
     if arguments.variant:
-        from genscale.parallel.leaving import run_and_leave
+        from genscale.parallel.exit_together import run_and_leave
 
         run_and_leave(lambda: measure(VARIANTS[arguments.variant]))
     results = {}

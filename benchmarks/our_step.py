@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from genscale.data.loader import StepLoader
 from genscale.families import family
+from genscale.hook import StepReport
 from genscale.objectives.base import Objective
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import build_engine, plan_parallel
 from genscale.settings.config import Config
+from genscale.supervise.signals import StopSignal
 from genscale.training.optimizers import make_optimizer
 from genscale.training.run import averaged_networks
-from genscale.training.signals import StopSignal
-from genscale.training.step_report import StepReport
 from genscale.training.trainer import Trainer
 
 from torch import Tensor

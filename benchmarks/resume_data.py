@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import report
-from genscale.data import image_sources, sources
 from genscale.data.columns import Spec
-from genscale.data.image_shards import ImageSpec
+from genscale.data.images.data import sources as image_sources
+from genscale.data.images.shards import ImageSpec
+from genscale.data.text.data import sources
 from genscale.data.windows import Source
 
 import pyarrow as pa

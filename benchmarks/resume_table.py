@@ -80,9 +80,9 @@ def work(cells: list[Cell], folder: Path) -> None:
     from genscale.parallel.processes import Processes
     from genscale.parallel.strategies import plan_parallel
     from genscale.settings.parser import parse_config
+    from genscale.supervise.signals import StopSignal
+    from genscale.supervise.supervision import Supervision
     from genscale.training.run import _train, derive_accumulation
-    from genscale.training.signals import StopSignal
-    from genscale.training.supervision import Supervision
 
     jobs = []
     for cell in cells:
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        from genscale.parallel.leaving import run_and_leave
+        from genscale.parallel.exit_together import run_and_leave
 
         run_and_leave(lambda: work([Cell(**cell) for cell in json.loads(arguments.worker[0])], Path(arguments.worker[1])))
     result = circumstances(["torch", "accelerate", "deepspeed"]) | {"steps_before": HALF, "steps_after": HALF, "families": {}}

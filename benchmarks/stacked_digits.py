@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from genscale.data.images import ImageData, ImageDataSettings
+from genscale.data.images.data import ImageData, ImageDataSettings
 from genscale.evaluation.classifier import Classifier, trained_classifier
 from genscale.families import FAMILIES, family
 from genscale.settings.parser import parse_config

@@ -214,7 +214,7 @@ def _bytes_at_rest(strategy: str) -> int:
 
 def bytes_at_rest_worker(strategy: str) -> None:
     """One process of `_bytes_at_rest`."""
-    from genscale.models.gpt import GPT, GPTSettings
+    from genscale.families.gpt.network import GPT, GPTSettings
     from genscale.parallel.processes import Processes
     from genscale.parallel.strategies import ParallelPlan, build_engine
     from genscale.settings.config import OptimizerSettings, ParallelSettings
@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--bytes_at_rest_of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.bytes_at_rest_of:
-        from genscale.parallel.leaving import run_and_leave
+        from genscale.parallel.exit_together import run_and_leave
 
         run_and_leave(lambda: bytes_at_rest_worker(arguments.bytes_at_rest_of))
     about = circumstances(PACKAGES) | {"steps": arguments.steps}

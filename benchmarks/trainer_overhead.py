@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from genscale.data.text import TextDataSettings
+from genscale.data.text.data import TextDataSettings
 from genscale.families import family
-from genscale.models.gpt import GPTSettings
+from genscale.families.gpt.network import GPTSettings
 from genscale.parallel.materialise import fill, materialise
 from genscale.settings.config import Config, OptimizerSettings, ScheduleSettings, TrainSettings
 from genscale.training.optimizers import make_optimizer

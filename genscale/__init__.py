@@ -12,9 +12,9 @@ wait_shortly()
 keep_memory()
 
 _HOMES = {"config": "genscale.api", "train": "genscale.api", "load": "genscale.api", "Config": "genscale.settings.config",
-          "Hook": "genscale.training.step_report", "every": "genscale.training.step_report",
-          "Order": "genscale.training.step_report",
-          "StepReport": "genscale.training.step_report", "RunResult": "genscale.training.run",
+          "Hook": "genscale.hook", "every": "genscale.hook",
+          "Order": "genscale.hook",
+          "StepReport": "genscale.hook", "RunResult": "genscale.training.run",
           "MapData": "genscale.data.map_data", "ShardData": "genscale.data.shard_data",
           "LoaderSettings": "genscale.data.loader_settings", "SimpleObjective": "genscale.families.own",
           "make_family": "genscale.families.own", "register": "genscale.families", "start": "genscale.cli",

@@ -10,11 +10,11 @@ from genscale.evaluation.trained_run import TrainedRun as TrainedRun
 from genscale.families import register as register
 from genscale.families.own import SimpleObjective as SimpleObjective
 from genscale.families.own import make_family as make_family
+from genscale.hook import Hook as Hook
+from genscale.hook import Order as Order
+from genscale.hook import StepReport as StepReport
+from genscale.hook import every as every
 from genscale.settings.config import Config as Config
 from genscale.training.run import RunResult as RunResult
-from genscale.training.step_report import Hook as Hook
-from genscale.training.step_report import Order as Order
-from genscale.training.step_report import StepReport as StepReport
-from genscale.training.step_report import every as every
 
 __version__: str

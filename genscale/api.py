@@ -18,8 +18,8 @@ from genscale.settings.parser import parse_config
 
 if TYPE_CHECKING:
     from genscale.evaluation.trained_run import TrainedRun
+    from genscale.hook import Hook
     from genscale.training.run import RunResult
-    from genscale.training.step_report import Hook
 
 
 def config(name: str | Path, settings: Mapping[str, Any] | None = None) -> Config:
@@ -71,7 +71,7 @@ def train(config: Config, hooks: Sequence[Hook] = ()) -> RunResult:
     from genscale.cluster.promised_devices import check_devices
     from genscale.cluster.slurm_task import adopt_slurm_task
     from genscale.parallel.launcher import follow_launcher
-    from genscale.training.ending import before_the_run
+    from genscale.supervise.ending import before_the_run
     from genscale.training.process_state import process_left_as_found
     from genscale.training.run import train as run
 

@@ -13,10 +13,10 @@ from typing import NoReturn
 from genscale import __version__, exit_codes
 from genscale.cluster.slurm_task import adopt_slurm_task, is_slurm_task
 from genscale.errors import UserError, nearest
+from genscale.parallel.exit_together import run_and_leave
 from genscale.parallel.launcher import follow_launcher
-from genscale.parallel.leaving import run_and_leave
 from genscale.printable import OutputLost, occupy_closed_streams, printed_as_is, show_printable
-from genscale.training.signals import Stopped, StopSignal
+from genscale.supervise.signals import Stopped, StopSignal
 
 VERBS = {
     "train": "train a model as a YAML config says; resumes by itself",

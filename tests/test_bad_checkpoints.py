@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from genscale.training.checkpoint_writing import write_checkpoint
-from genscale.training.checkpoints import Checkpoint
+from genscale.checkpoint.checkpoints import Checkpoint
+from genscale.checkpoint.writing import write_checkpoint
 
 
 def holds(message: str, *words: object) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from genscale.data.text import TextData, TextDataSettings
+from genscale.data.text.data import TextData, TextDataSettings
 
 CASES = Path(__file__).parent / "cases"
 TEXT, IMAGES = CASES / "text", CASES / "images"
@@ -135,7 +135,7 @@ def test_a_conversation_that_its_template_refuses_is_left_out_and_counted(tmp_pa
 
 
 def test_pictures_of_floats_are_seen_as_they_are(tmp_path) -> None:
-    from genscale.data.images import ImageData, ImageDataSettings
+    from genscale.data.images.data import ImageData, ImageDataSettings
 
     data = ImageData(ImageDataSettings(source=str(IMAGES / "floattif"), size=32), 1)
     pictures = np.stack([sample["image"] for sample in data.validation()])

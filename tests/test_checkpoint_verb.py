@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from genscale.training.checkpoints import Checkpoint
-from genscale.training.code_version import ROOT, commit
-from genscale.training.provenance import position_in_words
+from genscale.checkpoint.checkpoints import Checkpoint
+from genscale.checkpoint.code_version import ROOT, commit
+from genscale.checkpoint.provenance import position_in_words
 
 SETTINGS = {"train.steps": 10, "train.checkpoint_every": 2, "train.evaluate_every": 4, "train.checkpoint_keep": 1,
             "train.checkpoint_keep_every": 8, "train.checkpoint_best": "fd", "train.ema_half_life": 100,

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from genscale.data.tokenizers import ByteTokenizer, load_tokenizer
+from genscale.checkpoint.checkpoints import Checkpoint
+from genscale.data.text.tokenizers import ByteTokenizer, load_tokenizer
 from genscale.families import FAMILIES, family
-from genscale.models.gpt import GPT
+from genscale.families.gpt.network import GPT
 from genscale.settings.parser import load_config
-from genscale.training.checkpoints import Checkpoint
 from genscale.training.run import RunResult
 from genscale.verbs.train import farewell
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from genscale.data.loader import StepLoader
 from genscale.families import FAMILIES, family
-from genscale.objectives.language_model import LanguageModel
+from genscale.families.gpt.objective import LanguageModel
 from genscale.settings.parser import load_config
 
 STEPS = 4
@@ -175,7 +175,7 @@ def test_without_a_trace_by_what_was_logged_and_by_checkpoints(make, base, verdi
     save_file(tensors, file)
     manifest = file.parents[1] / "manifest.json"
     content = json.loads(manifest.read_text())
-    from genscale.training.checkpoints import sha256_of
+    from genscale.checkpoint.checkpoints import sha256_of
 
     content["files"]["networks/" + file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
     manifest.write_text(json.dumps(content))

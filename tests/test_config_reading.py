@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from genscale.data.images import ImageData, ImageDataSettings
+from genscale.data.images.data import ImageData, ImageDataSettings
 from genscale.errors import UserError
 from genscale.families import FAMILIES
 from genscale.reading import Unreadable, dump_yaml, parse_json, parse_yaml, read_bytes
 from genscale.settings.numbers import check_numbers, with_plain_numbers
 from genscale.settings.parser import load_config, parse_config
-from genscale.training.run_folder import config_yaml
+from genscale.supervise.run_folder import config_yaml
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefghij", "bcdefghijk", strict=True))

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from genscale.data.tokenizers import ByteTokenizer
+from genscale.data.text.tokenizers import ByteTokenizer
 from genscale.families import FAMILIES, family
-from genscale.models.gpt import GPT
+from genscale.families.gpt.network import GPT
 from genscale.settings.parser import load_config
+from genscale.supervise.run_folder import config_yaml
 from genscale.training.run import derive_accumulation
-from genscale.training.run_folder import config_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

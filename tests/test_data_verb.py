@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from genscale.data import sources
-from genscale.data.sources import HASHES, text_hash
+from genscale.data.text.data import sources
+from genscale.data.text.sources import HASHES, text_hash
 
 
 @pytest.fixture(scope="module")

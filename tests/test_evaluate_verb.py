@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from genscale.checkpoint.checkpoints import Checkpoint
 from genscale.families import FAMILIES, family
 from genscale.settings.parser import load_config
-from genscale.training.checkpoints import Checkpoint
 from genscale.verbs.trained import load_weights
 
 LAST = "checkpoints/step-00000006"

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from genscale.checkpoint.checkpoints import Checkpoint
 from genscale.training import run
-from genscale.training.checkpoints import Checkpoint
 
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/cpu.yaml")
 MATRIX = [pytest.mark.slow, pytest.mark.matrix]
@@ -134,7 +134,7 @@ def test_patience_with_a_server_is_shorter_than_the_watchdog_s(refuse):
 PLANTED = """
 import sys
 from genscale.cli import start
-from genscale.objectives.language_model import LanguageModel
+from genscale.families.gpt.objective import LanguageModel
 loss = LanguageModel.loss
 def planted(self, networks, batch, draws):
     terms = loss(self, networks, batch, draws)

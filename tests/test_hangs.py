@@ -19,7 +19,7 @@ MATRIX = [pytest.mark.slow, pytest.mark.matrix]
 PLANTED = """
 import os, signal, sys, time
 from genscale.errors import UserError
-from genscale.objectives.language_model import LanguageModel
+from genscale.families.gpt.objective import LanguageModel
 from genscale.parallel.launcher import run_workers
 from genscale.cli import start
 
@@ -31,7 +31,7 @@ def bug():
     raise RuntimeError("a bug of ours")
 
 def busy():
-    from genscale.training.watchdog import Watchdog
+    from genscale.supervise.watchdog import Watchdog
     until = time.thread_time() + 2.5  # which stands still while the process does
     if "ASLEEP_IN" in os.environ:  # within a look of the watchdog, and at once
         method = os.environ.pop("ASLEEP_IN")

@@ -15,8 +15,8 @@ from genscale import __version__
 from genscale.cli import VERBS
 from genscale.evaluation.image_sampling import ImageSampling
 from genscale.evaluation.image_scores import ImageScoring
-from genscale.evaluation.samplers import TextSampling
 from genscale.families import family
+from genscale.families.gpt.sampling import TextSampling
 from genscale.settings.keys import as_key
 from genscale.settings.parser import COMMON_SECTIONS
 from genscale.verbs.export import ExportSettings

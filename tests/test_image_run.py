@@ -13,10 +13,10 @@ import torch
 import yaml
 from PIL import Image
 
+from genscale.checkpoint.checkpoints import Checkpoint
 from genscale.evaluation.validation import evaluating
 from genscale.families import FAMILIES, family
 from genscale.settings.parser import load_config
-from genscale.training.checkpoints import Checkpoint
 from genscale.verbs.trained import load_weights
 
 SETTINGS: dict[str, Any] = {

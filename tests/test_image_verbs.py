@@ -11,7 +11,8 @@ import torch
 import yaml
 from PIL import Image
 
-from genscale.data.images import ImageData, ImageDataSettings
+from genscale.checkpoint.checkpoints import Checkpoint
+from genscale.data.images.data import ImageData, ImageDataSettings
 from genscale.errors import UserError
 from genscale.evaluation.classifier import RECIPE
 from genscale.evaluation.image_generation import as_uint8, decoded, latents
@@ -25,7 +26,6 @@ from genscale.objectives.sample_quality import frechet_distance, kernel_distance
 from genscale.parallel.processes import Processes
 from genscale.rng import permutation
 from genscale.settings.parser import load_config
-from genscale.training.checkpoints import Checkpoint
 from genscale.verbs.trained import load_weights
 
 COMMON = {

@@ -16,7 +16,7 @@ NO_HELP = ["torch", "numpy", "pandas", "pyarrow", "datasets", "transformers", "a
            "sklearn", "scipy", "tokenizers", "tensorboard", "safetensors", "requests"]
 NO_RUN_ALONE = ["pandas", "pyarrow", "datasets", "transformers", "deepspeed", "wandb", "sklearn", "scipy", "tensorboard",
                 "requests", "huggingface_hub", "torch.distributed.checkpoint", "genscale.parallel.fsdp2",
-                "genscale.parallel.zero", "genscale.objectives.image_gan", "genscale.data.images"]
+                "genscale.parallel.zero", "genscale.families.dcgan.objective", "genscale.data.images.data"]
 """Of a language model on a text file, in one process, without trackers."""
 CODE = """
 import json, sys

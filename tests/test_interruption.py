@@ -190,7 +190,7 @@ SLOW_EVALUATION = """
 import sys, time
 from pathlib import Path
 from genscale.cli import start
-from genscale.objectives.language_model import LanguageModel
+from genscale.families.gpt.objective import LanguageModel
 evaluate = LanguageModel.evaluate
 def slow(self, networks, batch):
     Path(sys.argv[2] + ".evaluating").touch()

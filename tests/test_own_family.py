@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
+from genscale.checkpoint.checkpoints import Checkpoint
 from genscale.families import FAMILIES
-from genscale.training.checkpoints import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "docs" / "examples"

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from genscale.families import FAMILIES
+from genscale.inspection.config_check import check_config
 from genscale.settings.parser import load_config
-from genscale.training.config_check import check_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "tests" / "plugin_package"

@@ -24,8 +24,8 @@ import torch
 import yaml
 
 import genscale
+from genscale.checkpoint.checkpoints import Checkpoint, list_checkpoints
 from genscale.objectives import FAMILIES
-from genscale.training.checkpoints import Checkpoint, list_checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 TWELVE = """
@@ -205,7 +205,7 @@ def refuse_door():
     return refuse
 
 
-@pytest.mark.parametrize("module", ["genscale.api", "genscale.training.step_report"])
+@pytest.mark.parametrize("module", ["genscale.api", "genscale.hook"])
 def test_the_examples_run(module) -> None:
     found = doctest.testmod(importlib.import_module(module))
     assert found.attempted and not found.failed
@@ -229,7 +229,7 @@ settings = ["--train.steps=6", "--data.source=digits", "--data.size=8", "--data.
             "--model.multipliers=[1, 2]", "--train.global_batch_size=16", "--train.log_every=2", "--train.ema_half_life=64",
             "--train.precision=fp32", "--data.workers=0", "--tracking.wandb=disabled", "--model.family=vae"]
 assert main(["train", *settings, "--run.name=typed"]) == 0
-from genscale.training.checkpoints import list_checkpoints
+from genscale.checkpoint.checkpoints import list_checkpoints
 digests = {list_checkpoints(Path("runs") / name / "checkpoints")[-1].digest() for name in ("door", "typed")}
 assert len(digests) == 1, digests
 if run.is_main:

@@ -12,7 +12,7 @@ import pytest
 
 from genscale.cli import main
 from genscale.errors import UserError
-from genscale.evaluation.samplers import TextSampling, prompts_of
+from genscale.families.gpt.sampling import TextSampling, prompts_of
 
 
 def done(outcome) -> str:

@@ -13,7 +13,7 @@ from genscale.cluster.lives import read_ended
 from genscale.cluster.site import Site, user_file
 from genscale.cluster.slurm_commands import Queued
 from genscale.errors import UserError
-from genscale.training.run_owner import who_has
+from genscale.supervise.run_owner import who_has
 
 LAUNCH_FILE = Path("launch/ddp.yaml")
 """As a job's script names it: in its copy of the code, or, without one, in the folder that it is submitted from."""

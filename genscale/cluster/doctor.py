@@ -149,7 +149,7 @@ def _reach(config: Config | None) -> list[tuple[str, Callable[[], Iterator[Check
 
 
 def _data(config: Config) -> Iterator[Check]:
-    from genscale.data.reach import reach
+    from genscale.data.reachability import reach
 
     try:
         for line in reach(config.data):

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from genscale import exit_codes
+from genscale.checkpoint.code_version import commit, in_words, snapshot
+from genscale.checkpoint.names import latest_step
 from genscale.cluster import fitness
 from genscale.cluster.checks import host_name
 from genscale.cluster.clocks import server_offset
@@ -27,9 +29,7 @@ from genscale.cluster.lives import Life, job_nodes, now, read_ended, read_lives,
 from genscale.cluster.ports import free_port
 from genscale.cluster.why_ended import of_the_disk, why_cut_off, why_ended
 from genscale.errors import UserError
-from genscale.training.checkpoint_names import latest_step
-from genscale.training.code_version import commit, in_words, snapshot
-from genscale.training.run_owner import RunOwner
+from genscale.supervise.run_owner import RunOwner
 from genscale.writing import make_folder, write_whole
 
 T = TypeVar("T")

@@ -10,6 +10,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from genscale.checkpoint.code_version import in_words
+from genscale.checkpoint.names import latest_step
 from genscale.cluster import slurm_commands
 from genscale.cluster.gpu_hours import accounted, gpu_hours
 from genscale.cluster.job_records import jobs_of, runs_of, training_steps
@@ -22,8 +24,6 @@ from genscale.printable import printable
 from genscale.settings.config import RunSettings
 from genscale.tracking.metrics_file import read_metrics
 from genscale.tracking.progress import figure
-from genscale.training.checkpoint_names import latest_step
-from genscale.training.code_version import in_words
 
 LONGEST = 1e9
 """Seconds that are predicted at most: thirty years."""

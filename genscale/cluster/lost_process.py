@@ -16,13 +16,13 @@ from pathlib import Path
 import psutil
 
 from genscale import exit_codes
+from genscale.checkpoint.names import latest_step
 from genscale.cluster.checks import host_name
 from genscale.cluster.lives import read_ended, read_record, tell, this_job
 from genscale.cluster.why_ended import why_ended
-from genscale.training.checkpoint_names import latest_step
-from genscale.training.ending import Ending
-from genscale.training.run_owner import latest_claim
-from genscale.training.signals import SIGNALS
+from genscale.supervise.ending import Ending
+from genscale.supervise.run_owner import latest_claim
+from genscale.supervise.signals import SIGNALS
 
 OF_ITS_OWN = {exit_codes.DONE, *map(exit_codes.of_signal, SIGNALS)}
 """Exit codes of a process that stops with the others: rank 0 has the word then."""

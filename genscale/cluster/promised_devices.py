@@ -18,7 +18,7 @@ from genscale.cluster.checks import Check, count_of, host_name
 from genscale.cluster.fitness import report_fault
 from genscale.cluster.lives import this_job
 from genscale.errors import UnfitNode
-from genscale.training.ending import RUN
+from genscale.supervise.ending import RUN
 
 DRIVER_SECONDS = 15
 """A driver with a GPU in trouble may not answer at all."""

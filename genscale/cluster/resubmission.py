@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from genscale.checkpoint.code_version import code_in
 from genscale.cluster import slurm_commands
 from genscale.cluster.before_submission import LAUNCH_FILE, check_is_free, check_launch_file
 from genscale.cluster.job_records import Submitted, active_jobs, record, submitted
@@ -20,9 +21,8 @@ from genscale.cluster.snapshot import take
 from genscale.cluster.submission import log_of, what_next
 from genscale.errors import UserError
 from genscale.families import FAMILIES
+from genscale.inspection.config_check import check_config
 from genscale.settings.parser import load_config
-from genscale.training.code_version import code_in
-from genscale.training.config_check import check_config
 from genscale.writing import write_whole
 
 SCRIPT, CONFIG = "job.sbatch", "config.yaml"

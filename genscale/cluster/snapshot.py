@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import genscale
+from genscale.checkpoint.code_version import COMMIT_FILE, ROOT, commit_of
 from genscale.cluster.before_submission import LAUNCH_FILE
 from genscale.errors import UserError
-from genscale.training.code_version import COMMIT_FILE, ROOT, commit_of
 from genscale.writing import make_folder, write_whole
 
 LARGEST, MOST = 32 * 2**20, 10_000

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_type_hints
 
+from genscale.checkpoint.code_version import code_in
 from genscale.cluster import slurm_commands
 from genscale.cluster.before_submission import check_is_free, check_launch_file, check_setup, wait_for
 from genscale.cluster.doctor import submission_check
@@ -28,7 +29,6 @@ from genscale.families import FAMILIES
 from genscale.masking import has_mask
 from genscale.settings.config import Config, RunSettings
 from genscale.settings.parser import parse_config, parse_settings
-from genscale.training.code_version import code_in
 from genscale.writing import make_folder
 
 OF_THIS_JOB = ("--config", "--array", "--after", "--begin", "--dependency")
@@ -70,7 +70,7 @@ class Prepared:
     configs: list[Config]
 
     def runs(self) -> list[Path]:
-        from genscale.training.run_folder import run_folder  # here and below: loads torch, which --help need not wait for
+        from genscale.supervise.run_folder import run_folder  # here and below: loads torch, which --help need not wait for
 
         return [run_folder(config) for config in self.configs]
 
@@ -132,8 +132,8 @@ def _gathered(arguments: Sequence[str]) -> list[str]:
 def _prepare(asked: JobSettings, settings: Sequence[str], submitted_with: str | None = None) -> Prepared:
     if not asked.config:
         raise UserError("--config: name the YAML file of the run, or one that `genscale configs` lists, as --config gpt/demo")
-    from genscale.training.run_folder import run_folder
-    from genscale.training.supervision import group_timeout_minutes
+    from genscale.supervise.run_folder import run_folder
+    from genscale.supervise.supervision import group_timeout_minutes
 
     site = read_site(asked.site)
     words = ["--config", asked.config, *settings]
@@ -185,7 +185,7 @@ def _without(settings: Sequence[str], flags: Sequence[str]) -> list[str]:
 
 def _check(prepared: Prepared, no_snapshot: bool) -> None:
     """Raises UserError for what would go wrong on the cluster."""
-    from genscale.training.config_check import check_config
+    from genscale.inspection.config_check import check_config
 
     job, site = prepared.job, prepared.site
     if job.launcher == "accelerate" and no_snapshot:
@@ -224,7 +224,7 @@ def _check_configs(prepared: Prepared, check: Callable[[Config], None]) -> None:
 
 
 def _check_has_no_token(config: Config) -> None:
-    from genscale.training.run_folder import config_yaml
+    from genscale.supervise.run_folder import config_yaml
 
     if masked := next((line.strip() for line in config_yaml(config).splitlines() if has_mask(line)), None):
         raise UserError(f"{masked}: an address with a token cannot be kept with a job; put the token where the library "
@@ -249,7 +249,7 @@ def _output(prepared: Prepared) -> str:
 
 def _keep_and_submit(prepared: Prepared, snapshot: Snapshot | None) -> None:
     """Script, resolved config and code into the run folder, the job into the queue."""
-    from genscale.training.run_folder import config_yaml
+    from genscale.supervise.run_folder import config_yaml
 
     job, folder, training = prepared.job, prepared.folder, prepared.training
     before, code = {*folder.glob("jobs/*")}, None

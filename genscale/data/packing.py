@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from genscale.data.tokenizers import Tokenizer, encode_pieces
+from genscale.data.text.tokenizers import Tokenizer, encode_pieces
 
 PIECE = 16_384
 """Characters that are tokenised at a time: longer documents are cut into pieces, shorter ones are gathered into batches.

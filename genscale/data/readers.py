@@ -1,6 +1,6 @@
 """Shards of documents behind one face: texts that Python brings, local files, URLs and Hugging Face hub datasets.
 
-Which row goes where is decided in `genscale.data.sources`. Hub datasets are read through `datasets`.
+Which row goes where is decided in `genscale.data.text.sources`. Hub datasets are read through `datasets`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from genscale.data.columns import documents
 from genscale.data.file_tables import ROWS, At, Rows, json_rows, open_parquet, parquet_rows, text_rows, text_values
 from genscale.data.folders import File, identity, parted, refuse_no_file, say_repeated, unreadable, walk
 from genscale.data.json_values import BadRow
-from genscale.data.opening import (
+from genscale.data.locations import (
     READABLE,
     builder_of,
     find_urls,

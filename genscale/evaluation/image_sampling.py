@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genscale.data.image_labels import composed
-from genscale.data.images import ImageData
+from genscale.data.images.data import ImageData
+from genscale.data.images.labels import composed
 from genscale.errors import UserError, nearest
 from genscale.evaluation.image_generation import decoded, latents
 from genscale.evaluation.sample_files import empty_folder, picture_of_run, write_images_npz, write_picture, write_pictures

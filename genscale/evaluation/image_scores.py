@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from genscale.data.image_labels import composed
-from genscale.data.images import ImageData, ImageDataSettings
+from genscale.data.images.data import ImageData, ImageDataSettings
+from genscale.data.images.grouped import gan_images
+from genscale.data.images.labels import composed
 from genscale.data.lanes import Data, Sample
 from genscale.data.order import LaneReader
-from genscale.data.packed import gan_images
 from genscale.errors import UserError
 from genscale.evaluation.classifier import Classifier, trained_classifier
 from genscale.evaluation.image_generation import as_uint8, decoded, latents

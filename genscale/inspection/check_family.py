@@ -17,17 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from genscale.checkpoint.checkpoints import Checkpoint, latest_valid, list_checkpoints
 from genscale.errors import UserError
 from genscale.families import FAMILIES, family
+from genscale.inspection.audit_report import UNEQUAL, counted, listed
+from genscale.inspection.checkpoint_comparison import compare_checkpoints
+from genscale.inspection.comparison import ROUNDING, Comparison, compare_runs
 from genscale.inspection.loss_laws import LossFindings, look_at_losses
 from genscale.settings.config import Config, Strategy
 from genscale.settings.keys import as_key
 from genscale.settings.parser import parse_config
 from genscale.testing.processes import Outcome, run, start
-from genscale.training.audit_report import UNEQUAL, counted, listed
-from genscale.training.checkpoint_comparison import compare_checkpoints
-from genscale.training.checkpoints import Checkpoint, latest_valid, list_checkpoints
-from genscale.training.comparison import ROUNDING, Comparison, compare_runs
 
 State = Literal["ok", "refused", "failed", "left out"]
 STEPS, CHECKPOINT_EVERY, BATCH = 8, 4, 8

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from genscale.families import family
+from genscale.inspection.audit_probe import buffers_kept, terms_of
 from genscale.objectives.base import Objective, Phase
 from genscale.parallel.engine import Engine
 from genscale.parallel.materialise import named_state
@@ -20,7 +21,6 @@ from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import build_engine, plan_parallel
 from genscale.rng import Draws
 from genscale.settings.config import Config
-from genscale.training.audit_probe import buffers_kept, terms_of
 from genscale.training.run import derive_accumulation, open_loader, open_objective, prepare
 
 ROUNDING_OF_SUMS = 1e-4

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from genscale.errors import UserError
-from genscale.models.gpt_settings import GPTSettings
+from genscale.families.gpt.settings import GPTSettings
 
 CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 """transformers' class of each `model_type` that is read and written. A GPT's preset has the same names."""

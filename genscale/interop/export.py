@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from genscale.data.tokenizers import Tokenizer
+from genscale.data.text.tokenizers import Tokenizer
 from genscale.errors import UserError
+from genscale.families.gpt.settings import GPTSettings
 from genscale.interop.architectures import class_for, config_json
 from genscale.interop.huggingface import CONFIG
 from genscale.interop.tokenizer_files import write_tokenizer
 from genscale.interop.weights import SHARD_BYTES, Read, write_weights
-from genscale.models.gpt_settings import GPTSettings
 
 TOLERANCE = 1e-4
 """Largest difference of logits allowed, as a share of the largest logit: some fifty times what other kernels and another order

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from genscale.errors import UserError, nearest
+from genscale.families.gpt.settings import GPTSettings, resolved
 from genscale.interop.architectures import CLASSES, settings_of
 from genscale.interop.weights import HEAD, Read, SafetensorsFolder, has_a_head_of_its_own, read_weights
-from genscale.models.gpt_settings import GPTSettings, resolved
 from genscale.reading import Unreadable, read_json
 
 log = logging.getLogger("genscale")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genscale.data.tokenizers import load_tokenizer
+from genscale.data.text.tokenizers import load_tokenizer
 from genscale.errors import UserError
 from genscale.interop.huggingface import TOKENIZER, find_folder, open_huggingface, read_settings
 from genscale.interop.tokenizer_files import GENERATION_CONFIG

@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from genscale.data.tokenizers import END_OF_TEXT, ByteTokenizer, Tokenizer
+from genscale.data.text.tokenizers import END_OF_TEXT, ByteTokenizer, Tokenizer
 from genscale.interop.huggingface import TOKENIZER
 from genscale.reading import read_json
 

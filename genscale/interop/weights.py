@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from genscale.errors import UserError
-from genscale.models.gpt import GPT
-from genscale.models.gpt_settings import GPTSettings
+from genscale.families.gpt.network import GPT
+from genscale.families.gpt.settings import GPTSettings
 from genscale.reading import Unreadable, read_json
 
 log = logging.getLogger("genscale")

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:  # a registry entry names these, and must not wait for torch
     from torch import Tensor
 
-    from genscale.data.tokenizers import Tokenizer
-    from genscale.models.vae_likelihoods import Measures
+    from genscale.data.text.tokenizers import Tokenizer
     from genscale.objectives.base import Batch, Networks
+    from genscale.objectives.likelihoods import Measures
 
 
 class WritesText(Protocol):

@@ -8,20 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from genscale.checkpoint.best import best_of, better_of
+from genscale.checkpoint.checkpoints import Checkpoint, list_checkpoints
+from genscale.checkpoint.provenance import position_in_words, provenance
+from genscale.checkpoint.saving import Contents, Saver
 from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader
 from genscale.data.order import merge_states
+from genscale.hook import Hook, Order, StepReport
 from genscale.objectives.base import Objective
 from genscale.parallel.engine import Engine
 from genscale.settings.config import Config
-from genscale.training.best_checkpoint import best_of, better_of
-from genscale.training.checkpoints import Checkpoint, list_checkpoints
+from genscale.supervise.run_folder import config_yaml
 from genscale.training.evaluating import Evaluate
-from genscale.training.provenance import position_in_words, provenance
 from genscale.training.replicas import compare_replicas
-from genscale.training.run_folder import config_yaml
-from genscale.training.saving import Contents, Saver
-from genscale.training.step_report import Hook, Order, StepReport
 
 log = logging.getLogger("genscale")
 

@@ -8,16 +8,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from genscale.checkpoint.checkpoints import Checkpoint
+from genscale.checkpoint.restoring import restore
 from genscale.evaluation.validation import evaluating, validate
+from genscale.hook import Hook, Order, StepReport
 from genscale.objectives.base import Objective
 from genscale.parallel.engine import Engine
 from genscale.settings.config import Config
+from genscale.supervise.signals import StopSignal
 from genscale.tracking.run_record import RunRecord
-from genscale.training.checkpoints import Checkpoint
 from genscale.training.collapse import CollapseWatch
-from genscale.training.restoring import restore
-from genscale.training.signals import StopSignal
-from genscale.training.step_report import Hook, Order, StepReport
 
 log = logging.getLogger("genscale")
 

@@ -8,21 +8,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from genscale.checkpoint.best import check_metric
 from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader
+from genscale.hook import Hook, StepReport
 from genscale.objectives.base import Objective
 from genscale.parallel.engine import Engine
 from genscale.settings.config import Config
+from genscale.supervise.run_folder import config_dict
+from genscale.supervise.signals import StopSignal
 from genscale.tracking.run_record import RunRecord
 from genscale.tracking.writes import Writes
-from genscale.training.best_checkpoint import check_metric
 from genscale.training.checkpointing import CompareReplicas, KeepCheckpoints
 from genscale.training.evaluating import Evaluate, Sample
 from genscale.training.measuring import Count, LogMetrics
 from genscale.training.profile import Profile
-from genscale.training.run_folder import config_dict
-from genscale.training.signals import StopSignal
-from genscale.training.step_report import Hook, StepReport
 from genscale.training.trace import Trace
 
 log = logging.getLogger("genscale")

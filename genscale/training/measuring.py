@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from genscale.data.loader import StepLoader
+from genscale.hook import Hook, Order, StepReport
 from genscale.objectives.base import Objective
 from genscale.parallel.processes import Processes
 from genscale.settings.config import Config
@@ -15,7 +16,6 @@ from genscale.tracking.peaks import device_name, peak_flops
 from genscale.tracking.run_record import RunRecord
 from genscale.tracking.throughput import Throughput
 from genscale.training.data_wait import DataWait
-from genscale.training.step_report import Hook, Order, StepReport
 
 log = logging.getLogger("genscale")
 

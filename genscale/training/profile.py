@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from genscale.training.step_report import Hook, Order, StepReport
+from genscale.hook import Hook, Order, StepReport
 from genscale.writing import drafted, make_folder, write_whole
 
 log = logging.getLogger("genscale")

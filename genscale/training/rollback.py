@@ -6,12 +6,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from genscale.checkpoint.checkpoints import Checkpoint, latest_valid
+from genscale.checkpoint.restoring import restore_exactly
 from genscale.data.loader import StepLoader
 from genscale.parallel.engine import Engine
-from genscale.training.checkpoints import Checkpoint, latest_valid
+from genscale.supervise.run_folder import set_later_checkpoints_aside
 from genscale.training.hooks import RunHooks
-from genscale.training.restoring import restore_exactly
-from genscale.training.run_folder import set_later_checkpoints_aside
 
 log = logging.getLogger("genscale")
 

@@ -14,10 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genscale.checkpoint.checkpoints import Checkpoint
+from genscale.checkpoint.frozen_networks import keep_frozen
+from genscale.checkpoint.restoring import load_beside_weights
 from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader
 from genscale.errors import UserError, nearest_divisors
 from genscale.families import FAMILIES, family
+from genscale.hook import Hook, hooks_by_name
 from genscale.interop.starting import keep_for_export, weights_from
 from genscale.objectives.base import Objective
 from genscale.parallel.determinism import deterministic
@@ -29,16 +33,8 @@ from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import ParallelPlan, build_engine, check_objective, plan_parallel
 from genscale.settings.config import Config
 from genscale.settings.mistakes import check_not_masked
-from genscale.tracking.metrics_file import read_metrics
-from genscale.training.checkpoints import Checkpoint
-from genscale.training.collapse import Collapsed, check_collapse
-from genscale.training.ending import before_the_run
-from genscale.training.frozen_networks import keep_frozen
-from genscale.training.hooks import RunHooks
-from genscale.training.optimizers import make_optimizer
-from genscale.training.restoring import load_beside_weights
-from genscale.training.rollback import GoBack
-from genscale.training.run_folder import (
+from genscale.supervise.ending import before_the_run
+from genscale.supervise.run_folder import (
     check_batch_memory,
     check_free_space,
     check_host_memory,
@@ -50,13 +46,17 @@ from genscale.training.run_folder import (
     run_folder,
     set_later_checkpoints_aside,
 )
+from genscale.supervise.signals import StopSignal
+from genscale.supervise.supervision import Supervision, group_timeout_minutes
+from genscale.supervise.watchdog import check_patience
+from genscale.tracking.metrics_file import read_metrics
+from genscale.training.collapse import Collapsed, check_collapse
+from genscale.training.hooks import RunHooks
+from genscale.training.optimizers import make_optimizer
+from genscale.training.rollback import GoBack
 from genscale.training.schedules import never_reached
-from genscale.training.signals import StopSignal
-from genscale.training.step_report import Hook, hooks_by_name
-from genscale.training.supervision import Supervision, group_timeout_minutes
 from genscale.training.trainer import Trainer
 from genscale.training.update_guard import check_guards
-from genscale.training.watchdog import check_patience
 from genscale.writing import write_whole
 
 log = logging.getLogger("genscale")

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genscale.hook import Hook, Order, StepReport
 from genscale.parallel.engine import Engine, named_state
 from genscale.parallel.pieces import Piece
 from genscale.rng import Draws
 from genscale.tracking.metrics_file import MetricsFile, read_metrics
 from genscale.tracking.writes import Writes
 from genscale.training.fingerprints import Fingerprint, Fingerprints, digest_of
-from genscale.training.step_report import Hook, Order, StepReport
 
 NAME = "trace.jsonl"
 

@@ -16,19 +16,19 @@ from torch import Tensor
 from genscale.data.loader import StepLoader
 from genscale.data.order import DIGEST_MODULUS
 from genscale.errors import UserError
+from genscale.hook import Hook, StepReport
 from genscale.objectives.base import Objective, Phase
 from genscale.parallel.engine import Engine, StepResult
 from genscale.rng import Draws, DrawsAhead
 from genscale.settings.config import Config
+from genscale.supervise.signals import StopSignal
 from genscale.training.dry_batch import without_a_trace
-from genscale.training.guards import NonFiniteLoss
 from genscale.training.kept_buffers import KeptBuffers
+from genscale.training.non_finite import NonFiniteLoss
 from genscale.training.out_of_memory import advice, is_out_of_memory
-from genscale.training.outcome import PhaseOutcome
+from genscale.training.phase_outcome import PhaseOutcome
 from genscale.training.replicas import changes_are_declared, has_undeclared
 from genscale.training.schedules import average_decay, learning_rate_share
-from genscale.training.signals import StopSignal
-from genscale.training.step_report import Hook, StepReport
 from genscale.training.update_guard import RollBack, UpdateGuard
 
 log = logging.getLogger("genscale")

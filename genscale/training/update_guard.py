@@ -11,8 +11,8 @@ from torch import Tensor
 from genscale.errors import UserError
 from genscale.parallel.processes import Processes
 from genscale.settings.config import Config
-from genscale.training.guards import NonFiniteLoss, calmer
-from genscale.training.outcome import PhaseOutcome
+from genscale.training.non_finite import NonFiniteLoss, calmer
+from genscale.training.phase_outcome import PhaseOutcome
 from genscale.training.spikes import LossWindow
 
 log = logging.getLogger("genscale")

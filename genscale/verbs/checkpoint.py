@@ -18,7 +18,7 @@ from genscale.settings.parser import parse
 from genscale.writing import drafted
 
 if TYPE_CHECKING:
-    from genscale.training.checkpoints import Checkpoint
+    from genscale.checkpoint.checkpoints import Checkpoint
 
 ACTIONS = {
     "list": "step, size, age, validity and place in the data of each, and which are kept as the best or for ever",
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
     chosen = parsed[parsed.subcommand]
     if refusal := empty("path", chosen.path):
         raise refusal
-    from genscale.training.checkpoints import find_checkpoints
+    from genscale.checkpoint.checkpoints import find_checkpoints
 
     checkpoints = list(find_checkpoints(Path(chosen.path)))
     if parsed.subcommand == "digest":
@@ -76,7 +76,7 @@ def _undamaged(checkpoint: Checkpoint) -> Checkpoint:
 
 def verify_frozen(checkpoints: list[Checkpoint]) -> None:
     """Raises UserError where the run folder's copy of a frozen network is not the one that a checkpoint was trained with."""
-    from genscale.training.frozen_networks import find_copy, recorded_in
+    from genscale.checkpoint.frozen_networks import find_copy, recorded_in
 
     looked_at: set[tuple[str, str]] = set()
     for checkpoint in checkpoints:
@@ -91,7 +91,7 @@ def consolidate(checkpoint: Checkpoint, out: Path, network: str | None, live: bo
 
     Raises UserError.
     """
-    from genscale.training.tensor_files import write_whole
+    from genscale.checkpoint.tensor_files import write_whole
 
     names = checkpoint.networks()
     if network is None and len(names) > 1:

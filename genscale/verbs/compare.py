@@ -14,7 +14,7 @@ from genscale.printable import printable
 from genscale.settings.parser import parse
 
 if TYPE_CHECKING:
-    from genscale.training.comparison import Comparison
+    from genscale.inspection.comparison import Comparison
 
 DIFFERENT = 1
 SHOWN = 12  # differences of the first step that differs
@@ -23,7 +23,7 @@ SHOWN = 12  # differences of the first step that differs
 def main(arguments: list[str]) -> int:
     """Exit code 0: equal, or equal but for rounding; 1: different."""
     parsed = parse(parser(), arguments)
-    from genscale.training.comparison import compare_runs
+    from genscale.inspection.comparison import compare_runs
 
     comparison = compare_runs(Path(parsed.run_a), Path(parsed.run_b))
     print(json.dumps(_as_json(comparison), indent=1, allow_nan=False) if parsed.json else _as_text(comparison))

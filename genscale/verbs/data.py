@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from jsonargparse.typing import PositiveInt
 
-from genscale.data.image_settings import ImageDataSettings
-from genscale.data.text_settings import TextDataSettings
+from genscale.data.images.settings import ImageDataSettings
+from genscale.data.text.settings import TextDataSettings
 from genscale.errors import UserError, nearest
 from genscale.families import FAMILIES
 from genscale.settings.parser import parse_config, parse_settings, take_number

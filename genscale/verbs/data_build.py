@@ -8,9 +8,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from genscale.data.cache_build import build, work_of
-from genscale.data.encoded import EncodedSource
-from genscale.data.text import TextData, TextDataSettings
+from genscale.data.text.cache_build import build, work_of
+from genscale.data.text.data import TextData, TextDataSettings
+from genscale.data.text.encoded import EncodedSource
 from genscale.errors import UserError
 
 LINE_SECONDS = 10.0

@@ -10,9 +10,9 @@ from itertools import islice
 import numpy as np
 
 from genscale.data.lanes import Sample
-from genscale.data.text import TextData, TextDataSettings
-from genscale.data.text_stream import TextStream, plain_documents
-from genscale.data.tokenizers import Tokenizer
+from genscale.data.text.data import TextData, TextDataSettings
+from genscale.data.text.stream import TextStream, plain_documents
+from genscale.data.text.tokenizers import Tokenizer
 
 WIDTH = 110
 LINES = 6

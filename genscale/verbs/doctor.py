@@ -86,7 +86,7 @@ def _run_of(arguments: list[str], settings: DoctorSettings) -> tuple[Config | No
         return None, Path(settings.folder or "runs")
     from genscale.families import FAMILIES
     from genscale.settings.parser import parse_config
-    from genscale.training.run_folder import run_folder
+    from genscale.supervise.run_folder import run_folder
 
     config = parse_config(FAMILIES, arguments, "genscale doctor")
     return config, Path(settings.folder) if settings.folder else run_folder(config)

@@ -32,8 +32,8 @@ def main(arguments: list[str]) -> int:
         return 0
     import torch
 
+    from genscale.families.gpt.network import GPT
     from genscale.interop.export import Source, check_out, export
-    from genscale.models.gpt import GPT
     from genscale.verbs.trained import find_trained, load_weights, run_of, take_run
 
     path, rest = take_run(arguments, USAGE)

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 
-from genscale.data.images import ImageData, ImageDataSettings
+from genscale.data.images.data import ImageData, ImageDataSettings
 from genscale.data.order import LaneReader
 
 READ = 2000

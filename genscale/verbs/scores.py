@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from genscale.checkpoint.checkpoints import Checkpoint
 from genscale.data.lanes import Sample
 from genscale.errors import UserError
 from genscale.evaluation.image_scores import TooFewImages
@@ -20,7 +21,6 @@ from genscale.objectives.capabilities import MeasuresLikelihood
 from genscale.parallel.precision import autocast, native_precision
 from genscale.parallel.processes import on_cpu
 from genscale.settings.config import Config
-from genscale.training.checkpoints import Checkpoint
 from genscale.verbs.trained import Published, open_run
 
 BATCH_SIZE = 8
@@ -71,7 +71,7 @@ def scores(config: Config, checkpoint: Checkpoint | Published, scoring: Scoring,
 
 def task_results(config: Config, checkpoint: Checkpoint | Published, tasks: list[str], include_path: str | None,
                   limit: int | None) -> dict[str, Any]:
-    from genscale.evaluation.harness import GenscaleLM, evaluate_tasks, results_table
+    from genscale.families.gpt.harness import GenscaleLM, evaluate_tasks, results_table
 
     run, precision = open_run(config, checkpoint), _precision(config)
     model = GenscaleLM(run.objective.networks["gpt"], run.objective.tokenizer,

@@ -13,9 +13,9 @@ from jsonargparse import ArgumentParser
 
 from genscale.errors import UserError
 from genscale.settings.parser import parse
+from genscale.supervise.run_owner import who_has
 from genscale.tracking.wandb_lives import join_lives
 from genscale.tracking.wandb_server import check_server, uploaded
-from genscale.training.run_owner import who_has
 
 
 def main(arguments: list[str]) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jsonargparse.typing import PositiveInt
 
-from genscale.data.text_settings import TextDataSettings
+from genscale.data.text.settings import TextDataSettings
 from genscale.errors import UserError, nearest
 from genscale.settings.parser import parse_settings
 
@@ -37,9 +37,9 @@ def main(arguments: list[str]) -> int:
             raise UserError(f"genscale tokenizer: '{word}' is not one of: train{nearest(word, ['train'])}")
     settings = parse_settings(TokenizerSettings, arguments[1:], "genscale tokenizer train", DESCRIPTION)
     _check_writable(Path(settings.out))
-    from genscale.data.text import train_tokenizer
-    from genscale.data.tokenizers import load_tokenizer
-    from genscale.data.vocabulary_text import console_progress
+    from genscale.data.text.data import train_tokenizer
+    from genscale.data.text.tokenizers import load_tokenizer
+    from genscale.data.text.vocabulary import console_progress
 
     path = train_tokenizer(settings.data, settings.vocab_size, Path(settings.out), console_progress(), settings.text_megabytes)
     tokenizer = load_tokenizer(str(path))

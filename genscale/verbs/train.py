@@ -16,8 +16,8 @@ from genscale.masking import masked
 from genscale.parallel.launcher import has_launcher
 from genscale.process_settings import wait_longer_if_quiet
 from genscale.settings.parser import parse_config, split_flags, take_number
-from genscale.training.ending import RUN, SUBMIT, before_the_run
-from genscale.training.signals import StopSignal
+from genscale.supervise.ending import RUN, SUBMIT, before_the_run
+from genscale.supervise.signals import StopSignal
 
 if TYPE_CHECKING:
     from genscale.families.family import Sampling
@@ -51,7 +51,7 @@ def main(arguments: list[str], stop: StopSignal) -> int:
         os.environ[PROCESSES] = str(processes)  # for the processes to say how to go on
         return launch_processes(processes, arguments, FAMILIES.script)
     if audited is not None:
-        from genscale.training.audit import audit
+        from genscale.inspection.audit import audit
 
         return exit_codes.DONE if audit(config, audited) else exit_codes.USER_ERROR
     with before_the_run():

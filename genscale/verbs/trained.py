@@ -13,6 +13,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from genscale.checkpoint.checkpoints import Checkpoint, find_checkpoints
+from genscale.checkpoint.frozen_networks import find_copy
+from genscale.checkpoint.tensor_files import TensorFiles
 from genscale.errors import UserError
 from genscale.evaluation.trained_run import TrainedRun
 from genscale.families import FAMILIES, family
@@ -23,10 +26,7 @@ from genscale.parallel.precision import keep_fp32
 from genscale.parallel.processes import on_cpu
 from genscale.settings.config import Config
 from genscale.settings.parser import load_config
-from genscale.training.checkpoints import Checkpoint, find_checkpoints
-from genscale.training.frozen_networks import find_copy
-from genscale.training.run_folder import config_yaml
-from genscale.training.tensor_files import TensorFiles
+from genscale.supervise.run_folder import config_yaml
 
 HUGGINGFACE_CONFIG = "config.json"
 """A run has none of this name."""

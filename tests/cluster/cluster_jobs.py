@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from fault_runs import FOREIGN, ROOT, SETTINGS, Run, make_source
 
-from genscale.training.checkpoints import list_checkpoints
+from genscale.checkpoint.checkpoints import list_checkpoints
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "mini-cluster.sh"
@@ -146,7 +146,7 @@ class JobRun(Run):
         return {}
 
     def owner(self) -> dict[str, Any]:
-        """Who has the run folder (see genscale.training.run_owner)."""
+        """Who has the run folder (see genscale.supervise.run_owner)."""
         claims = sorted(path.name for path in (self.folder / ".owner").glob("0*.json"))
         return self.document(f".owner/{claims[-1]}") if claims else {}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import accelerate
 import pytest
 
-from genscale.training.checkpoints import list_checkpoints
+from genscale.checkpoint.checkpoints import list_checkpoints
 
 BOTH = {"0", "1"}
 

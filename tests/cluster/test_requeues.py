@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
+from genscale.checkpoint.code_version import ROOT
 from genscale.cluster import snapshot
-from genscale.training.code_version import ROOT
 
 
 @pytest.fixture(scope="module")

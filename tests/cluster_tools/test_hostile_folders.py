@@ -17,7 +17,7 @@ from genscale.cluster.job_records import jobs_of, submitted
 from genscale.cluster.lives import read_ended, read_lives
 from genscale.cluster.site import Site
 from genscale.errors import UserError
-from genscale.training.run_owner import RunOwner, who_has
+from genscale.supervise.run_owner import RunOwner, who_has
 
 LIFE = {"job": "7", "restart": 0, "nodes": ["n0"], "began": "2025-01-01T00:00:00+00:00", "step": 0, "how": "failed",
         "reason": "no\x1b[2J\nforged"}
@@ -107,7 +107,7 @@ def test_logs_show_the_end_of_a_flood(tmp_path, capsys) -> None:
 
 @pytest.mark.parametrize("content", [DEEP, "[]", '{"token": 1}', json.dumps({"token": "t", "pid": -1, "started": "x"})])
 def test_a_claim_that_is_none_keeps_no_run_out(run, content, monkeypatch) -> None:
-    monkeypatch.setattr("genscale.training.run_owner.EMPTY_SECONDS", 0.0)
+    monkeypatch.setattr("genscale.supervise.run_owner.EMPTY_SECONDS", 0.0)
     write(run, ".owner/00000003.json", content)
     write(run, ".owner/².json", "{}")
     assert who_has(run) is None

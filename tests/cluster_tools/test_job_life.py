@@ -13,7 +13,7 @@ import pytest
 
 from genscale.cluster import job_life
 from genscale.cluster.lives import read_lives
-from genscale.training.run_owner import RunOwner
+from genscale.supervise.run_owner import RunOwner
 
 GO_ON, COMPLETE, UNFIT, NO_ROOM, AGAIN = 0, 10, 11, 12, 75
 
@@ -163,7 +163,7 @@ def test_an_old_life_does_not_requeue_the_job_over_the_head_of_a_later_one(gensc
 
 def test_a_run_that_goes_on_elsewhere_is_refused_with_its_job(genscale, run, in_job, monkeypatch):
     run.mkdir(parents=True)
-    script = ("import sys, pathlib, time; from genscale.training.run_owner import RunOwner; "
+    script = ("import sys, pathlib, time; from genscale.supervise.run_owner import RunOwner; "
               "RunOwner(pathlib.Path(sys.argv[1]), print); print('mine', flush=True); time.sleep(60)")
     other = subprocess.Popen([sys.executable, "-c", script, str(run)], env={**os.environ, "SLURM_JOB_ID": "41"},
                              stdout=subprocess.PIPE, text=True)

@@ -10,7 +10,7 @@ import subprocess
 import psutil
 import pytest
 
-from genscale.training.run_owner import RunOwner
+from genscale.supervise.run_owner import RunOwner
 
 
 @pytest.fixture

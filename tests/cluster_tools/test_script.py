@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from genscale.training.supervision import group_timeout_minutes
+from genscale.supervise.supervision import group_timeout_minutes
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ("--config", "configs/gpt/demo.yaml")

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from genscale.checkpoint.code_version import ROOT, code_in, commit_of, in_words, snapshot_of
 from genscale.cluster import snapshot
 from genscale.cluster.lives import read_lives
-from genscale.training.code_version import ROOT, code_in, commit_of, in_words, snapshot_of
 
 # In the place of the training: it says where its code comes from, here and where the data's workers get theirs.
 TRAINING = """
 import multiprocessing, sys
-from genscale.training import code_version
+from genscale.checkpoint import code_version
 
 def main(arguments, stop):
     if __file__ != sys.modules["genscale"].__file__.replace("__init__.py", "verbs/train.py"):

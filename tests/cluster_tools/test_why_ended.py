@@ -17,8 +17,8 @@ from genscale.cluster.slurm_commands import Queued
 from genscale.cluster.why_ended import reason_in
 from genscale.errors import PortTaken
 from genscale.parallel.processes import Processes
-from genscale.training.ending import before_the_run
-from genscale.training.run_owner import RunOwner
+from genscale.supervise.ending import before_the_run
+from genscale.supervise.run_owner import RunOwner
 
 PORT = ("ConnectionError: Tried to launch distributed communication on port `20007`, but another process is utilizing it. "
         "Please specify a different port")

@@ -16,9 +16,8 @@ from itertools import islice
 
 import datasets  # noqa: F401 (here, so that each child need not import it)
 
-from genscale.data import cache, sources
-from genscale.data.cache_build import build, work_of
-from genscale.data.text import TextData, TextDataSettings
+from genscale.data.text.cache_build import build, work_of
+from genscale.data.text.data import TextData, TextDataSettings, cache, sources
 
 
 def write(corpus: str, folder: str, trains: bool, ready: int) -> None:

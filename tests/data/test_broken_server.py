@@ -19,11 +19,12 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from genscale.data import image_sources, retrying, sources, web
-from genscale.data.image_shards import ImageSpec
+from genscale.data import retrying, web
+from genscale.data.images.data import sources as image_sources
+from genscale.data.images.shards import ImageSpec
 from genscale.data.loader import StepLoader
-from genscale.data.opening import find_urls
-from genscale.data.text import TextData, TextDataSettings
+from genscale.data.locations import find_urls
+from genscale.data.text.data import TextData, TextDataSettings, sources
 from genscale.errors import UserError
 
 TEXTS = [f"document {i} " + random.Random(i).randbytes(40).hex() for i in range(600)]

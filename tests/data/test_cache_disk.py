@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from genscale.data import cache as cache_module
-from genscale.data import sources
-from genscale.data.cache_build import build, work_of
-from genscale.data.text import TextData, TextDataSettings
+from genscale.data.text.cache_build import build, work_of
+from genscale.data.text.data import TextData, TextDataSettings, sources
+from genscale.data.text.data import cache as cache_module
 from genscale.errors import UserError
 
 

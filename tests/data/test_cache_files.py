@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from genscale.data import cache_files, sources
-from genscale.data.encoded import open_encoded
 from genscale.data.readers import Spec
-from genscale.data.tokenizers import ByteTokenizer
+from genscale.data.text.data import cache_files, sources
+from genscale.data.text.encoded import open_encoded
+from genscale.data.text.tokenizers import ByteTokenizer
 from genscale.errors import UserError
 
 TEXT = "".join(f"text of some length, number {number:05}\n\n" for number in range(2000))

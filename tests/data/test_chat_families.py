@@ -16,10 +16,10 @@ import pytest
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from genscale.data.chat_template import Refusal
-from genscale.data.pairs import PairEncoder
 from genscale.data.spec import Spec
-from genscale.data.tokenizers import load_tokenizer, train_bpe
+from genscale.data.text.chat_template import Refusal
+from genscale.data.text.pairs import PairEncoder
+from genscale.data.text.tokenizers import load_tokenizer, train_bpe
 
 FAMILIES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(Path(__file__).with_name("chat_families").iterdir())}
 

@@ -15,13 +15,13 @@ import pytest
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from genscale.data import left_out, sources
-from genscale.data.chat_template import ChatTemplate
+from genscale.data import left_out
 from genscale.data.conversations import conversations, pair_text, read_document
-from genscale.data.pairs import PairEncoder
 from genscale.data.spec import Spec
-from genscale.data.text import TextData, TextDataSettings
-from genscale.data.tokenizers import load_tokenizer, train_bpe
+from genscale.data.text.chat_template import ChatTemplate
+from genscale.data.text.data import TextData, TextDataSettings, sources
+from genscale.data.text.pairs import PairEncoder
+from genscale.data.text.tokenizers import load_tokenizer, train_bpe
 from genscale.errors import UserError
 
 CHATML = ("{% if tools %}{{ 'tools ' + (tools | tojson) + '\n' }}{% endif %}{% for m in messages %}{% if m.role == 'system' %}"
@@ -134,7 +134,7 @@ def test_too_many_of_them_end_the_run(tmp_path: Path, chat_model: str, limit: in
 
 def test_a_lane_of_refused_conversations_alone_ends(tmp_path: Path, chat_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "MEMORY_LIMIT", 0)
-    monkeypatch.setattr("genscale.data.pairs.LONGEST_RUN", 300)
+    monkeypatch.setattr("genscale.data.text.pairs.LONGEST_RUN", 300)
     settings = {"bad_share": 1.0, "validation_source": write(tmp_path / "valid.jsonl", [row(1)])}
     with pytest.raises(UserError, match="No system here"):
         open_data(write(tmp_path / "chats.jsonl", refused_at(*range(40), count=40)), chat_model, **settings)

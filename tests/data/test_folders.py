@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from genscale.data.folders import divided
-from genscale.data.image_shards import image_endings
-from genscale.data.images import ImageData, ImageDataSettings
-from genscale.data.text import TextData, TextDataSettings
+from genscale.data.images.data import ImageData, ImageDataSettings
+from genscale.data.images.shards import image_endings
+from genscale.data.text.data import TextData, TextDataSettings
 from genscale.errors import UserError, as_utf8
 
 CASES = Path(__file__).parents[3] / "shared" / "cases"

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from genscale.data import exchange, opening, web
-from genscale.data.opening import find_urls
+from genscale.data import exchange, web
+from genscale.data import locations as opening
+from genscale.data.locations import find_urls
 from genscale.data.readers import find_shards
 from genscale.data.retrying import Retries, in_threads, retry_after
 from genscale.data.spec import Spec
@@ -279,9 +280,9 @@ def test_many_addresses_are_asked_by_threads_that_keep_no_program() -> None:
 def test_a_stop_ends_a_start_that_a_server_holds_up(hostile, count) -> None:
     address = hostile(drip(OK, forever=b"X-Wait: 1\r\n", pause=0.5))
     script = ("import sys\n"
-              "from genscale.training.signals import Stopped, StopSignal\n"
+              "from genscale.supervise.signals import Stopped, StopSignal\n"
               "with StopSignal(starting=True):\n"
-              "    from genscale.data.opening import find_urls\n"
+              "    from genscale.data.locations import find_urls\n"
               "    from genscale.data.spec import Spec\n"
               "    print('asking', flush=True)\n"
               "    try:\n"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from genscale.data.image_decoding import DamagedImage, Picture, decode, scaled, square
+from genscale.data.images.decoding import DamagedImage, Picture, decode, scaled, square
 
 RANDOM = np.random.default_rng(1)
 

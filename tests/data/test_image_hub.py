@@ -19,8 +19,8 @@ from PIL import Image
 NAME = "someone/pictures"
 SCRIPT = """
 import json, sys
-from genscale.data import image_sources
-from genscale.data.images import ImageData, ImageDataSettings
+from genscale.data.images.data import sources as image_sources
+from genscale.data.images.data import ImageData, ImageDataSettings
 from genscale.errors import UserError
 
 def read(changes):

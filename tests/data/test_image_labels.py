@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from genscale.data import image_sources
-from genscale.data.image_labels import MOST_CLASSES, Classes, label_of
-from genscale.data.images import ImageData, ImageDataSettings
+from genscale.data.images.data import ImageData, ImageDataSettings
+from genscale.data.images.data import sources as image_sources
+from genscale.data.images.labels import MOST_CLASSES, Classes, label_of
 from genscale.errors import UserError
 
 COUNT = 40

@@ -18,9 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
-from genscale.data import image_sources
-from genscale.data.image_sets import content_hash
-from genscale.data.images import ImageData, ImageDataSettings
+from genscale.data.images.data import ImageData, ImageDataSettings
+from genscale.data.images.data import sources as image_sources
+from genscale.data.images.sets import content_hash
 from genscale.data.loader import StepLoader
 from genscale.data.order import DIGEST_MODULUS, merge_states
 from genscale.errors import UserError

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from genscale.data.image_decoding import DamagedImage, Picture, Range, decode
-from genscale.data.images import ImageData, ImageDataSettings
+from genscale.data.images.data import ImageData, ImageDataSettings
+from genscale.data.images.decoding import DamagedImage, Picture, Range, decode
 from genscale.errors import UserError
 
 RANDOM = np.random.default_rng(3)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from genscale.data import image_sources
-from genscale.data.image_shards import ImageSpec, Record, TarShard, _say_once
-from genscale.data.images import ImageData, ImageDataSettings
+from genscale.data.images.data import ImageData, ImageDataSettings
+from genscale.data.images.data import sources as image_sources
+from genscale.data.images.shards import ImageSpec, Record, TarShard, _say_once
 from genscale.data.source_file import SourceFile
 from genscale.errors import UserError
 

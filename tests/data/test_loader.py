@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from genscale.data import packing, sources
+from genscale.data import packing
 from genscale.data.loader import StepLoader
 from genscale.data.order import DIGEST_MODULUS, merge_states
-from genscale.data.text import TextData, TextDataSettings
+from genscale.data.text.data import TextData, TextDataSettings, sources
 from genscale.errors import UserError
 
 GLOBAL = 12
@@ -177,7 +177,7 @@ def test_stopping_early_is_prompt(corpus: Path, workers: int) -> None:
 SCRIPT = """
 import os, signal, sys, time
 from genscale.data.loader import StepLoader
-from genscale.data.text import TextData, TextDataSettings
+from genscale.data.text.data import TextData, TextDataSettings
 
 if __name__ == "__main__":
     data = TextData(TextDataSettings(), seed=1)

@@ -112,7 +112,7 @@ import sys
 import datasets
 
 from genscale.data.spec import Spec
-from genscale.data.opening import of_a_run_that_goes_on, open_hub
+from genscale.data.locations import of_a_run_that_goes_on, open_hub
 from genscale.data.readers import find_shards
 from genscale.errors import UserError
 

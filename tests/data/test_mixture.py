@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from genscale.data import sources
 from genscale.data.loader import StepLoader
-from genscale.data.mixture import allot, choices, interleave
 from genscale.data.order import DIGEST_MODULUS, merge_states
-from genscale.data.sources import HASHES, text_hash
-from genscale.data.text import SourceSettings, TextData, TextDataSettings, train_tokenizer
+from genscale.data.text.data import SourceSettings, TextData, TextDataSettings, sources, train_tokenizer
+from genscale.data.text.mixture import allot, choices, interleave
+from genscale.data.text.sources import HASHES, text_hash
 from genscale.errors import UserError
 
 WORDS = {"a": "alpha", "b": "beta", "c": "gamma"}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from genscale.data.packing import PIECE, Piece, Run, cut, pack, pack_runs, tokenise
-from genscale.data.tokenizers import ByteTokenizer
+from genscale.data.text.tokenizers import ByteTokenizer
 
 
 def documents(sizes: list[int]) -> list[tuple[np.ndarray, dict]]:

@@ -13,12 +13,11 @@ import pytest
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from genscale.data import sources
-from genscale.data.chat_template import ChatTemplate
-from genscale.data.pairs import PairEncoder
 from genscale.data.spec import Spec
-from genscale.data.text import SourceSettings, TextData, TextDataSettings, train_tokenizer
-from genscale.data.tokenizers import load_tokenizer, train_bpe
+from genscale.data.text.chat_template import ChatTemplate
+from genscale.data.text.data import SourceSettings, TextData, TextDataSettings, sources, train_tokenizer
+from genscale.data.text.pairs import PairEncoder
+from genscale.data.text.tokenizers import load_tokenizer, train_bpe
 from genscale.errors import UserError
 
 SMOLLM2 = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou "

@@ -13,13 +13,12 @@ import pyarrow as pa
 import pytest
 from tokenizers import Tokenizer as Backend
 
-from genscale.data import chat_template
-from genscale.data.chat_template import ChatTemplate
 from genscale.data.columns import documents
-from genscale.data.pairs import PairEncoder
 from genscale.data.spec import Spec
-from genscale.data.text import TextData, TextDataSettings
-from genscale.data.tokenizers import load_tokenizer
+from genscale.data.text.chat_template import ChatTemplate
+from genscale.data.text.data import TextData, TextDataSettings, chat_template
+from genscale.data.text.pairs import PairEncoder
+from genscale.data.text.tokenizers import load_tokenizer
 from genscale.errors import UserError
 
 

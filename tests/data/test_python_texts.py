@@ -9,7 +9,7 @@ from pathlib import Path
 
 from genscale.data.plans import plan_differences
 from genscale.data.python_texts import standard_library
-from genscale.data.text import TextData, TextDataSettings
+from genscale.data.text.data import TextData, TextDataSettings
 
 
 def test_the_standard_library_is_that_of_this_python():

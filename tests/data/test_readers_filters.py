@@ -12,10 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from genscale.data import sources
-from genscale.data.sources import Source, open_source
 from genscale.data.spec import Spec, parse_filters
-from genscale.data.text import TextData, TextDataSettings
+from genscale.data.text.data import TextData, TextDataSettings, sources
+from genscale.data.text.sources import Source, open_source
 from genscale.errors import UserError
 
 ROWS = [{"text": f"document {i} " * (1 + i % 7), "language": ["en", "de", None][i % 3], "score": None if i % 11 == 0 else i % 6,

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from genscale.data import file_tables, sources
-from genscale.data.sources import open_source
+from genscale.data import file_tables
 from genscale.data.spec import Spec
-from genscale.data.text import TextData, TextDataSettings
+from genscale.data.text.data import TextData, TextDataSettings, sources
+from genscale.data.text.sources import open_source
 from genscale.errors import UserError
 
 TEXTS = [f"document {i} " + "é東 x"[i % 4] * (i * 37 % 211) for i in range(301)]

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from genscale.data.readers import find_shards
-from genscale.data.sources import text_hash
 from genscale.data.spec import Spec
+from genscale.data.text.sources import text_hash
 from genscale.errors import UserError
 
 NAME = "someone/corpus"
@@ -23,9 +23,9 @@ CONTENT = {name: "".join(json.dumps({"text": text}) + "\n" for text in texts).en
 
 SCRIPT = """
 import json, sys
-from genscale.data.text import TextData, TextDataSettings
-from genscale.data.text_settings import readings
-from genscale.data.text_stream import open_training_source
+from genscale.data.text.data import TextData, TextDataSettings
+from genscale.data.text.settings import readings
+from genscale.data.text.stream import open_training_source
 from genscale.errors import UserError
 
 def read(changes):

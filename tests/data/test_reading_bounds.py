@@ -17,8 +17,8 @@ import zstandard
 from genscale.data import source_file
 from genscale.data.readers import Spec, TableShard
 from genscale.data.source_file import SourceFile
-from genscale.data.text import TextData, TextDataSettings
-from genscale.data.text_settings import readings, validation_reading
+from genscale.data.text.data import TextData, TextDataSettings
+from genscale.data.text.settings import readings, validation_reading
 from genscale.errors import UserError
 
 MEGABYTE = 2**20

@@ -17,12 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from genscale.data import image_sources, sources
-from genscale.data.images import ImageData, ImageDataSettings
+from genscale.data.images.data import ImageData, ImageDataSettings
+from genscale.data.images.data import sources as image_sources
 from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader
 from genscale.data.order import merge_states
-from genscale.data.text import SourceSettings, TextData, TextDataSettings
+from genscale.data.text.data import SourceSettings, TextData, TextDataSettings, sources
 
 GLOBAL, LANES = 24, 12
 Shape = tuple[int, int, int]

@@ -17,10 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from genscale.data import memory_source, sources
+from genscale.data import memory_source
 from genscale.data.packing import PIECE, Piece, cut
 from genscale.data.readers import Spec
-from genscale.data.sources import Source, open_source
+from genscale.data.text.data import sources
+from genscale.data.text.sources import Source, open_source
 from genscale.errors import UserError
 
 DOCUMENTS = [f"doc {i} " + "é東 x"[i % 4] * (i * 37 % 211) + ("\nline two" if i % 3 else "") for i in range(101)]

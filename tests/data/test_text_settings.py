@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from genscale.data.text_settings import TextDataSettings, readings
+from genscale.data.text.settings import TextDataSettings, readings
 from genscale.errors import UserError
 from genscale.families import FAMILIES
 from genscale.settings.parser import parse_config
-from genscale.training.run_folder import config_yaml
+from genscale.supervise.run_folder import config_yaml
 
 YAML = """
 data:

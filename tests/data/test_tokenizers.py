@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from genscale.data.text import TextDataSettings, train_tokenizer
-from genscale.data.tokenizers import END_OF_TEXT, Tokenizer, load_tokenizer, train_bpe
+from genscale.data.text.data import TextDataSettings, train_tokenizer
+from genscale.data.text.tokenizers import END_OF_TEXT, Tokenizer, load_tokenizer, train_bpe
 from genscale.errors import UserError
 
 TEXTS = ["Hello, world!", "  two  spaces\n\n\ttab", "naïve café — 東京 🎉", f"spelled {END_OF_TEXT} out", ""]
@@ -168,14 +168,14 @@ def test_progress_and_limit_of_the_text(tmp_path: Path) -> None:
 
 
 def held_out_size(settings: TextDataSettings) -> int:
-    from genscale.data.text_settings import readings
-    from genscale.data.text_stream import open_training_source
+    from genscale.data.text.settings import readings
+    from genscale.data.text.stream import open_training_source
 
     return sum(len(text.encode()) for text in open_training_source(readings(settings)[0].spec, settings, 0).held_out())
 
 
 def test_progress_in_a_log_is_plain_lines(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    from genscale.data import vocabulary_text
+    from genscale.data.text.data import vocabulary as vocabulary_text
 
     monkeypatch.setattr(vocabulary_text, "SECONDS", 0.0)
     texts = vocabulary_text.reported(iter(["é" * 500_000] * 3), vocabulary_text.console_progress(), None)

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from genscale.data import image_sources
-from genscale.data.image_shards import ImageSpec, ImageTableShard
-from genscale.data.image_sources import open_images
-from genscale.data.text import TextData, TextDataSettings
+from genscale.data.images.data import sources as image_sources
+from genscale.data.images.shards import ImageSpec, ImageTableShard
+from genscale.data.images.sources import open_images
+from genscale.data.text.data import TextData, TextDataSettings
 from genscale.errors import UserError
 
 ORDER = image_sources.Order(0.0, 4, 1, 1)
@@ -104,8 +104,8 @@ def test_a_table_at_a_url_leads_nowhere(tmp_path: Path, serve) -> None:
 
 
 HUB_SCRIPT = """
-from genscale.data.image_shards import ImageSpec
-from genscale.data.image_sources import find_shards
+from genscale.data.images.shards import ImageSpec
+from genscale.data.images.sources import find_shards
 for shard in find_shards(ImageSpec("data.source", "someone/pictures"))[0]:
     for row in shard.rows():
         print(row.document.content.hex())

@@ -20,7 +20,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from genscale.training.checkpoints import Checkpoint
+from genscale.checkpoint.checkpoints import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("engine_worker.py")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from genscale.checkpoint.checkpoints import list_checkpoints
 from genscale.data.lanes import Data
 from genscale.errors import UserError
 from genscale.families import FAMILIES
@@ -24,18 +25,17 @@ from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.parallel import engine as engine_room
 from genscale.parallel.averages import local
 from genscale.parallel.engine import Engine, tensor_bytes
+from genscale.parallel.exit_together import run_and_leave
 from genscale.parallel.launch_request import clear_launch_environment
-from genscale.parallel.leaving import run_and_leave
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import build_engine, plan_parallel
 from genscale.rng import Draws
 from genscale.settings.config import Config
 from genscale.settings.parser import parse_config
+from genscale.supervise.signals import StopSignal
+from genscale.supervise.supervision import Supervision
 from genscale.tracking.metrics_file import read_metrics
 from genscale.training import run as life
-from genscale.training.checkpoints import list_checkpoints
-from genscale.training.signals import StopSignal
-from genscale.training.supervision import Supervision
 
 GLOBAL_BATCH, WIDTH, STEPS = 8, 128, 6
 SETTINGS = {

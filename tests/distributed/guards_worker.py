@@ -15,20 +15,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from genscale.checkpoint.checkpoints import list_checkpoints
 from genscale.data.lanes import Cursor, Sample
-from genscale.data.points import PointsData
 from genscale.errors import UserError
 from genscale.families import FAMILIES, family
+from genscale.families.points.data import PointsData
+from genscale.parallel.exit_together import run_and_leave
 from genscale.parallel.launch_request import clear_launch_environment
-from genscale.parallel.leaving import run_and_leave
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import plan_parallel
 from genscale.settings.parser import parse_config
+from genscale.supervise.signals import StopSignal
+from genscale.supervise.supervision import Supervision
 from genscale.tracking.metrics_file import read_metrics
 from genscale.training import run as life
-from genscale.training.checkpoints import list_checkpoints
-from genscale.training.signals import StopSignal
-from genscale.training.supervision import Supervision
 from genscale.training.trainer import Trainer
 
 GLOBAL_BATCH = 8

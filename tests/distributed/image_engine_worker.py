@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genscale.models.dcgan import DCGANDiscriminator, DCGANGenerator
-from genscale.models.gan_settings import GANSettings
+from genscale.families.dcgan.networks import DCGANDiscriminator, DCGANGenerator
+from genscale.families.dcgan.settings import GANSettings
 from genscale.models.image_layers import InitialWeights
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.parallel.engine import Engine
+from genscale.parallel.exit_together import run_and_leave
 from genscale.parallel.launch_request import clear_launch_environment
-from genscale.parallel.leaving import run_and_leave
 from genscale.parallel.pieces import Piece
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import build_engine, check_objective, plan_parallel

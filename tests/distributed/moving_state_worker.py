@@ -19,18 +19,18 @@ from genscale.data.lanes import Cursor, Data, Sample
 from genscale.data.loader import StepLoader
 from genscale.data.order import merge_states
 from genscale.errors import UserError
+from genscale.hook import Hook
 from genscale.models.image_layers import InitialWeights
 from genscale.models.moving_state import MovingState
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
+from genscale.parallel.exit_together import run_and_leave
 from genscale.parallel.launch_request import clear_launch_environment
-from genscale.parallel.leaving import run_and_leave
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import ParallelPlan, build_engine, plan_parallel
 from genscale.rng import Draws
 from genscale.settings.config import Config, GuardSettings, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
 from genscale.training.optimizers import make_optimizer
 from genscale.training.replicas import compare_replicas
-from genscale.training.step_report import Hook
 from genscale.training.trainer import Trainer
 
 GLOBAL_BATCH, WIDTH, CODES, SHARE = 12, 3, 5, 0.2

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from genscale.parallel.exit_together import run_and_leave
 from genscale.parallel.launch_request import clear_launch_environment
-from genscale.parallel.leaving import run_and_leave
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import build_engine, plan_parallel
 from genscale.settings.config import OptimizerSettings, ParallelSettings

@@ -10,7 +10,7 @@ import sys
 import torch
 
 from genscale.cli import main
-from genscale.parallel.leaving import run_and_leave
+from genscale.parallel.exit_together import run_and_leave
 from genscale.training.trainer import Trainer
 
 plain = Trainer.update_averages

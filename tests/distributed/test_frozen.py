@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from genscale.checkpoint.checkpoints import Checkpoint, find_checkpoints
 from genscale.errors import UserError
 from genscale.objectives import FAMILIES
 from genscale.objectives.base import Phase, check_networks
 from genscale.tracking.metrics_file import read_metrics
-from genscale.training.checkpoints import Checkpoint, find_checkpoints
 
 SHARDED = ("zero3", "fsdp2")
 WHOLE_TEACHER = 4 * (3 * 128 + 129 * 128 + 2 * 128 + 129 * 2)

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from genscale.data.images import ImageData, ImageDataSettings
+from genscale.data.images.data import ImageData, ImageDataSettings
 from genscale.evaluation.classifier import RECIPE, Classifier, trained_classifier
 
 SETTINGS = ImageDataSettings(size=8, channels=1, labels=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from genscale.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from genscale.data.text.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 from genscale.errors import UserError
-from genscale.evaluation.generation import GrowingText, sample_text, stream_texts
-from genscale.models.gpt import GPT, GPTSettings
+from genscale.families.gpt.generation import GrowingText, sample_text, stream_texts
+from genscale.families.gpt.network import GPT, GPTSettings
 
 
 class Letters(ByteTokenizer):

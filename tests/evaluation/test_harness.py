@@ -22,18 +22,18 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from genscale.data.tokenizers import ByteTokenizer, load_tokenizer, train_bpe
+from genscale.checkpoint.checkpoints import Checkpoint
+from genscale.data.text.tokenizers import ByteTokenizer, load_tokenizer, train_bpe
 from genscale.errors import UserError
-from genscale.evaluation import task_files
-from genscale.evaluation.harness import GenscaleLM, cut_windows
 from genscale.families import FAMILIES, family
+from genscale.families.gpt import task_files
+from genscale.families.gpt.decoding import generate
+from genscale.families.gpt.harness import GenscaleLM, cut_windows
+from genscale.families.gpt.network import GPT, GPTSettings
 from genscale.interop.huggingface import open_huggingface
-from genscale.models.decoding import generate
-from genscale.models.gpt import GPT, GPTSettings
 from genscale.parallel.materialise import fill
 from genscale.reading import Unreadable
 from genscale.settings.parser import load_config
-from genscale.training.checkpoints import Checkpoint
 from genscale.verbs.trained import load_weights
 
 POSITIONS = 48

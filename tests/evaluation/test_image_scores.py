@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from genscale.data.images import ImageData, ImageDataSettings
+from genscale.data.images.data import ImageData, ImageDataSettings
+from genscale.data.images.grouped import PackedImageDataSettings, gan_images
 from genscale.data.order import LaneReader
-from genscale.data.packed import PackedImageDataSettings, gan_images
 from genscale.errors import UserError
 from genscale.evaluation.image_generation import latents
 from genscale.evaluation.image_sampling import spherical

@@ -16,8 +16,8 @@ from fault_campaign import check_same
 from fault_runs import wait_for
 from safetensors.torch import save_file
 
-from genscale.training.checkpoints import Checkpoint, list_checkpoints, sha256_of
-from genscale.training.tensor_files import names_in
+from genscale.checkpoint.checkpoints import Checkpoint, list_checkpoints, sha256_of
+from genscale.checkpoint.tensor_files import names_in
 
 NEWER = ("accumulation", "collapse", "evaluation_left_out")
 """Parts of state.json that came after format 2."""

@@ -15,7 +15,7 @@ import update_cases
 from fault_bench import STEPS, Bench, Case, end, go_on, living, one_error, planted, wait_for_step
 from fault_campaign import check_same
 
-from genscale.training.checkpoints import list_checkpoints
+from genscale.checkpoint.checkpoints import list_checkpoints
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from genscale.training.checkpoints import Checkpoint, list_checkpoints
+from genscale.checkpoint.checkpoints import Checkpoint, list_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKER = "GENSCALE_FAULT_MARKER"

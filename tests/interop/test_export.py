@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from genscale.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from genscale.data.text.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 from genscale.errors import UserError
+from genscale.families.gpt.network import GPT, GPTSettings, resolved
 from genscale.interop.architectures import class_for
 from genscale.interop.export import Source, export
 from genscale.interop.huggingface import open_huggingface
 from genscale.interop.weights import write_weights
-from genscale.models.gpt import GPT, GPTSettings, resolved
 
 ROWS = 263
 SHAPE = {"layers": 2, "heads": 4, "width": 32, "positions": 48}

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, GPT2Model, PreTrainedModel
 
 from genscale.errors import UserError
+from genscale.families.gpt.network import GPT, GPTSettings
 from genscale.interop.huggingface import open_huggingface
-from genscale.models.gpt import GPT, GPTSettings
 
 
 def opened(folder: Path) -> GPT:

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from genscale.errors import UserError
+from genscale.families.gpt.network import GPT
+from genscale.families.gpt.settings import GPTSettings, parameter_count, resolved
 from genscale.interop.huggingface import open_huggingface
-from genscale.models.gpt import GPT
-from genscale.models.gpt_settings import GPTSettings, parameter_count, resolved
 
 EMBEDDING = {"llama3-tied": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight"}
 

@@ -14,9 +14,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from genscale.families.gpt.decoding import generate
+from genscale.families.gpt.network import GPT, GPTSettings
 from genscale.interop.huggingface import open_huggingface
-from genscale.models.decoding import generate
-from genscale.models.gpt import GPT, GPTSettings
 
 REAL = Path(os.environ.get("GENSCALE_REAL_DATA", "nowhere")) / "smollm2"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900),

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from genscale.data.text import TextData, TextDataSettings
-from genscale.data.tokenizers import load_tokenizer, train_bpe
+from genscale.data.text.data import TextData, TextDataSettings
+from genscale.data.text.tokenizers import load_tokenizer, train_bpe
 from genscale.errors import UserError
+from genscale.families.gpt.network import GPT, GPTSettings
 from genscale.interop.starting import complete_from, weights_from
-from genscale.models.gpt import GPT, GPTSettings
 from genscale.settings.config import Config
 
 

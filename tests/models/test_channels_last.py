@@ -9,18 +9,18 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from genscale.models.dcgan import DCGANDiscriminator, DCGANGenerator
-from genscale.models.gan_settings import GANSettings
+from genscale.checkpoint.tensor_files import TensorBuffer
+from genscale.families.dcgan.networks import DCGANDiscriminator, DCGANGenerator
+from genscale.families.dcgan.residual import ResidualDiscriminator, ResidualGenerator
+from genscale.families.dcgan.settings import GANSettings
+from genscale.families.vae.network import VAE, VAESettings
 from genscale.models.image_layers import InitialWeights
-from genscale.models.residual_gan import ResidualDiscriminator, ResidualGenerator
-from genscale.models.vae import VAE, VAESettings
 from genscale.parallel.materialise import fill, materialise
 from genscale.parallel.pieces import pieces_of
 from genscale.rng import torch_generator
 from genscale.settings.config import OptimizerSettings
 from genscale.training.fingerprints import digest_of
 from genscale.training.optimizers import make_optimizer
-from genscale.training.tensor_files import TensorBuffer
 
 BATCH, LATENT, SHAPE = 5, 6, (3, 16, 16)
 GAN = GANSettings(latent=LATENT, width=4)

@@ -9,9 +9,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, TopKLogitsWarper, TopPLogitsWarper
 
 from genscale.errors import UserError
-from genscale.models.attention import KeyValueCache
-from genscale.models.decoding import choose, filter_logits, generate, left_padded, stream
-from genscale.models.gpt import GPT, GPTSettings
+from genscale.families.gpt.attention import KeyValueCache
+from genscale.families.gpt.decoding import choose, filter_logits, generate, left_padded, stream
+from genscale.families.gpt.network import GPT, GPTSettings
 
 
 @pytest.fixture(scope="module")

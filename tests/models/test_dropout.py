@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from genscale.families.gpt.network import GPT, GPTSettings
 from genscale.models.dropout import dropped
-from genscale.models.gpt import GPT, GPTSettings
 from genscale.rng import Draws
 
 

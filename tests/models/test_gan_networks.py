@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from genscale.errors import UserError
-from genscale.models.dcgan import DCGANDiscriminator, DCGANGenerator
-from genscale.models.gan_settings import GANSettings, check_gan
+from genscale.families.dcgan.networks import DCGANDiscriminator, DCGANGenerator
+from genscale.families.dcgan.objective import NETWORKS
+from genscale.families.dcgan.settings import GANSettings, check_gan
 from genscale.models.image_layers import InitialWeights
-from genscale.objectives.image_gan import NETWORKS
 
 
 def filled(network: nn.Module, seed: int = 0) -> nn.Module:

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from genscale.errors import UserError
-from genscale.models.decoding import generate
-from genscale.models.gpt import GPT, GPTSettings, KeyValueCache
+from genscale.families.gpt.decoding import generate
+from genscale.families.gpt.network import GPT, GPTSettings, KeyValueCache
 
 SHAPES = [GPTSettings(layers=1, heads=1, width=8, positions=16), GPTSettings(layers=3, heads=4, width=32, positions=24),
           GPTSettings(layers=2, heads=3, width=48, positions=40, norm_eps=1e-3)]

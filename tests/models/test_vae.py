@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from genscale.errors import UserError
+from genscale.families.vae.network import VAE, VAESettings, latent_shape
+from genscale.families.vae.settings import resolved
 from genscale.models.image_layers import InitialWeights
-from genscale.models.vae import VAE, VAESettings, latent_shape
-from genscale.models.vae_settings import resolved
 
 CASES = {
     "vector": (VAESettings(width=4, multipliers=[1, 2], latents=5), 16, 3),

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import logistic
 from torch.distributions import Bernoulli, Normal
 
-from genscale.models.vae_likelihoods import LIKELIHOODS
+from genscale.objectives.likelihoods import LIKELIHOODS
 
 ALL = torch.arange(256, dtype=torch.uint8)
 PLACES = [(0.0, -1.0), (0.3, -6.9), (-1.0, -3.0), (1.2, -2.0), (-3.0, 2.0), (0.999, -7.0)]  # location, log scale

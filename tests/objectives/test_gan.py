@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from genscale.data.images.grouped import PackedImageDataSettings, packed
 from genscale.data.loader import StepLoader
-from genscale.data.packed import PackedImageDataSettings, packed
-from genscale.data.points import MIXTURES, PointsData, PointsDataSettings
 from genscale.errors import UserError
 from genscale.families import family
-from genscale.models.gan_settings import GANSettings
-from genscale.models.points_settings import PointsGANSettings
+from genscale.families.dcgan.settings import GANSettings
+from genscale.families.points.data import MIXTURES, PointsData, PointsDataSettings
+from genscale.families.points.objective import draw_points, modes_and_quality
+from genscale.families.points.settings import PointsGANSettings
 from genscale.objectives.gan_losses import discriminator_loss, generator_loss
 from genscale.objectives.gan_settings import GANObjectiveSettings
-from genscale.objectives.points import draw_points, modes_and_quality
 from genscale.rng import Draws
 from genscale.settings.config import Config, TrainSettings
 

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from genscale.data.text import TextDataSettings
-from genscale.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from genscale.data.text.data import TextDataSettings
+from genscale.data.text.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 from genscale.errors import UserError
 from genscale.families import family
-from genscale.models.gpt import GPTSettings
-from genscale.objectives.language_model import PREVIEW_TOKENS, LanguageModel, build, restore
+from genscale.families.gpt.network import GPTSettings
+from genscale.families.gpt.objective import PREVIEW_TOKENS, LanguageModel, build, restore
 from genscale.rng import Draws
 from genscale.settings.config import Config, RunSettings
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
+from genscale.families.vae.losses import VAEObjectiveSettings
+from genscale.families.vae.network import VAE, VAESettings
+from genscale.families.vae.objective import VAEObjective
 from genscale.models.image_layers import InitialWeights
-from genscale.models.vae import VAE, VAESettings
-from genscale.objectives.vae import VAEObjective
-from genscale.objectives.vae_losses import VAEObjectiveSettings
 from genscale.rng import Draws
 
 SHAPE, LATENTS, DEVIATION = (1, 4, 4), 3, 0.4
@@ -101,7 +101,7 @@ def test_with_a_wrong_posterior_the_estimate_converges_and_more_samples_give_a_t
 
 def test_the_estimate_of_an_image_does_not_depend_on_the_others(monkeypatch):
     objective, data = linear(off=0.5), batch()
-    monkeypatch.setattr("genscale.objectives.vae.DECODED_PIXELS", 2 * 6 * 16)  # two samples of the six images
+    monkeypatch.setattr("genscale.families.vae.objective.DECODED_PIXELS", 2 * 6 * 16)  # two samples of the six images
     decoded = []
     objective.networks["vae"].register_forward_pre_hook(
         lambda _network, _arguments, named: decoded.append(len(named.get("latents", ()))), with_kwargs=True)

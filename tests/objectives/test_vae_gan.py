@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
 from genscale.errors import UserError
-from genscale.models.gan_settings import GANSettings
-from genscale.models.vae import Encoder
-from genscale.models.vae_gan import FeatureDiscriminator, ImageDecoder, VAEGANSettings, networks_settings
-from genscale.objectives.vae_gan import VAEGANObjective, VAEGANObjectiveSettings
+from genscale.families.dcgan.settings import GANSettings
+from genscale.families.vae.network import Encoder
+from genscale.families.vae_gan.networks import FeatureDiscriminator, ImageDecoder, VAEGANSettings, networks_settings
+from genscale.families.vae_gan.objective import VAEGANObjective, VAEGANObjectiveSettings
 from genscale.rng import Draws
 
 SHAPE, LATENTS = (1, 16, 16), 3

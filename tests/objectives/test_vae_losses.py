@@ -7,8 +7,8 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from genscale.errors import UserError
-from genscale.objectives.vae_binarisation import binarised, content_keys
-from genscale.objectives.vae_losses import (
+from genscale.families.vae.binarisation import binarised, content_keys
+from genscale.families.vae.losses import (
     VAEObjectiveSettings,
     check_objective,
     divergence,

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from genscale.checkpoint.checkpoints import find_checkpoints
 from genscale.evaluation.validation import validate
 from genscale.families import FAMILIES
 from genscale.settings.parser import load_config
-from genscale.training.checkpoints import find_checkpoints
 from genscale.verbs.trained import load_weights
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,9 +7,9 @@ import os
 import pytest
 import torch
 
+from genscale.checkpoint.checkpoints import Checkpoint
 from genscale.errors import UserError
 from genscale.parallel.determinism import WORKSPACE, deterministic
-from genscale.training.checkpoints import Checkpoint
 
 PUT = (torch.tensor([1, 1]), torch.tensor([1.0, 2.0]))
 """Two values for one place: torch has no deterministic form of it, on the CPU either."""
@@ -66,7 +66,7 @@ def test_a_run_on_the_cpu_is_the_same_with_and_without(trained, genscale, tiny_c
 
 
 def test_a_run_that_meets_such_an_operation_ends_in_one_line(genscale, tiny_config, monkeypatch) -> None:
-    from genscale.objectives.language_model import LanguageModel
+    from genscale.families.gpt.objective import LanguageModel
 
     def count(*_: object) -> int:
         return int(torch.zeros(4).put_(*PUT).sum())

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # The thread that is not done, what is registered and the unflushed line come before the end; the module is not cleared.
 SCRIPT = """
 import atexit, sys, threading, time
-from genscale.parallel.leaving import run_and_leave
+from genscale.parallel.exit_together import run_and_leave
 
 class Global:
     def __del__(self):

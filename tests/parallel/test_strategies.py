@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from genscale.errors import UserError
-from genscale.models.dcgan import DCGANDiscriminator, DCGANGenerator
-from genscale.models.gan_settings import GANSettings
+from genscale.families.dcgan.networks import DCGANDiscriminator, DCGANGenerator
+from genscale.families.dcgan.objective import ImageGAN
+from genscale.families.dcgan.settings import GANSettings
 from genscale.objectives.gan_settings import GANObjectiveSettings
-from genscale.objectives.image_gan import ImageGAN
 from genscale.parallel.precision import check_float8
 from genscale.parallel.strategies import ParallelPlan, check_combination, check_objective
 from genscale.settings.config import ParallelSettings

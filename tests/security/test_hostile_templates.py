@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from genscale.data import template_sandbox
-from genscale.data.chat_template import ChatTemplate
-from genscale.data.tokenizers import load_tokenizer, train_bpe
+from genscale.data.text.chat_template import ChatTemplate
+from genscale.data.text.data import template_sandbox
+from genscale.data.text.tokenizers import load_tokenizer, train_bpe
 from genscale.errors import UserError
 
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, PngImagePlugin
 
-from genscale.data.image_decoding import DamagedImage, Picture, TooLarge, decode
-from genscale.data.images import ImageData, ImageDataSettings
+from genscale.data.images.data import ImageData, ImageDataSettings
+from genscale.data.images.decoding import DamagedImage, Picture, TooLarge, decode
 from genscale.errors import UserError
 
 ROOM = 600 * 2**20
@@ -28,7 +28,7 @@ ROOM = 600 * 2**20
 LIMITED = f"""
 import resource, sys
 import datasets, numpy, PIL.Image, pyarrow.parquet, sklearn
-from genscale.data.images import ImageData, ImageDataSettings
+from genscale.data.images.data import ImageData, ImageDataSettings
 from genscale.errors import UserError
 PIL.Image.init()
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

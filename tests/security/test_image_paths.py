@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from genscale.data.image_shards import ImageSpec
-from genscale.data.image_sources import Order, open_images
+from genscale.data.images.shards import ImageSpec
+from genscale.data.images.sources import Order, open_images
 from genscale.errors import UserError
 
 

@@ -18,9 +18,9 @@ import pytest
 import torch
 import yaml
 
+from genscale.checkpoint.checkpoints import sha256_of
 from genscale.errors import UserError
 from genscale.evaluation.inception import InceptionFeatures
-from genscale.training.checkpoints import sha256_of
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,11 +15,11 @@ import pytest
 
 from genscale.cluster import job_records, lives
 from genscale.errors import UserError
+from genscale.supervise.ending import Ending
+from genscale.supervise.run_folder import create_run_folder
 from genscale.tracking.metrics_file import MetricsFile, read_metrics
 from genscale.tracking.run_logging import setup_logging
 from genscale.tracking.wandb_tracker import _run_id
-from genscale.training.ending import Ending
-from genscale.training.run_folder import create_run_folder
 from genscale.writing import drafted, no_link, write_whole
 
 WHOLE = ("config.yaml", "tokenizer.json", "samples/step-00000002.txt", "plots/loss.png", "ended.json")

@@ -19,7 +19,7 @@ from genscale.cluster import job_status
 from genscale.cluster.lives import tell
 from genscale.data.worker_logs import Logs
 from genscale.errors import UserError
-from genscale.evaluation import samplers
+from genscale.families.gpt import sampling as samplers
 from genscale.printable import printable, printable_lines
 from genscale.tracking.run_logging import setup_logging
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from genscale.checkpoint.checkpoints import find_checkpoints
 from genscale.data.readers import find_shards
 from genscale.data.spec import Spec
 from genscale.errors import UserError
@@ -24,7 +25,6 @@ from genscale.families import FAMILIES
 from genscale.masking import masked
 from genscale.settings.parser import load_config
 from genscale.tracking.run_logging import setup_logging
-from genscale.training.checkpoints import find_checkpoints
 
 PLANTED = {"HF_TOKEN": "hf_PlantedHubToken0123456789", "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567"}
 TOKEN = "PlantedSourceToken123"

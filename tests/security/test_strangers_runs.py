@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 
+from genscale.checkpoint.checkpoints import Checkpoint
+from genscale.checkpoint.writing import clear_leftovers, write_checkpoint
 from genscale.cluster.job_records import submitted
 from genscale.cluster.lives import read_ended
 from genscale.cluster.site import read_site
 from genscale.errors import UserError
-from genscale.evaluation.task_files import refuse_code
+from genscale.families.gpt.task_files import refuse_code
+from genscale.inspection.comparison import compare_runs
 from genscale.reading import Unreadable
 from genscale.tracking.metrics_file import read_metrics
-from genscale.training.checkpoint_writing import clear_leftovers, write_checkpoint
-from genscale.training.checkpoints import Checkpoint
-from genscale.training.comparison import compare_runs
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefghij", "bcdefghijk", strict=True))

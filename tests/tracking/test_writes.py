@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from genscale.data.text_settings import TextDataSettings
-from genscale.models.gpt_settings import GPTSettings
+from genscale.data.text.settings import TextDataSettings
+from genscale.families.gpt.settings import GPTSettings
 from genscale.settings.config import Config, TrackingSettings
 from genscale.tracking.metrics_file import MetricsFile, read_metrics
 from genscale.tracking.run_record import RunRecord

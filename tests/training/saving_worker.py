@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genscale.checkpoint.checkpoints import Checkpoint, list_checkpoints
+from genscale.checkpoint.saving import Contents, Saver
+from genscale.checkpoint.writing import clear_leftovers, write_checkpoint
 from genscale.errors import UserError
 from genscale.parallel.pieces import Piece, pieces_of
 from genscale.parallel.processes import Processes
-from genscale.training.checkpoint_writing import clear_leftovers, write_checkpoint
-from genscale.training.checkpoints import Checkpoint, list_checkpoints
-from genscale.training.saving import Contents, Saver
 
 ROWS = 40_001
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from genscale.data.text_settings import TextDataSettings
+from genscale.data.text.settings import TextDataSettings
 from genscale.errors import UserError, nearest
-from genscale.models.gpt_settings import GPTSettings
-from genscale.models.points_settings import PointsGANSettings
+from genscale.families.gpt.settings import GPTSettings
+from genscale.families.points.settings import PointsGANSettings
 from genscale.objectives.base import Objective, Phase
 from genscale.parallel.precision import native_precision
 from genscale.parallel.strategies import ParallelPlan
 from genscale.settings.config import Config, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
-from genscale.training.guards import calmer
+from genscale.supervise.run_folder import check_free_space
+from genscale.training.non_finite import calmer
 from genscale.training.out_of_memory import smaller
-from genscale.training.run_folder import check_free_space
 
 
 def config(model=None, **sections) -> Config:

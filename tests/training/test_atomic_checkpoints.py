@@ -12,9 +12,9 @@ WRITERS = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
-from genscale.training.checkpoint_writing import write_checkpoint
-from genscale.training.checkpoints import list_checkpoints
-from genscale.training.retention import prune
+from genscale.checkpoint.writing import write_checkpoint
+from genscale.checkpoint.checkpoints import list_checkpoints
+from genscale.checkpoint.retention import prune
 
 folder, trials = Path(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(1)
@@ -67,9 +67,9 @@ CHANGES = """
 import json, os, shutil, signal, sys
 from pathlib import Path
 import torch
-from genscale.training.checkpoint_writing import write_checkpoint
-from genscale.training.checkpoints import list_checkpoints
-from genscale.training.retention import prune
+from genscale.checkpoint.writing import write_checkpoint
+from genscale.checkpoint.checkpoints import list_checkpoints
+from genscale.checkpoint.retention import prune
 
 folder, kinds = Path(sys.argv[1]), {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 torch.set_num_threads(1)

@@ -16,17 +16,17 @@ from torch import Tensor, nn
 
 from genscale.data.lanes import Cursor, Data, Sample
 from genscale.data.loader import StepLoader
+from genscale.hook import Hook
+from genscale.inspection.audit import AuditedTrainer
+from genscale.inspection.audit_probe import repeated
+from genscale.inspection.audit_report import AuditReport
 from genscale.models.image_layers import spectral_norm
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.parallel.processes import Processes
 from genscale.parallel.replicated import ReplicatedEngine
 from genscale.rng import Draws
 from genscale.settings.config import Config, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
-from genscale.training.audit import AuditedTrainer
-from genscale.training.audit_probe import repeated
-from genscale.training.audit_report import AuditReport
 from genscale.training.optimizers import make_optimizer
-from genscale.training.step_report import Hook
 from genscale.training.trainer import Trainer
 
 GLOBAL, STEPS, NOISE = 6, 3, 3

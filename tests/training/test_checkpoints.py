@@ -17,12 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from genscale.checkpoint.checkpoints import Checkpoint, find_checkpoints, latest_valid, list_checkpoints
+from genscale.checkpoint.retention import prune
+from genscale.checkpoint.tensor_files import TensorBuffer, TensorFiles, part_name
+from genscale.checkpoint.writing import commit, new_partial, write_checkpoint
 from genscale.errors import UserError
 from genscale.parallel.pieces import Piece
-from genscale.training.checkpoint_writing import commit, new_partial, write_checkpoint
-from genscale.training.checkpoints import Checkpoint, find_checkpoints, latest_valid, list_checkpoints
-from genscale.training.retention import prune
-from genscale.training.tensor_files import TensorBuffer, TensorFiles, part_name
 
 STATE = {"step": 20, "data": {"batches": 20, "cursors": {"0": {"position": 3, "cursor": None}}},
          "scalers": {"gpt": {"scale": 8.0}}, "best": None, "plan": {}}

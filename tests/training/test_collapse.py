@@ -15,11 +15,11 @@ import pytest
 import torch
 import yaml
 
+from genscale.checkpoint.checkpoints import Checkpoint
+from genscale.hook import StepReport
 from genscale.settings.config import TrainSettings
-from genscale.training.checkpoints import Checkpoint
 from genscale.training.collapse import CollapseWatch
 from genscale.training.measuring import Count
-from genscale.training.step_report import StepReport
 
 STEPS = 16
 # By this factor every evaluation but the first is bad: the third is the second in a row.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from genscale.data.images import ImageDataSettings
-from genscale.data.text_settings import TextDataSettings
+from genscale.data.images.data import ImageDataSettings
+from genscale.data.text.settings import TextDataSettings
 from genscale.training.data_wait import DataWait, advice, cores
 
 

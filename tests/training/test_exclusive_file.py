@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from genscale.training.ending import Ending
-from genscale.training.exclusive_file import give_name
+from genscale.supervise.ending import Ending
+from genscale.supervise.exclusive_file import give_name
 
 
 @pytest.fixture(params=["links", "no links"], autouse=True)

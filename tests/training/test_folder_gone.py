@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from genscale.training.checkpoint_writing import new_partial
-from genscale.training.run_owner import FolderGone, RunOwner
+from genscale.checkpoint.writing import new_partial
+from genscale.supervise.run_owner import FolderGone, RunOwner
 
 
 @pytest.fixture

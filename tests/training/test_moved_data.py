@@ -11,10 +11,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from genscale.data import sources
-from genscale.data.images import ImageData, ImageDataSettings
+from genscale.data.images.data import ImageData, ImageDataSettings
 from genscale.data.plans import plan_differences
-from genscale.data.text import TextData, TextDataSettings
+from genscale.data.text.data import TextData, TextDataSettings, sources
 
 TEXT = {"sequence_length": 32, "validation_blocks": 8, "lanes": 4}
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from genscale.errors import UserError
-from genscale.models.gpt import GPT, GPTSettings
+from genscale.families.gpt.network import GPT, GPTSettings
 from genscale.settings.config import OptimizerSettings
 from genscale.training.muon import orthogonal
 from genscale.training.optimizers import make_optimizer

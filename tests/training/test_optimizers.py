@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from genscale.models.gpt import GPT, GPTSettings
+from genscale.families.gpt.network import GPT, GPTSettings
 from genscale.parallel.torch_optimizers import join_groups
 from genscale.settings.config import OptimizerSettings
 from genscale.training.optimizers import make_optimizer

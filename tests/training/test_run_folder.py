@@ -14,13 +14,13 @@ import pytest
 import torch
 import yaml
 
-from genscale.data.text import TextDataSettings
+from genscale.checkpoint.checkpoints import Checkpoint, list_checkpoints
+from genscale.checkpoint.writing import write_checkpoint
+from genscale.data.text.data import TextDataSettings
 from genscale.errors import UserError
-from genscale.models.gpt import GPTSettings
+from genscale.families.gpt.network import GPTSettings
 from genscale.settings.config import Config, RunSettings, TrainSettings
-from genscale.training.checkpoint_writing import write_checkpoint
-from genscale.training.checkpoints import Checkpoint, list_checkpoints
-from genscale.training.run_folder import (
+from genscale.supervise.run_folder import (
     check_free_space,
     check_host_memory,
     check_may_continue,

@@ -17,9 +17,9 @@ import psutil
 import pytest
 
 from genscale.errors import UserError
-from genscale.training import run_owner
-from genscale.training.ending import Ending
-from genscale.training.run_owner import Fenced, RunOwner
+from genscale.supervise import run_owner
+from genscale.supervise.ending import Ending
+from genscale.supervise.run_owner import Fenced, RunOwner
 
 ROOT = Path(__file__).resolve().parents[2]
 # Claims the folder once the gun goes off, says what came of it, and lives on until its input ends.
@@ -27,7 +27,7 @@ RUNNER = """
 import errno, os, sys, time
 from pathlib import Path
 from genscale.errors import UserError
-from genscale.training.run_owner import RunOwner
+from genscale.supervise.run_owner import RunOwner
 def no_links(*_):
     raise OSError(errno.EPERM, "Operation not permitted")
 

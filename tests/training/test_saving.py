@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 import torch
 
+from genscale.checkpoint import saving
+from genscale.checkpoint.checkpoints import Checkpoint, list_checkpoints
+from genscale.checkpoint.saving import Contents, Saver
+from genscale.checkpoint.writing import clear_leftovers, write_checkpoint
 from genscale.errors import CheckpointNotWritten, UserError
 from genscale.parallel.pieces import pieces_of
 from genscale.parallel.processes import Processes
-from genscale.training import saving
-from genscale.training.checkpoint_writing import clear_leftovers, write_checkpoint
-from genscale.training.checkpoints import Checkpoint, list_checkpoints
-from genscale.training.saving import Contents, Saver
 
 STATE = {"step": 1, "data": {"batches": 0, "cursors": {}}, "scalers": {}, "plan": {}}
 

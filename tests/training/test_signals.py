@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from genscale.training.signals import SIGNALS, Stopped, StopSignal
+from genscale.supervise.signals import SIGNALS, Stopped, StopSignal
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ def test_a_later_ctrl_c_ends_the_process_and_a_later_sigterm_does_not() -> None:
 
 def test_a_start_that_waits_in_a_library_ends_too() -> None:
     """Behind a lock that never opens, taken outside Python: a Python handler does not run there."""
-    code = ("import ctypes, sys; from genscale.training.signals import StopSignal\n"
+    code = ("import ctypes, sys; from genscale.supervise.signals import StopSignal\n"
             "lock = ctypes.CDLL(None); mutex = ctypes.create_string_buffer(64)\n"
             "with StopSignal(starting=True):\n"
             "    lock.pthread_mutex_lock(mutex); print('waiting', flush=True); lock.pthread_mutex_lock(mutex)")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from genscale.objectives.vae_losses import VAEObjectiveSettings
+from genscale.families.vae.losses import VAEObjectiveSettings
 from genscale.settings.config import Config, ScheduleSettings, TrainSettings
 from genscale.training.schedules import never_reached
 

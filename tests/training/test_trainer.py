@@ -19,19 +19,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from genscale.data.lanes import Cursor, Data, Sample
 from genscale.data.loader import StepLoader
-from genscale.data.tokenizers import ByteTokenizer
-from genscale.models.gpt import GPT, GPTSettings
+from genscale.data.text.tokenizers import ByteTokenizer
+from genscale.families.gpt.network import GPT, GPTSettings
+from genscale.families.gpt.objective import LanguageModel
+from genscale.hook import Hook, StepReport, every
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
-from genscale.objectives.language_model import LanguageModel
 from genscale.parallel.processes import HostCopy, Processes
 from genscale.parallel.replicated import ReplicatedEngine
 from genscale.rng import Draws
 from genscale.settings.config import Config, GuardSettings, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
-from genscale.training.guards import NonFiniteLoss
+from genscale.supervise.signals import StopSignal
+from genscale.training.non_finite import NonFiniteLoss
 from genscale.training.optimizers import make_optimizer
 from genscale.training.schedules import learning_rate_share
-from genscale.training.signals import StopSignal
-from genscale.training.step_report import Hook, StepReport, every
 from genscale.training.trainer import Trainer
 
 GLOBAL, STEPS, NOISE = 6, 5, 3

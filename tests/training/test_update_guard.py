@@ -17,17 +17,17 @@ from torch import Tensor, nn
 
 from genscale.data.lanes import Cursor, Data, Sample
 from genscale.data.loader import StepLoader
+from genscale.hook import Hook, every
 from genscale.models.batch_norm import BatchNorm
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.parallel.processes import Processes
 from genscale.parallel.replicated import ReplicatedEngine
 from genscale.rng import Draws
 from genscale.settings.config import Config, GuardSettings, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
-from genscale.training.guards import NonFiniteLoss
+from genscale.supervise.signals import StopSignal
+from genscale.training.non_finite import NonFiniteLoss
 from genscale.training.optimizers import make_optimizer
-from genscale.training.signals import StopSignal
 from genscale.training.spikes import LossWindow
-from genscale.training.step_report import Hook, every
 from genscale.training.trainer import Trainer
 
 GLOBAL = 4

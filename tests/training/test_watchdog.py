@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from genscale.parallel.processes import Processes
-from genscale.training.ending import Ending
-from genscale.training.watchdog import Watchdog
+from genscale.supervise.ending import Ending
+from genscale.supervise.watchdog import Watchdog
 
 
 def test_a_process_can_be_found_as_soon_as_it_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

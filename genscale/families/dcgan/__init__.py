@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from genscale.data.image_settings import PackedImageDataSettings
+from genscale.data.images.settings import PackedImageDataSettings
 from genscale.evaluation.settings import ImageSampling, ImageScoring
+from genscale.families.dcgan.settings import GANSettings
 from genscale.families.family import Family, Sampler, Sampling, Scorer, Scoring
-from genscale.models.gan_settings import GANSettings
 from genscale.objectives.capabilities import GeneratesImages
 from genscale.objectives.gan_settings import GANObjectiveSettings
 
 
 def _module() -> ModuleType:
-    from genscale.objectives import image_gan
+    from genscale.families.dcgan import objective as image_gan
 
     return image_gan
 

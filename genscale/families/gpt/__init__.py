@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from genscale.data.text_settings import TextDataSettings
+from genscale.data.text.settings import TextDataSettings
 from genscale.evaluation.settings import TextSampling
 from genscale.families.family import Family, Sampler, Sampling
-from genscale.models.gpt_settings import GPTSettings
+from genscale.families.gpt.settings import GPTSettings
 from genscale.objectives.capabilities import WritesText
 
 
 def _module() -> ModuleType:
-    from genscale.objectives import language_model
+    from genscale.families.gpt import objective as language_model
 
     return language_model
 
 
 def _sampler() -> Sampler:
-    from genscale.evaluation.samplers import sample_gpt
+    from genscale.families.gpt.sampling import sample_gpt
 
     return sample_gpt
 

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from genscale.data.points_settings import PointsDataSettings
 from genscale.evaluation.settings import PointSampling
 from genscale.families.family import Family, Sampler, Sampling
-from genscale.models.points_settings import PointsGANSettings
+from genscale.families.points.data_settings import PointsDataSettings
+from genscale.families.points.settings import PointsGANSettings
 from genscale.objectives.capabilities import Generates
 from genscale.objectives.gan_settings import GANObjectiveSettings
 
 
 def _module() -> ModuleType:
-    from genscale.objectives import points
+    from genscale.families.points import objective as points
 
     return points
 
 
 def _sampler() -> Sampler:
-    from genscale.evaluation.point_sampling import sample_points
+    from genscale.families.points.sampling import sample_points
 
     return sample_points
 

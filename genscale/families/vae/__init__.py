@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from genscale.data.image_settings import ImageDataSettings
+from genscale.data.images.settings import ImageDataSettings
 from genscale.evaluation.settings import ImageSampling, ImageScoring
 from genscale.families.family import Family, Sampler, Sampling, Scorer, Scoring
-from genscale.models.vae_settings import VAESettings
+from genscale.families.vae.objective_settings import VAEObjectiveSettings
+from genscale.families.vae.settings import VAESettings
 from genscale.objectives.capabilities import EncodesImages, GeneratesImages, MeasuresLikelihood
-from genscale.objectives.vae_settings import VAEObjectiveSettings
 
 
 def _module() -> ModuleType:
-    from genscale.objectives import vae
+    from genscale.families.vae import objective as vae
 
     return vae
 

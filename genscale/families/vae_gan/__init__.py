@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from genscale.data.image_settings import ImageDataSettings
+from genscale.data.images.settings import ImageDataSettings
 from genscale.evaluation.settings import ImageSampling, ImageScoring
 from genscale.families.family import Family, Sampler, Sampling, Scorer, Scoring
-from genscale.models.vae_settings import VAEGANSettings
+from genscale.families.vae.objective_settings import VAEGANObjectiveSettings
+from genscale.families.vae.settings import VAEGANSettings
 from genscale.objectives.capabilities import EncodesImages, GeneratesImages
-from genscale.objectives.vae_settings import VAEGANObjectiveSettings
 
 
 def _module() -> ModuleType:
-    from genscale.objectives import vae_gan
+    from genscale.families.vae_gan import objective as vae_gan
 
     return vae_gan
 

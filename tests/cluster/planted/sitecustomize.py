@@ -49,7 +49,7 @@ def hold(what: str) -> None:
 def listen() -> None:
     """Tell of signals, and plant the rest when the loop begins: what that takes is loaded then anyway, and a run listens for
     signals before it loads it."""
-    from genscale.training.signals import StopSignal
+    from genscale.supervise.signals import StopSignal
 
     handle, loop_begins = StopSignal._handle, StopSignal.loop_begins
 
@@ -65,9 +65,9 @@ def listen() -> None:
 
 
 def plant() -> None:
+    from genscale.checkpoint import saving
     from genscale.errors import UserError
-    from genscale.training import saving
-    from genscale.training.supervision import Supervision
+    from genscale.supervise.supervision import Supervision
     from genscale.training.trainer import Trainer
 
     update_averages, commit, ended = Trainer.update_averages, saving.commit, Supervision.ended

@@ -1,0 +1,158 @@
+"""Causal self-attention with its options: grouped queries, rotary positions, normalised queries and keys, masks, a cache."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genscale.families.gpt.settings import GPTSettings
+from genscale.models.dropout import dropped
+
+
+class KeyValueCache:
+    """Keys and values of the tokens read so far, so that the next ones need not compute them again.
+
+    Args:
+        layers: blocks of the network.
+        capacity: most tokens it will hold.
+    """
+
+    def __init__(self, layers: int, capacity: int) -> None:
+        self.capacity, self.length = capacity, 0
+        self.documents: Tensor | None = None
+        self._held: list[tuple[Tensor, Tensor] | None] = [None] * layers
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values of a layer `(batch, kv_heads, time so far, head_width)`, the new ones at their end."""
+        if self._held[layer] is None:
+            room = (*key.shape[:2], self.capacity, key.shape[3])
+            self._held[layer] = (key.new_empty(room), value.new_empty(room))
+        end = self.length + key.shape[2]
+        for held, new in zip(self._held[layer], (key, value), strict=True):
+            held[:, :, self.length:end] = new
+        return tuple(held[:, :, :end] for held in self._held[layer])
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention (Vaswani et al. 2017): `(batch, time, width)` to the same.
+
+    Grouped queries: Ainslie et al. 2023. Normalised queries and keys: Dehghani et al. 2023, section 2.
+    """
+
+    def __init__(self, settings: GPTSettings, layer: int) -> None:
+        super().__init__()
+        self.settings, self.layer = settings, layer
+        query, shared = settings.heads * settings.head_width, settings.kv_heads * settings.head_width
+        self.query_key_value = nn.Linear(settings.width, query + 2 * shared, bias=settings.bias)
+        self.output = nn.Linear(query, settings.width, bias=settings.bias)
+        if settings.qk_norm:
+            self.query_norm = nn.RMSNorm(settings.head_width, settings.norm_eps)
+            self.key_norm = nn.RMSNorm(settings.head_width, settings.norm_eps)
+
+    def fused_rows(self) -> dict[str, tuple[int, ...]]:
+        """Rows of the matrices that stand on top of each other in one parameter, for optimizers that treat each as a whole."""
+        s = self.settings
+        shared = s.kv_heads * s.head_width
+        return {"query_key_value.weight": (s.heads * s.head_width, shared, shared)}
+
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None, dropout_keys: Tensor | None,
+                cache: KeyValueCache | None) -> Tensor:
+        """Mix each position with those it may see.
+
+        Args:
+            x: `(batch, time, width)`.
+            positions: `(batch or 1, time)`; used by rotary positions alone.
+            mask: `(batch or 1, 1, time, time seen)`, true where a query sees a key; None: itself and all before it.
+            dropout_keys: `(batch,)` int64, what the dropped attention weights are drawn from; None: none are.
+            cache: what was read before.
+        """
+        s = self.settings
+        # (batch, time, heads x head width) -> (batch, heads, time, head width)
+        heads = self.query_key_value(x).unflatten(-1, (-1, s.head_width)).transpose(1, 2)
+        query, key, value = heads.split((s.heads, s.kv_heads, s.kv_heads), dim=1)
+        if s.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if s.position_encoding == "rotary":
+            cosine, sine = rotary_angles(positions, s)
+            query, key = rotated(query, cosine, sine), rotated(key, cosine, sine)
+        if cache is not None:
+            key, value = cache.extend(self.layer, key, value)
+        if s.kv_heads != s.heads:
+            key, value = (part.repeat_interleave(s.heads // s.kv_heads, dim=1) for part in (key, value))
+        if dropout_keys is not None and s.attention_dropout:
+            mixed = _attention_with_dropout(query, key, value, mask, dropout_keys, 3 * self.layer + 1, s.attention_dropout)
+        else:
+            causal = mask is None and query.shape[2] > 1
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+        return self.output(mixed.transpose(1, 2).flatten(2))
+
+
+def _attention_with_dropout(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_keys: Tensor, stream: int,
+                            share: float) -> Tensor:
+    """Attention in the open, `(batch, heads, time, time)` weights and all: fused kernels do not draw dropout by sample."""
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    weights = scores.float().masked_fill(~mask, -torch.inf).softmax(-1)
+    return dropped(weights, dropout_keys, stream, share).to(value.dtype) @ value
+
+
+def rotary_angles(positions: Tensor, settings: GPTSettings) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotation at each position, each `(batch or 1, 1, time, head_width / 2)` in fp32.
+
+    Su et al. 2021, "RoFormer", equation 15; pair i turns by base^(-2 i / head_width) a position.
+    """
+    exponents = torch.arange(0, settings.head_width, 2, dtype=torch.float32, device=positions.device) / settings.head_width
+    frequencies = 1.0 / settings.rope_base**exponents
+    if settings.rope_scaling == "linear":  # Chen et al. 2023, "Extending context window via position interpolation"
+        frequencies = frequencies / settings.rope_factor
+    elif settings.rope_scaling == "llama3":
+        frequencies = _llama3_frequencies(frequencies, settings)
+    angles = positions[:, None, :, None].float() * frequencies
+    return angles.cos(), angles.sin()
+
+
+def _llama3_frequencies(frequencies: Tensor, settings: GPTSettings) -> Tensor:
+    """Llama 3.1's stretching: waves that turn often within the original positions stay, those that hardly turn are stretched,
+    those between are blended (Grattafiori et al. 2024; the reference code's apply_scaling)."""
+    turns = settings.rope_original_positions * frequencies / (2 * math.pi)
+    low, high = settings.rope_low_frequency, settings.rope_high_frequency
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / settings.rope_factor)
+
+
+def rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Queries or keys `(batch, heads, time, head_width)` turned; feature i is paired with i + head_width / 2."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
+
+
+def positions_within(documents: Tensor) -> Tensor:
+    """Each token's distance from the first token of its document, `(batch, time)` like the document numbers."""
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    opens = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    return index - index.where(opens, 0).cummax(dim=1).values
+
+
+def attention_mask(time: int, seen: int, window: int | None, documents: Tensor | None, device: torch.device) -> Tensor | None:
+    """Which keys the last `time` of `seen` tokens see, `(batch or 1, 1, time, seen)`; None where plain causal attention does.
+
+    Args:
+        window: tokens seen at most, itself included.
+        documents: `(batch, seen)`; a token sees its own document alone.
+    """
+    plain = documents is None and (window is None or window >= seen)
+    if plain and (time == seen or time == 1):
+        return None
+    key = torch.arange(seen, device=device)
+    query = key[seen - time:, None]
+    mask = key <= query
+    if window is not None:
+        mask = mask & (key > query - window)
+    mask = mask[None, None]
+    if documents is not None:
+        mask = mask & (documents[:, None, seen - time:, None] == documents[:, None, None, :])
+    return mask

@@ -1,0 +1,1 @@
+"""The run folder and its owner, signals, the watchdog, and how a run ends."""
