@@ -19,10 +19,9 @@ import pytest
 from genscale.cluster.job_logs import LogSettings
 from genscale.cluster.submission import print_script
 from genscale.errors import UserError
-from genscale.evaluation.settings import SAMPLING, SCORING
-from genscale.objectives import FAMILIES
+from genscale.families import FAMILIES
 from genscale.settings.parser import config_parser, parse, parse_config, parse_settings, split_flags, take_number, take_text
-from genscale.verbs import checkpoint, compare, slurm, sync
+from genscale.verbs import check_family, checkpoint, compare, slurm, sync
 from genscale.verbs.data import ACTIONS, BuildSettings, InspectSettings
 from genscale.verbs.doctor import OWN, DoctorSettings
 from genscale.verbs.export import ExportSettings
@@ -122,7 +121,7 @@ def sample(words: list[str]) -> None:
     _, words = take_run(words, "")
     _, words = take_number(words, "--step", least=0)
     _, words = split_flags(words, lambda name: name.startswith("data."))
-    any_of({*SAMPLING.values()}, words)
+    any_of({entry.sampling.settings for entry in FAMILIES.values() if entry.sampling}, words)
 
 
 def evaluate(words: list[str]) -> None:
@@ -132,7 +131,7 @@ def evaluate(words: list[str]) -> None:
         _, words = take_text(words, flag)
     _, words = take_number(words, "--limit", least=1)
     own, words = split_flags(words, lambda name: "." not in name)
-    any_of({*SCORING.values()}, own)
+    any_of({entry.scoring.settings for entry in FAMILIES.values() if entry.scoring}, own)
     any_of_families(words)
 
 
@@ -198,10 +197,15 @@ def on_slurm(words: list[str]) -> None:
         assert {word for word in words if word.startswith("-")} <= ({"--sweep"} if action == "status" else set()), words
 
 
+def no_words(words: list[str]) -> None:
+    assert not words
+
+
 VERBS: dict[str, Callable[[list[str]], object]] = {
     "train": train, "sample": sample, "evaluate": evaluate, "export": export, "tokenizer": tokenizer, "data": data,
     "doctor": doctor, "slurm": on_slurm, "compare": lambda words: parse(compare.parser(), words),
     "checkpoint": lambda words: parse(checkpoint.parser(), words), "sync": lambda words: parse(sync.parser(), words),
+    "check-family": lambda words: parse(check_family.parser(), words), "families": no_words, "configs": no_words,
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import yaml
 
 from genscale.errors import UserError
 from genscale.families import FAMILIES, family
-from genscale.families.family import Family, Sampling, Scoring
+from genscale.families.entry import Family, Sampling, Scoring
 from genscale.objectives.capabilities import EncodesImages, Generates, GeneratesImages, missing_members
 from genscale.settings.parser import parse_config
 from genscale.testing import toy
@@ -110,7 +110,7 @@ def test_a_family_of_one_file_trains_samples_and_is_evaluated(monkeypatch, gensc
     assert "--count" in genscale("sample", "--help").out
 
 
-@pytest.mark.parametrize("name", ["genscale.families", "genscale.families.family", "genscale.testing.processes"])
+@pytest.mark.parametrize("name", ["genscale.families", "genscale.families.entry", "genscale.testing.processes"])
 def test_examples_run(name):
     found = doctest.testmod(importlib.import_module(name))
     assert found.attempted and not found.failed

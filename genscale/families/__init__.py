@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from genscale.errors import UserError, nearest
 from genscale.families import dcgan, gpt, points, vae, vae_gan
-from genscale.families.family import Family
+from genscale.families.entry import Family
 from genscale.families.registry import Families
 
 FAMILIES = Families({entry.FAMILY.name: entry.FAMILY for entry in (gpt, dcgan, points, vae, vae_gan)})

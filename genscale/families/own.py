@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from genscale.data.lanes import Data, Sample
 from genscale.data.loader_settings import LoaderSettings
 from genscale.errors import UserError
-from genscale.families.family import Family, NoSettings
+from genscale.families.entry import Family, NoSettings
 from genscale.models.batch_norm import BatchNorm
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.rng import Draws

@@ -18,7 +18,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from genscale.errors import UserError
-from genscale.families.family import Family
+from genscale.families.entry import Family
 
 GROUP = "genscale.families"
 PLAIN = re.compile(r"[\w./][\w.+!/-]*")

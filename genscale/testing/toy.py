@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from genscale.data.lanes import Cursor, Data, Sample
 from genscale.evaluation.trained_run import TrainedRun
-from genscale.families.family import Family, Sampling
+from genscale.families.entry import Family, Sampling
 from genscale.models.image_layers import InitialWeights
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.objectives.capabilities import Generates

@@ -13,18 +13,23 @@ BROKEN = 1
 """Exit code where a check has failed."""
 
 
-def main(arguments: list[str]) -> int:
-    """Exit code 0: no check failed; 1: at least one did."""
-    parser = ArgumentParser(prog="genscale check-family", exit_on_error=False, description=(
+def parser() -> ArgumentParser:
+    """Its flags."""
+    made = ArgumentParser(prog="genscale check-family", exit_on_error=False, description=(
         "Check that a family keeps the promise, by runs of 8 steps: initial weights, draws and sums of its losses; one process "
         "against accumulation and every strategy on two processes; kill and resume; resize; audit; sample; evaluate. A "
         "combination that genscale refuses is shown with its reason and is no failure. Exit code 0: nothing failed; 1: a check "
         "failed."))
-    parser.add_argument("name", type=str, help="Name of the family, as model.family has it.")
-    parser.add_argument("--config", type=str, default=None, help="YAML file of a run to take the place of the family's own "
+    made.add_argument("name", type=str, help="Name of the family, as model.family has it.")
+    made.add_argument("--config", type=str, default=None, help="YAML file of a run to take the place of the family's own "
                         "tiny one. It must be small: it is trained some 15 times.")
-    parser.add_argument("--folder", type=str, default=None, help="New folder to keep the runs in (default: they are deleted).")
-    parsed = parse(parser, arguments)
+    made.add_argument("--folder", type=str, default=None, help="New folder to keep the runs in (default: they are deleted).")
+    return made
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 0: no check failed; 1: at least one did."""
+    parsed = parse(parser(), arguments)
     from genscale.inspection.check_family import BATCH, STEPS, check_family
 
     print(f"family {parsed.name}: runs of {STEPS} steps of {BATCH} samples, sgd, fp32; two processes but where it says one",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from genscale import __version__
 from genscale.errors import UserError
 from genscale.families import FAMILIES
-from genscale.families.family import NoSettings
+from genscale.families.entry import NoSettings
 
 USAGE = "usage: genscale families"
 DESCRIPTION = ("List what model.family can be: name, package, version, and a line on what it is. A package offers families as "

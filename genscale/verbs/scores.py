@@ -16,7 +16,7 @@ from genscale.evaluation.likelihood import likelihood
 from genscale.evaluation.trained_run import TrainedRun
 from genscale.evaluation.validation import validate
 from genscale.families import family
-from genscale.families.family import Scoring
+from genscale.families.entry import Scoring
 from genscale.objectives.capabilities import MeasuresLikelihood
 from genscale.parallel.precision import autocast, native_precision
 from genscale.parallel.processes import on_cpu

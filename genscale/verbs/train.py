@@ -20,7 +20,7 @@ from genscale.supervise.ending import RUN, SUBMIT, before_the_run
 from genscale.supervise.signals import StopSignal
 
 if TYPE_CHECKING:
-    from genscale.families.family import Sampling
+    from genscale.families.entry import Sampling
     from genscale.training.run import RunResult
 
 PROCESSES = "GENSCALE_PROCESSES"

@@ -7,7 +7,7 @@ from types import ModuleType
 from genscale.data.images.settings import PackedImageDataSettings
 from genscale.evaluation.settings import ImageSampling, ImageScoring
 from genscale.families.dcgan.settings import GANSettings
-from genscale.families.family import Family, Sampler, Sampling, Scorer, Scoring
+from genscale.families.entry import Family, Sampler, Sampling, Scorer, Scoring
 from genscale.objectives.capabilities import GeneratesImages
 from genscale.objectives.gan_settings import GANObjectiveSettings
 

@@ -6,7 +6,7 @@ from types import ModuleType
 
 from genscale.data.text.settings import TextDataSettings
 from genscale.evaluation.settings import TextSampling
-from genscale.families.family import Family, Sampler, Sampling
+from genscale.families.entry import Family, Sampler, Sampling
 from genscale.families.gpt.settings import GPTSettings
 from genscale.objectives.capabilities import WritesText
 

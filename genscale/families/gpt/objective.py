@@ -14,7 +14,7 @@ from genscale.data.lanes import Sample
 from genscale.data.text.data import TextData, TextDataSettings
 from genscale.data.text.tokenizers import Tokenizer, load_tokenizer
 from genscale.errors import UserError
-from genscale.families.family import NoSettings
+from genscale.families.entry import NoSettings
 from genscale.families.gpt.decoding import generate
 from genscale.families.gpt.network import GPT
 from genscale.families.gpt.settings import GPTSettings

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from genscale.evaluation.settings import PointSampling
-from genscale.families.family import Family, Sampler, Sampling
+from genscale.families.entry import Family, Sampler, Sampling
 from genscale.families.points.data_settings import PointsDataSettings
 from genscale.families.points.settings import PointsGANSettings
 from genscale.objectives.capabilities import Generates

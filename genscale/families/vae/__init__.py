@@ -6,7 +6,7 @@ from types import ModuleType
 
 from genscale.data.images.settings import ImageDataSettings
 from genscale.evaluation.settings import ImageSampling, ImageScoring
-from genscale.families.family import Family, Sampler, Sampling, Scorer, Scoring
+from genscale.families.entry import Family, Sampler, Sampling, Scorer, Scoring
 from genscale.families.vae.objective_settings import VAEObjectiveSettings
 from genscale.families.vae.settings import VAESettings
 from genscale.objectives.capabilities import EncodesImages, GeneratesImages, MeasuresLikelihood

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from genscale.families.family import Family
+from genscale.families.entry import Family
 from genscale.objectives.base import Batch, Networks, Terms
 from genscale.rng import Draws
 from genscale.testing import toy
