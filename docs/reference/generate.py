@@ -76,8 +76,8 @@ def help_of(*words: str) -> str:
 def flags_in(text: str) -> list[Flag]:
     """The entries of a help text, without -h."""
     found = []
-    for entry in re.split(r"\n  (?=\S)", text)[1:]:
-        words, _, meaning = " ".join(entry.split("\n\n")[0].split("\n")).strip().partition("  ")
+    for each in re.split(r"\n  (?=\S)", text)[1:]:
+        words, _, meaning = " ".join(each.split("\n\n")[0].split("\n")).strip().partition("  ")
         if words.startswith("-h"):
             continue
         meaning = " ".join(meaning.split())
@@ -213,7 +213,7 @@ def _signature(name: str, value: Any) -> str:
         bases = [each.__name__ for each in value.__bases__ if each is not object]
         return f"class {name}({', '.join(bases)})" if bases else f"class {name}"
     try:
-        return name + re.sub(r"<class [\w.]*?(\w+)>", r"\1", str(inspect.signature(value)).replace("'", ""))
+        return name + re.sub(r"<class [\w.]*?(\w+)>", r"\1", re.sub(r"<function <lambda> at \w+>", "...", str(inspect.signature(value))).replace("'", ""))
     except (ValueError, TypeError):
         return name
 

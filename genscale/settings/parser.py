@@ -122,7 +122,8 @@ def parse_config(families: Families, arguments: Sequence[str], prog: str = "gens
     config = Config(**{name: getattr(built, name, None) for name in Config.__dataclass_fields__})
     for key, path in paths_beside(contents, flags).items():
         section, _, name = key.partition(".")
-        setattr(getattr(config, section), as_field(name), path)
+        changed = dataclasses.replace(getattr(config, section), **{as_field(name): path})
+        config = dataclasses.replace(config, **{section: changed})
     for name in ("model", "data", *(["objective"] if config.objective else []), *COMMON_SECTIONS):
         check_values(getattr(config, name), f"{name}.")
     return config

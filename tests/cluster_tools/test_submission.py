@@ -85,7 +85,8 @@ def test_who_has_a_run_folder(tmp_path):
     assert f"process {os.getpid()} on " in who_has(tmp_path)
     owner.release()
     assert who_has(tmp_path) is None
-    script = "import sys, pathlib; from genscale.supervise.run_owner import RunOwner; RunOwner(pathlib.Path(sys.argv[1]), print)"
+    script = ("import sys, pathlib; from genscale.supervise.run_owner import RunOwner; "
+              "RunOwner(pathlib.Path(sys.argv[1]), print)")
     subprocess.run([sys.executable, "-c", script, tmp_path], check=True, timeout=60)  # ends without a word
     assert who_has(tmp_path) is None
 
