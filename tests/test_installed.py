@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from genscale import __version__
-from genscale.objectives import FAMILIES
+from genscale.families import FAMILIES
 from genscale.settings.parser import parse_config
 from genscale.settings.shipped import find_config
 

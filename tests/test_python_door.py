@@ -25,7 +25,7 @@ import yaml
 
 import genscale
 from genscale.checkpoint.checkpoints import Checkpoint, list_checkpoints
-from genscale.objectives import FAMILIES
+from genscale.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 TWELVE = """

@@ -14,7 +14,7 @@ import pytest
 
 from genscale.checkpoint.checkpoints import Checkpoint, find_checkpoints
 from genscale.errors import UserError
-from genscale.objectives import FAMILIES
+from genscale.families import FAMILIES
 from genscale.objectives.base import Phase, check_networks
 from genscale.tracking.metrics_file import read_metrics
 
