@@ -92,8 +92,9 @@ class KeepCheckpoints(Hook):
         data = merge_states(self.processes.gather(self.loader.state()), self.data.lane_count)
         state = {"step": report.step, **self.state_of_hooks(), "best": best, "accumulation": self.engine.accumulation,
                  "scalers": {name: self.engine.scaler_state(name) for name in self.engine.optimizers},
-                 "frozen": self.frozen,
                  "data": data, "plan": self.data.plan(), "world_size": self.processes.world_size}
+        if self.frozen:
+            state["frozen"] = self.frozen
         position = position_in_words(data["batches"] * self.config.train.global_batch_size, self.data.samples_of_epoch())
         about = provenance(self.processes.world_size, self.engine.strategy, position, self.config.model.family)
         self.saver.start(pieces, Contents(report.step, state, config_yaml(self.config), about,
