@@ -18,9 +18,10 @@ MOST = 386
 
 @pytest.mark.slow
 def test_the_number_of_complaints_only_falls(tmp_path):
+    pytest.importorskip("mypy", reason="mypy comes with genscale[test]")
     done = subprocess.run([sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path), "--no-error-summary"], cwd=ROOT,
                           capture_output=True, text=True, check=False, timeout=280)
-    assert done.returncode in (0, 1), done.stderr
+    assert done.returncode in (0, 1) and not done.stderr, done.stderr
     complaints = [line for line in done.stdout.splitlines() if ": error: " in line]
     assert len(complaints) <= MOST, "\n".join([f"{len(complaints)} complaints, more than {MOST}:", *complaints])
     front = [getattr(genscale, name) for name in getattr(genscale, "__all__", ())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -97,6 +98,7 @@ def _replicas(engine: Engine) -> Iterator[tuple[str, Tensor]]:
 def _digest_of_all(tensors: Iterable[Tensor]) -> int:
     """One number for all. Small tensors are digested together, for a call costs more than they do."""
     waiting: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    lengths: Counter[tuple[torch.dtype, torch.device]] = Counter()
     digests: list[Tensor] = []
 
     def digest(flat: Tensor) -> None:
@@ -104,11 +106,14 @@ def _digest_of_all(tensors: Iterable[Tensor]) -> int:
 
     for tensor in tensors:
         flat = local(tensor.detach()).reshape(-1)
-        some = waiting.setdefault((flat.dtype, flat.device), [])
+        kind = flat.dtype, flat.device
+        some = waiting.setdefault(kind, [])
         some.append(flat)
-        if sum(map(len, some)) >= BLOCK:
+        lengths[kind] += flat.numel()
+        if lengths[kind] >= BLOCK:
             digest(torch.cat(some) if len(some) > 1 else flat)
             some.clear()
+            lengths[kind] = 0
     for some in waiting.values():
         if some:
             digest(torch.cat(some))
