@@ -23,9 +23,9 @@ from typing import Any
 
 import report
 from genscale.data.columns import Spec
-from genscale.data.images.data import sources as image_sources
+from genscale.data.images import sources as image_sources
 from genscale.data.images.shards import ImageSpec
-from genscale.data.text.data import sources
+from genscale.data.text import sources
 from genscale.data.windows import Source
 
 import pyarrow as pa

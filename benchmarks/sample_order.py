@@ -26,11 +26,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from genscale.data.images.data import sources as image_sources
+from genscale.data.images import sources as image_sources
 from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader
 from genscale.data.order import merge_states
-from genscale.data.text.data import sources
+from genscale.data.text import sources
 from genscale.families import FAMILIES, family
 from genscale.settings.config import Config
 from genscale.settings.parser import parse_config

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from genscale.data.text.data import sources
+from genscale.data.text import sources
 from genscale.data.text.sources import HASHES, text_hash
 
 

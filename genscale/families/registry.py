@@ -51,14 +51,14 @@ class Families(Mapping[str, Family]):
 
     def __getitem__(self, name: str) -> Family:
         """Raises KeyError where there is none, and UserError where a package's own cannot be loaded."""
-        for known in (self._built_in, self.registered):
+        for known in (self.registered, self._built_in):
             if name in known:
                 return known[name]
         return _load(self._installed[name])
 
     def __iter__(self) -> Iterator[str]:
         yield from self.registered  # the first one is what a config without `model.family` means
-        yield from self._built_in
+        yield from (name for name in self._built_in if name not in self.registered)
         yield from (name for name in sorted(self._installed) if name not in self._built_in and name not in self.registered)
 
     def __len__(self) -> int:

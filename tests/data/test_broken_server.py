@@ -20,7 +20,7 @@ import pytest
 import zstandard
 
 from genscale.data import retrying, web
-from genscale.data.images.data import sources as image_sources
+from genscale.data.images import sources as image_sources
 from genscale.data.images.shards import ImageSpec
 from genscale.data.loader import StepLoader
 from genscale.data.locations import find_urls

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from genscale.data.readers import Spec
-from genscale.data.text.data import cache_files, sources
+from genscale.data.text import cache_files, sources
 from genscale.data.text.encoded import open_encoded
 from genscale.data.text.tokenizers import ByteTokenizer
 from genscale.errors import UserError

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from genscale.data.images import sources as image_sources
 from genscale.data.images.data import ImageData, ImageDataSettings
-from genscale.data.images.data import sources as image_sources
 from genscale.data.loader import StepLoader
 from genscale.errors import UserError
 

@@ -19,7 +19,7 @@ from PIL import Image
 NAME = "someone/pictures"
 SCRIPT = """
 import json, sys
-from genscale.data.images.data import sources as image_sources
+from genscale.data.images import sources as image_sources
 from genscale.data.images.data import ImageData, ImageDataSettings
 from genscale.errors import UserError
 

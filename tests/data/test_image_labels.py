@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from genscale.data.images import sources as image_sources
 from genscale.data.images.data import ImageData, ImageDataSettings
-from genscale.data.images.data import sources as image_sources
 from genscale.data.images.labels import MOST_CLASSES, Classes, label_of
 from genscale.errors import UserError
 

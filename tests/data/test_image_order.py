@@ -18,8 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
+from genscale.data.images import sources as image_sources
 from genscale.data.images.data import ImageData, ImageDataSettings
-from genscale.data.images.data import sources as image_sources
 from genscale.data.images.sets import content_hash
 from genscale.data.loader import StepLoader
 from genscale.data.order import DIGEST_MODULUS, merge_states

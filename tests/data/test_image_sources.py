@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from genscale.data.images import sources as image_sources
 from genscale.data.images.data import ImageData, ImageDataSettings
-from genscale.data.images.data import sources as image_sources
 from genscale.errors import UserError
 
 CLASSES = ["apple", "bear", "cat"]

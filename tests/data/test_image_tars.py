@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from genscale.data.images import sources as image_sources
 from genscale.data.images.data import ImageData, ImageDataSettings
-from genscale.data.images.data import sources as image_sources
 from genscale.data.images.shards import ImageSpec, Record, TarShard, _say_once
 from genscale.data.source_file import SourceFile
 from genscale.errors import UserError

@@ -13,7 +13,7 @@ from genscale.data import file_tables
 from genscale.data.readers import Spec, TableShard
 from genscale.data.source_file import SourceFile
 from genscale.data.spec import parse_filters
-from genscale.data.text.data import sources
+from genscale.data.text import sources
 from genscale.errors import UserError
 
 TEXTS = ["words", "2021-03-01", "2021-03-01T10:00:00Z", "10:00", "1", "", "é東😀", "a\u2028b\u2029c\x85", "nul \x00", "\\u0041",

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from genscale.data import file_tables, web
-from genscale.data.images.data import sources as image_sources
+from genscale.data.images import sources as image_sources
 from genscale.data.images.shards import ImageSpec
 from genscale.data.spec import Spec
-from genscale.data.text.data import sources
+from genscale.data.text import sources
 from genscale.data.windows import Source
 
 BLOCK, WINDOW = 2048, 8

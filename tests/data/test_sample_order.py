@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from genscale.data.images import sources as image_sources
 from genscale.data.images.data import ImageData, ImageDataSettings
-from genscale.data.images.data import sources as image_sources
 from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader
 from genscale.data.order import merge_states

@@ -20,7 +20,7 @@ import zstandard
 from genscale.data import memory_source
 from genscale.data.packing import PIECE, Piece, cut
 from genscale.data.readers import Spec
-from genscale.data.text.data import sources
+from genscale.data.text import sources
 from genscale.data.text.sources import Source, open_source
 from genscale.errors import UserError
 

@@ -175,7 +175,7 @@ def held_out_size(settings: TextDataSettings) -> int:
 
 
 def test_progress_in_a_log_is_plain_lines(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    from genscale.data.text.data import vocabulary as vocabulary_text
+    from genscale.data.text import vocabulary as vocabulary_text
 
     monkeypatch.setattr(vocabulary_text, "SECONDS", 0.0)
     texts = vocabulary_text.reported(iter(["é" * 500_000] * 3), vocabulary_text.console_progress(), None)

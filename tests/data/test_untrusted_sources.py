@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from genscale.data.images.data import sources as image_sources
+from genscale.data.images import sources as image_sources
 from genscale.data.images.shards import ImageSpec, ImageTableShard
 from genscale.data.images.sources import open_images
 from genscale.data.text.data import TextData, TextDataSettings

@@ -19,7 +19,7 @@ from genscale.data.lanes import Cursor, Data, Sample
 from genscale.data.loader import StepLoader
 from genscale.data.order import merge_states
 from genscale.errors import UserError
-from genscale.hook import Hook
+from genscale.hook import Hook, StepReport
 from genscale.models.image_layers import InitialWeights
 from genscale.models.moving_state import MovingState
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
@@ -181,6 +181,16 @@ class Quantised(Objective):
         raise NotImplementedError
 
 
+class Note(Hook):
+    """Takes down the loss of every step."""
+
+    def __init__(self, losses: list[float]) -> None:
+        self.losses = losses
+
+    def step(self, report: StepReport) -> None:
+        self.losses.append(report.metrics["loss"])
+
+
 class Training:
     """A trainer over an engine of its own, from initial weights or from what another one `saved`."""
 
@@ -203,10 +213,7 @@ class Training:
                                  world_size=processes.world_size, workers=0, prefetch_steps=1,
                                  state=saved["data"] if saved else None)
         self.losses: list[float] = []
-        self.trainer = Trainer(config, objective, self.engine, self.loader, [Hook(1, self.note)], last_good=lambda: "none")
-
-    def note(self, report: Any) -> None:
-        self.losses.append(report.metrics["loss"])
+        self.trainer = Trainer(config, objective, self.engine, self.loader, [Note(self.losses)], last_good=lambda: "none")
 
     def run(self, first: int) -> None:
         try:

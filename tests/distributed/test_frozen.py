@@ -28,11 +28,9 @@ Train = Callable[..., Any]
 @pytest.fixture(scope="module")
 def toy(frozen_worker: ModuleType) -> Iterator[ModuleType]:
     """The worker, with its toy in the place of the points family of this process."""
-    module = FAMILIES["points"].module()
-    kept = module.build, module.restore
     frozen_worker.plant()
     yield frozen_worker
-    module.build, module.restore = kept
+    del FAMILIES.registered["points"]
 
 
 @pytest.fixture

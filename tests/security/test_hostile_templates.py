@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from genscale.data.text import template_sandbox
 from genscale.data.text.chat_template import ChatTemplate
-from genscale.data.text.data import template_sandbox
 from genscale.data.text.tokenizers import load_tokenizer, train_bpe
 from genscale.errors import UserError
 
