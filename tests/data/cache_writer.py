@@ -16,8 +16,9 @@ from itertools import islice
 
 import datasets  # noqa: F401 (here, so that each child need not import it)
 
+from genscale.data.text import cache, sources
 from genscale.data.text.cache_build import build, work_of
-from genscale.data.text.data import TextData, TextDataSettings, cache, sources
+from genscale.data.text.data import TextData, TextDataSettings
 
 
 def write(corpus: str, folder: str, trains: bool, ready: int) -> None:

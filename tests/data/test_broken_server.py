@@ -24,7 +24,8 @@ from genscale.data.images import sources as image_sources
 from genscale.data.images.shards import ImageSpec
 from genscale.data.loader import StepLoader
 from genscale.data.locations import find_urls
-from genscale.data.text.data import TextData, TextDataSettings, sources
+from genscale.data.text import sources
+from genscale.data.text.data import TextData, TextDataSettings
 from genscale.errors import UserError
 
 TEXTS = [f"document {i} " + random.Random(i).randbytes(40).hex() for i in range(600)]

@@ -16,8 +16,9 @@ from genscale.data.loader import StepLoader
 from genscale.data.order import DIGEST_MODULUS, merge_states
 from genscale.data.readers import TableShard
 from genscale.data.text import cache as cache_module
+from genscale.data.text import sources
 from genscale.data.text.cache_build import build, work_of
-from genscale.data.text.data import TextData, TextDataSettings, sources, train_tokenizer
+from genscale.data.text.data import TextData, TextDataSettings, train_tokenizer
 from genscale.data.text.encoded import open_encoded
 from genscale.data.text.tokenizers import ByteTokenizer
 from genscale.errors import UserError

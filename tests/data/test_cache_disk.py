@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from genscale.data.text import cache as cache_module
+from genscale.data.text import sources
 from genscale.data.text.cache_build import build, work_of
-from genscale.data.text.data import TextData, TextDataSettings, sources
+from genscale.data.text.data import TextData, TextDataSettings
 from genscale.errors import UserError
 
 

@@ -19,9 +19,10 @@ import pytest
 from genscale.data.loader import StepLoader
 from genscale.data.readers import TableShard
 from genscale.data.text import cache as cache_module
+from genscale.data.text import cache_shard, sources
 from genscale.data.text.cache import TokenCache
 from genscale.data.text.cache_build import build, work_of
-from genscale.data.text.data import TextData, TextDataSettings, cache_shard, sources
+from genscale.data.text.data import TextData, TextDataSettings
 from genscale.data.text.tokenizers import ByteTokenizer
 from genscale.errors import UserError
 

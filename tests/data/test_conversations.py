@@ -18,8 +18,9 @@ from tokenizers import Tokenizer as Backend
 from genscale.data import left_out
 from genscale.data.conversations import conversations, pair_text, read_document
 from genscale.data.spec import Spec
+from genscale.data.text import sources
 from genscale.data.text.chat_template import ChatTemplate
-from genscale.data.text.data import TextData, TextDataSettings, sources
+from genscale.data.text.data import TextData, TextDataSettings
 from genscale.data.text.pairs import PairEncoder
 from genscale.data.text.tokenizers import load_tokenizer, train_bpe
 from genscale.errors import UserError

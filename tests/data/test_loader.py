@@ -19,7 +19,8 @@ import torch
 from genscale.data import packing
 from genscale.data.loader import StepLoader
 from genscale.data.order import DIGEST_MODULUS, merge_states
-from genscale.data.text.data import TextData, TextDataSettings, sources
+from genscale.data.text import sources
+from genscale.data.text.data import TextData, TextDataSettings
 from genscale.errors import UserError
 
 GLOBAL = 12

@@ -13,7 +13,8 @@ import pytest
 
 from genscale.data.loader import StepLoader
 from genscale.data.order import DIGEST_MODULUS, merge_states
-from genscale.data.text.data import SourceSettings, TextData, TextDataSettings, sources, train_tokenizer
+from genscale.data.text import sources
+from genscale.data.text.data import SourceSettings, TextData, TextDataSettings, train_tokenizer
 from genscale.data.text.mixture import allot, choices, interleave
 from genscale.data.text.sources import HASHES, text_hash
 from genscale.errors import UserError

@@ -14,8 +14,9 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from genscale.data.spec import Spec
+from genscale.data.text import sources
 from genscale.data.text.chat_template import ChatTemplate
-from genscale.data.text.data import SourceSettings, TextData, TextDataSettings, sources, train_tokenizer
+from genscale.data.text.data import SourceSettings, TextData, TextDataSettings, train_tokenizer
 from genscale.data.text.pairs import PairEncoder
 from genscale.data.text.tokenizers import load_tokenizer, train_bpe
 from genscale.errors import UserError

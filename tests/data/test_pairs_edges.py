@@ -15,8 +15,9 @@ from tokenizers import Tokenizer as Backend
 
 from genscale.data.columns import documents
 from genscale.data.spec import Spec
+from genscale.data.text import chat_template
 from genscale.data.text.chat_template import ChatTemplate
-from genscale.data.text.data import TextData, TextDataSettings, chat_template
+from genscale.data.text.data import TextData, TextDataSettings
 from genscale.data.text.pairs import PairEncoder
 from genscale.data.text.tokenizers import load_tokenizer
 from genscale.errors import UserError

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from genscale.data.spec import Spec, parse_filters
-from genscale.data.text.data import TextData, TextDataSettings, sources
+from genscale.data.text import sources
+from genscale.data.text.data import TextData, TextDataSettings
 from genscale.data.text.sources import Source, open_source
 from genscale.errors import UserError
 

@@ -18,7 +18,8 @@ import zstandard
 
 from genscale.data import file_tables
 from genscale.data.spec import Spec
-from genscale.data.text.data import TextData, TextDataSettings, sources
+from genscale.data.text import sources
+from genscale.data.text.data import TextData, TextDataSettings
 from genscale.data.text.sources import open_source
 from genscale.errors import UserError
 

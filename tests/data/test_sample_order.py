@@ -22,7 +22,8 @@ from genscale.data.images.data import ImageData, ImageDataSettings
 from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader
 from genscale.data.order import merge_states
-from genscale.data.text.data import SourceSettings, TextData, TextDataSettings, sources
+from genscale.data.text import sources
+from genscale.data.text.data import SourceSettings, TextData, TextDataSettings
 
 GLOBAL, LANES = 24, 12
 Shape = tuple[int, int, int]

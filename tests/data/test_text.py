@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from genscale.data.text.data import TextData, TextDataSettings, sources, train_tokenizer
+from genscale.data.text import sources
+from genscale.data.text.data import TextData, TextDataSettings, train_tokenizer
 from genscale.errors import UserError
 
 

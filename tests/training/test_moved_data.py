@@ -13,7 +13,8 @@ from PIL import Image
 
 from genscale.data.images.data import ImageData, ImageDataSettings
 from genscale.data.plans import plan_differences
-from genscale.data.text.data import TextData, TextDataSettings, sources
+from genscale.data.text import sources
+from genscale.data.text.data import TextData, TextDataSettings
 
 TEXT = {"sequence_length": 32, "validation_blocks": 8, "lanes": 4}
 
