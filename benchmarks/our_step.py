@@ -26,7 +26,7 @@ class OurSteps:
 
     def __init__(self, config: Config, kind: type[Trainer] = Trainer) -> None:
         plan = plan_parallel(config.parallel, config.train.precision)
-        self.precision = config.train.precision = plan.precision
+        config, self.precision = plan.settled(config), plan.precision
         batch = config.train.global_batch_size
         micro = config.train.micro_batch_size or batch
         chosen = family(config.model.family)
