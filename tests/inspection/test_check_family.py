@@ -63,8 +63,9 @@ def test_what_cannot_be_checked_is_said_in_a_line(planted, genscale, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("name", "settings"), [
-    *((name, {}) for name in FAMILIES),
-    pytest.param("dcgan", PENALTY, id="gradient penalty"), pytest.param("dcgan", CONDITIONAL, id="conditional"),
+    *(pytest.param(name, {}, marks=() if name in ("gpt", "dcgan") else pytest.mark.matrix) for name in FAMILIES),
+    pytest.param("dcgan", PENALTY, id="gradient penalty", marks=pytest.mark.matrix),
+    pytest.param("dcgan", CONDITIONAL, id="conditional", marks=pytest.mark.matrix),
 ])  # fmt: skip
 def test_every_family_keeps_the_promise(name, settings):
     report = check_family(name, settings=settings)
@@ -75,6 +76,7 @@ def test_every_family_keeps_the_promise(name, settings):
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.timeout(1200)
 def test_the_toy_keeps_it(planted):
     report = check_family("toy")
@@ -84,7 +86,10 @@ def test_the_toy_keeps_it(planted):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("name", "row"), [("chance", "draws"), ("means", "sums"), ("moving", "replicas")])
+@pytest.mark.parametrize(("name", "row"), [
+    ("means", "sums"), pytest.param("chance", "draws", marks=pytest.mark.matrix),
+    pytest.param("moving", "replicas", marks=pytest.mark.matrix),
+])  # fmt: skip
 def test_a_family_that_breaks_it_fails_in_the_row_that_says_why(name, row, planted):
     report = check_family(name)
     assert row in failed(report), "\n".join(map(str, report.checks))
