@@ -31,7 +31,7 @@ from genscale.verbs.tokenizer import TokenizerSettings
 from genscale.verbs.trained import take_run
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TUTORIALS = ("gpt", "gan", "resume", "slurm", "own-network")
 ON_THE_CLUSTER = "# on the cluster"
 """The first line of a block of a tutorial that is parsed and not run."""
@@ -80,6 +80,8 @@ def check(words: list[str]) -> None:
     elif program == "srun":
         assert rest[0] == "-n" and rest[1].isdigit(), rest
         check(rest[2:])
+    elif program == ".ci/run":
+        check_script(program, rest)
     elif program in ("bash", "python", ".venv/bin/python"):
         check_script(*split_script(rest))
     else:
@@ -347,9 +349,10 @@ def test_readme_is_short():
     assert (ROOT / "README.md").stat().st_size <= 10_000
 
 
-def test_the_links_of_readme_lead_somewhere():
-    links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / "README.md").read_text())
-    assert len(links) > 10 and not [link for link in links if not (ROOT / link).exists()]
+@pytest.mark.parametrize(("page", "least"), [("README.md", 10), ("CONTRIBUTING.md", 3)])
+def test_the_links_of_a_page_at_the_top_lead_somewhere(page, least):
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text())
+    assert len(links) > least and not [link for link in links if not (ROOT / link).exists()]
 
 
 def test_the_site_is_built_without_a_warning(tmp_path):
