@@ -1,5 +1,5 @@
-"""README and docs/: every command is one that its parser takes, every file named is there, the code shown is that of the files that
-it is of, the reference is up to date."""
+"""README and docs/: every command is one that its parser takes, every file and name is there, code that is shown of a file stands
+in it, the reference is up to date."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import io
 import os
+import pkgutil
 import re
 import runpy
 import shlex
@@ -272,6 +273,18 @@ def test_every_file_that_is_named_is_there():
     missing = [f"{page.relative_to(ROOT)}: {name}" for page in PAGES if page.parent.name != "reference"
                for name in FILES.findall(" ".join(re.findall(r"`([^`\n]+)`", page.read_text())))
                if "/<" not in name and not list(ROOT.glob(name))]
+    assert not missing
+
+
+def test_every_python_name_that_is_named_is_there():
+    named = {name for page in PAGES for name in re.findall(r"`(genscale(?:\.\w+)+)", page.read_text())}
+    assert len(named) > 10
+    missing = []
+    for name in named:
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            missing.append(name)
     assert not missing
 
 
