@@ -1,5 +1,5 @@
-"""README and docs/: every command is one that its parser takes, every file and name is there, code that is shown of a file stands
-in it, the reference is up to date."""
+"""README and docs/: every command is one that its parser takes, every file and name is there, code that is shown of a file
+stands in it, the reference is up to date."""
 
 from __future__ import annotations
 
