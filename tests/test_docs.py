@@ -1,13 +1,16 @@
-"""README and docs/: every command is one that its parser takes, every file named is there, the reference is up to date."""
+"""README and docs/: every command is one that its parser takes, every file and name is there, code that is shown of a file
+stands in it, the reference is up to date."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import io
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -16,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+import genscale
 from genscale.cluster.job_logs import LogSettings
 from genscale.cluster.submission import print_script
 from genscale.errors import UserError
@@ -29,18 +33,20 @@ from genscale.verbs.tokenizer import TokenizerSettings
 from genscale.verbs.trained import take_run
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-TUTORIALS = ("gpt", "gan", "resume", "slurm")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TUTORIALS = ("gpt", "gan", "resume", "slurm", "own-network")
 ON_THE_CLUSTER = "# on the cluster"
 """The first line of a block of a tutorial that is parsed and not run."""
 TRUSTED = {"cat", "source", "$EDITOR", "pip", "wandb", ".venv/bin/ruff", ".venv/bin/pytest", ".venv/bin/mkdocs"}
 """Programs that are not ours."""
+OWN_SCRIPT = "my_script.py"
+"""The reader's, as the pages call it; it calls `genscale.train`."""
 FILES = re.compile(r"(?<![\w/])(?:benchmarks|configs|docs|genscale|launch|slurm|tests)/[\w./*-]*\w")
 
 
-def blocks(page: Path) -> list[str]:
-    """The bash blocks of a page."""
-    return re.findall(r"^```bash\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+def blocks(page: Path, language: str = "bash") -> list[str]:
+    """The blocks of a page in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
 def commands(text: str) -> Iterator[list[str]]:
@@ -72,8 +78,12 @@ def check(words: list[str]) -> None:
     elif program == "torchrun":
         from torch.distributed.run import get_args_parser
 
-        parsed = strict(get_args_parser(), ["0" if word == "RANK" else word for word in rest])
-        check_script(parsed.training_script, parsed.training_script_args)
+        check_launched(strict(get_args_parser(), ["0" if word == "RANK" else word for word in rest]))
+    elif program == "srun":
+        assert rest[0] == "-n" and rest[1].isdigit(), rest
+        check(rest[2:])
+    elif program == ".ci/run":
+        check_script(program, rest)
     elif program in ("bash", "python", ".venv/bin/python"):
         check_script(*split_script(rest))
     else:
@@ -87,7 +97,15 @@ def check_accelerate(words: list[str]) -> None:
     words = ["0" if word == "RANK" else word for word in words[1:]]
     parsed = strict(launch_command_parser(), words)
     assert parsed.config_file is None or (ROOT / parsed.config_file).is_file(), parsed.config_file
-    check_script(parsed.training_script, parsed.training_script_args)
+    check_launched(parsed)
+
+
+def check_launched(parsed) -> None:
+    """What a launcher is to start: a script, or genscale as a module."""
+    if parsed.module:
+        check([parsed.training_script, *parsed.training_script_args])
+    else:
+        check_script(parsed.training_script, parsed.training_script_args)
 
 
 def split_script(words: list[str]) -> tuple[str, list[str]]:
@@ -95,8 +113,15 @@ def split_script(words: list[str]) -> tuple[str, list[str]]:
 
 
 def check_script(script: str, arguments: list[str]) -> None:
-    """A script of ours is there; what trains takes a run's settings."""
-    assert (ROOT / script).is_file(), script
+    """A script of ours is there; what trains takes a run's settings, an example the words of genscale."""
+    assert (ROOT / script).is_file() or script == OWN_SCRIPT, script
+    if script.startswith("docs/examples/"):
+        runpy.run_path(str(ROOT / script))  # registers its family
+        try:
+            check(["genscale", *arguments])
+        finally:
+            FAMILIES.registered.clear()
+            FAMILIES.script = None
     if script in ("train.py", "launch/local.sh", "launch/quickstart.sh"):
         train(arguments)
 
@@ -212,7 +237,7 @@ VERBS: dict[str, Callable[[list[str]], object]] = {
 @pytest.fixture
 def clone(tmp_path, monkeypatch) -> Path:
     """A folder like the root of a clone, with the files that the pages say are the reader's."""
-    for name in ("configs", "launch", "train.py", "genscale", "README.md"):
+    for name in ("configs", "docs", "launch", "train.py", "genscale", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "run.yaml").write_text((ROOT / "configs/gpt/demo.yaml").read_text())
     (tmp_path / "site.yaml").touch()
@@ -248,8 +273,27 @@ def test_a_planted_mistake_is_found(line, said, clone):
 def test_every_file_that_is_named_is_there():
     missing = [f"{page.relative_to(ROOT)}: {name}" for page in PAGES if page.parent.name != "reference"
                for name in FILES.findall(" ".join(re.findall(r"`([^`\n]+)`", page.read_text())))
-               if "/<" not in name and not list(ROOT.glob(name)) and not name.startswith("docs/examples/")]
+               if "/<" not in name and not list(ROOT.glob(name))]
     assert not missing
+
+
+def test_every_python_name_that_is_named_is_there():
+    named = {name for page in PAGES for name in re.findall(r"`(genscale(?:\.\w+)+)", page.read_text())}
+    assert len(named) > 10
+    assert not [name for name in named if not is_there(name)]
+
+
+def is_there(name: str) -> bool:
+    """Whether a dotted name is a public one, a module, or in a module."""
+    found: object = genscale
+    for number, part in enumerate(parts := name.split(".")[1:], start=2):
+        if not hasattr(found, part):
+            try:
+                importlib.import_module(".".join(["genscale", *parts][:number]))
+            except ImportError:
+                return False
+        found = getattr(found, part)
+    return True
 
 
 def test_every_setting_that_is_named_is_one():
@@ -270,6 +314,45 @@ def test_every_config_that_is_shown_is_one(tmp_path):
         parse_config(FAMILIES, ["--config", str(file)])
 
 
+SHOWN = [("docs/tutorials/own-network.md", "docs/examples/*.py"),
+         ("docs/how-to/add-a-family.md", "genscale/{models/*,families/points/__init__,objectives/base}.py")]
+"""Pages, and the files that their Python is of."""
+
+
+@pytest.mark.parametrize(("page", "files"), SHOWN)
+def test_the_code_that_is_shown_is_that_of_its_file(page, files):
+    """Word for word, wherever it is indented there, and as an example of a docstring too."""
+    head, _, rest = files.partition("{")
+    choices, _, tail = rest.partition("}")
+    patterns = [f"{head}{choice}{tail}" for choice in choices.split(",")] if rest else [files]
+    written = [plain(path.read_text()) for pattern in patterns for path in ROOT.glob(pattern)]
+    shown = blocks(ROOT / page, "python")
+    assert shown
+    missing = [block for block in shown if not any(plain(block) in text for text in written)]
+    assert not missing
+
+
+def plain(code: str) -> str:
+    """Code without its indentation, the signs of a docstring's example, and lines without a word."""
+    lines = (re.sub(r"^(>>>|\.\.\.) ?", "", line.strip()).strip() for line in code.splitlines())
+    return "\n".join(line for line in lines if line)
+
+
+def test_the_lines_of_python_are_the_same_on_both_pages():
+    assert blocks(ROOT / "README.md", "python") == blocks(ROOT / "docs/how-to/python.md", "python")[:1]
+
+
+@pytest.mark.slow
+def test_the_python_of_its_page_runs(clone):
+    for number, block in enumerate(blocks(ROOT / "docs/how-to/python.md", "python")):
+        assert '"train.steps": 300' in block
+        (script := clone / f"{number}.py").write_text(block.replace('"train.steps": 300', '"train.steps": 40'))
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+        done = subprocess.run([sys.executable, script], cwd=clone, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        assert number or "VAE (" in done.stdout
+
+
 def test_the_reference_is_what_the_code_says():
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs/reference/generate.py")
     generate = importlib.util.module_from_spec(spec)
@@ -287,9 +370,10 @@ def test_readme_is_short():
     assert (ROOT / "README.md").stat().st_size <= 10_000
 
 
-def test_the_links_of_readme_lead_somewhere():
-    links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / "README.md").read_text())
-    assert len(links) > 10 and not [link for link in links if not (ROOT / link).exists()]
+@pytest.mark.parametrize(("page", "least"), [("README.md", 10), ("CONTRIBUTING.md", 3)])
+def test_the_links_of_a_page_at_the_top_lead_somewhere(page, least):
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text())
+    assert len(links) > least and not [link for link in links if not (ROOT / link).exists()]
 
 
 def test_the_site_is_built_without_a_warning(tmp_path):
@@ -320,6 +404,8 @@ STARTS = {"genscale": "from genscale.cli import start; start(words)",
 @pytest.mark.parametrize("name", TUTORIALS)
 def test_the_commands_of_a_tutorial_run(name, clone):
     (clone / "bin").mkdir()
+    (clone / "bin/python").write_text(f"#!/bin/sh\nexec {sys.executable} \"$@\"\n")
+    (clone / "bin/python").chmod(0o755)
     for program, start in STARTS.items():
         (clone / "bin" / program).write_text(SHIM.format(python=sys.executable, start=start))
         (clone / "bin" / program).chmod(0o755)

@@ -221,9 +221,12 @@ def _signature(name: str, value: Any) -> str:
 
 def _prose(text: str) -> str:
     """A docstring in Google's form as Markdown: lists for its sections, code for its examples."""
-    lines, listing = [], False
+    lines, listing, example = [], False, False
     for line in text.splitlines():
-        if re.fullmatch(r"(Attributes|Args|Raises|Returns|Yields|Example|Examples):", line):
+        example = line.startswith(">>>") or (example and bool(line.strip()))
+        if example:
+            lines.append(f"    {line}")
+        elif re.fullmatch(r"(Attributes|Args|Raises|Returns|Yields|Example|Examples):", line):
             lines += ["", f"**{line[:-1]}**", ""]
             listing = line[:-1] in ("Attributes", "Args", "Raises")
         elif listing and re.match(r"    \S", line):
