@@ -46,6 +46,9 @@ class MovingState(nn.Module):
         >>> layer.mean
         tensor([0.1000, 0.1000])
 
+    Where sums are matrix products, they belong into `with torch.autocast(x.device.type, enabled=False):`, and are made of
+    `x.float()`: forwards may run in bf16.
+
     Buffers must be changed in place (`copy_`, `lerp_`, `add_`): others hold them too. What is added up belongs into plain
     attributes, not into buffers, and is set anew in `begin_update`: an update may be broken off, or rehearsed.
 
