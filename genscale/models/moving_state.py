@@ -28,6 +28,9 @@ class MovingState(nn.Module):
         ...         super().__init__()
         ...         self.register_buffer("mean", torch.zeros(width))
         ...
+        ...     def reset_parameters(self) -> None:  # before the first step
+        ...         self.mean.zero_()
+        ...
         ...     def begin_update(self) -> None:
         ...         self.sums = torch.zeros(len(self.mean) + 1, device=self.mean.device)
         ...
