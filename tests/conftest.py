@@ -96,11 +96,12 @@ def _not_deaf() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-def start(*arguments: object, command: tuple[str, ...] = GENSCALE, **variables: str) -> subprocess.Popen:
+def start(*arguments: object, command: tuple[str, ...] = GENSCALE, cwd: Path = ROOT,
+          **variables: str) -> subprocess.Popen:
     """`genscale <arguments>` (or another command) in a process and a session of its own."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.Popen([*command, *(str(argument) for argument in arguments)], cwd=ROOT, env=environment, text=True,
+    return subprocess.Popen([*command, *(str(argument) for argument in arguments)], cwd=cwd, env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=_not_deaf)
 
 

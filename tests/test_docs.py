@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from genscale.cluster.job_logs import LogSettings
 from genscale.cluster.submission import print_script
 from genscale.errors import UserError
 from genscale.families import FAMILIES
+from genscale.families.registry import GROUP
 from genscale.settings.parser import config_parser, parse, parse_config, parse_settings, split_flags, take_number, take_text
 from genscale.verbs import check_family, checkpoint, compare, slurm, sync
 from genscale.verbs.data import ACTIONS, BuildSettings, InspectSettings
@@ -235,8 +237,16 @@ VERBS: dict[str, Callable[[list[str]], object]] = {
 
 
 @pytest.fixture
-def clone(tmp_path, monkeypatch) -> Path:
+def family_of_the_tutorial(monkeypatch) -> None:
+    """The family that a page builds, as if it were installed."""
+    monkeypatch.syspath_prepend(ROOT / "docs/examples/vq_vae")
+    monkeypatch.setitem(FAMILIES.__dict__, "_installed", {"vq_vae": [EntryPoint("vq_vae", "vq_vae:FAMILY", GROUP)]})
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch, family_of_the_tutorial) -> Path:
     """A folder like the root of a clone, with the files that the pages say are the reader's."""
+    (tmp_path / "digits.yaml").symlink_to(ROOT / "docs/examples/vq_vae/digits.yaml")
     for name in ("configs", "docs", "launch", "train.py", "genscale", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "run.yaml").write_text((ROOT / "configs/gpt/demo.yaml").read_text())

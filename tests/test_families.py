@@ -7,10 +7,14 @@ import importlib
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from PIL import Image
 
 from genscale.errors import UserError
+from genscale.evaluation.trained_run import TrainedRun
 from genscale.families import FAMILIES, family
 from genscale.families.entry import Family, Sampling, Scoring
 from genscale.objectives.capabilities import EncodesImages, Generates, GeneratesImages, missing_members
@@ -29,6 +33,25 @@ def known(monkeypatch: pytest.MonkeyPatch, **changed: object) -> Family:
     entry = replace(toy.FAMILY, **changed)
     monkeypatch.setitem(FAMILIES.registered, "toy", entry)
     return entry
+
+
+def test_a_family_without_a_sampler_writes_its_preview(monkeypatch, genscale, tmp_path, capsys):
+    plain = Family(toy.ToySettings, toy.ToyDataSettings, toy.FAMILY.module)
+    sample, objective = plain.sampling.load(), plain.restore(parse_config({"toy": plain}, ["--model.family=toy"]), tmp_path)
+
+    def preview(networks, seed, device):
+        return f"wave {seed}" if device.type == "cpu" else ""
+
+    run = TrainedRun(objective, parse_config({"toy": plain}, ["--model.family=toy"]), tmp_path, torch.device("cpu"))
+    monkeypatch.setattr(objective, "preview", preview)
+    sample(run, plain.sampling.settings(seed=3))
+    assert capsys.readouterr().out == "wave 3\n"
+    with pytest.raises(UserError, match="--out: a.png, but a run of model.family toy makes text"):
+        sample(run, plain.sampling.settings(out="a.png"))
+    monkeypatch.setattr(objective, "preview", lambda *words: np.full((4, 6, 3), 7, np.uint8))
+    sample(run, plain.sampling.settings())
+    with Image.open(capsys.readouterr().out.strip()) as picture:
+        assert picture.size == (6, 4) and picture.getpixel((0, 0)) == (7, 7, 7)
 
 
 def test_every_family_is_found_by_its_name_and_has_what_its_entry_promises():

@@ -63,6 +63,19 @@ class ImageSampling:
 
 
 @dataclass
+class PreviewSampling:
+    """What to draw: what the run itself draws while it trains."""
+
+    seed: NonNegativeInt = 0
+    """Same seed, same sample."""
+    out: str | None = None
+    """File to write where it is a picture, .png or what else pillow writes (default: <run
+    folder>/samples/sample-seed<seed>.png)."""
+    live: bool = False
+    """The weights as trained, not their average."""
+
+
+@dataclass
 class PointSampling:
     """What to draw."""
 

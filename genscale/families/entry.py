@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, get_type_hints
 
 from genscale.errors import UserError
+from genscale.evaluation.settings import PreviewSampling
 from genscale.objectives.capabilities import missing_members
 
 if TYPE_CHECKING:
@@ -66,6 +67,16 @@ class Sampling:
     example: str = ""
 
 
+def _preview_sampler() -> Sampler:
+    from genscale.evaluation.preview_sampling import sample_preview
+
+    return sample_preview
+
+
+PREVIEW_SAMPLING = Sampling(PreviewSampling, _preview_sampler)
+"""Writes what `Objective.preview` makes."""
+
+
 @dataclass(frozen=True)
 class Scoring:
     """`genscale evaluate` beyond the validation metrics.
@@ -96,7 +107,8 @@ class Family:
             `model_settings` has a first field `family: Literal["<name>"] = "<name>"`, which is the family's name;
             `data_settings` has `workers` and `prefetch_steps`, as the loader wants them.
         module: imports the module with the functions of `FamilyModule`. It is called when the first of them is needed.
-        sampling: what `genscale sample` makes of a run; None where there is nothing to write.
+        sampling: what `genscale sample` makes of a run (default: what `Objective.preview` makes of a seed); None where there is
+            nothing to write.
         scoring: what `genscale evaluate` reports beyond the validation metrics.
         capabilities: what the objective can do besides what sampler and scorer need.
         tiny: settings by key of the smallest run that still is one, `{"model.width": 8}`, for `genscale check-family`.
@@ -124,7 +136,7 @@ class Family:
     data_settings: type
     module: Callable[[], ModuleType | FamilyModule]
     objective_settings: type = NoSettings
-    sampling: Sampling | None = None
+    sampling: Sampling | None = PREVIEW_SAMPLING
     scoring: Scoring | None = None
     capabilities: tuple[type, ...] = ()
     tiny: Mapping[str, Any] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from genscale.data.lanes import Data, Sample
 from genscale.data.loader_settings import LoaderSettings
 from genscale.errors import UserError
-from genscale.families.entry import Family, NoSettings
+from genscale.families.entry import PREVIEW_SAMPLING, Family, NoSettings
 from genscale.models.batch_norm import BatchNorm
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.rng import Draws
@@ -178,7 +178,8 @@ def make_family(name: str, *, network: Callable[[Any], nn.Module], loss: Loss, d
             opened.close()
 
     module = SimpleNamespace(__name__=name, build_data=data, validation=validation, build=build, restore=restore)
-    return Family(_with_family(model_settings, name), data_settings, lambda: module)
+    sampling = PREVIEW_SAMPLING if options.get("preview") else None
+    return Family(_with_family(model_settings, name), data_settings, lambda: module, sampling=sampling)
 
 
 def _with_family(settings: type, name: str) -> type:

@@ -1,7 +1,7 @@
 """`genscale check-family`: whether a family keeps genscale's promise, found out by real runs of a toy of it.
 
 A run must be the same run on one process, with accumulation, and under every strategy on two; killed and resumed it must end
-with the same bits; and two processes must be able to go on from where one stopped.
+with the same bits; two processes must be able to go on from where one stopped; and it must run with weights in bf16.
 """
 
 from __future__ import annotations
@@ -175,6 +175,7 @@ class _Runs:
         yield from self._audit()
         yield from self._killed_and_spread()
         yield self._resized()
+        yield self._rounded()
         with ThreadPoolExecutor(2) as pool:
             yield from pool.map(lambda ask: ask(), [self._sample, self._evaluate])
 
@@ -258,6 +259,13 @@ class _Runs:
             if checkpoint.step > CHECKPOINT_EVERY:
                 shutil.rmtree(checkpoint.path)
         return self._same("resized", self.train("resized", 2), title="resize 1 -> 2 processes")
+
+    def _rounded(self) -> Check:
+        """Weights and inputs in bf16, where a network that computes in fp32 in between must say so."""
+        done = self.train("bf16", 2, "--parallel.strategy=fsdp2", "--train.precision=bf16")
+        if done.code:
+            return Check("bf16", "refused" if done.code == 2 else "failed", done.error)
+        return Check("bf16", "ok", f"{STEPS} steps under fsdp2 with weights in bf16, {self._loss('bf16')}")
 
     def _same(self, name: str, done: Outcome, title: str | None = None, may_refuse: bool = False) -> Check:
         """Whether a run is the run of one process but for rounding."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -59,6 +60,24 @@ def grid(images: Tensor | np.ndarray, columns: int | None = None, labels: Sequen
         pen.write(draw, x, bottom - pen.line * len(wrapped[labels[i]]), wrapped[labels[i]], INK)
         sheet.paste(Image.fromarray(tile.repeat(scale, axis=0).repeat(scale, axis=1)), (x, bottom))
     return np.asarray(sheet)
+
+
+def grid_of_rows(parts: Mapping[str, Tensor], columns: int = 8) -> np.ndarray:
+    """The images of each part on rows of their own, which its name stands beside: `{"input": images, "output": images}`.
+
+    Args:
+        parts: `(n, channels, height, width)` each, in [0, 1]; n may differ.
+        columns: images in a row; a row that is not full ends in white.
+
+    Returns:
+        uint8 `(height, width, 3)`.
+    """
+    rows, names = [], []
+    for name, images in parts.items():
+        images = images.float().cpu()
+        rows.append(torch.cat([images, images.new_ones(-len(images) % columns, *images.shape[1:])]))
+        names += [name] * (len(rows[-1]) // columns)
+    return grid(torch.cat(rows), columns, rows=names)
 
 
 def tile_scale(height: int, width: int) -> int:

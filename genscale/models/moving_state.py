@@ -28,6 +28,9 @@ class MovingState(nn.Module):
         ...         super().__init__()
         ...         self.register_buffer("mean", torch.zeros(width))
         ...
+        ...     def reset_parameters(self) -> None:  # before the first step
+        ...         self.mean.zero_()
+        ...
         ...     def begin_update(self) -> None:
         ...         self.sums = torch.zeros(len(self.mean) + 1, device=self.mean.device)
         ...
@@ -45,6 +48,9 @@ class MovingState(nn.Module):
         >>> layer.end_update()
         >>> layer.mean
         tensor([0.1000, 0.1000])
+
+    Where sums are matrix products, they belong into `with torch.autocast(x.device.type, enabled=False):`, and are made of
+    `x.float()`: forwards may run in bf16.
 
     Buffers must be changed in place (`copy_`, `lerp_`, `add_`): others hold them too. What is added up belongs into plain
     attributes, not into buffers, and is set anew in `begin_update`: an update may be broken off, or rehearsed.

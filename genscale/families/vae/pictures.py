@@ -11,7 +11,7 @@ from torch import Tensor
 
 from genscale.data.images.data import ImageData, ImageDataSettings
 from genscale.data.lanes import Sample
-from genscale.models.image_grid import grid
+from genscale.models.image_grid import grid_of_rows
 from genscale.models.image_layers import to_unit
 from genscale.objectives.base import Networks
 from genscale.rng import torch_generator
@@ -46,21 +46,7 @@ def preview_picture(objective: Any, networks: Networks, seed: int, device: torch
     """
     samples = objective.generate(networks, preview_latents(seed, objective.latent_shape).to(device))
     if examples is None:
-        return picture(samples)
+        return grid_of_rows({"sample": samples}, EXAMPLES)
     images = examples().to(device)
-    return picture(samples, to_unit(seen(images)), objective.generate(networks, objective.encode(networks, images)[0]))
-
-
-def picture(samples: Tensor, inputs: Tensor | None = None, outputs: Tensor | None = None) -> np.ndarray:
-    """uint8 `(height, width, 3)`: inputs above their reconstructions, where there are some, and samples below; all `(n,
-    channels, size, size)` in [0, 1]."""
-    parts = {"input": inputs, "output": outputs, "sample": samples}
-    rows, names = [], []
-    for word, images in parts.items():
-        if images is None:
-            continue
-        images = images.float().cpu()
-        missing = -len(images) % EXAMPLES  # a row that is not full ends in white
-        rows.append(torch.cat([images, images.new_ones(missing, *images.shape[1:])]))
-        names += [word] * (len(rows[-1]) // EXAMPLES)
-    return grid(torch.cat(rows), EXAMPLES, rows=names)
+    outputs = objective.generate(networks, objective.encode(networks, images)[0])
+    return grid_of_rows({"input": to_unit(seen(images)), "output": outputs, "sample": samples}, EXAMPLES)

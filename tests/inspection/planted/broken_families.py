@@ -31,6 +31,11 @@ class MovingSettings(toy.ToySettings):
     family: Literal["moving"] = "moving"
 
 
+@dataclass
+class WideningSettings(toy.ToySettings):
+    family: Literal["widening"] = "widening"
+
+
 class Chance(toy.ToyObjective):
     """Its noise comes from torch's own random state."""
 
@@ -70,6 +75,18 @@ class Moving(toy.ToyObjective):
         return lambda key: torch.zeros(toy.LENGTH) if key == "0.mean" else self._weights(key)
 
 
+class Widening(toy.ToyObjective):
+    """A layer of it gives fp32 to weights that may be held in bf16."""
+
+    def __init__(self, network: nn.Module, noise: float, seed: int) -> None:
+        super().__init__(nn.Sequential(Widen(), network), noise, seed)
+
+
+class Widen(nn.Module):
+    def forward(self, waves: Tensor) -> Tensor:
+        return waves.float()
+
+
 def built(kind: type[toy.ToyObjective], settings: type) -> Family:
     def restore(config: Any, _: Any = None) -> toy.ToyObjective:
         return kind(toy.network_of(config), config.data.noise, config.run.seed)
@@ -79,4 +96,4 @@ def built(kind: type[toy.ToyObjective], settings: type) -> Family:
 
 
 FAMILIES = {family.name: family for family in (toy.FAMILY, built(Chance, ChanceSettings), built(Means, MeansSettings),
-                                               built(Moving, MovingSettings))}
+                                               built(Moving, MovingSettings), built(Widening, WideningSettings))}
