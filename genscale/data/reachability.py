@@ -8,8 +8,8 @@ from typing import Any
 
 from genscale.data import readers
 from genscale.data.folders import refuse_no_file
+from genscale.data.images import sources as image_sources
 from genscale.data.images.data import image_specs
-from genscale.data.images.data import sources as image_sources
 from genscale.data.images.settings import DIGITS, ImageDataSettings
 from genscale.data.images.shards import ImageSpec, look
 from genscale.data.source_file import is_url
