@@ -7,9 +7,13 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING
 
 from genscale.masking import masked
 from genscale.printable import printable
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 LONGEST = 4000
 """Characters of a message: more than any that genscale makes of names and paths that a system takes."""
@@ -79,7 +83,7 @@ def nearest_divisors(number: int, wanted: int) -> str:
     return " or ".join(map(str, sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:2])))
 
 
-def refuse_unheeded(section: str, settings: object, names: Iterable[str], beside: str) -> None:
+def refuse_unheeded(section: str, settings: DataclassInstance, names: Iterable[str], beside: str) -> None:
     """Raises UserError for the first of these settings that is not its default: it would have no effect.
 
     Args:

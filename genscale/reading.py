@@ -170,7 +170,9 @@ _CORE = {
 """What a plain scalar is; whatever else is text. Merging is no part of 1.2, and in use everywhere."""
 _TAG = "tag:yaml.org,2002:"
 # libyaml scans, where it is there; nodes are made here, one event at a time, so that nothing is recursed into unseen.
-_EVENTS = (yaml.cyaml.CParser,) if yaml.__with_libyaml__ else (yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser)
+_EVENTS: tuple[Any, ...] = (yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser)
+if yaml.__with_libyaml__:
+    _EVENTS = (yaml.cyaml.CParser,)  # type: ignore[attr-defined]
 
 
 class _Loader(yaml.composer.Composer, *_EVENTS, yaml.constructor.SafeConstructor, yaml.resolver.BaseResolver):
@@ -192,6 +194,7 @@ class _Loader(yaml.composer.Composer, *_EVENTS, yaml.constructor.SafeConstructor
         if self._depth > MAX_DEPTH:
             raise Unreadable(_too_deep())
         node = super().compose_node(parent, index)
+        assert node is not None  # there was an event
         self._depth -= 1
         if is_alias:
             if id(node) not in self._sizes:
@@ -208,7 +211,7 @@ class _Loader(yaml.composer.Composer, *_EVENTS, yaml.constructor.SafeConstructor
             raise Unreadable(_too_deep())
         return node
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         first: dict[Any, yaml.Node] = {}
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from io import TextIOWrapper
 from pathlib import Path
+from typing import cast
 
 from genscale.errors import UserError
 
@@ -96,7 +97,9 @@ class AppendedLog(logging.FileHandler):
     """A log file that is no link."""
 
     def _open(self) -> TextIOWrapper:
-        return open(self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors, opener=no_link)
+        # The mode of a log is one of text.
+        return cast(TextIOWrapper, open(self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors,
+                                        opener=no_link))
 
 
 def make_folder(path: Path, parents: bool = False) -> None:

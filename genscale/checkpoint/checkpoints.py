@@ -52,7 +52,8 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        return int(NAME.match(self.path.name).group(1)) if NAME.match(self.path.name) else int(self.manifest()["step"])
+        named = NAME.match(self.path.name)
+        return int(named.group(1)) if named else int(self.manifest()["step"])
 
     def manifest(self) -> dict[str, Any]:
         """Raises OSError and ValueError."""

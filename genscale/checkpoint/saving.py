@@ -61,6 +61,12 @@ class _Save:
     part_missing: threading.Event = field(default_factory=threading.Event)
     missing: str = ""
 
+    @property
+    def draft(self) -> Path:
+        """The folder that its thread writes into."""
+        assert self.partial is not None  # there before the thread starts
+        return self.partial
+
 
 class Saver:
     """Saves the checkpoints of a run, one after the other. Its methods are collective, except `finish`.
@@ -141,7 +147,7 @@ class Saver:
             if self.processes.is_main:
                 files |= self._parts_of_others(save)
                 contents = save.contents
-                commit(save.partial, contents.step, files, contents.state, contents.config, contents.about, self.may_commit)
+                commit(save.draft, contents.step, files, contents.state, contents.config, contents.about, self.may_commit)
                 self._prune(contents.best_step)
         except Exception as error:
             self._fail(save, error)
@@ -160,8 +166,8 @@ class Saver:
         files: Files = {}
         for name, buffer in self._buffers.items():
             file = part_name(name, self.processes.rank, self.processes.world_size)
-            (save.partial / file).parent.mkdir(exist_ok=True)
-            files[file] = buffer.write(save.partial / file, self.processes.note_write)
+            (save.draft / file).parent.mkdir(exist_ok=True)
+            files[file] = buffer.write(save.draft / file, self.processes.note_write)
         if not self.processes.is_main:
             report = self._report(save, self.processes.rank)
             whole = report.with_suffix(".tmp")
@@ -185,7 +191,7 @@ class Saver:
         return files
 
     def _report(self, save: _Save, rank: int) -> Path:
-        return save.partial / f"part-{rank:05d}.json"
+        return save.draft / f"part-{rank:05d}.json"
 
     def _fail(self, save: _Save, error: Exception) -> None:
         """Leave nothing behind, and say why: once, by rank 0."""

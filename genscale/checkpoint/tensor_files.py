@@ -81,9 +81,10 @@ class TensorBuffer:
     def write(self, file: Path, progressed: Callable[[], object] = lambda: None) -> dict[str, object]:
         """Write the file, through to the disk; its size and SHA-256. Calls `progressed` now and then. Raises OSError."""
         digest, unsynced = hashlib.sha256(), 0
-        content = memoryview(self._memory.numpy())[:self._size]
+        content = self._memory.numpy().data[:self._size]
         with file.open("wb") as out:
-            for chunk in (self._header, *(content[at:at + CHUNK] for at in range(0, self._size, CHUNK))):
+            chunks: list[bytes | memoryview] = [self._header, *(content[at:at + CHUNK] for at in range(0, self._size, CHUNK))]
+            for chunk in chunks:
                 digest.update(chunk)
                 out.write(chunk)
                 unsynced += len(chunk)
@@ -115,7 +116,7 @@ def write_tensors(file: Path, read: Callable[[str], Tensor],
             value = read(name).detach()
             if value.shape != shape:
                 raise ValueError(f"{name} is {tuple(value.shape)}, not {shape}")
-            out.write(memoryview(value.to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8).numpy()))
+            out.write(value.to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
         out.flush()
         os.fsync(out.fileno())
 

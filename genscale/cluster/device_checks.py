@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from genscale.cluster.checks import Check, count_of, host_name
 from genscale.cluster.promised_devices import DRIVER_SECONDS, promised_gpus
 
-QUERY = ("index", "name", "driver_version", "memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total")
+QUERY: tuple[str, ...] = ("index", "name", "driver_version", "memory.total", "memory.used",
+                          "ecc.errors.uncorrected.volatile.total")
 PRODUCT = 2048
 """Rows and columns of the matrices that a GPU multiplies."""
 

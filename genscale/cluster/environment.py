@@ -82,9 +82,10 @@ def communication(logs: str, collective_seconds: int, interface: str | None) -> 
         interface: name of the network to use, as ib0; None: what the libraries choose.
     """
     why = "the network that the processes meet in"
-    chosen = [Variable("NCCL_SOCKET_IFNAME", interface, why), Variable("GLOO_SOCKET_IFNAME", interface, why)]
+    libraries = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+    chosen = [Variable(name, interface, why) for name in libraries] if interface else []
     return [
-        *(chosen if interface else []),
+        *chosen,
         Variable("TORCH_FR_BUFFER_SIZE", "2000", "flight recorder: the last collectives of every process are kept in memory,"),
         Variable("TORCH_NCCL_DUMP_ON_TIMEOUT", "1", "and written down when one of them fails, to see who was not there"),
         Variable("TORCH_FR_DUMP_TEMP_FILE", f"{logs}/nccl-rank-", "(one file a rank)"),

@@ -114,8 +114,9 @@ def _reports(run: Path, nodes: Sequence[str], job: str, restart: int, seconds: f
 
 def _said(run: Path, node: str, job: str, restart: int) -> dict[str, Any] | None:
     said = read_record(_file(run, node))
-    mine = said and (said.get("job"), said.get("restart")) == (job, restart)
-    return said if mine and {"failures", "at_fault", "clock", "versions"} <= said.keys() else None
+    if not said or (said.get("job"), said.get("restart")) != (job, restart):
+        return None
+    return said if {"failures", "at_fault", "clock", "versions"} <= said.keys() else None
 
 
 def _file(run: Path, node: str) -> Path:

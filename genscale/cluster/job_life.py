@@ -161,7 +161,7 @@ def end(run: Path, code: int, max_requeues: int) -> int:
     else:  # stopped before it was counted
         life = Life(job, restart, tuple(job_nodes()), now(), latest_step(run), commit=commit(), snapshot=snapshot())
         life = _with_end(run, life, None, code)
-    excluded = ()
+    excluded: tuple[str, ...] = ()
     if life.how == "unfit" and code != NO_ROOM:
         verdict = fitness.judge(run, life.nodes, job, restart, seconds=0)
         excluded, life = verdict.excluded, replace(life, reason=verdict.reason or life.reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from statistics import median
 
 import torch
@@ -31,7 +32,7 @@ def check_links(processes: Processes, hosts: list[str]) -> Iterator[Check]:
     for sender, receiver in zip(firsts, [*firsts[1:], firsts[0]], strict=True):
         for _ in range(2):  # the first time, the connection is made
             dist.barrier()
-            seconds = timed(tensor, lambda sender=sender, receiver=receiver: _hand_over(processes, tensor, sender, receiver))
+            seconds = timed(tensor, partial(_hand_over, processes, tensor, sender, receiver))
         if processes.rank == receiver:
             rates[hosts[sender], hosts[receiver]] = size / seconds
     yield judge_links({link: rate for each in processes.gather(rates) for link, rate in each.items()})

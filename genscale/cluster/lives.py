@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, Protocol, TypeVar, get_origin, get_type_hints
 
 from genscale.cluster.checks import host_name
 from genscale.cluster.slurm_commands import JOB
@@ -27,7 +27,14 @@ from genscale.writing import no_link, write_whole
 
 LONGEST = 300
 """Characters of a reason."""
-Entry = TypeVar("Entry")
+
+
+class _OfJob(Protocol):
+    @property
+    def job(self) -> str: ...
+
+
+Entry = TypeVar("Entry", bound=_OfJob)
 
 
 @dataclass(frozen=True)

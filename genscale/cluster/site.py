@@ -144,7 +144,8 @@ def _check_has_no_secret(key: str, value: Any, path: Path) -> None:
 
 def _checked(key: str, value: Any, kind: Any, path: Path) -> Any:
     if key in ("gpus_per_node", "gres") and value is not None:
-        read_gpus(*((value, None) if key == "gpus_per_node" else (None, value)), f"site.{key}", f"site.{key}")
+        per_node, gres = (value, None) if key == "gpus_per_node" else (None, value)
+        read_gpus(per_node, gres, f"site.{key}", f"site.{key}")
         return value
     kinds = get_args(kind) if type(None) in get_args(kind) else (kind,)
     if value is None and type(None) in kinds:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache, reduce
 from operator import and_
-from typing import Any
+from typing import Any, cast
 
 from genscale.data.conversations import conversations, read_document, said
 from genscale.data.json_values import Values, shown
@@ -34,7 +34,7 @@ def documents(table: Any, spec: Spec, where: str, first: int, start: int, step: 
     """
     if isinstance(table, Values):
         if not table.columns.keys() >= {rule.column for rule in spec.filters}:  # of a text file
-            raise spec.unknown_columns(where, table.names)
+            raise cast(UserError, spec.unknown_columns(where, table.names))
         rows = {name: values[start::step] for name, values in table.columns.items()}
     else:
         if error := spec.unknown_columns(where, table.column_names):

@@ -23,6 +23,7 @@ class Conversation(str):
     """A document of a conversation, with what to call its row in messages."""
 
     __slots__ = ("where",)
+    where: str
 
 
 def conversations(columns: Mapping[str, list[Any]], spec: Spec, kept: list[bool] | None,
@@ -39,10 +40,10 @@ def conversations(columns: Mapping[str, list[Any]], spec: Spec, kept: list[bool]
         UserError: too many rows are no conversations that can be learnt from.
     """
     names = [spec.messages, spec.tools] if spec.messages else [spec.prompt, spec.answer]
-    rows = zip(*(columns.get(name, repeat(None)) for name in names), strict=False)
+    rows = zip(*(columns.get(name or "", repeat(None)) for name in names), strict=False)
     empty = (None,) if spec.messages else (None, None)
     return [None if row[: len(empty)] == empty or row[0] == [] or not (kept is None or kept[i]) else
-            _document(*row, spec, row_of(i)) for i, row in enumerate(rows)]
+            _document(row[0], row[1], spec, row_of(i)) for i, row in enumerate(rows)]
 
 
 def _document(first: Any, second: Any, spec: Spec, where: str) -> str | None:

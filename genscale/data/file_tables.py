@@ -131,7 +131,8 @@ def json_rows(file: SourceFile, columns: Sequence[str], check: Callable[[list[st
         BadRow: a row is no JSON object.
         TooLarge: a row is longer.
     """
-    missing, names = set() if at and at[0] else {*columns} - {optional}, {}
+    missing = set() if at and at[0] else {*columns} - {optional}
+    names: dict[str, None] = {}
     for first, place, rows in _objects(file, columns, at, most):
         if not names or (missing and len(names) < NAMES):
             names |= dict.fromkeys(name for row in rows for name in row)
@@ -150,6 +151,7 @@ def _objects(file: SourceFile, columns: Sequence[str], at: At | None, most: int)
     """The objects of a JSON file by blocks, with the number of the first and the place of the block."""
     offset, first, *array = at or (0, 0)
     raw, last, closed = b"", False, False
+    rows: list[dict[str, Any]]
     with file.open(offset, most) as opened:
         stream = _Pushback(opened)
         while not last:

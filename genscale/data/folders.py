@@ -194,7 +194,7 @@ class _Walk:
         return False
 
     def _take(self, name: str, found: os.stat_result) -> None:
-        self.folder.files.append(File(name, found.st_size, self._kind_of(name), _identity(found)))
+        self.folder.files.append(File(name, found.st_size, self._kind_of(name) or "", _identity(found)))
 
     def _leave_out(self, why: str, name: str) -> None:
         self.folder.left_out.setdefault(why, []).append(name)

@@ -85,7 +85,8 @@ def objects(raw: bytes, first: int, columns: Sequence[str], last: bool) -> Objec
     keys = [json.dumps(name, ensure_ascii=False).encode() for name in columns]
     rows, size = _lines(raw, first)
     certain = raw if size == len(raw) else raw[:size]
-    twice, kinds, inexact = False, set(), False
+    twice, inexact = False, False
+    kinds: set[type] = set()
     for name, key in zip(columns, keys, strict=True):
         values = column_of(rows, name)
         found = set(map(type, values))
@@ -97,8 +98,8 @@ def objects(raw: bytes, first: int, columns: Sequence[str], last: bool) -> Objec
         _read_again(certain, rows, first, columns, keys)
     if size == len(raw):
         return Objects(rows, size)
-    found = decoded(raw[size:], first + len(rows), columns, last)
-    return Objects(rows + found.rows, size + found.size)
+    after = decoded(raw[size:], first + len(rows), columns, last)
+    return Objects(rows + after.rows, size + after.size)
 
 
 def column_of(rows: Sequence[dict[str, Any]], name: str) -> list[Any]:
@@ -163,7 +164,7 @@ def decoded(raw: bytes, first: int, columns: Sequence[str], last: bool, array: b
     at = end = 0
     closed = False
     try:
-        while not closed and (at := BETWEEN.match(text, at).end()) < len(text):
+        while not closed and (at := _past_blanks(text, at)) < len(text):
             end = at
             if array and text[at] == "]":
                 closed, at = True, at + 1
@@ -195,7 +196,13 @@ def decoded(raw: bytes, first: int, columns: Sequence[str], last: bool, array: b
 def _after_comma(text: str, at: int) -> int:
     if text[at] != ",":
         raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-    return BETWEEN.match(text, at + 1).end()
+    return _past_blanks(text, at + 1)
+
+
+def _past_blanks(text: str, at: int) -> int:
+    found = BETWEEN.match(text, at)
+    assert found is not None  # it matches nothing too
+    return found.end()
 
 
 def _checked(row: Any, number: int, columns: Sequence[str], raw: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 from genscale.data.retrying import Passing, in_threads, persist
@@ -103,7 +103,8 @@ def hub_revision(spec: Spec) -> str:
 
     where = f"{spec.key}={spec.name}: there is no such path here, and"
     try:
-        return _ask_hub(spec, lambda: HfApi().dataset_info(spec.name, timeout=HUB_SECONDS).sha)
+        found = _ask_hub(spec, lambda: HfApi().dataset_info(spec.name, timeout=HUB_SECONDS))
+        return cast(str, found.sha)  # which is there where nothing else was asked for
     except UserError:
         raise
     except GatedRepoError:
@@ -160,10 +161,12 @@ def find_urls(spec: Spec, urls: Sequence[str]) -> list[SourceFile]:
             return error
 
     found = [answer(urls[0])] if len(urls) == 1 else in_threads(answer, urls, PROBES)
+    files: list[SourceFile] = []
     for each in found:
         if isinstance(each, UserError):
             raise each
-    return found
+        files.append(each)
+    return files
 
 
 def _find_url(spec: Spec, url: str, patient: bool) -> SourceFile:
@@ -221,7 +224,7 @@ def _at_once(spec: Spec, url: str, error: BaseException) -> UserError | None:
         return _url_error(spec, url, f"the name {urlsplit(url).hostname} does not resolve",
                           "mend the address, check the network, or give a local copy")
     if isinstance(error, ConnectionRefusedError):
-        return _url_error(spec, url, error.strerror,
+        return _url_error(spec, url, error.strerror or "",
                           "mend the address, check that the server runs, or give a local copy")
     return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -81,6 +82,10 @@ def tokenise(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[tuple[np
         yield from encoded()
 
 
+def _always(place: Place, _: int) -> Place:
+    return place
+
+
 def pack(documents: Iterable[tuple[np.ndarray, Place]], length: int, offset: int = 0,
          tail: bool = False) -> Iterator[tuple[np.ndarray, Place, int]]:
     """Blocks of `length + 1` tokens, int32; each starts at the last token of the one before, so every token is a target once.
@@ -94,7 +99,7 @@ def pack(documents: Iterable[tuple[np.ndarray, Place]], length: int, offset: int
     Yields:
         (block, place, offset): packing again from that place and offset gives the blocks that follow.
     """
-    runs = (Run(ids, np.array([len(ids)]), lambda _, place=place: place) for ids, place in documents)
+    runs = (Run(ids, np.array([len(ids)]), partial(_always, place)) for ids, place in documents)
     return pack_runs(runs, length, offset, tail)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from genscale.data.columns import documents
 from genscale.data.file_tables import ROWS, At, Rows, json_rows, open_parquet, parquet_rows, text_rows, text_values
@@ -125,6 +125,7 @@ class TableShard(Shard):
             raise damaged(self, error) from None
 
     def _file_tables(self, start: int, at: At | None) -> Iterator[Rows]:
+        assert self.file is not None
         builder = builder_of(self.file.path)
         if builder == "parquet":
             group = self.part[0] if self.part[1] > 1 else None
@@ -208,7 +209,7 @@ def parted_shards(spec: Spec) -> tuple[list[Shard], list[Shard]]:
     say_repeated(spec.locations, spec.key)
     if all(map(is_url, spec.locations)):
         return _url_shards(spec, spec.locations), []
-    found = [[[replace(shard, name=f"{number}:{shard.name}") for shard in side]
+    found = [[[replace(cast(Any, shard), name=f"{number}:{shard.name}") for shard in side]
               for side in parted_shards(replace(spec, name=name, locations=()))] for number, name in enumerate(spec.locations)]
     training, validation = zip(*found, strict=True)
     return list(chain.from_iterable(training)), list(chain.from_iterable(validation))

@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 log = logging.getLogger("genscale")
 S = TypeVar("S")
@@ -77,7 +77,8 @@ def persist(attempt: Callable[[], T], what: str, minutes: float) -> T:
 def in_threads(do: Callable[[S], T], items: Sequence[S], most: int) -> list[T]:
     """What `do` makes of each item, by `most` threads at a time. A signal that ends the program ends the wait for them: they
     do not keep the interpreter, as a pool's threads would."""
-    todo, done = list(enumerate(items)), queue.SimpleQueue()
+    todo = list(enumerate(items))
+    done: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
 
     def work() -> None:
         while todo:

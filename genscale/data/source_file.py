@@ -9,7 +9,7 @@ import io
 import logging
 import lzma
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +72,8 @@ class _Bounded:
         return part
 
 
-DECOMPRESSORS = {".gz": gzip.open, ".tgz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": _zstandard}
+DECOMPRESSORS: dict[str, Callable[[Any], Any]] = {".gz": gzip.open, ".tgz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open,
+                                                  ".zst": _zstandard}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from genscale.data.left_out import LeftOut
 from genscale.errors import UserError, nearest
@@ -68,7 +68,7 @@ class Spec:
     longest: int | None = None
     retry_minutes: float = 5.0
     max_record_bytes: int = 256 * 2**20
-    left_out: LeftOut = field(default=None, compare=False, repr=False)
+    left_out: LeftOut = field(default=cast(LeftOut, None), compare=False, repr=False)  # there from `__post_init__` on
     local_advice: ClassVar[str] = ("give the path of a local file or folder (.txt, .jsonl, .parquet), python-stdlib or "
                                    "python-docs")
 
@@ -91,7 +91,9 @@ class Spec:
         """Setting -> column of what a document is made of."""
         if self.messages:
             return {"messages_column": self.messages}
-        return {"prompt_column": self.prompt, "answer_column": self.answer} if self.prompt else {"column": self.column}
+        if not self.prompt:
+            return {"column": self.column}
+        return {"prompt_column": self.prompt, "answer_column": cast(str, self.answer)}
 
     @property
     def columns(self) -> list[str]:
@@ -130,7 +132,10 @@ def parse_filters(key: str, filters: Mapping[str, Any] | None) -> tuple[Filter, 
         advice = "give a value, a list of values, or a comparison like \">=3\" or \">=3, <5\""
         if isinstance(wanted, str) and COMPARISON.match(wanted):
             for part in re.split(r",\s*(?=[<>!=])", wanted):
-                sign, text = COMPARISON.match(part).groups()
+                compared = COMPARISON.match(part)
+                if compared is None:
+                    raise UserError(f"{where}: {part!r} is no comparison; {advice}")
+                sign, text = compared.groups()
                 if not text.strip() and sign not in ("==", "!="):
                     raise UserError(f"{where}: nothing stands after {sign}; {advice}")
                 found.append(Filter(column, COMPARISONS[sign], _number(text.strip())))

@@ -56,7 +56,7 @@ class StreamSource(Source):
         self._fraction, self._threshold = fraction, int(fraction * HASHES)
         self.sizes_are_most = bool(spec.filters or spec.shortest or spec.longest is not None)
 
-    def _trains(self, text: str) -> bool:
+    def _trains(self, text: Any) -> bool:
         return not self._threshold or text_hash(text) >= self._threshold
 
     def share(self, lane: int, epoch: int) -> list[Part]:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -25,6 +26,10 @@ from genscale.data.lanes import Data
 from genscale.data.order import Cursors, Part, Share, read_parts
 from genscale.data.worker_logs import Logs
 from genscale.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.utils.data._utils.worker import WorkerInfo
+    from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 CLOSE_SECONDS = 2.0
 """Longest wait for workers that close their data; then they are killed."""
@@ -115,12 +120,18 @@ class _Stream(IterableDataset):
     def __iter__(self) -> Iterator[Part | _Failure]:
         data, share, batch, cursors = self._arguments
         try:
-            yield from read_parts(data, share, get_worker_info().id, batch, cursors)
+            yield from read_parts(data, share, _worker().id, batch, cursors)
         except Exception as error:
             yield _Failure(error)
 
     def close(self) -> None:
         self._arguments[0].close()
+
+
+def _worker() -> WorkerInfo:
+    info = get_worker_info()
+    assert info is not None  # asked in a worker
+    return info
 
 
 class WorkerTransport(Transport):
@@ -143,7 +154,7 @@ class WorkerTransport(Transport):
             forkserver.ensure_running()
         try:
             with _script_not_run_again(data):
-                self._iterator = iter(loader)
+                self._iterator = cast("_MultiProcessingDataLoaderIter", iter(loader))
         except (pickle.PicklingError, AttributeError, TypeError) as error:  # of a data set that somebody brought
             raise UserError(f"data.workers: {share.workers} processes cannot be given the data ({error}); define at the top of "
                             "a module what it holds (no lambda), or set data.workers to 0") from None
@@ -169,7 +180,7 @@ class WorkerTransport(Transport):
         self._iterator._shutdown_workers()
 
 
-def _as_is(part: Part | _Failure) -> Part | _Failure:
+def _as_is(part: Any) -> Any:  # a `Part` or a `_Failure`; without a batch size torch hands on what it got, not a list of it
     # Arrays go through the pipe: tensors would each hold a file descriptor, or fill a container's small /dev/shm.
     return part
 
@@ -197,7 +208,7 @@ def _script_not_run_again(data: Data) -> Iterator[None]:
     if any(type(each).__module__ == "__main__" for each in (data, *getattr(data, "__dict__", {}).values())):
         yield
         return
-    hidden = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
+    hidden: dict[str, Any] = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
     vars(main).update(dict.fromkeys(hidden))
     try:
         yield
@@ -213,12 +224,14 @@ def _start_worker(stop: Connection, logs: Logs, worker: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     logs.follow()
     threading.Thread(target=_follow_parent, daemon=True).start()
-    threading.Thread(target=_close_on, args=(stop, get_worker_info().dataset), daemon=True).start()
+    threading.Thread(target=_close_on, args=(stop, _worker().dataset), daemon=True).start()
 
 
 def _follow_parent() -> None:
     """End with the trainer, also when it was killed: torch's own watch looks at the fork server, which outlives it."""
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 

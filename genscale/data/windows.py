@@ -48,7 +48,7 @@ class Window:
 
     Attributes:
         shards, rows: int64 `(documents,)`, where each document stands in its source.
-        text: the text of the n-th document.
+        text: the text of the n-th document; of an image stream, its `Record`.
         place: the place of (n-th document, piece).
         start: (document, piece) to begin with.
         limits: (first byte, stop) of the documents of which only a part is the lane's.
@@ -57,7 +57,7 @@ class Window:
 
     shards: np.ndarray
     rows: np.ndarray
-    text: Callable[[int], str]
+    text: Callable[[int], Any]
     place: Callable[[int, int], Place]
     start: tuple[int, int] = (0, 0)
     limits: dict[int, tuple[int, int]] = field(default_factory=dict)

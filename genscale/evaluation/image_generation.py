@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from genscale.errors import UserError
 from genscale.evaluation.trained_run import TrainedRun
-from genscale.objectives.base import Objective
+from genscale.objectives.capabilities import Generates, GeneratesImages
 from genscale.rng import Draws
 
 
-def latents(objective: Objective, seed: int, numbers: Tensor) -> Tensor:
+def maker_of_images(run: TrainedRun) -> GeneratesImages:
+    """The run's objective as what its family has called it, which was looked at when it was built."""
+    return cast(GeneratesImages, run.objective)
+
+
+def latents(objective: Generates | GeneratesImages, seed: int, numbers: Tensor) -> Tensor:
     """Standard normal latents `(n, *latent_shape)` of the images of these numbers."""
     return Draws(seed, "generate", 0, numbers).normal("latent", *objective.latent_shape)
 
@@ -31,7 +37,7 @@ def decoded(run: TrainedRun, drawn: Tensor, labels: Tensor | None, batch_size: i
     for start in range(0, len(drawn), batch_size):
         part = drawn[start : start + batch_size].to(run.device)
         classes = None if labels is None else labels[start : start + batch_size].to(run.device)
-        images = run.objective.generate(run.objective.networks, part, classes)
+        images = maker_of_images(run).generate(run.networks, part, classes)
         if not images.isfinite().all():
             raise UserError("model: what the network generates is no number: its weights have diverged; take an earlier "
                             "checkpoint (--step), or train with a lower optimizer.lr")

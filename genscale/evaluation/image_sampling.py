@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from genscale.data.images.data import ImageData
 from genscale.data.images.labels import composed
 from genscale.errors import UserError, nearest
-from genscale.evaluation.image_generation import decoded, latents
+from genscale.evaluation.image_generation import decoded, latents, maker_of_images
 from genscale.evaluation.sample_files import empty_folder, picture_of_run, write_images_npz, write_picture, write_pictures
 from genscale.evaluation.settings import ImageSampling
 from genscale.evaluation.trained_run import TrainedRun
@@ -62,7 +63,7 @@ def sample_images(run: TrainedRun, settings: ImageSampling) -> None:
         print(f"{folder} ({settings.count:,} images)")
     if out is not None and out.suffix == ".npz":
         numbers = _classes(run, settings, only)
-        write_images_npz(out, _batches(run, settings, numbers), (settings.count, *run.objective.image_shape),
+        write_images_npz(out, _batches(run, settings, numbers), (settings.count, *maker_of_images(run).image_shape),
                          _names(run, numbers), None if numbers is None else numbers.numpy())
         print(f"{out} ({settings.count:,} images)")
     elif out is not None or not settings.files:
@@ -97,7 +98,7 @@ def _mode(run: TrainedRun, settings: ImageSampling) -> str:
 
 def _check_size(run: TrainedRun, settings: ImageSampling) -> None:
     """Raises UserError for a picture that nothing could show."""
-    _, height, width = run.objective.image_shape
+    _, height, width = maker_of_images(run).image_shape
     scale = settings.scale or tile_scale(height, width)
     most = MOST_PIXELS // (height * width * scale**2)
     if settings.count > most:
@@ -111,27 +112,29 @@ def _check_size(run: TrainedRun, settings: ImageSampling) -> None:
 
 def _classes(run: TrainedRun, settings: ImageSampling, only: int | None) -> Tensor | None:
     """Number of the class of each sample, in turn where none was asked for, int64 `(count,)`; None where there are none."""
-    if run.objective.class_names is None:
+    names = maker_of_images(run).class_names
+    if names is None:
         return None
     numbers = torch.arange(settings.count)
-    return numbers % len(run.objective.class_names) if only is None else torch.full_like(numbers, only)
+    return numbers % len(names) if only is None else torch.full_like(numbers, only)
 
 
 def _names(run: TrainedRun, numbers: Tensor | None) -> list[str] | None:
-    return None if numbers is None else [run.objective.class_names[number] for number in numbers.tolist()]
+    names = maker_of_images(run).class_names
+    return None if numbers is None or names is None else [names[number] for number in numbers.tolist()]
 
 
 def _batches(run: TrainedRun, settings: ImageSampling, labels: Tensor | None) -> Iterator[Tensor]:
     """The samples, a batch at a time, uint8 `(batch, channels, height, width)`."""
     for numbers in torch.arange(settings.count).split(settings.batch_size):
-        yield from decoded(run, latents(run.objective, settings.seed, numbers), None if labels is None else labels[numbers],
-                           settings.batch_size)
+        drawn = latents(maker_of_images(run), settings.seed, numbers)
+        yield from decoded(run, drawn, None if labels is None else labels[numbers], settings.batch_size)
 
 
 def _class_number(run: TrainedRun, name: str | None) -> int | None:
     if name is None:
         return None
-    names = run.objective.class_names
+    names = maker_of_images(run).class_names
     if names is None:
         raise UserError(f"--label: {name}, but the run is not conditional on classes; leave it out")
     known = [composed(each) for each in names]
@@ -143,7 +146,7 @@ def _class_number(run: TrainedRun, name: str | None) -> int | None:
 
 def _captions(run: TrainedRun) -> list[str]:
     """What stands for each class; what cannot be drawn is said."""
-    captions, problem = class_captions(run.objective.class_names)
+    captions, problem = class_captions(maker_of_images(run).class_names or [])
     if problem:
         print(f"warning: {problem}", file=sys.stderr)
     return captions
@@ -151,7 +154,7 @@ def _captions(run: TrainedRun) -> list[str]:
 
 def _samples(run: TrainedRun, settings: ImageSampling, only: int | None) -> np.ndarray:
     labels, numbers = _classes(run, settings, only), torch.arange(settings.count)
-    drawn = latents(run.objective, settings.seed, numbers)
+    drawn = latents(maker_of_images(run), settings.seed, numbers)
     if labels is None:
         return _drawn(run, settings, Sheet(drawn, _columns(settings)))
     captions = _captions(run)
@@ -168,11 +171,11 @@ def _walks(run: TrainedRun, settings: ImageSampling, only: int | None) -> np.nda
     rows, columns = _rows_and_columns(settings)
     if columns == 1:
         raise UserError("--columns: 1 has room for one end of a walk alone; give at least 2 to --interpolate")
-    ends = latents(run.objective, settings.seed, torch.arange(2 * rows))
+    ends = latents(maker_of_images(run), settings.seed, torch.arange(2 * rows))
     shares = torch.linspace(0, 1, columns)
     points = torch.cat([spherical(ends[2 * row], ends[2 * row + 1], shares) for row in range(rows)])
     texts = [f"{share:.2f}" for share in shares.tolist()] + [""] * ((rows - 1) * columns)
-    if run.objective.class_names is None:
+    if maker_of_images(run).class_names is None:
         return _drawn(run, settings, Sheet(points, columns, texts))
     captions = _captions(run)
     classes = [row % len(captions) if only is None else only for row in range(rows)]
@@ -227,7 +230,7 @@ def _traversals(run: TrainedRun, settings: ImageSampling, only: int | None) -> n
     print(f"{active} of {len(order)} latent dimensions are active", file=sys.stderr)
     labels = None if labels is None else labels[:1].repeat(rows * columns)
     names = [f"z{dimension}" for dimension in order[:rows].tolist()]
-    return _drawn(run, settings, Sheet(points.view(-1, *run.objective.latent_shape), columns, texts, labels, names))
+    return _drawn(run, settings, Sheet(points.view(-1, *maker_of_images(run).latent_shape), columns, texts, labels, names))
 
 
 def _validation_images(run: TrainedRun, settings: ImageSampling, count: int,
@@ -239,13 +242,14 @@ def _validation_images(run: TrainedRun, settings: ImageSampling, count: int,
         if not samples:
             raise UserError(f"--label: the validation set has no image of {settings.label}; choose another class")
     chosen = [samples[i] for i in permutation(len(samples), settings.seed, "reconstruct")[:count]]
-    labels = torch.tensor([int(sample["label"]) for sample in chosen]) if run.objective.class_names else None
+    labels = torch.tensor([int(sample["label"]) for sample in chosen]) if maker_of_images(run).class_names else None
     return torch.from_numpy(np.stack([sample["image"] for sample in chosen])), labels
 
 
 def _encoded(run: TrainedRun, images: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
     """Means and logarithms of the variances of the posteriors, on the CPU."""
-    parts = [run.objective.encode(run.objective.networks, part.to(run.device)) for part in images.split(batch_size)]
+    objective = cast(EncodesImages, run.objective)  # else there is no such mode
+    parts = [objective.encode(run.networks, part.to(run.device)) for part in images.split(batch_size)]
     means, log_variances = zip(*parts, strict=True)
     return torch.cat(means).float().cpu(), torch.cat(log_variances).float().cpu()
 

@@ -14,13 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from genscale.data.images.data import ImageData, ImageDataSettings
-from genscale.data.images.grouped import gan_images
+from genscale.data.images.grouped import ImagesInLanes, gan_images
 from genscale.data.images.labels import composed
-from genscale.data.lanes import Data, Sample
+from genscale.data.images.settings import PackedImageDataSettings
+from genscale.data.lanes import Sample
 from genscale.data.order import LaneReader
 from genscale.errors import UserError
 from genscale.evaluation.classifier import Classifier, trained_classifier
-from genscale.evaluation.image_generation import as_uint8, decoded, latents
+from genscale.evaluation.image_generation import as_uint8, decoded, latents, maker_of_images
 from genscale.evaluation.inception import InceptionFeatures
 from genscale.evaluation.settings import ImageScoring
 from genscale.evaluation.trained_run import TrainedRun
@@ -71,21 +72,22 @@ def score_images(run: TrainedRun, settings: ImageScoring) -> dict[str, Any]:
         noise = features(_noise(run, settings, count))
         training = features(_batches(_training_samples(data), settings.batch_size))
     halves = real[torch.from_numpy(permutation(len(real), 0, "halves"))].tensor_split(2)
-    report = {"protocol": _protocol(run, settings, network, real, fake, training), **_scores(network, real, fake)}
+    report: dict[str, Any] = {"protocol": _protocol(run, settings, network, real, fake, training),
+                              **_scores(network, real, fake)}
     report["diversity"] = diversity(real, fake)
     report["memorisation_rate"] = memorisation_rate(training, real, fake, MEMORISATION_QUANTILE)
     if isinstance(network, Classifier):
         report["protocol"]["classifier_accuracy"] = network.accuracy(reals)
-        report |= _classes(network, data.classes, real, fake)
+        report |= _classes(network, data.classes or [], real, fake)
     report["anchors"] = {"real_halves": {"images": [len(half) for half in halves], **_scores(network, *halves)},
                          "noise": {"images": [len(real), len(noise)], **_scores(network, real, noise)}}
     data.close()
     return report
 
 
-def _data_and_kind(run: TrainedRun, settings: ImageScoring) -> tuple[Data, str]:
+def _data_and_kind(run: TrainedRun, settings: ImageScoring) -> tuple[ImagesInLanes, str]:
     """The run's images as they are, with labels where the classifier is to know them, and the name of the features."""
-    kind, names = _chosen_features(run, settings), run.objective.class_names
+    kind, names = _chosen_features(run, settings), maker_of_images(run).class_names
     crop = "none" if run.config.data.crop == "none" else "center"
     plain = dataclasses.replace(run.config.data, flip=False, crop=crop)
     # The seed is no run's: images and classifier are the same for all seeds, so that their scores compare.
@@ -98,19 +100,22 @@ def _data_and_kind(run: TrainedRun, settings: ImageScoring) -> tuple[Data, str]:
     return _opened(dataclasses.replace(plain, labels=names is not None), names), kind or "random"
 
 
-def _opened(settings: ImageDataSettings, class_names: list[str] | None) -> Data:
+def _opened(settings: ImageDataSettings, class_names: list[str] | None) -> ImagesInLanes:
     """The images one by one; of a conditional run its classes, or what it generates of each would be another's."""
-    data: Data = ImageData(settings, 0)
+    data = ImageData(settings, 0)
     class_names = class_names and [composed(name) for name in class_names]
-    if class_names is not None and data.classes != class_names:
-        first = next((number for number, pair in enumerate(zip(data.classes, class_names, strict=False))
-                      if pair[0] != pair[1]), min(len(data.classes), len(class_names)))
+    classes = data.classes or []
+    if class_names is not None and classes != class_names:
+        first = next((number for number, pair in enumerate(zip(classes, class_names, strict=False))
+                      if pair[0] != pair[1]), min(len(classes), len(class_names)))
         start = max(0, first - SHOWN_CLASSES + 1)
         found, known = (("..., " if start else "") + ", ".join(names[start : start + SHOWN_CLASSES])
-                        + (", ..." if len(names) > start + SHOWN_CLASSES else "") for names in (data.classes, class_names))
+                        + (", ..." if len(names) > start + SHOWN_CLASSES else "") for names in (classes, class_names))
         raise UserError(f"data.source: {settings.source} has the classes {found}, and the run was trained on {known}; give "
                         "images of the same classes")
-    return gan_images(data, dataclasses.replace(settings, pack=1)) if getattr(settings, "stack", 1) > 1 else data
+    if isinstance(settings, PackedImageDataSettings) and settings.stack > 1:
+        return gan_images(data, dataclasses.replace(settings, pack=1))
+    return data
 
 
 def _chosen_features(run: TrainedRun, settings: ImageScoring) -> str | None:
@@ -126,14 +131,17 @@ def _chosen_features(run: TrainedRun, settings: ImageScoring) -> str | None:
     return "random" if kind is None and stack > 1 else kind
 
 
-def _network(kind: str, data: Data, run: TrainedRun, settings: ImageScoring) -> FeatureNetwork:
+def _network(kind: str, data: ImagesInLanes, run: TrainedRun, settings: ImageScoring) -> FeatureNetwork:
     if kind == "classifier":
-        return trained_classifier(data, len(data.classes), run.folder.resolve().parent / "classifiers", run.device)
-    return (RandomFeatures() if kind == "random" else InceptionFeatures(settings.inception)).to(run.device)
+        return trained_classifier(data, len(data.classes or []), run.folder.resolve().parent / "classifiers", run.device)
+    if kind == "random":
+        return RandomFeatures().to(run.device)
+    assert settings.inception is not None  # or `_chosen_features` has refused
+    return InceptionFeatures(settings.inception).to(run.device)
 
 
 def _check_counts(kind: str, count: int, reals: int) -> None:
-    width = {"classifier": Classifier, "random": RandomFeatures, "inception": InceptionFeatures}[kind].width
+    width = {"classifier": Classifier.width, "random": RandomFeatures.width, "inception": InceptionFeatures.width}[kind]
     for key, number in (("data.validation_images", reals), ("--count", count)):
         if number <= width:
             more = ", as --on SOURCE gives (or data.validation_fraction)" if number == reals else ""
@@ -162,14 +170,14 @@ def _batches(samples: Iterable[Sample], size: int) -> Iterator[Tensor]:
         yield torch.from_numpy(np.stack([sample["image"] for sample in part]))
 
 
-def _training_samples(data: Data) -> Iterator[Sample]:
+def _training_samples(data: ImagesInLanes) -> Iterator[Sample]:
     """The first training images of the order."""
     reader = LaneReader(data, {})
     for number in range(_training_count(data)):
         yield reader.read(number)[0]
 
 
-def _training_count(data: Data) -> int:
+def _training_count(data: ImagesInLanes) -> int:
     """Each once, where their number is known."""
     return min(TRAINING_IMAGES, data.order.count or TRAINING_IMAGES)
 
@@ -177,23 +185,23 @@ def _training_count(data: Data) -> int:
 def _fakes(run: TrainedRun, settings: ImageScoring, reals: list[Sample], count: int) -> Iterator[Tensor]:
     """Where the run is conditional, the classes are those of the real images in a random order."""
     labels, order = None, permutation(len(reals), settings.seed, "labels")
-    if run.objective.class_names is not None:
+    if maker_of_images(run).class_names is not None:
         labels = torch.tensor([int(reals[order[number % len(reals)]]["label"]) for number in range(count)])
     for start in range(0, count, settings.batch_size):
         numbers = torch.arange(start, min(start + settings.batch_size, count))
-        drawn = latents(run.objective, settings.seed, numbers)
+        drawn = latents(maker_of_images(run), settings.seed, numbers)
         yield from decoded(run, drawn, None if labels is None else labels[numbers], settings.batch_size)
 
 
 def _noise(run: TrainedRun, settings: ImageScoring, count: int) -> Iterator[Tensor]:
     for start in range(0, count, settings.batch_size):
         numbers = torch.arange(start, min(start + settings.batch_size, count))
-        yield as_uint8(Draws(settings.seed, "noise", 0, numbers).uniform("pixels", *run.objective.image_shape))
+        yield as_uint8(Draws(settings.seed, "noise", 0, numbers).uniform("pixels", *maker_of_images(run).image_shape))
 
 
 def _protocol(run: TrainedRun, settings: ImageScoring, network: FeatureNetwork, real: Tensor, fake: Tensor,
               training: Tensor) -> dict[str, Any]:
-    channels, size, _ = run.objective.image_shape
+    channels, size, _ = maker_of_images(run).image_shape
     return {"features": network.name, "features_sha256": network.identity(), "features_width": network.width,
             "real_images": len(real), "real_split": "validation", "generated_images": len(fake),
             "training_images": len(training), "size": size, "channels": channels,

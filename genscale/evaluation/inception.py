@@ -24,7 +24,7 @@ class ConvUnit(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernel: Kernel = 1, stride: int = 1, padded: bool = True) -> None:
         super().__init__()
         sides = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = tuple(side // 2 for side in sides) if padded and stride == 1 else 0
+        padding = (sides[0] // 2, sides[1] // 2) if padded and stride == 1 else 0
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(outputs, eps=0.001)
 

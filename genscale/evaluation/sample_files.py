@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -117,7 +118,8 @@ def write_array(file: Path, name: str, values: np.ndarray) -> None:
         if file.suffix == ".csv":
             np.savetxt(target, values, "%.9g", ",", header="x,y", comments="")
         else:
-            np.savez(target, **{name: values, "arr_0": values})
+            arrays: dict[str, Any] = {name: values, "arr_0": values}
+            np.savez(target, **arrays)
 
 
 @contextmanager

@@ -162,7 +162,8 @@ class Family:
     @property
     def name(self) -> str:
         """What `model.family` calls it."""
-        return {entry.name: entry.default for entry in dataclasses.fields(self.model_settings)}["family"]
+        defaults: dict[str, Any] = {entry.name: entry.default for entry in dataclasses.fields(self.model_settings)}
+        return defaults["family"]
 
     def can(self, capability: type) -> bool:
         """Whether its objective has a capability."""
@@ -230,4 +231,4 @@ class Family:
         if missing := missing_members(FamilyModule, module):
             raise UserError(f"family {self.name}: its module {getattr(module, '__name__', module)} has no "
                             f"{', '.join(missing)}; a family's module has build_data, validation, build and restore")
-        return module  # type: ignore[return-value]
+        return module

@@ -144,7 +144,7 @@ def recorded_origin(place: Path, family: str) -> dict[str, str]:
 def _package(point: EntryPoint) -> Package:
     if point.dist is None:
         return Package("unknown", "unknown")
-    return Package(point.dist.name, point.dist.version, point.dist.metadata.get("Summary") or "")
+    return Package(point.dist.name, point.dist.version, "".join(point.dist.metadata.get_all("Summary") or ()))
 
 
 def _load(points: list[EntryPoint]) -> Family:

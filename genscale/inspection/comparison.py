@@ -196,7 +196,7 @@ def _find(comparison: Comparison, records: list[Records], steps: list[int], limi
     for step in steps:
         pair = records[0][step], records[1][step]
         found = list(_in_step(step, *pair, limit, scales))
-        comparison.largest = max([comparison.largest, *(each.size for each in found if each.is_loss)])
+        comparison.largest = max([comparison.largest, *(each.size for each in found if each.is_loss and each.size is not None)])
         for each in found:
             comparison.first = comparison.first or each
             parted_before = comparison.first is not each

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from genscale.errors import UserError
-from genscale.families.gpt.settings import GPTSettings
+from genscale.families.gpt.settings import GPTSettings, ResolvedGPTSettings
 
 CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 """transformers' class of each `model_type` that is read and written. A GPT's preset has the same names."""
@@ -79,7 +79,7 @@ def settings_of(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     """
     kind, classes = content.get("model_type"), content.get("architectures")
     kind = kind if isinstance(kind, str) else None
-    architecture = classes[0] if isinstance(classes, list) and classes else CLASSES.get(kind, "model")
+    architecture = classes[0] if isinstance(classes, list) and classes else CLASSES.get(kind or "", "model")
     if kind not in CLASSES or architecture not in (CLASSES[kind], WITHOUT_HEAD[kind]):
         raise UserError(f"model.from: {name} is a {str(architecture)[:80]} (model_type {kind!r}), which cannot be started "
                         f"from; supported: {', '.join(CLASSES.values())}")
@@ -208,8 +208,8 @@ def _shown(value: Any) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
-def config_json(settings: GPTSettings, vocab_size: int, dtype: str, end_of_text: int) -> dict[str, Any]:
-    """The config.json of a GPT of these (resolved) settings, in the keys that transformers 4 and 5 both read.
+def config_json(settings: ResolvedGPTSettings, vocab_size: int, dtype: str, end_of_text: int) -> dict[str, Any]:
+    """The config.json of a GPT of these settings, in the keys that transformers 4 and 5 both read.
 
     Args:
         dtype: of the weights beside it, in torch's words: float32 or bfloat16.

@@ -9,13 +9,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from genscale.data.text.tokenizers import Tokenizer
 from genscale.errors import UserError
-from genscale.families.gpt.settings import GPTSettings
+from genscale.families.gpt.settings import ResolvedGPTSettings
 from genscale.interop.architectures import class_for, config_json
 from genscale.interop.huggingface import CONFIG
 from genscale.interop.tokenizer_files import write_tokenizer
@@ -41,7 +42,7 @@ class Source:
         kept: folder that may hold the generation_config.json of the model that the run started from.
     """
 
-    settings: GPTSettings
+    settings: ResolvedGPTSettings
     vocab_size: int
     read: Read
     tokenizer: Tokenizer
@@ -125,7 +126,7 @@ def _check(source: Source, folder: Path, logits_of: Callable[[Tensor], Tensor]) 
 class _quiet:
     """transformers without progress bars and advice: what matters is said by the export itself."""
 
-    def __init__(self, transformers: object) -> None:
+    def __init__(self, transformers: ModuleType) -> None:
         self.logging = transformers.utils.logging
 
     def __enter__(self) -> None:

@@ -43,7 +43,7 @@ def complete_from(config: Config, recorded: Path | None = None) -> tuple[Config,
     if name is None:
         return config, config.data
     shape = _recorded_shape(recorded, name)
-    if shape is None:
+    if shape is None or recorded is None:
         folder = find_folder(name)
         shape, tokenizer = read_settings(folder, name), folder / TOKENIZER
     else:

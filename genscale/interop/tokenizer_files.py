@@ -34,7 +34,8 @@ def write_tokenizer(tokenizer: Tokenizer, positions: int, folder: Path, kept: Pa
               "clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
     _write(folder / TOKENIZER_CONFIG, config)
     # A chat model's turns end otherwise than its documents; either ends what it generates.
-    ends = sorted({tokenizer.end_of_text, backend.token_to_id(config["eos_token"]), *tokenizer.companions.end_ids} - {None})
+    last = backend.token_to_id(config["eos_token"])
+    ends = sorted({tokenizer.end_of_text, *([] if last is None else [last]), *tokenizer.companions.end_ids})
     ids = {"bos_token_id": backend.token_to_id(config["bos_token"]), "eos_token_id": ends if len(ends) > 1 else ends[0]}
     _write(folder / GENERATION_CONFIG, {**ids, **_json(kept / GENERATION_CONFIG)})
 

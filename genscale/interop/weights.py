@@ -17,7 +17,7 @@ from torch import Tensor
 
 from genscale.errors import UserError
 from genscale.families.gpt.network import GPT
-from genscale.families.gpt.settings import GPTSettings
+from genscale.families.gpt.settings import GPTSettings, ResolvedGPTSettings
 from genscale.reading import Unreadable, read_json
 
 log = logging.getLogger("genscale")
@@ -39,8 +39,7 @@ BLOCK = {
               "attention.output": ["self_attn.o_proj"], "mlp_norm": ["post_attention_layernorm"], "mlp.up": ["mlp.up_proj"],
               "mlp.gate": ["mlp.gate_proj"], "mlp.down": ["mlp.down_proj"]},
 }
-for table in (TOP, BLOCKS, BLOCK):
-    table["qwen3"] = table["llama"]  # its two norms more stand in the same table
+TOP["qwen3"], BLOCKS["qwen3"], BLOCK["qwen3"] = TOP["llama"], BLOCKS["llama"], BLOCK["llama"]  # its two norms stand there too
 HEAD = "lm_head.weight"
 UNUSED = re.compile(r"(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
 """Tensors that hold no weights: buffers that older versions of transformers saved too."""
@@ -69,12 +68,11 @@ def shapes(settings: GPTSettings, vocab_size: int) -> dict[str, tuple[int, ...]]
     return {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
 
 
-def pieces(kind: str, settings: GPTSettings, name: str, shape: tuple[int, ...]) -> list[Piece]:
+def pieces(kind: str, settings: ResolvedGPTSettings, name: str, shape: tuple[int, ...]) -> list[Piece]:
     """The tensors of theirs that, one below the other, make our parameter `name`.
 
     Args:
         kind: their `model_type`.
-        settings: resolved.
         shape: of ours.
     """
     module, _, leaf = name.rpartition(".")
@@ -114,7 +112,7 @@ class SafetensorsFolder:
             why = f" ({pickled[0]} is a pickle, which is not read: convert it)" if pickled else ""
             raise UserError(f"model.from: {name} holds no {SINGLE} and no {INDEX}{why}; save the model with transformers' "
                             "save_pretrained")
-        self._file_of: dict[str, object] = {}
+        self._file_of: dict[str, safe_open] = {}
         for file in files:
             keys, opened = self._open(file)
             if twice := next((key for key in keys if key in self._file_of), None):
@@ -133,7 +131,7 @@ class SafetensorsFolder:
                                 "folder again")
         return sorted(files)
 
-    def _open(self, file: str) -> tuple[list[str], object]:
+    def _open(self, file: str) -> tuple[list[str], safe_open]:
         try:
             if (self.folder / file).exists() and not (self.folder / file).is_file():
                 raise OSError("no plain file")
@@ -184,7 +182,7 @@ def _is_bare(kind: str, source: SafetensorsFolder) -> bool:
     return not any(key.startswith(PREFIX[kind]) for key in source)
 
 
-def read_weights(kind: str, settings: GPTSettings, vocab_size: int, source: SafetensorsFolder) -> Read:
+def read_weights(kind: str, settings: ResolvedGPTSettings, vocab_size: int, source: SafetensorsFolder) -> Read:
     """`read(name)` of our parameters, full fp32 CPU tensors of the folder's shape; every header is checked now.
 
     Raises:
@@ -228,7 +226,7 @@ def _first(words: list[str], count: int = 3) -> str:
     return ", ".join(words[:count]) + (f" and {len(words) - count} more" if len(words) > count else "")
 
 
-def write_weights(kind: str, settings: GPTSettings, vocab_size: int, read: Read, dtype: torch.dtype, folder: Path,
+def write_weights(kind: str, settings: ResolvedGPTSettings, vocab_size: int, read: Read, dtype: torch.dtype, folder: Path,
                   shard_bytes: int = SHARD_BYTES) -> None:
     """Write model.safetensors, or shards of at most `shard_bytes` and their index. Holds one file's tensors at a time.
 
@@ -242,7 +240,8 @@ def write_weights(kind: str, settings: GPTSettings, vocab_size: int, read: Read,
     wanted = shapes(replace(settings, bias=True) if kind == "gpt2" else settings, vocab_size)
     ours = shapes(settings, vocab_size)
     files = _share_out({name: dtype.itemsize * torch.Size(shape).numel() for name, shape in wanted.items()}, shard_bytes)
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for number, names in enumerate(files, start=1):
         file = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         tensors = {}

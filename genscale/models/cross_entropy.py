@@ -52,7 +52,7 @@ class _Chunked(torch.autograd.Function):
                 part, wanted = rows[start:start + chunk], targets[start:start + chunk, None]
                 nats, error = _nats_and_error(part, matrix, wanted, buffers)
                 total += nats
-                if differentiate:
+                if grad_hidden is not None and grad_weight is not None:
                     torch.mm(error, matrix, out=grad_hidden[start:start + chunk])
                     _add_product(grad_weight, error, part, first=start == 0)
         ctx.save_for_backward(grad_hidden, grad_weight)

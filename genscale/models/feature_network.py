@@ -55,7 +55,7 @@ class RandomFeatures(nn.Module):
             for i in range(len(CHANNELS)):
                 weight, bias = self.get_buffer(f"weight{i}"), self.get_buffer(f"bias{i}")
                 hidden = F.leaky_relu(F.conv2d(hidden, weight, bias, stride=2, padding=1), 0.2)
-            return F.adaptive_avg_pool2d(hidden, CELLS).flatten(1) @ self.projection.T
+            return F.adaptive_avg_pool2d(hidden, CELLS).flatten(1) @ self.get_buffer("projection").T
 
     def identity(self) -> str:
         """SHA-256 of the recipe's name and the weights."""

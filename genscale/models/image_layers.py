@@ -89,8 +89,9 @@ def power_iteration(matrix: Tensor, u: Tensor, count: int) -> tuple[Tensor, Tens
 
 def spectral_norm(layer: nn.Module) -> nn.Module:
     """Put the layer's weight (output first) under `SpectralNorm`."""
-    rows = layer.weight.shape[0]
-    parametrize.register_parametrization(layer, "weight", SpectralNorm(rows, layer.weight.numel() // rows), unsafe=True)
+    weight = layer.get_parameter("weight")
+    rows = weight.shape[0]
+    parametrize.register_parametrization(layer, "weight", SpectralNorm(rows, weight.numel() // rows), unsafe=True)
     return layer
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -94,15 +94,15 @@ class OwnDraw:
         Raises:
             UserError: the layer has no such method, or the method leaves a number of the tensor unset.
         """
+        layer = _shapes_of(self.layer)
         if self.kind not in self.own or not isinstance(self.layer, ResetsParameters | nn.MultiheadAttention):
             raise UserError(f"{self._words()}: nobody knows its initial value; {self._way_out()}")
-        layer = _shapes_of(self.layer)
         for tensors in (layer._parameters, layer._buffers):
             tensors.update({name: _unset(tensor) for name, tensor in tensors.items() if tensor is not None})
         address = torch_generator(seed, "weights", self.path).initial_seed()
         with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
             torch.default_generator.manual_seed(address)
-            layer.reset_parameters() if isinstance(layer, ResetsParameters) else layer._reset_parameters()  # type: ignore
+            layer.reset_parameters() if isinstance(layer, ResetsParameters) else layer._reset_parameters()
         value = {**layer._parameters, **layer._buffers}[self.kind].detach()
         if value.shape != self.own[self.kind].shape or bool(_is_unset(value).any()):
             raise UserError(f"{self._words()}: reset_parameters leaves it without a value; {self._way_out()}")
@@ -123,13 +123,14 @@ class OwnDraw:
 
 def _shapes_of(layer: nn.Module) -> Any:
     """The layer and what is inside it without memory for any tensor, and without its parametrizations."""
-    shapes = object.__new__(parametrize.type_before_parametrizations(layer))
+    shapes: Any = object.__new__(parametrize.type_before_parametrizations(layer))
     shapes.__dict__.update(layer.__dict__)
     inside = dict(layer._modules)
     parametrized = inside.pop("parametrizations", None) if parametrize.is_parametrized(layer) else None
     parameters = {name: None if tensor is None else _on_meta(tensor) for name, tensor in layer._parameters.items()}
     if parametrized is not None:
-        parameters |= {name: _on_meta(each.original) for name, each in parametrized.items() if hasattr(each, "original")}
+        parameters |= {name: _on_meta(cast(Tensor, each.original)) for name, each in cast(nn.ModuleDict, parametrized).items()
+                       if hasattr(each, "original")}
     shapes.__dict__["_parameters"] = parameters
     shapes.__dict__["_buffers"] = {name: tensor if tensor is None else tensor.detach().to("meta")
                                    for name, tensor in layer._buffers.items()}

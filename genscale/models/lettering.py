@@ -164,4 +164,6 @@ def _letters(path: str) -> frozenset[int]:
 
 @cache
 def _opened(path: str | None, size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size=size) if path is None else ImageFont.truetype(path, size)
+    font = ImageFont.load_default(size=size) if path is None else ImageFont.truetype(path, size)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # as Pillow's own always is where a size is given
+    return font

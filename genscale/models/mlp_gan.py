@@ -18,12 +18,13 @@ RECTIFIED_GAIN = math.sqrt(2)
 """Gain of all layers: ReLU halves the variance of what it is given (He et al. 2015)."""
 
 
-def spread_kinks(layers: Iterable[nn.Linear], reach: float) -> None:
+def spread_kinks(layers: Iterable[nn.Module], reach: float) -> None:
     """Give biases an initial deviation, so that the kinks of the first layer lie all over inputs of deviation `reach`.
 
     Without biases every kink passes through the origin, and inputs of few dimensions are told apart by their direction alone.
     """
     for index, layer in enumerate(layers):
+        assert isinstance(layer, nn.Linear)
         scale_initial(layer, bias=RECTIFIED_GAIN * layer.in_features**-0.5 * (reach if index == 0 else 1.0))
 
 

@@ -42,7 +42,7 @@ class GAN(Objective):
                  latent: int, pack: int = 1, conditional: bool = False, initial_std: float | None = INITIAL_STD) -> None:
         self.networks = {"discriminator": discriminator, "generator": generator}
         self.settings, self.seed, self.pack, self.conditional = settings, seed, pack, conditional
-        self.latent_shape = (latent,)
+        self.latent_shape: tuple[int, ...] = (latent,)
         self.units_per_sample = pack
         self._weights = {name: InitialWeights(network, seed, initial_std) for name, network in self.networks.items()}
         batch_norms = {name: any(isinstance(module, BatchNorm) for module in network.modules())

@@ -37,6 +37,7 @@ def generator_loss(name: LossName, fake: Tensor, real: Tensor | None = None) -> 
     if name == "least_squares":
         return 0.5 * (fake - 1).square().sum()
     if name == "relativistic":
+        assert real is not None
         return F.softplus(real.float() - fake).sum()
     return -fake.sum()
 

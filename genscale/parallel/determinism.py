@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -28,7 +29,8 @@ def deterministic(wanted: bool) -> Iterator[None]:
         yield
         return
     _settle_workspace()
-    cudnn, fill = torch.backends.cudnn, torch.utils.deterministic
+    cudnn = torch.backends.cudnn
+    fill: Any = torch.utils.deterministic  # whose attribute is one of a class that is put in the place of the module
     before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
               cudnn.deterministic, cudnn.benchmark, fill.fill_uninitialized_memory)
     torch.use_deterministic_algorithms(True)

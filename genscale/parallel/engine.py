@@ -370,8 +370,9 @@ class Engine(ABC):
 def blocks_of(module: nn.Module) -> list[nn.Module]:
     """The repeated parts of a network, which are compiled, checkpointed and sharded one at a time: its `blocks()`,
     if it has them."""
-    own = isinstance(module, HasBlocks) and not isinstance(module.blocks, nn.Module)  # nor a list that happens to be named so
-    return list(module.blocks()) if own else []
+    if isinstance(module, HasBlocks) and not isinstance(module.blocks, nn.Module):  # nor a list that happens to be named so
+        return list(module.blocks())
+    return []
 
 
 def tensor_bytes(tensors: Iterable[Any]) -> int:

@@ -28,7 +28,7 @@ def run_and_leave(run: Callable[[], int | None]) -> NoReturn:
         sys.excepthook(*sys.exc_info())
         code = exit_codes.OUR_ERROR
     # In the interpreter's own order. (logging and multiprocessing have registered what they do at the end.)
-    threading._shutdown()
+    threading._shutdown()  # type: ignore[attr-defined]  # no public name does the same
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, a full disk, or none at all

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from genscale.models.memory_format import set_memory_format
 from genscale.parallel.averages import Average, NamedAverage, copied_names
 from genscale.parallel.engine import Engine, LeaveOut, MakeOptimizer, NamedTensors, StepResult, blocks_of, never, tensor_bytes
 from genscale.parallel.generating import inputs_cast, without_hooks
@@ -45,7 +47,7 @@ class ShardedEngine(Engine):
         # Computation in the asked precision, gradients reduced in fp32; the shards themselves stay fp32.
         policy = MixedPrecisionPolicy(param_dtype=DTYPES[self.precision], reduce_dtype=torch.float32) \
             if self.precision != "fp32" else MixedPrecisionPolicy()
-        module.to(memory_format=torch.contiguous_format)  # fully_shard takes no other
+        set_memory_format(module, torch.contiguous_format)  # fully_shard takes no other
         unborn = on_meta(module)
         if unborn:
             check_fillable(module)
@@ -63,7 +65,7 @@ class ShardedEngine(Engine):
             fill(module, read)
         # FSDP2 settles the precision of its reductions when it begins, from the weights that are then trained: left to the
         # first forward, a network that begins frozen would have its gradients summed in bf16.
-        module._get_fsdp_state()._lazy_init()
+        cast(FSDPModule, module)._get_fsdp_state()._lazy_init()
         self.modules[name] = self.networks[name] = module
 
     def _make_average(self, name: str) -> Average:
@@ -74,10 +76,11 @@ class ShardedEngine(Engine):
             for module in self.modules.values():
                 # After a forward without a backward a network still shows gathered weights; flags set on these would vanish
                 # with them in the middle of an accumulation: a frozen network would train, or the trained one not.
-                module.reshard()
+                cast(FSDPModule, module).reshard()
         super().train_only(name, second_order)
         self._whole = None
         if second_order:
+            assert name is not None  # a phase trains a network
             self._whole = name
             self._gather(self.modules[name])
 
@@ -93,8 +96,9 @@ class ShardedEngine(Engine):
         parts = _wrapped_parts(self.modules[name])
         for part in parts:
             part.unshard()
+        modules = cast(list[nn.Module], parts)  # each is both
         try:
-            with without_hooks(self.modules[name], "torch.distributed"), inputs_cast(parts, self.precision):
+            with without_hooks(self.modules[name], "torch.distributed"), inputs_cast(modules, self.precision):
                 yield
         finally:
             if name != self._whole:
@@ -117,11 +121,11 @@ class ShardedEngine(Engine):
             part.reshard()
             self._keep_gathered(part, False, root=part is module)
         for name, parameter in module.named_parameters():
-            mean = self.processes.sum(gradients.pop(name)).div_(self.processes.world_size)
-            parameter.grad = shard_like(mean, parameter)
+            mean = self.processes.sum(cast(Tensor, gradients.pop(name))).div_(self.processes.world_size)  # filled above
+            parameter.grad = shard_like(mean, cast(DTensor, parameter))
 
     def _synchronise_gradients(self, name: str, last: bool) -> None:
-        self.modules[name].set_requires_gradient_sync(last and not self._second_order)
+        cast(FSDPModule, self.modules[name]).set_requires_gradient_sync(last and not self._second_order)
 
     def backward(self, name: str, loss: Tensor) -> None:
         loss.backward()
@@ -134,7 +138,7 @@ class ShardedEngine(Engine):
             self._reduce_gathered(self.modules[name])
         fill_gradients(self.modules[name].parameters())
         self._show_gradients(name)
-        gradients = [p.grad.to_local() for p in self.modules[name].parameters() if p.grad is not None]
+        gradients = [cast(DTensor, p.grad).to_local() for p in self.modules[name].parameters() if p.grad is not None]
         grad_norm = self.processes.sum(squared_norm(gradients)).sqrt()
         result = StepResult(grad_norm)
         left_out = leave_out(result)
@@ -147,7 +151,8 @@ class ShardedEngine(Engine):
         return result
 
     def _gradient_pieces(self, name: str) -> Iterable[Piece]:
-        gradients = ((key, parameter.grad) for key, parameter in self.modules[name].named_parameters())
+        gradients = ((key, parameter.grad) for key, parameter in self.modules[name].named_parameters()
+                     if parameter.grad is not None)
         return pieces_of(gradients, self.processes.rank, self.processes.world_size)
 
     def network_state(self, name: str) -> NamedTensors:
@@ -158,7 +163,7 @@ class ShardedEngine(Engine):
         return pieces_of(named_state(self.modules[name]), self.processes.rank, self.processes.world_size)
 
     def optimizer_pieces(self, name: str) -> list[Piece]:
-        names = {parameter: key for key, parameter in self.modules[name].named_parameters()}
+        names: dict[Tensor, str] = {parameter: key for key, parameter in self.modules[name].named_parameters()}
         tensors = [(f"{kind}/{names[parameter]}", value) for parameter, state in self.optimizers[name].state.items()
                    for kind, value in state.items() if isinstance(value, Tensor)]
         return pieces_of(tensors, self.processes.rank, self.processes.world_size)
@@ -170,7 +175,7 @@ class ShardedEngine(Engine):
             kind, parameter_name = key.split("/", 1)
             parameter, value = parameters[parameter_name], read(key)
             if value.shape == parameter.shape and kind != "step":
-                value = shard_like(value, parameter)
+                value = shard_like(value, cast(DTensor, parameter))
             elif any(group.get("fused") for group in optimizer.param_groups):
                 value = value.to(parameter.device)
             optimizer.state[parameter][kind] = value

@@ -12,9 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from genscale import exit_codes
 from genscale.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 LAUNCHER = "GENSCALE_LAUNCHER"
 """The process id of `genscale train --processes N`, in the environment of the processes that it starts."""
@@ -114,7 +118,7 @@ def _quieten_agent() -> None:
             logging.getLogger(f"torch.distributed.{name}").setLevel(logging.CRITICAL)
 
 
-def _explain(error: Exception, processes: int) -> int:
+def _explain(error: ChildFailedError, processes: int) -> int:
     rank, failure = error.get_first_failure()
     if any(each.exitcode == exit_codes.HANG for each in error.failures.values()):
         return exit_codes.HANG  # the watchdog has said why, and killed the process that hung

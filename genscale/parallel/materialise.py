@@ -74,7 +74,7 @@ def begin_alike(module: nn.Module, processes: Processes) -> None:
     held = [tensor for tensor in (*module.parameters(), *module.buffers()) if not tensor.is_meta]
     digest = hashlib.sha256()
     for tensor in held:
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     if len(set(processes.gather(digest.hexdigest()))) > 1:
         for tensor in held:
             tensor.copy_(processes.from_main(tensor))
@@ -90,7 +90,7 @@ def check_fillable(module: nn.Module) -> None:
     """Raises ValueError for a buffer on the meta device that no state dict holds."""
     for owner in module.modules():
         for name in owner._non_persistent_buffers_set:
-            if owner._buffers[name] is not None and owner._buffers[name].is_meta:
+            if (buffer := owner._buffers[name]) is not None and buffer.is_meta:
                 raise ValueError(f"{type(owner).__name__}.{name}: non-persistent buffer on the meta device: nothing fills it")
 
 

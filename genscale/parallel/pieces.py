@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 from torch import Tensor
 
@@ -47,7 +47,7 @@ def pieces_of(tensors: Iterable[tuple[str, Tensor]], rank: int, world_size: int)
     whole: list[tuple[str, Tensor]] = []
     for name, tensor in tensors:
         if is_sharded(tensor):
-            found.append(_shard(name, tensor.detach()))
+            found.append(_shard(name, cast("DTensor", tensor.detach())))
         else:
             whole.append((name, tensor.detach()))
     loads = [0] * world_size

@@ -67,8 +67,8 @@ class Processes:
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its successor is not in torch 2.11
         handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
         if "RANK" in os.environ:
-            backend = "gloo" if use_cpu else None
-            handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=timeout_minutes)))
+            chosen = "gloo" if use_cpu else None
+            handlers.append(InitProcessGroupKwargs(backend=chosen, timeout=timedelta(minutes=timeout_minutes)))
         # mixed_precision="no": genscale.parallel.precision owns precision, alike under every strategy.
         try:
             self.accelerator = Accelerator(cpu=use_cpu, mixed_precision="no", kwargs_handlers=handlers)

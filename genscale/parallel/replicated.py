@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from genscale.parallel.averages import Average, NamedAverage, copied_names
 from genscale.parallel.engine import Engine, LeaveOut, MakeOptimizer, NamedTensors, StepResult, never, tensor_bytes
@@ -51,7 +52,8 @@ class ReplicatedEngine(Engine):
 
     def _synchronise_gradients(self, name: str, last: bool) -> None:
         if self.processes.world_size > 1:
-            self.networks[name].require_backward_grad_sync = last  # what DDP.no_sync() sets; forward and backward both read it
+            wrapped = cast(DistributedDataParallel, self.networks[name])
+            wrapped.require_backward_grad_sync = last  # what DDP.no_sync() sets; forward and backward both read it
 
     def backward(self, name: str, loss: Tensor) -> None:
         self.scalers[name].scale(loss).backward()
@@ -84,14 +86,15 @@ class ReplicatedEngine(Engine):
         return result
 
     def _gradient_pieces(self, name: str) -> Iterable[Piece]:
-        gradients = ((key, parameter.grad) for key, parameter in self.modules[name].named_parameters())
+        gradients = ((key, parameter.grad) for key, parameter in self.modules[name].named_parameters()
+                     if parameter.grad is not None)
         return pieces_of(gradients, self.processes.rank, self.processes.world_size)
 
     def _average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """What DDP does, whose forward a phase of the second order goes past."""
         if self.processes.world_size > 1:
             for parameter in parameters:
-                parameter.grad = self.processes.sum(parameter.grad).div_(self.processes.world_size)
+                parameter.grad = self.processes.sum(cast(Tensor, parameter.grad)).div_(self.processes.world_size)
 
     def network_state(self, name: str) -> NamedTensors:
         for key, tensor in named_state(self.modules[name]):
@@ -104,7 +107,7 @@ class ReplicatedEngine(Engine):
         return pieces_of(self._optimizer_replicas(name), self.processes.rank, self.processes.world_size)
 
     def _optimizer_replicas(self, name: str) -> NamedTensors:
-        names = {parameter: key for key, parameter in self.modules[name].named_parameters()}
+        names: dict[Tensor, str] = {parameter: key for key, parameter in self.modules[name].named_parameters()}
         for parameter, state in self.optimizers[name].state.items():
             yield from ((f"{kind}/{names[parameter]}", value) for kind, value in state.items() if isinstance(value, Tensor))
 

@@ -47,8 +47,9 @@ class ParallelPlan:
 
     def settled(self, config: Config) -> Config:
         """The config with what it may have left to the launcher and the device."""
-        return replace(config, parallel=replace(config.parallel, offload=self.offload),
-                       train=replace(config.train, precision=self.precision))
+        settled: dict[str, Any] = {"offload": self.offload, "precision": self.precision}  # each is one of the setting's words
+        return replace(config, parallel=replace(config.parallel, offload=settled["offload"]),
+                       train=replace(config.train, precision=settled["precision"]))
 
     def copies_of_weights(self, processes: int) -> float:
         """That so many of its processes hold between them."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,11 +14,12 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def skip_by_flag(optimizer: torch.optim.Optimizer, flag: Tensor) -> None:
     """Step an optimizer whose kernels (torch's fused AdamW) leave everything as it is where the flag on the device is 1."""
-    optimizer.found_inf = flag.float()  # what torch.amp.GradScaler sets
+    told: Any = optimizer  # what torch.amp.GradScaler sets on it is not declared
+    told.found_inf = flag.float()
     try:
         optimizer.step()
     finally:
-        del optimizer.found_inf
+        del told.found_inf
 
 
 def is_fused_adamw(optimizer: torch.optim.Optimizer) -> bool:

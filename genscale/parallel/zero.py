@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from genscale.models.memory_format import set_memory_format
 from genscale.parallel.averages import Average
 from genscale.parallel.engine import LeaveOut, MakeOptimizer, StepResult, never, tensor_bytes
 from genscale.parallel.generating import cast_inputs, without_hooks
@@ -109,7 +110,7 @@ class ZeroEngine(ZeroState):
     def _materialise(self, module: nn.Module, read: Read | None) -> None:
         if self.stage == 3 and self._selective():
             _use_own_linear()
-        module.to(memory_format=torch.contiguous_format)  # as its part of a flat partition will be
+        set_memory_format(module, torch.contiguous_format)  # as its part of a flat partition will be
         if self.stage == 3 and on_meta(module):
             self._materialise_in_partitions(module, read)
         else:

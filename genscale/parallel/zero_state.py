@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,20 @@ from torch import Tensor, nn
 from genscale.parallel.engine import Engine, NamedTensors
 from genscale.parallel.materialise import named_state
 from genscale.parallel.pieces import Piece, pieces_of
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+
+class PartitionedParameter(nn.Parameter):
+    """A parameter with what DeepSpeed sets on it, for the type checker: the first three in stage 3, the last below it."""
+
+    ds_numel: int
+    ds_shape: torch.Size
+    ds_tensor: Tensor
+    _hp_mapping: Any
 
 
 class ZeroState(Engine):
@@ -22,6 +36,8 @@ class ZeroState(Engine):
     """
 
     stage: int
+    networks: dict[str, DeepSpeedEngine]
+    optimizers: dict[str, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3]
 
     def _held_weights(self, name: str) -> list[Tensor]:
         # Not the partitions themselves: what pads them out is whatever the memory held before, and may be no number.
@@ -72,9 +88,9 @@ class ZeroState(Engine):
     def cut(self, name: str, flats: Sequence[Tensor]) -> list[Piece]:
         """The parameters' pieces in flat tensors that are laid out as this rank's partitions."""
         optimizer, parameters = self.optimizers[name], self.modules[name].named_parameters()
-        return [self._cut(optimizer, key, parameter, flats) for key, parameter in parameters]
+        return [self._cut(optimizer, key, cast(PartitionedParameter, parameter), flats) for key, parameter in parameters]
 
-    def _cut(self, optimizer: Any, key: str, parameter: nn.Parameter, flats: Sequence[Tensor]) -> Piece:
+    def _cut(self, optimizer: Any, key: str, parameter: PartitionedParameter, flats: Sequence[Tensor]) -> Piece:
         if self.stage == 3:
             group, start, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
             size = parameter.ds_numel
@@ -120,7 +136,7 @@ class ZeroState(Engine):
             (safe_set_full_optimizer_state if kind else safe_set_full_fp32_param)(parameter, value, *where)
             return
         # DeepSpeed's own division forgets the padding of what does not divide by the processes (a single bias).
-        part = parameter.ds_tensor.numel()
+        part = cast(PartitionedParameter, parameter).ds_tensor.numel()
         mine = value.flatten()[part * self.processes.rank:][:part]
         mine = nn.functional.pad(mine, (0, part - mine.numel()))
         (safe_set_local_optimizer_state if kind else safe_set_local_fp32_param)(parameter, mine, *where)

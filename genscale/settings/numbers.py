@@ -61,13 +61,14 @@ def _check(path: str, value: Any) -> None:
 
 def with_plain_numbers(arguments: Sequence[str], keys: set[str]) -> list[str]:
     """The words of a command line with the numbers after flags as Python writes them. Raises UserError as `check_numbers`."""
-    words, flag = [], None
+    words: list[str] = []
+    flag: str | None = None
     for word in arguments:
         name, equals, value = word.partition("=")
         is_flag = word.startswith("--")
         if is_flag and equals and name[2:] in keys:
             word = f"{name}={_plain(name[2:], value)}"
-        elif flag in keys and not is_flag:
+        elif flag is not None and flag in keys and not is_flag:
             word = _plain(flag, word)
         flag = word[2:] if is_flag and not equals else None
         words.append(word)

@@ -119,7 +119,8 @@ def parse_config(families: Families, arguments: Sequence[str], prog: str = "gens
     files_first = [f"--config={file}" for file in files] + with_plain_numbers(flags, numbers)  # taken as they come
     built = parser.instantiate(parse(parser, files_first))
     # A family without settings of its objective has no such section.
-    config = Config(**{name: getattr(built, name, None) for name in Config.__dataclass_fields__})
+    sections: dict[str, Any] = {name: getattr(built, name, None) for name in Config.__dataclass_fields__}
+    config: Config = Config(**sections)
     for key, path in paths_beside(contents, flags).items():
         section, _, name = key.partition(".")
         changed = dataclasses.replace(getattr(config, section), **{as_field(name): path})
@@ -158,7 +159,8 @@ def parse_settings(settings: type, arguments: Sequence[str], prog: str, descript
 
 def split_flags(arguments: Sequence[str], belongs: Callable[[str], bool]) -> tuple[list[str], list[str]]:
     """The flags whose name (without dashes) `belongs`, with their values, and the other words."""
-    own, rest = [], []
+    own: list[str] = []
+    rest: list[str] = []
     chosen = rest
     for word in arguments:
         if word.startswith("--"):

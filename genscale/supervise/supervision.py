@@ -44,12 +44,13 @@ class Supervision:
         owner: of the run folder; on rank 0 only.
     """
 
+    _watchdog: Watchdog  # from `__enter__` on
+
     def __init__(self, config: Config, folder: Path, processes: Processes, stop: StopSignal) -> None:
         self.folder, self.processes, self.stop = folder, processes, stop
         self.owner: RunOwner | None = None
         self._ending = Ending(folder, processes.rank)
         self._hang_minutes = config.guards.hang_minutes
-        self._watchdog: Watchdog | None = None
 
     def __enter__(self) -> Supervision:
         self._ending.claim_number = self.processes.main_does(self._begin)

@@ -92,7 +92,7 @@ class Watchdog:
             os.ftruncate(board, BOARD)
             processes.board = mmap(board, BOARD)
             processes.note(processes.doing)
-        self._identity = {"rank": processes.rank, "host": socket.gethostname(), "pid": os.getpid(),
+        self._identity: dict[str, Any] = {"rank": processes.rank, "host": socket.gethostname(), "pid": os.getpid(),
                           "started": psutil.Process().create_time(), "board": board,
                           "main_thread": f"0x{threading.main_thread().ident:016x}"}
         self._seen, self._since, self._since_when = self._progress(), time.monotonic(), datetime.now(UTC)

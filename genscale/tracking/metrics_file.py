@@ -174,14 +174,15 @@ class MetricsFile:
         """
         waiting = b"".join(line for line in self._waiting.splitlines(keepends=True)
                            if (record := json.loads(line))["step"] < since or not dropped(record))
-        cut, kept = None, []  # where the first that goes begins, and what stays after it
+        cut: int | None = None  # where the first that goes begins
+        kept: list[bytes] = []  # what stays after it
         for number, place, line in _lines(self.path):
             stays, whole = self._stays(number, line, dropped, since), line.endswith(b"\n")
             if cut is None and not (stays and whole):
                 cut = place
             if cut is not None and stays:
                 kept.append(line if whole else line + b"\n")
-        if kept:
+        if cut is not None and kept:
             self._rewrite(cut, kept)
         elif cut is not None:
             os.ftruncate(self._descriptor, cut)

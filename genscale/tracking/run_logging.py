@@ -41,7 +41,7 @@ class _Masked(logging.Formatter):
 
     Times are in UTC: a run may go on in another time zone."""
 
-    converter = time.gmtime
+    converter = staticmethod(time.gmtime)
     default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
 
     def format(self, record: logging.LogRecord) -> str:
@@ -133,5 +133,5 @@ def _keep_libraries_off_console(file: logging.Handler) -> None:
         logger.addHandler = _ignore_handler  # type: ignore[method-assign]
 
 
-def _ignore_handler(handler: logging.Handler) -> None:
+def _ignore_handler(hdlr: logging.Handler) -> None:
     """In the place of a library logger's `addHandler`: its console handler is not wanted."""

@@ -79,9 +79,8 @@ class RunRecord:
 
     def sample(self, step: int, file: Path, sample: str | np.ndarray) -> None:
         """A text, or a picture, uint8 `(height, width, 3)`."""
-        is_text = isinstance(sample, str)
-        self._writes.attempt("samples", lambda: write_whole(file, sample if is_text else _as_png(sample)))
-        if is_text:
+        self._writes.attempt("samples", lambda: write_whole(file, sample if isinstance(sample, str) else _as_png(sample)))
+        if isinstance(sample, str):
             self._trackers.log_text(step, "sample", sample)
         else:
             self._trackers.log_image(step, "sample", sample)

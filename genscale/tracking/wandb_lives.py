@@ -224,7 +224,7 @@ def _complete(rows: dict[int, Row], run_folder: Path) -> None:
         step = line["step"]
         known = rows.get(step, {STEP: str(step)})
         latest |= {key: known[key] for key in (RUNTIME, TIMESTAMP) if key in known}
-        numbers = {(key,): json.dumps(value) for key, value in line.items()
+        numbers: Row = {(key,): json.dumps(value) for key, value in line.items()
                    if key not in ("step", "data_digest") and isinstance(value, (int, float))}
         rows[step] = {**latest, **known, **numbers}
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from genscale.checkpoint.checkpoints import Checkpoint
 from genscale.checkpoint.restoring import restore
@@ -39,7 +41,7 @@ class Evaluate(Hook):
 
     name, order, sound = "evaluate", Order.EVALUATE, True
 
-    def __init__(self, config: Config, engine: Engine, objective: Objective, validation_set: Sequence[Any],
+    def __init__(self, config: Config, engine: Engine, objective: Objective, validation_set: list[dict[str, np.ndarray]],
                  record: RunRecord | None, stop: StopSignal, best_checkpoint: Callable[[], Checkpoint | None]) -> None:
         self.train, self.every = config.train, config.train.evaluate_every
         self.engine, self.processes, self.objective, self.validation_set = engine, engine.processes, objective, validation_set

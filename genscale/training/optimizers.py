@@ -34,7 +34,7 @@ def make_optimizer(module: nn.Module, settings: OptimizerSettings, precision: st
     return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
 
 
-def _groups(parameters: list[Tensor], settings: OptimizerSettings) -> list[dict]:
+def _groups(parameters: list[nn.Parameter], settings: OptimizerSettings) -> list[dict]:
     decayed = [p for p in parameters if _ndim(p) >= 2]
     rest = [p for p in parameters if _ndim(p) < 2]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
@@ -46,7 +46,7 @@ def _ndim(parameter: Tensor) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _make_muon(module: nn.Module, trained: list[Tensor], settings: OptimizerSettings, precision: str) -> Muon:
+def _make_muon(module: nn.Module, trained: list[nn.Parameter], settings: OptimizerSettings, precision: str) -> Muon:
     hidden = {p for block in blocks_of(module) for p in block.parameters() if p.requires_grad and p.ndim == 2}
     if not hidden:
         raise UserError(f"optimizer.name: muon trains the matrices inside a network's blocks, and {type(module).__name__} has "

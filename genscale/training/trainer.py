@@ -287,9 +287,10 @@ class Trainer:
             updated = self._updated.pop(name, False)
             if repeats and updated is not False:
                 samples = train.global_batch_size * max(repeats)
-                decay = average_decay(step, samples, train.ema_half_life, train.ema_ramp_up)
+                share = average_decay(step, samples, train.ema_half_life, train.ema_ramp_up)
+                decay: float | Tensor = share
                 if isinstance(updated, Tensor):  # in fp64, so that 1 - decay is rounded as the host rounds it
-                    decay = torch.where(updated, torch.full((), decay, dtype=torch.float64, device=updated.device), 1.0)
+                    decay = torch.where(updated, torch.full((), share, dtype=torch.float64, device=updated.device), 1.0)
                 self.engine.update_average(name, decay)
 
     def _agree(self, stop: int, digest: int, time_is_up: bool) -> tuple[int, int, bool]:

@@ -148,7 +148,7 @@ def _or_nothing(read: Any) -> Any:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Aligned columns; the state comes last, since it may be long."""
-    lines = [("CHECKPOINT", "SIZE", "AGE", "POSITION", "KEPT AS", "MADE BY", "STATE")]
+    lines: list[tuple[str, ...]] = [("CHECKPOINT", "SIZE", "AGE", "POSITION", "KEPT AS", "MADE BY", "STATE")]
     for row in rows:
         marks = ", ".join(mark for mark, is_so in (("best", row["best"]), ("every", row["kept"])) if is_so)
         state = f"DAMAGED: {row['problem']}" if row["problem"] else "valid"

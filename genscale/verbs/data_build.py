@@ -21,7 +21,7 @@ def fill_cache(settings: TextDataSettings, processes: int) -> int:
     if settings.cache is None:
         raise UserError("data.cache=None: there is nothing to build; set the folder of the token cache")
     data = TextData(settings, seed=0)
-    sources = [stream.encoded for stream in data.streams]
+    sources = [stream.encoded for stream in data.streams if stream.encoded is not None]  # all: pairs have no cache
     work, done = work_of(sources, processes)
     interrupted: list[int] = []
     started = time.monotonic()
@@ -41,7 +41,7 @@ def fill_cache(settings: TextDataSettings, processes: int) -> int:
 
 def _print_totals(cache: str, data: TextData, sources: list[EncodedSource]) -> None:
     for stream, source in zip(data.streams, sources, strict=True):
-        totals = source.cache.totals(len(source.source.sizes()))
+        totals = source.own_cache.totals(len(source.source.sizes()))
         label = f" {stream.label}" if len(sources) > 1 else ""
         print(f"{cache}{label}: {totals['documents']:,} documents, {totals['tokens']:,} tokens, "
               f"{totals['bytes'] / max(1, totals['tokens']):.2f} bytes of text a token, {totals['size'] / 1e6:,.1f} MB")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from genscale.errors import UserError
 from genscale.families import family
+from genscale.objectives.capabilities import WritesText
 from genscale.settings.parser import parse_settings, take_number
 
 USAGE = "genscale export RUN --out DIR [--step N]"
@@ -59,7 +60,7 @@ def main(arguments: list[str]) -> int:
         return logits
 
     weights = checkpoint.weights("gpt", averaged=True)
-    source = Source(network.settings, network.vocab_size, weights, objective.tokenizer, run)
+    source = Source(network.settings, network.vocab_size, weights, cast(WritesText, objective).tokenizer, run)
     difference = export(source, out, dtype, logits_of)
     print(f"{out}: step {checkpoint.step}, {network.parameter_count():,} parameters in {settings.dtype}")
     if difference is None:

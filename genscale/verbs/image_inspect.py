@@ -21,7 +21,8 @@ def inspect_images(settings: ImageDataSettings, seed: int) -> int:
     data = ImageData(settings, seed)
     total = data.order.count
     read = min(READ, total or READ)
-    reader, labels, started = LaneReader(data, {}), Counter(), time.perf_counter()
+    labels: Counter[int] = Counter()
+    reader, started = LaneReader(data, {}), time.perf_counter()
     for number in range(read):
         sample, _, _ = reader.read(number)
         labels[int(sample.get("label", -1))] += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from tqdm import tqdm
 
@@ -17,7 +17,7 @@ from genscale.evaluation.trained_run import TrainedRun
 from genscale.evaluation.validation import validate
 from genscale.families import family
 from genscale.families.entry import Scoring
-from genscale.objectives.capabilities import MeasuresLikelihood
+from genscale.objectives.capabilities import MeasuresLikelihood, WritesText
 from genscale.parallel.precision import autocast, native_precision
 from genscale.parallel.processes import on_cpu
 from genscale.settings.config import Config
@@ -44,6 +44,7 @@ def _validation(run: TrainedRun, samples: list[Sample]) -> dict[str, Any]:
         metrics = validate(objective, objective.networks, samples, batch_size=batch_size, rank=0, world_size=1,
                            device=run.device, reduce_sum=lambda total: total,
                            autocast=partial(autocast, precision, run.device), on_batch=bar.update)
+    assert metrics is not None  # nobody cuts it short
     return {"samples": len(samples), "precision": precision, **metrics}
 
 
@@ -72,9 +73,10 @@ def scores(config: Config, checkpoint: Checkpoint | Published, scoring: Scoring,
 def task_results(config: Config, checkpoint: Checkpoint | Published, tasks: list[str], include_path: str | None,
                   limit: int | None) -> dict[str, Any]:
     from genscale.families.gpt.harness import GenscaleLM, evaluate_tasks, results_table
+    from genscale.families.gpt.network import GPT
 
     run, precision = open_run(config, checkpoint), _precision(config)
-    model = GenscaleLM(run.objective.networks["gpt"], run.objective.tokenizer,
+    model = GenscaleLM(cast(GPT, run.networks["gpt"]), cast(WritesText, run.objective).tokenizer,
                        autocast=partial(autocast, precision, run.device),
                        batch_size=config.train.micro_batch_size or BATCH_SIZE, seed=config.run.seed)
     results = evaluate_tasks(model, tasks, include_path, limit)

@@ -72,7 +72,7 @@ def find_trained(path: str, step: int | None = None) -> tuple[Config, Checkpoint
             steps = ", ".join(str(checkpoint.step) for checkpoint in candidates)
             raise UserError(f"--step: {path} has no checkpoint of step {step}; it has {steps}")
         candidates = chosen
-    damaged = []
+    damaged: list[str] = []
     for checkpoint in reversed(candidates):
         problem = checkpoint.problem()
         if problem is None:
@@ -120,8 +120,8 @@ def load_weights(objective: Objective, checkpoint: Checkpoint | Published, avera
     keep_fp32()
     for name, network in objective.networks.items():
         try:
-            frozen = name in objective.frozen and isinstance(checkpoint, Checkpoint)
-            weights = TensorFiles([find_copy(checkpoint, name)]) if frozen else checkpoint.weights(name, averaged)
+            weights = TensorFiles([find_copy(checkpoint, name)]) \
+                if name in objective.frozen and isinstance(checkpoint, Checkpoint) else checkpoint.weights(name, averaged)
             if isinstance(weights, TensorFiles):  # before memory is asked for
                 _check_shapes(network, weights.shapes())
             materialise(network, device)

@@ -89,6 +89,7 @@ def test_what_is_held_out_does_not_depend_on_the_filters(path: Path, monkeypatch
     ({"language": ">3"}, ["data.filters.language=3: ", "holds text"]),
     ({"good": "yes"}, ["data.filters.good='yes': ", "holds true or false"]),
     ({"score": ">="}, ["data.filters.score='>=': nothing stands after >="]),
+    ({"score": ">=3, =5"}, ["data.filters.score='>=3, =5': '=5' is no comparison", '">=3, <5"']),
     ({"score": []}, ["data.filters.score=[]: is no condition"]),
     ({"score": {"min": 3}}, ["data.filters.score=", "is no condition", '">=3"']),
     ({"language": "fr"}, ["data.source=", "no text in column 'text' that the filters keep"]),

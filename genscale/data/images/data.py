@@ -7,23 +7,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
 
 from genscale.data.folders import say_seen
 from genscale.data.images.decoding import FULL_RANGE, Picture, Range
+from genscale.data.images.grouped import ImagesInLanes
 from genscale.data.images.labels import Classes, uneven
 from genscale.data.images.order import ShuffledImages
 from genscale.data.images.ranges import LOOKED_AT, ranges_of, warn_of_blank
 from genscale.data.images.reading import ImageReader, labelled
 from genscale.data.images.sets import ImageSet, content_hash, digest
 from genscale.data.images.settings import HUB_SETTINGS, TABLE_SETTINGS, ImageDataSettings
-from genscale.data.images.shards import ImageSpec
+from genscale.data.images.shards import ImageSpec, Record
 from genscale.data.images.sources import Opened, Order, first_images, kind_of, open_images
 from genscale.data.images.stream import ImageStream, StreamedImages
-from genscale.data.lanes import Cursor, Data, Sample
+from genscale.data.lanes import Cursor, Sample
 from genscale.data.plans import digest_of
 from genscale.errors import UserError, refuse_unheeded
 from genscale.masking import masked_throughout
@@ -36,7 +37,7 @@ HASHES = 2**64
 log = logging.getLogger("genscale")
 
 
-class ImageData(Data):
+class ImageData(ImagesInLanes):
     """Samples `{"image": uint8 (channels, size, size)}`, with `label`, an int64 scalar, where `data.labels` is set.
 
     Args:
@@ -48,7 +49,7 @@ class ImageData(Data):
     Attributes:
         size, channels: of the images.
         classes: names of the classes, or None without labels.
-        order: the images to train on; None where they were not opened.
+        order: the images to train on, where they were opened.
 
     Raises:
         UserError: whatever is wrong with the source or its labels.
@@ -65,25 +66,28 @@ class ImageData(Data):
             opened = open_images(self._spec, self._stream_order(0.0 if own else settings.validation_fraction),
                                  settings.validation_images, for_training)
         self.classes = opened.classes if settings.labels else None
-        aside = self._other_validation_set() if own else opened.validation
-        self.order: ShuffledImages | StreamedImages | None = None
+        aside = opened.validation if settings.validation_source is None else \
+            self._other_validation_set(settings.validation_source)
         self._ranges: Mapping[str, Range] = {}
         trained: np.ndarray | None = None
         held, whole = (None if aside is None else (aside, np.arange(len(aside)))), None
-        seen = own and for_training and say_seen(f"data.validation_source={settings.validation_source}", self._spec.where,
-                                                 aside.places, opened.training.places)
+        seen = own and aside is not None and for_training and opened.training is not None and say_seen(
+            f"data.validation_source={settings.validation_source}", self._spec.where, aside.places, opened.training.places)
         if for_training or held is None:
+            assert opened.training is not None
             whole = self._picture(opened.training, self._spec.where, settings.crop, settings.flip)
             self._ranges = whole.ranges
             self.order, out, trained = self._ordered(opened.training, whole, hold_out=held is None)
             held = held or out
         crop = "none" if settings.crop == "none" else "center"
         if aside is None:
+            assert whole is not None
             picture = replace(whole, crop=crop, flip=False)
         else:
             where = f"data.validation_source={settings.validation_source}" if own else f"{self._spec.where}, validation set"
             picture = self._picture(aside, where, crop, flip=False)
             _check_alike(whole, picture, where)
+        assert held is not None
         chosen = self._chosen(held[1])
         self._validation = self._validation_samples(held[0], chosen, picture)
         self._validation_digest: str | None = None
@@ -119,11 +123,12 @@ class ImageData(Data):
     def _classes(self) -> Classes | None:
         return Classes(self.classes, self._spec.where) if self.classes else None
 
-    def _other_validation_set(self) -> ImageSet:
+    def _other_validation_set(self, source: Sequence[str] | str) -> ImageSet:
         settings = self.settings
-        spec = _spec("data.validation_source", settings.validation_source, settings, split="validation", classes=self.classes)
+        spec = _spec("data.validation_source", source, settings, split="validation", classes=self.classes)
         opened = open_images(spec, self._stream_order(1.0), settings.validation_images, for_training=False)
         held = opened.validation or opened.training
+        assert held is not None
         if isinstance(held, ImageStream):
             return first_images(held, settings.validation_images, spec, self._classes)
         return held
@@ -134,11 +139,11 @@ class ImageData(Data):
         """The lanes; the images held out of them: a set, and which of its images; and the hashes of all, of no stream."""
         settings = self.settings
         if isinstance(images, ImageStream):
-            order = StreamedImages(images, self._reader(picture), self._classes, self.seed, picture.draws)
+            streamed = StreamedImages(images, self._reader(picture), self._classes, self.seed, picture.draws)
             if not hold_out:
-                return order, None, None
+                return streamed, None, None
             out = first_images(images, settings.validation_images, self._spec, self._classes)
-            return order, (out, np.arange(len(out))), None
+            return streamed, (out, np.arange(len(out))), None
         hashes = images.hashes()
         held = _held_out(hashes, settings.validation_fraction if hold_out else 0.0)
         if hold_out and held.all():
@@ -147,7 +152,8 @@ class ImageData(Data):
                             "validation set; set data.validation_source")
         order = ShuffledImages(images, np.flatnonzero(~held), self._reader(picture), seed=self.seed, lanes=self.lane_count,
                                draws=picture.draws, labelled=settings.labels, identity=digest(images, hashes))
-        if settings.labels and (unevenness := uneven(images.classes, order.class_counts())):
+        counts = order.class_counts() if settings.labels else None
+        if images.classes and counts is not None and (unevenness := uneven(images.classes, counts)):
             log.warning("%s: %s", self._spec.where, unevenness)
         return order, (images, np.flatnonzero(held)), hashes
 
@@ -159,12 +165,12 @@ class ImageData(Data):
     def _validation_samples(self, images: ImageSet, chosen: np.ndarray, picture: Picture) -> list[Sample]:
         settings, reader = self.settings, self._reader(picture)
         _check_memory(len(chosen), settings)
-        samples = []
+        samples, labels = [], images.labels if settings.labels else None
         for index in chosen.tolist():
             pixels = reader.sample(partial(images.read, index), images.name(index), None)
             reader.count(images.name(index) if pixels is None else None)
             if pixels is not None:
-                samples.append(labelled(pixels, images.labels[index]) if settings.labels else {"image": pixels})
+                samples.append({"image": pixels} if labels is None else labelled(pixels, labels[index]))
         if not samples:
             raise reader.nothing_whole()
         return samples
@@ -191,8 +197,8 @@ class ImageData(Data):
         names = ("source", "subset", "split", "size", "channels", "labels", "image_column", "label_column", "crop", "flip",
                  "validation_source", "validation_fraction", "validation_images", "lanes")
         # What was not always there stands in the plan where it is set alone: earlier runs go on.
-        names += tuple(name for name in ("value_range",) if getattr(self.settings, name) is not None)
-        settings = masked_throughout({name: getattr(self.settings, name) for name in names})
+        later = tuple(name for name in ("value_range",) if getattr(self.settings, name) is not None)
+        settings = masked_throughout({name: getattr(self.settings, name) for name in (*names, *later)})
         own = {"validation_content": self._validation_digest} if self._validation_digest else {}
         # Of 16 bits that are used in full nothing need be said: so they have always been read.
         ranges = {mode: list(range_) for mode, range_ in self._ranges.items() if range_ != FULL_RANGE}
@@ -248,7 +254,8 @@ def _refuse_unheeded(settings: ImageDataSettings) -> None:
 def _some(images: ImageSet | ImageStream) -> list[tuple[str, Callable[[], bytes | np.ndarray]]]:
     """A few images, from all over a set or from the beginning of a stream: (name, what reads it)."""
     if isinstance(images, ImageStream):
-        return [(record.name, lambda record=record: record.content) for record in islice(images.documents(), LOOKED_AT)]
+        records = cast(Iterator[Record], images.documents())
+        return [(record.name, partial(getattr, record, "content")) for record in islice(records, LOOKED_AT)]
     chosen = np.unique(np.linspace(0, len(images) - 1, min(LOOKED_AT, len(images))).astype(int)).tolist()
     return [(images.name(index), partial(images.read, index)) for index in chosen]
 

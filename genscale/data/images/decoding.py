@@ -164,7 +164,7 @@ def _deep(image: Image.Image) -> Deep:
     tags = getattr(image, "tag_v2", {})
     values = np.asarray(ImageOps.exif_transpose(image))
     mode = "I;16" if image.mode.startswith("I;16") else image.mode
-    at_least = 4095 if 12 in tags.get(BITS_PER_SAMPLE, ()) else FULL.get(image.format, 0)
+    at_least = 4095 if 12 in tags.get(BITS_PER_SAMPLE, ()) else FULL.get(image.format or "", 0)
     return Deep(mode, values, at_least, tags.get(PHOTOMETRIC) == 0)  # which Pillow heeds up to 8 bits
 
 
@@ -206,7 +206,8 @@ def scaled(image: Image.Image, picture: Picture) -> np.ndarray:
     left, top = ((whole - part) / 2 for whole, part in zip(image.size, taken, strict=True))
     shape = (picture.size, picture.size)
     if picture.crop == "random":
-        shape = tuple(max(picture.size, round(part * picture.size / side)) for part in taken)
+        wide, high = (max(picture.size, round(part * picture.size / side)) for part in taken)
+        shape = wide, high
     if image.size != shape or taken != image.size:
         filter_ = Image.Resampling.LANCZOS if side > picture.size else Image.Resampling.BILINEAR
         image = image.resize(shape, filter_, box=(left, top, left + taken[0], top + taken[1]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -12,8 +12,26 @@ from genscale.data.lanes import Cursor, Data, Sample
 from genscale.errors import SourceLost, UserError
 from genscale.rng import permutation
 
+if TYPE_CHECKING:
+    from genscale.data.images.order import ShuffledImages
+    from genscale.data.images.stream import StreamedImages
 
-class PackedData(Data):
+D = TypeVar("D", bound=Data)
+
+
+class ImagesInLanes(Data):
+    """Samples of images.
+
+    Attributes:
+        classes: names of the classes, or None without labels.
+        order: the images to train on, one by one.
+    """
+
+    classes: list[str] | None
+    order: ShuffledImages | StreamedImages
+
+
+class PackedData(ImagesInLanes):
     """Each sample is `count` samples of a lane after each other, stacked: so a pack does not depend on processes or
     micro-batches. The validation set is not packed.
 
@@ -89,7 +107,7 @@ class StackedData(PackedData):
         return {**self._data.plan(), "stack": self._count}
 
 
-def gan_images(data: Data, settings: PackedImageDataSettings) -> Data:
+def gan_images(data: ImagesInLanes, settings: PackedImageDataSettings) -> ImagesInLanes:
     """The images as `data.stack` and `data.pack` ask for them. Raises UserError for labels or colours of what is stacked."""
     if settings.stack > 1 and settings.labels:
         raise UserError(f"data.labels=true: an image of data.stack {settings.stack} shows as many classes; set data.labels to "
@@ -101,6 +119,6 @@ def gan_images(data: Data, settings: PackedImageDataSettings) -> Data:
     return packed(stacked, settings.pack)
 
 
-def packed(data: Data, count: int) -> Data:
+def packed(data: D, count: int) -> D | PackedData:
     """The data in packs of `count`; as it is for 1."""
     return PackedData(data, count) if count > 1 else data

@@ -36,9 +36,10 @@ def label_of(value: Any) -> Label:
     if isinstance(value, str):
         return composed(value) or None
     if isinstance(value, (float, Decimal)):
-        if value != value:
+        number: Any = value
+        if number != number:
             return None
-        return int(value) if abs(value) < 2**53 and value == int(value) else value
+        return int(number) if abs(number) < 2**53 and number == int(number) else number
     return value
 
 
@@ -136,9 +137,10 @@ def classes_of(labels: Sequence[Label], names: Iterable[str], where: str) -> Cla
                             f"none, the first is {name}; label them, or set data.labels to false")
         if not isinstance(label, (int, str)):
             raise _no_label(label, name, where)
-    if not all(isinstance(label, int) for label in labels):
-        return Classes(sorted({label if isinstance(label, str) else str(int(label)) for label in labels}), where)
-    numbers = sorted({int(label) for label in labels})
+    known = [label for label in labels if label is not None]  # all of them
+    if not all(isinstance(label, int) for label in known):
+        return Classes(sorted({label if isinstance(label, str) else str(int(label)) for label in known}), where)
+    numbers = sorted({int(label) for label in known})
     if numbers and numbers[0] >= 0:
         if numbers[-1] >= MOST_CLASSES:
             raise _too_many(numbers[-1] + 1, where, f" (the largest label is {numbers[-1]}, and {len(numbers):,} differ)")

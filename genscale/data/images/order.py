@@ -46,7 +46,8 @@ class ShuffledImages:
 
     def class_counts(self) -> np.ndarray | None:
         """`(classes,)` images of each class, where that is known."""
-        return np.bincount(self._images.labels[self._indices], minlength=len(self._images.classes))
+        labels, classes = self._images.labels, self._images.classes
+        return None if labels is None or classes is None else np.bincount(labels[self._indices], minlength=len(classes))
 
     def at_least(self, count: int) -> int:
         """The number of images, counted up to `count`."""
@@ -97,5 +98,6 @@ class ShuffledImages:
             if pixels is None:
                 self._bad.add(chosen)
                 continue
-            return labelled(pixels, self._images.labels[index]) if self._labelled else {"image": pixels}
+            labels = self._images.labels if self._labelled else None
+            return {"image": pixels} if labels is None else labelled(pixels, labels[index])
         raise self.reader.nothing_whole()

@@ -52,7 +52,7 @@ class ImageReader:
             draws: see `square`.
             keep: number to keep it by.
         """
-        pixels = self._kept.get(keep)
+        pixels = None if keep is None else self._kept.get(keep)
         if pixels is None:
             try:
                 pixels = scaled(decode(raw(), self._picture), self._picture)

@@ -20,9 +20,8 @@ HASHED_BYTES = 2 * 2**30
 
 def content_hash(content: bytes | np.ndarray) -> int:
     """64 bits of an image's file or pixels. An image is held out where this is below a share of 2**64."""
-    if isinstance(content, np.ndarray):
-        content = np.ascontiguousarray(content).data
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+    read = np.ascontiguousarray(content).data if isinstance(content, np.ndarray) else content
+    return int.from_bytes(hashlib.blake2b(read, digest_size=8).digest(), "little")
 
 
 class ImageSet(ABC):
@@ -34,7 +33,7 @@ class ImageSet(ABC):
         places: of the files that they are in: see `folders.identity`.
     """
 
-    places: Sequence[Any] = ()
+    places: Sequence[Any] | np.ndarray = ()
     labels: np.ndarray | None = None
     classes: list[str] | None = None
 

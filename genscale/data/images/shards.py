@@ -8,12 +8,12 @@ import re
 import tarfile
 import zlib
 from codecs import BOM_UTF8
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from PIL import Image
 
@@ -136,7 +136,7 @@ class ImageSpec(Spec):
     def content(self) -> dict[str, str]:
         return {"image_column": self.image, **({"label_column": self.label} if self.label else {})}
 
-    def unknown_columns(self, where: str, columns: list[str]) -> UserError | None:
+    def unknown_columns(self, where: str, columns: Sequence[str]) -> UserError | None:
         for setting, column in self.content.items():
             if column not in columns:
                 purpose = "images" if setting == "image_column" else "labels (or data.labels to false)"
@@ -160,8 +160,8 @@ class ImageTableShard(TableShard):
         except Exception as error:
             raise damaged(self, error) from None
         features = stream.features or {}
-        if features and (error := self.spec.unknown_columns(self.name, list(features))):
-            raise error
+        if features and (unknown := self.spec.unknown_columns(self.name, list(features))):
+            raise unknown
         if isinstance(features.get(self.spec.image), datasets.Image):  # else other formats than parquet are decoded and encoded
             stream = stream.cast_column(self.spec.image, datasets.Image(decode=False))
         return stream.select_columns(self.spec.columns) if features else stream
@@ -170,7 +170,7 @@ class ImageTableShard(TableShard):
         """Names that the label column brings along."""
         if self.file is None:
             feature = (self.open().features or {}).get(self.spec.label)
-            return list(feature.names) if hasattr(feature, "names") else None
+            return list(feature.names) if feature is not None and hasattr(feature, "names") else None
         try:
             with open_parquet(self.file) as opened:
                 self.check_columns(opened.schema_arrow.names)
@@ -183,6 +183,7 @@ class ImageTableShard(TableShard):
 
     def _file_tables(self, start: int, at: At | None) -> Iterator[Rows]:
         group = self.part[0] if self.part[1] > 1 else None
+        assert self.file is not None
         at_once = _rows_at_once(self.file, self.name, self.spec)
         return parquet_rows(self.file, self.spec.columns, self.check_columns, group, HELD, start, at_once)
 
@@ -209,7 +210,7 @@ class ImageTableShard(TableShard):
         names = _names_of((rows.schema.metadata or {}).get(b"huggingface"), self.spec.label)
         if not names:
             return labels
-        if self.spec.renames and not {composed(name) for name in self.spec.classes}.intersection(names):
+        if self.spec.renames and not {composed(name) for name in self.spec.classes or ()}.intersection(names):
             return [None if label == -1 else label for label in labels]
         return [names[label] if isinstance(label, int) and 0 <= label < len(names) else None if label == -1 else label
                 for label in labels]
@@ -242,7 +243,8 @@ class TarShard(Shard):
         whole = not (start or residue or at)
         theirs = (tarfile.TarError, OSError, EOFError, zlib.error)
         streamed = not self.file.seekable
-        mode, base = ("r|", offset) if streamed else ("r:", 0)
+        mode: Literal["r|", "r:"] = "r|" if streamed else "r:"
+        base = offset if streamed else 0
         where = f"{self.spec.where}: {self.name}"
         try:
             with (self.file.open(offset, self.spec.max_image_bytes) as file,
@@ -266,7 +268,9 @@ class TarShard(Shard):
 
     def _record(self, archive: Archive, group: Group) -> Record:
         label = self._label(archive, group) if self.spec.label else None
-        return Record(f"{group.key} of {self.name}", archive.read(group.members[group.image]), label)
+        image = group.image
+        assert image is not None  # an archive gives no group without
+        return Record(f"{group.key} of {self.name}", archive.read(group.members[image]), label)
 
     def _label(self, archive: Archive, group: Group) -> Label:
         kind = next((kind for kind in LABELS if kind in group.members), None)
@@ -277,7 +281,7 @@ class TarShard(Shard):
         if len(content) > LABEL_BYTES:
             raise UserError(f"{where} is too large for a label (more than {LABEL_BYTES:,} bytes); mend it")
         if kind == "cls":
-            text = (label_of(content.removeprefix(BOM_UTF8)) or "").strip()
+            text = str(label_of(content.removeprefix(BOM_UTF8)) or "").strip()
             return int(text) if INTEGER.fullmatch(text) else text or None
         try:
             fields = json.loads(content)
@@ -288,8 +292,8 @@ class TarShard(Shard):
                             f"{self.spec.label}; mend it, or write labels as .cls")
         if self.spec.label not in fields:
             raise UserError(f"data.label_column={self.spec.label}: {group.key}.json of {self.name} of {self.spec.where} has "
-                            f"the fields {', '.join(fields)}{nearest(self.spec.label, fields)}; set data.label_column to the "
-                            "one that holds the labels, or data.labels to false")
+                            f"the fields {', '.join(fields)}{nearest(str(self.spec.label), fields)}; set data.label_column to "
+                            "the one that holds the labels, or data.labels to false")
         return label_of(fields[self.spec.label])
 
 
@@ -340,7 +344,8 @@ def local_shards(root: Path, spec: ImageSpec, found: Folder) -> list[Shard]:
         UserError: one cannot be looked at.
     """
     try:
-        return [shard_of(SourceFile.local(root / file.name, spec.where), as_utf8(file.name), spec)
-                for file in found.of(SHARD)]
+        shards = [shard_of(SourceFile.local(root / file.name, spec.where), as_utf8(file.name), spec)
+                  for file in found.of(SHARD)]
+        return [shard for shard in shards if shard is not None]
     except OSError as error:
         raise UserError(f"{spec.where}: cannot be read ({error}); mend or remove it") from None

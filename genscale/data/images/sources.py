@@ -39,9 +39,10 @@ READ = "; .npz, .parquet, .tar and folders of images are read"
 
 @dataclass(frozen=True)
 class Opened:
-    """A source's images to train on, those to validate on where it brings them, and the names of its classes."""
+    """A source's images to train on (None: not opened), those to validate on where it brings them, and the names of its
+    classes."""
 
-    training: ImageSet | ImageStream
+    training: ImageSet | ImageStream | None
     validation: ImageSet | None
     classes: list[str] | None
 
@@ -71,7 +72,7 @@ def open_images(spec: ImageSpec, order: Order, validation: int, for_training: bo
         found = digits()
         found.places = [DIGITS]
         if classes and classes != found.classes:
-            raise UserError(f"{spec.where}: has the classes {', '.join(found.classes)}, not {', '.join(classes)}; leave "
+            raise UserError(f"{spec.where}: has the classes {', '.join(found.classes or [])}, not {', '.join(classes)}; leave "
                             "data.class_names out, or give a source of those classes")
         return _opened(found, None)
     if not spec.locations and not is_url(spec.name):
@@ -79,13 +80,13 @@ def open_images(spec: ImageSpec, order: Order, validation: int, for_training: bo
         if path.is_file() and path.suffix.lower() == ".npz":
             return _opened(array_file(spec, path, classes), None)
         if path.is_dir():
-            found = look(path, spec)
-            found.say()
-            if not found.of(SHARD):
-                training, held = image_parts(spec, path, found)
+            folder = look(path, spec)
+            folder.say()
+            if not folder.of(SHARD):
+                training, held = image_parts(spec, path, folder)
                 images = training(classes)
                 return _opened(images, held(images.classes) if held else None)
-            return _shards(spec, order, validation, classes, for_training, _by_name(local_shards(path, spec, found), spec))
+            return _shards(spec, order, validation, classes, for_training, _by_name(local_shards(path, spec, folder), spec))
     return _shards(spec, order, validation, classes, for_training, find_shards(spec))
 
 
@@ -111,6 +112,7 @@ def _shards(spec: ImageSpec, order: Order, validation: int, classes: list[str] |
         aside = _packed(held, spec, known)
         if aside is None:
             aside = first_images(_stream(held, spec, replace(order, fraction=1.0)), validation, spec, known)
+    images: ImageSet | ImageStream | None
     if small is None and (for_training or aside is None):
         images = _stream(training, spec, replace(order, fraction=0.0) if held else order)
     else:
@@ -251,4 +253,4 @@ def _hub(spec: ImageSpec, path: Path) -> tuple[list[Shard], list[Shard]]:
     datasets = quiet_datasets()
     there = datasets.get_dataset_split_names(spec.name, spec.subset, revision=spec.revision)
     held = next((word for word in VALIDATION if word in there and word != spec.split), None)
-    return training, [ImageTableShard(f"{name}:{held}", 0, replace(spec, split=held))] if held else []
+    return [*training], [ImageTableShard(f"{name}:{held}", 0, replace(spec, split=held))] if held else []

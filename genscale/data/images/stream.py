@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -77,7 +78,7 @@ class StreamedImages:
         count = len(window.rows)
         for step in range(count):
             record: Record = window.text((number + step) % count)
-            pixels = self.reader.sample(lambda record=record: record.content, record.name, draws)
+            pixels = self.reader.sample(partial(getattr, record, "content"), record.name, draws)
             if step == 0:
                 self.reader.count(record.name if pixels is None else None)
             if pixels is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from genscale.data.folders import is_hidden
 from genscale.errors import UserError
@@ -28,16 +28,16 @@ class CheckedInfo(tarfile.TarInfo):
     """Headers of tarfile that end in an error where they are damaged, not in the end of the archive, or are far too long."""
 
     @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
         try:
             return super().fromtarfile(archive)
-        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
             raise tarfile.ReadError(f"{error} at byte {archive.offset:,}") from None
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type in LONG_HEADERS and self.size > HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {self.size:,} bytes at byte {self.offset:,}")
-        return super()._proc_member(archive)
+        return super()._proc_member(archive)  # type: ignore[misc]
 
 
 class Member(NamedTuple):
@@ -101,7 +101,7 @@ class Archive:
         """(byte at which they start, samples with one key). Raises UserError for two members of the same name."""
         group = Group("", 0)
         for info in self._archive:
-            self._archive.members = []  # tarfile keeps a list of all it has seen
+            self._archive.members = []  # type: ignore[attr-defined]  # tarfile keeps a list of all it has seen
             folder, _, base = info.name.rpartition("/")
             stem, _, what = base.partition(".")
             if info.isdir():
@@ -137,7 +137,9 @@ class Archive:
 
     def _content(self, info: tarfile.TarInfo) -> bytes:
         limit = LABEL_BYTES if info.name.lower().endswith(LABELS) else self._limit
-        return self._archive.extractfile(info).read(min(info.size, limit + 1))
+        file = self._archive.extractfile(info)
+        assert file is not None  # a link and a folder are passed over
+        return file.read(min(info.size, limit + 1))
 
     def _last(self, group: Group) -> Group:
         """The last of many samples whose names have dots, taken out of the group, for more of it may follow."""

@@ -29,7 +29,7 @@ def work_of(sources: Sequence[EncodedSource], processes: int) -> tuple[list[Work
     work, done = [], 0
     for number, source in enumerate(sources):
         for part, size in source.source.parts(processes):
-            if source.cache.training_rows(part) is None:
+            if source.own_cache.training_rows(part) is None:
                 work.append((number, part, size))
             else:
                 done += size
@@ -95,7 +95,7 @@ def _fill(sources: Sequence[EncodedSource], work: Sequence[Work], stopped: Calla
     try:
         for number, part, size in work:
             source = sources[number]
-            for window in source.source.sweep(part, source.cache.training_rows):
+            for window in source.source.sweep(part, source.own_cache.training_rows):
                 for run in source.encode(window):
                     tokens += len(run.ids)
                     if stopped():
@@ -103,9 +103,9 @@ def _fill(sources: Sequence[EncodedSource], work: Sequence[Work], stopped: Calla
                     if time.monotonic() - since > REPORT_SECONDS:
                         yield tokens, 0
                         tokens, since = 0, time.monotonic()
-            if not source.cache.writes:
-                raise UserError(f"data.cache={source.cache.folder}: cannot be written any more (is the disk full?); make room "
-                                "and run the same command again, what is there stays")
+            if not source.own_cache.writes:
+                raise UserError(f"data.cache={source.own_cache.folder}: cannot be written any more (is the disk full?); make "
+                                "room and run the same command again, what is there stays")
             yield tokens, size
             tokens = 0
     finally:
@@ -125,7 +125,9 @@ def _worker(sources: Sequence[EncodedSource], work: Sequence[Work], progress: Qu
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 

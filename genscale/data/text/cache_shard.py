@@ -115,14 +115,14 @@ class ShardIndex:
             segments.append(np.full(int(right.sum()), number))
         self._buffers = {}
         records = np.concatenate([*loaded, np.empty(0, RECORD)])
-        segments = np.concatenate([*segments, np.empty(0, np.int64)])
+        numbers = np.concatenate([*segments, np.empty(0, np.int64)])
         order = np.lexsort((records["piece"], records["row"]))
-        records, segments = records[order], segments[order]
+        records, numbers = records[order], numbers[order]
         if len(records):  # two processes may both have written a piece
             new = np.r_[True, (np.diff(records["row"]) != 0) | (np.diff(records["piece"]) != 0)]
-            records, segments = records[new], segments[new]
+            records, numbers = records[new], numbers[new]
         self._answers = {}
-        self._index(records, segments)
+        self._index(records, numbers)
 
     def _index(self, records: np.ndarray, segments: np.ndarray) -> None:
         """Columns over pieces in the order of (row, piece), and over the rows that have any."""

@@ -261,7 +261,8 @@ class ChatTemplate:
     @cached_property
     def _reads(self) -> str:
         """Whether the template reads a message's content as "text", as "parts" ([{"type": "text", ...}]), or "both"."""
-        kinds = {"text": QUESTION, "parts": [{**QUESTION[0], "content": [{"type": "text", "text": "question"}]}]}
+        kinds: dict[str, Sequence[Mapping[str, Any]]] = {
+            "text": QUESTION, "parts": [{**QUESTION[0], "content": [{"type": "text", "text": "question"}]}]}
         read = []
         for kind, messages in kinds.items():
             with suppress(Refusal):
@@ -339,7 +340,7 @@ def _without_marks(marked: str) -> tuple[str, list[int], list[int]]:
     return text, starts, stops
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException | None) -> str:
     return str(error).replace(f"{Turn.__module__}.{Turn.__name__}", "message")[:200] or type(error).__name__
 
 

@@ -5,7 +5,9 @@ Both ways give the same ids under the same places: a run with a cache sees the s
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice, pairwise
 from operator import getitem
 from pathlib import Path
@@ -28,6 +30,10 @@ SAMPLE = 2**16
 """Bytes of text from which the size of a cache is estimated."""
 
 
+def _place(window: Window, documents: list[int], numbers: list[int], n: int) -> Place:
+    return window.place(documents[n], numbers[n])
+
+
 class EncodedSource:
     """Lanes of token ids. Picklable: worker processes read lanes too, and write to the cache beside each other.
 
@@ -39,6 +45,12 @@ class EncodedSource:
         self.source, self.tokenizer, self.cache = source, tokenizer, cache
         self._catalogue = cache.training_rows if cache else None
         self.tokenised = 0
+
+    @property
+    def own_cache(self) -> TokenCache:
+        """The cache of a source that has one."""
+        assert self.cache is not None
+        return self.cache
 
     def blocks(self, lane: int, place: Place | None, length: int, offset: int = 0) -> Iterator[tuple[np.ndarray, Place, int]]:
         """Endless blocks of a lane, from the start or from the place and offset that came with a block: see `pack`."""
@@ -81,7 +93,7 @@ class EncodedSource:
             own = pieces[a:b]
             documents, numbers = known.documents[own].tolist(), known.numbers[own].tolist()
             yield Run(known.gather(own), ends[a:b] - (ends[a - 1] if a else 0),
-                      lambda n, documents=documents, numbers=numbers: window.place(documents[n], numbers[n]))
+                      partial(_place, window, documents, numbers))
 
     def _one(self, window: Window, document: int, number: int, ids: np.ndarray) -> Run:
         return Run(ids, np.array([len(ids)]), lambda _: window.place(document, number))
@@ -146,7 +158,8 @@ class _Known:
 
     def _merge(self, found: list[tuple[np.ndarray, Found]], first: int) -> None:
         """A window may mix shards."""
-        empty, files = np.empty(0, np.int64), []
+        empty = np.empty(0, np.int64)
+        files: list[bytes | mmap.mmap] = []
         columns: list[list[np.ndarray]] = [[empty], [empty], [empty], [empty], [empty]]
         for documents, result in found:
             own = (documents[result.document] + first, result.number, result.low, result.high, result.file + len(files))
@@ -222,4 +235,4 @@ def _expected_bytes(source: Source, tokenizer: Tokenizer, cache: TokenCache) -> 
 
 def describe(encoded: EncodedSource) -> dict[str, Any]:
     """Totals of the cache: documents, tokens, bytes of text, size on the disk."""
-    return encoded.cache.totals(len(encoded.source.sizes()))
+    return encoded.own_cache.totals(len(encoded.source.sizes()))

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 
@@ -79,7 +80,7 @@ class PairEncoder:
             UserError: too many are left out, or the chat template does not fit the settings.
         """
         if not self._templates:
-            return self._plain([read_document(document)[0] for document in documents])
+            return [*self._plain([read_document(document)[0] for document in documents])]
         written = [self._written(document) for document in documents]
         encoded = iter(self._tokenizer.encode_chats([text for text, _ in filter(None, written)]))
         return [self._join(*next(encoded), *each) if each else None for each in written]
@@ -144,7 +145,7 @@ class PairEncoder:
                 yield from ((ids, window.place(n, 0)) for ids, n in zip(coded, numbers, strict=True) if ids is not None)
                 passed = passed + len(coded) if all(ids is None for ids in coded) else 0
                 if passed > LONGEST_RUN:
-                    raise self._spec.left_out.first
+                    raise cast(UserError, self._spec.left_out.first)  # by now there was one
 
     def documents(self, documents: Iterable[str]) -> Iterator[tuple[np.ndarray, Place]]:
         """Documents once, for the validation set and for counting."""

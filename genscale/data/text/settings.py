@@ -196,6 +196,7 @@ def _entry(prefix: str, given: Any) -> SourceSettings:
 def validation_reading(settings: TextDataSettings) -> Spec:
     """What `data.validation_source` names."""
     values = {name: getattr(settings, name) for name in (*ENTRY, *OF_ALL)} | {"split": "validation", "filters": None}
+    assert settings.validation_source is not None
     return _spec("data.validation_source", settings.validation_source, values, None)
 
 

@@ -62,6 +62,7 @@ class TextStream:
         if self._pairs:
             blocks = pack(self._pairs.read(self.source, lane, place), self._length, offset)
         else:
+            assert self.encoded is not None
             blocks = self.encoded.blocks(lane, place, self._length, offset)
         for block, at, token in blocks:
             yield as_sample(block, self._pairs is not None, self._masked), {"place": at, "offset": token}

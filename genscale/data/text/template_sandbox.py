@@ -10,7 +10,7 @@ import functools
 import re
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 from jinja2 import nodes
@@ -63,13 +63,15 @@ class _Generation(Extension):
     tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> nodes.CallBlock:
-        self.environment.marks_answers = True
+        cast(Sandbox, self.environment).marks_answers = True
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+        block = nodes.CallBlock(self.call_method("_mark"), [], [], body)
+        block.set_lineno(line)
+        return block
 
     def _mark(self, caller: jinja2.runtime.Macro) -> str:
-        rendering = self.environment.rendering
+        rendering = cast(Sandbox, self.environment).rendering
         start, text = rendering.position, caller()
         rendering.generated.append((start, start + len(text)))
         return text
@@ -79,7 +81,8 @@ class _Generator(CodeGenerator):
     """Compiles what makes long values, and every turn of a loop, so that the environment hears of it."""
 
     def visit_ExprStmt(self, node: nodes.ExprStmt, frame: Any) -> None:  # only `instrument` makes them
-        method, loop, *names = node.node.items
+        parts = cast(nodes.Tuple, node.node).items
+        (method, loop), names = cast(list[nodes.Const], parts[:2]), parts[2:]
         self.writeline(f"environment.{method.value}({loop.value}", node)
         for name in names:
             self.write(", ")
@@ -144,7 +147,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.rendering, self._budget, self.marks_answers = Rendering(), Budget(), False
         # Not `random`: the same conversation must be the same text at every epoch and resume.
         self.filters = {name: self._bounded_filter(name, call) for name, call in self.filters.items() if name != "random"}
-        self.tests.update({name: self._bounded_filter(name, self.tests[name]) for name in COMPARING})
+        self.tests.update({name: self._bounded_filter(name, cast(Callable[..., Any], self.tests[name])) for name in COMPARING})
         del self.globals["lipsum"]
         self.globals["dict"] = _dict  # the class has methods that change messages
         self.finalize = self._shown

@@ -86,9 +86,10 @@ def instrument(node: nodes.Node, numbers: Iterator[int], written: bool, loop: in
 def _instrumented(child: Any, numbers: Iterator[int], written: bool, loop: int | None) -> list[Any]:
     if isinstance(child, nodes.For):
         number, written = next(numbers), written and not child.recursive
-        tracked = written and isinstance(child.target, nodes.Name)
+        name = child.target.name if written and isinstance(child.target, nodes.Name) else None
+        tracked = name is not None
         instrument(child, numbers, written, number if tracked else None)
-        child.body.insert(0, _call("enter", number, child.target.name if tracked else None))
+        child.body.insert(0, _call("enter", number, name))
         return [child, _call("leave", number)] if tracked else [child]
     if isinstance(child, nodes.Node):
         instrument(child, numbers, written, loop)

@@ -34,7 +34,7 @@ class Companions:
 
     def save(self, folder: Path) -> None:
         """Write what there is to `tokenizer_config.json`."""
-        template = {"chat_template": self.chat_template} if self.chat_template else {}
+        template: dict[str, Any] = {"chat_template": self.chat_template} if self.chat_template else {}
         if self.tool_template:
             template["chat_template"] = [{"name": "default", "template": self.chat_template},
                                          {"name": TOOL_USE, "template": self.tool_template}]

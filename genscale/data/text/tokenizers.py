@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -149,7 +149,7 @@ class FileTokenizer(Tokenizer):
         self.vocab_size = largest + 1
         self.special_texts = [token["content"] for token in self._content.get("added_tokens", []) if token["special"]]
         self.end_of_text = _end_of_text(vocabulary, companions, name)
-        self.end_text = self._backend.id_to_token(self.end_of_text)
+        self.end_text = cast(str, self._backend.id_to_token(self.end_of_text))  # an id of the vocabulary
         # Sorted keys and no spaces: reformatting the file does not make it another tokenizer.
         self._canonical = json.dumps(self._content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         # Where another file names the end of text, it belongs to the tokenizer.
@@ -226,8 +226,7 @@ class FileTokenizer(Tokenizer):
         path = _write(path, self._canonical)
         companions = self.companions
         if self._ends_elsewhere:
-            end = self._backend.id_to_token(self.end_of_text)
-            companions = replace(companions, special_tokens={**companions.special_tokens, "eos_token": end})
+            companions = replace(companions, special_tokens={**companions.special_tokens, "eos_token": self.end_text})
         companions.save(path.parent)
         return path
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from genscale.families.dcgan.settings import SMALLEST_MAP, GANSettings, multipliers
 from genscale.models.image_layers import SLOPE, norm_layer, spectral_norm
+from genscale.models.memory_format import set_memory_format
 
 
 class LatentInput(nn.Module):
@@ -37,8 +38,8 @@ class ImageHead(nn.Module):
         super().__init__()
         wrap = spectral_norm if settings.spectral_norm else (lambda layer: layer)
         self.linear = wrap(nn.Linear(channels * SMALLEST_MAP**2, 1, bias=settings.spectral_norm))
-        projects = settings.classes and settings.conditioning == "projection"
-        self.embedding = wrap(nn.Embedding(settings.classes, channels)) if projects else None
+        self.embedding = wrap(nn.Embedding(settings.classes, channels)) \
+            if settings.classes and settings.conditioning == "projection" else None
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         logits = self.linear(x.flatten(1)).squeeze(1)
@@ -68,7 +69,7 @@ class UpStage(nn.Module):
         super().__init__()
         bias = settings.generator_norm == "none"
         if settings.upsampling == "transposed":
-            self.conv = nn.ConvTranspose2d(inputs, outputs, 4, 2, 1, bias=bias)
+            self.conv: nn.ConvTranspose2d | nn.Conv2d = nn.ConvTranspose2d(inputs, outputs, 4, 2, 1, bias=bias)
         else:
             self.conv = nn.Conv2d(inputs, outputs, 3, 1, 1, bias=bias)
         self.enlarge = settings.upsampling == "resize"
@@ -109,7 +110,7 @@ class DCGANGenerator(nn.Module):
         self.stages = nn.ModuleList(UpStage(settings, a, b) for a, b in itertools.pairwise(widths))
         last = UpStage(settings, widths[-1], channels)
         self.output, self.enlarge = last.conv, last.enlarge
-        self.to(memory_format=torch.channels_last)  # as the images are: a convolution copies a weight that lies otherwise
+        set_memory_format(self, torch.channels_last)  # as the images are: a convolution copies a weight that lies otherwise
 
     def blocks(self) -> list[nn.Module]:
         """The stages, which are sharded, compiled and recomputed one at a time."""
@@ -138,13 +139,13 @@ class StagedDiscriminator(nn.Module):
         channels, size = shape[0], shape[-1]
         width = settings.discriminator_width or settings.width
         widths = [width * m for m in multipliers(size, settings.max_multiplier)]
-        embeds = settings.classes and settings.conditioning == "embedding"
-        self.label_channel = LabelChannel(settings.classes, size) if embeds else None
-        inputs = [channels + bool(embeds), *widths]
+        self.label_channel = LabelChannel(settings.classes, size) \
+            if settings.classes and settings.conditioning == "embedding" else None
+        inputs = [channels + (self.label_channel is not None), *widths]
         self.stages = nn.ModuleList(self.stage(settings, a, b, first=index == 0)
                                     for index, (a, b) in enumerate(zip(inputs, widths, strict=False)))
         self.head = ImageHead(settings, widths[-1])
-        self.to(memory_format=torch.channels_last)  # as the images are: a convolution copies a weight that lies otherwise
+        set_memory_format(self, torch.channels_last)  # as the images are: a convolution copies a weight that lies otherwise
 
     def blocks(self) -> list[nn.Module]:
         """The stages, which are sharded, compiled and recomputed one at a time."""

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from genscale.data.images.data import ImageData
-from genscale.data.images.grouped import PackedImageDataSettings, gan_images
-from genscale.data.lanes import Data, Sample
+from genscale.data.images.grouped import ImagesInLanes, gan_images
+from genscale.data.images.settings import PackedImageDataSettings
+from genscale.data.lanes import Sample
 from genscale.errors import UserError
 from genscale.families.dcgan.networks import DCGANDiscriminator, DCGANGenerator
 from genscale.families.dcgan.residual import ResidualDiscriminator, ResidualGenerator
@@ -99,7 +100,7 @@ class ImageGAN(GAN):
 
     @cached_property
     def _captions(self) -> list[str]:
-        captions, problem = class_captions(self.class_names)
+        captions, problem = class_captions(self.class_names or [])
         if problem:
             log.warning("%s", problem)
         return captions
@@ -113,7 +114,7 @@ class ImageGAN(GAN):
 GANConfig = Config[GANSettings, PackedImageDataSettings, GANObjectiveSettings]
 
 
-def build_data(settings: PackedImageDataSettings, seed: int) -> Data:
+def build_data(settings: PackedImageDataSettings, seed: int) -> ImagesInLanes:
     return gan_images(ImageData(settings, seed), settings)
 
 
@@ -121,7 +122,7 @@ def validation(settings: PackedImageDataSettings, seed: int) -> list[Sample]:
     return gan_images(ImageData(settings, seed, for_training=False), settings).validation()
 
 
-def build(config: GANConfig, data: Data) -> ImageGAN:
+def build(config: GANConfig, data: ImagesInLanes) -> ImageGAN:
     """The objective of a run. Raises UserError as `_build` does, and where there are no such labels."""
     names = data.classes if config.model.classes else None
     if config.model.classes and (names is None or len(names) != config.model.classes):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from genscale.families.dcgan.networks import LatentInput, StagedDiscriminator
 from genscale.families.dcgan.settings import GANSettings, multipliers
 from genscale.models.image_layers import norm_layer, spectral_norm
+from genscale.models.memory_format import set_memory_format
 
 
 class UpBlock(nn.Module):
@@ -58,7 +59,7 @@ class ResidualGenerator(nn.Module):
         self.stages = nn.ModuleList(UpBlock(settings, a, b) for a, b in zip(widths[:1] + widths, widths, strict=False))
         self.output_norm = norm_layer(settings.generator_norm, widths[-1])
         self.output = nn.Conv2d(widths[-1], channels, 3, 1, 1)
-        self.to(memory_format=torch.channels_last)  # as the images are: a convolution copies a weight that lies otherwise
+        set_memory_format(self, torch.channels_last)  # as the images are: a convolution copies a weight that lies otherwise
 
     def blocks(self) -> list[nn.Module]:
         """The residual blocks, which are sharded, compiled and recomputed one at a time."""

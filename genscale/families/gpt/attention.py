@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genscale.families.gpt.settings import GPTSettings
+from genscale.families.gpt.settings import ResolvedGPTSettings
 from genscale.models.dropout import dropped
 
 
@@ -27,13 +27,14 @@ class KeyValueCache:
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values of a layer `(batch, kv_heads, time so far, head_width)`, the new ones at their end."""
-        if self._held[layer] is None:
+        held = self._held[layer]
+        if held is None:
             room = (*key.shape[:2], self.capacity, key.shape[3])
-            self._held[layer] = (key.new_empty(room), value.new_empty(room))
+            held = self._held[layer] = (key.new_empty(room), value.new_empty(room))
         end = self.length + key.shape[2]
-        for held, new in zip(self._held[layer], (key, value), strict=True):
-            held[:, :, self.length:end] = new
-        return tuple(held[:, :, :end] for held in self._held[layer])
+        for whole, new in zip(held, (key, value), strict=True):
+            whole[:, :, self.length:end] = new
+        return held[0][:, :, :end], held[1][:, :, :end]
 
 
 class Attention(nn.Module):
@@ -42,7 +43,7 @@ class Attention(nn.Module):
     Grouped queries: Ainslie et al. 2023. Normalised queries and keys: Dehghani et al. 2023, section 2.
     """
 
-    def __init__(self, settings: GPTSettings, layer: int) -> None:
+    def __init__(self, settings: ResolvedGPTSettings, layer: int) -> None:
         super().__init__()
         self.settings, self.layer = settings, layer
         query, shared = settings.heads * settings.head_width, settings.kv_heads * settings.head_width
@@ -100,7 +101,7 @@ def _attention_with_dropout(query: Tensor, key: Tensor, value: Tensor, mask: Ten
     return dropped(weights, dropout_keys, stream, share).to(value.dtype) @ value
 
 
-def rotary_angles(positions: Tensor, settings: GPTSettings) -> tuple[Tensor, Tensor]:
+def rotary_angles(positions: Tensor, settings: ResolvedGPTSettings) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotation at each position, each `(batch or 1, 1, time, head_width / 2)` in fp32.
 
     Su et al. 2021, "RoFormer", equation 15; pair i turns by base^(-2 i / head_width) a position.
@@ -115,7 +116,7 @@ def rotary_angles(positions: Tensor, settings: GPTSettings) -> tuple[Tensor, Ten
     return angles.cos(), angles.sin()
 
 
-def _llama3_frequencies(frequencies: Tensor, settings: GPTSettings) -> Tensor:
+def _llama3_frequencies(frequencies: Tensor, settings: ResolvedGPTSettings) -> Tensor:
     """Llama 3.1's stretching: waves that turn often within the original positions stay, those that hardly turn are stretched,
     those between are blended (Grattafiori et al. 2024; the reference code's apply_scaling)."""
     turns = settings.rope_original_positions * frequencies / (2 * math.pi)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,15 @@ from torch import Tensor, nn
 
 from genscale.errors import UserError
 from genscale.families.gpt.attention import KeyValueCache
+
+
+class Drawing(TypedDict, total=False):
+    """How the next token is chosen: see `stream`."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+
 
 LEAST_DIVISOR = 1e-30
 """Logits over a lower temperature may leave fp32."""
@@ -86,7 +95,7 @@ class _Reader:
         if tokens.shape[1] > self.positions:
             self.cache = None
         seen = slice(-self.positions, None) if self.cache is None else slice(self.cache.length, None)
-        options = dict(self.options)
+        options: dict[str, Any] = dict(self.options)
         if self.cache is not None:
             options["cache"] = self.cache
         if documents is not None:

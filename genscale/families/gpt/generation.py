@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 from torch import Tensor
 
 from genscale.data.text.tokenizers import Tokenizer
 from genscale.errors import UserError
-from genscale.families.gpt.decoding import left_padded, stream
+from genscale.families.gpt.decoding import Drawing, left_padded, stream
 from genscale.families.gpt.network import GPT
 from genscale.rng import torch_generator
 
@@ -78,10 +78,11 @@ def stream_texts(network: GPT, tokenizer: Tokenizer, prompts: Sequence[str], *, 
             yield Piece(first + row, words, drawn)
 
 
-def sample_text(network: GPT, tokenizer: Tokenizer, prompt: str, *, count: int = 1, **settings: float | None) -> list[str]:
+def sample_text(network: GPT, tokenizer: Tokenizer, prompt: str, *, tokens: int, seed: int = 0, count: int = 1,
+                **drawing: Unpack[Drawing]) -> list[str]:
     """`count` texts that begin with `prompt` and go on as the network thinks likely; arguments as of `stream_texts`."""
     texts = [""] * max(count, 0)
-    for piece in stream_texts(network, tokenizer, [prompt], count=count, **settings):
+    for piece in stream_texts(network, tokenizer, [prompt], tokens=tokens, seed=seed, count=count, **drawing):
         texts[piece.text] += piece.words
     return texts
 

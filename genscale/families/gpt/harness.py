@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from genscale.data.text.tokenizers import Tokenizer
 from genscale.errors import UserError
-from genscale.families.gpt.decoding import left_padded, stream
+from genscale.families.gpt.decoding import Drawing, left_padded, stream
 from genscale.families.gpt.generation import GrowingText
 from genscale.families.gpt.network import GPT
 from genscale.families.gpt.task_files import refuse_code, templates_in_a_sandbox
@@ -123,7 +123,7 @@ class GenscaleLM(TemplateLM):
         return results
 
     def _write(self, contexts: Sequence[list[int]], numbers: Sequence[int], *, new: int, until: Sequence[str],
-               **settings: float | None) -> list[str]:
+               **drawing: Unpack[Drawing]) -> list[str]:
         kept = self.positions - new if new < self.positions else self.positions
         tokens, lengths = left_padded([context[-kept:] for context in contexts], self._device)
         texts, words = [GrowingText(self.tokens) for _ in contexts], [""] * len(contexts)
@@ -131,7 +131,7 @@ class GenscaleLM(TemplateLM):
         with self.autocast():
             for drawn in stream(self.network, tokens, new, positions=self.positions, layers=self.network.settings.layers,
                                 lengths=lengths, generators=generators, end_of_text=self.tokens.end_of_text,
-                                vocab_size=self.tokens.vocab_size, **settings):
+                                vocab_size=self.tokens.vocab_size, **drawing):
                 for i, (text, token) in enumerate(zip(texts, drawn.tolist(), strict=True)):
                     text.add(token)
                     words[i] += text.take()[0]

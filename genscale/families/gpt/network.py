@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genscale.families.gpt.attention import Attention, KeyValueCache, attention_mask, positions_within
-from genscale.families.gpt.settings import GPTSettings, resolved
+from genscale.families.gpt.settings import GPTSettings, ResolvedGPTSettings, resolved
 from genscale.models.cross_entropy import summed_cross_entropy
 from genscale.models.dropout import dropped
 from genscale.rng import torch_generator
@@ -23,7 +23,7 @@ class MLP(nn.Module):
     swiglu: Shazeer 2020, "GLU variants improve transformer"; relu2: So et al. 2021, "Primer".
     """
 
-    def __init__(self, settings: GPTSettings) -> None:
+    def __init__(self, settings: ResolvedGPTSettings) -> None:
         super().__init__()
         self.activation = settings.activation
         self.up = nn.Linear(settings.width, settings.mlp_width, bias=settings.bias)
@@ -40,7 +40,7 @@ class MLP(nn.Module):
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
-def _norm(settings: GPTSettings) -> nn.Module:
+def _norm(settings: ResolvedGPTSettings) -> nn.Module:
     if settings.norm == "rmsnorm":  # Zhang and Sennrich 2019
         return nn.RMSNorm(settings.width, settings.norm_eps)
     return nn.LayerNorm(settings.width, settings.norm_eps, bias=settings.bias)
@@ -49,7 +49,7 @@ def _norm(settings: GPTSettings) -> nn.Module:
 class Block(nn.Module):
     """Attention, then MLP, each normalised before and added to the residual stream: `(batch, time, width)` to the same."""
 
-    def __init__(self, settings: GPTSettings, layer: int) -> None:
+    def __init__(self, settings: ResolvedGPTSettings, layer: int) -> None:
         super().__init__()
         self.layer, self.dropout = layer, settings.dropout
         self.attention_norm = _norm(settings)
@@ -82,15 +82,15 @@ class GPT(nn.Module):
 
     def __init__(self, settings: GPTSettings, vocab_size: int) -> None:
         super().__init__()
-        self.settings = settings = resolved(settings)
+        self.settings = whole = resolved(settings)
         self.vocab_size = vocab_size
-        self.token_embedding = nn.Embedding(vocab_size, settings.width)
-        if settings.position_encoding == "learned":
-            self.position_embedding = nn.Embedding(settings.positions, settings.width)
-        self.layers = nn.ModuleList(Block(settings, layer) for layer in range(settings.layers))
-        self.final_norm = _norm(settings)
-        if not settings.tied:
-            self.output = nn.Linear(settings.width, vocab_size, bias=False)
+        self.token_embedding = nn.Embedding(vocab_size, whole.width)
+        if whole.position_encoding == "learned":
+            self.position_embedding = nn.Embedding(whole.positions, whole.width)
+        self.layers = nn.ModuleList(Block(whole, layer) for layer in range(whole.layers))
+        self.final_norm = _norm(whole)
+        if not whole.tied:
+            self.output = nn.Linear(whole.width, vocab_size, bias=False)
         # Noted now: ZeRO-3 takes the parameters' shapes away.
         self._shapes = {name: parameter.shape for name, parameter in self.named_parameters()}
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import cast
 
 from genscale.errors import UserError
 from genscale.evaluation.settings import TextSampling
 from genscale.evaluation.trained_run import TrainedRun
 from genscale.families.gpt.generation import stream_texts
+from genscale.families.gpt.network import GPT
+from genscale.objectives.capabilities import WritesText
 
 MAX_PROMPTS = 2**27
 """Bytes of a file of prompts."""
@@ -20,9 +23,10 @@ def sample_gpt(run: TrainedRun, settings: TextSampling) -> None:
     Raises:
         UserError: a setting out of range, or prompts that cannot be read.
     """
-    prompts, objective = prompts_of(settings), run.objective
+    prompts, network = prompts_of(settings), cast(GPT, run.networks["gpt"])
+    tokenizer = cast(WritesText, run.objective).tokenizer  # for whose families this is called
     started, shown, drawn, total = time.perf_counter(), -1, 0, len(prompts) * settings.count
-    for piece in stream_texts(objective.networks["gpt"], objective.tokenizer, prompts, tokens=settings.tokens,
+    for piece in stream_texts(network, tokenizer, prompts, tokens=settings.tokens,
                               temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p,
                               seed=settings.seed, count=settings.count):
         if piece.text != shown:

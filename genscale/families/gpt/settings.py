@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -92,7 +92,24 @@ class GPTSettings:
     2 GiB on a GPU)."""
 
 
-def resolved(settings: GPTSettings) -> GPTSettings:
+class ResolvedGPTSettings(GPTSettings):
+    """Settings with nothing left open but `window` and `loss_chunk`, as `resolved` returns them; for the type checker, which
+    cannot see what has been filled in."""
+
+    kv_heads: int
+    head_width: int
+    mlp_width: int
+    position_encoding: Literal["learned", "rotary"]
+    rope_base: float
+    norm: Literal["layernorm", "rmsnorm"]
+    norm_eps: float
+    activation: Literal["gelu", "swiglu", "relu2"]
+    bias: bool
+    qk_norm: bool
+    tied: bool
+
+
+def resolved(settings: GPTSettings) -> ResolvedGPTSettings:
     """The settings with nothing left open: the preset's choices and the derived sizes filled in.
 
     Raises:
@@ -109,16 +126,17 @@ def resolved(settings: GPTSettings) -> GPTSettings:
         wanted = -(-8 * filled.width // 3) if filled.activation == "swiglu" else 4 * filled.width
         multiple = MLP_MULTIPLE if filled.activation == "swiglu" else 1
         filled = replace(filled, mlp_width=-(-wanted // multiple) * multiple)
-    _check(filled)
-    count = parameter_count(filled)
+    whole = cast(ResolvedGPTSettings, filled)  # every setting has its value; the class stays, by which settings are equal
+    _check(whole)
+    count = parameter_count(whole)
     if count > MAX_PARAMETERS:
-        raise UserError(f"model: {filled.layers} layers of model.width {filled.width}, model.mlp_width {filled.mlp_width} and "
-                        f"{filled.heads} heads of {filled.head_width} are {count:.1e} parameters; at most {MAX_PARAMETERS:.0e}")
-    return filled
+        raise UserError(f"model: {whole.layers} layers of model.width {whole.width}, model.mlp_width {whole.mlp_width} and "
+                        f"{whole.heads} heads of {whole.head_width} are {count:.1e} parameters; at most {MAX_PARAMETERS:.0e}")
+    return whole
 
 
-def parameter_count(settings: GPTSettings) -> int:
-    """The parameters of a GPT of these (resolved) settings; without its token embedding where model.vocab_size is left open."""
+def parameter_count(settings: ResolvedGPTSettings) -> int:
+    """The parameters of a GPT of these settings; without its token embedding where model.vocab_size is left open."""
     s = settings
     heads, shared = s.heads * s.head_width, s.kv_heads * s.head_width
     layer_norm = s.norm == "layernorm"
@@ -146,7 +164,7 @@ def _check_heads_divide(width: int, heads: int) -> None:
                         f"{nearest_divisors(width, heads)}, or model.width {widths} (or set model.head_width)")
 
 
-def _check(settings: GPTSettings) -> None:
+def _check(settings: ResolvedGPTSettings) -> None:
     if settings.heads % settings.kv_heads:
         raise UserError(f"model.kv_heads: {settings.kv_heads} does not divide model.heads {settings.heads}; nearest allowed: "
                         f"{nearest_divisors(settings.heads, settings.kv_heads)}")

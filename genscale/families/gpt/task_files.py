@@ -48,6 +48,7 @@ def _check(file: Path, seen: set[Path], folder: Path) -> None:
         if not isinstance(error.__cause__, ConstructorError):
             raise Unreadable(f"{file} {error}") from None
         tag = error.__cause__
+        assert tag.problem_mark is not None  # as of all that is read from a text
         raise UserError(f"--include_path: line {tag.problem_mark.line + 1} of {file}: {tag.problem}; task files are read "
                         f"as data, and Python that they name is not run; {ELSEWHERE}") from None
     for metric in _metrics(content, set()):

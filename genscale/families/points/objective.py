@@ -34,8 +34,9 @@ class PointsGAN(GAN):
     loss_unit = "share of modes missed + share of points off"
     higher_is_better = frozenset({"modes", "high_quality"})
 
-    def __init__(self, *networks: torch.nn.Module, mixture: Mixture, **options: Any) -> None:
-        super().__init__(*networks, **options)
+    def __init__(self, generator: torch.nn.Module, discriminator: torch.nn.Module, settings: GANObjectiveSettings, *,
+                 mixture: Mixture, **options: Any) -> None:
+        super().__init__(generator, discriminator, settings, **options)
         self.mixture = mixture
 
     def reals(self, batch: Batch) -> Tensor:
@@ -82,7 +83,7 @@ def draw_points(points: np.ndarray, mixture: Mixture) -> np.ndarray:
     canvas, axes = FigureCanvasAgg(figure), figure.subplots()
     for center in mixture.centers:
         axes.add_patch(Circle(center, NEAR * mixture.std, fill=False, color="#d1602b"))
-    axes.scatter(*points.T, s=3, alpha=0.5, color="#3b76af", linewidths=0)
+    axes.scatter(points[:, 0], points[:, 1], s=3, alpha=0.5, color="#3b76af", linewidths=0)
     limit = 1.3 * np.abs(mixture.centers).max()
     axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
     if outside := len(points) - int((np.abs(points) <= limit).all(1).sum()):
@@ -128,5 +129,5 @@ def restore(config: PointsConfig, folder: Path | None = None) -> PointsGAN:
     mixture = MIXTURES[config.data.source]
     spread_kinks(generator.hidden, 1.0)
     spread_kinks(discriminator.hidden, float(mixture.centers.std()))
-    return PointsGAN(generator, discriminator, mixture=mixture, settings=config.objective, seed=config.run.seed,
+    return PointsGAN(generator, discriminator, config.objective, mixture=mixture, seed=config.run.seed,
                      latent=model.latent, pack=pack, initial_std=None)

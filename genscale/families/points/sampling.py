@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from genscale.evaluation.image_generation import latents
 from genscale.evaluation.sample_files import picture_of_run, write_array, write_picture
 from genscale.evaluation.settings import PointSampling
 from genscale.evaluation.trained_run import TrainedRun
-from genscale.families.points.objective import draw_points
+from genscale.families.points.objective import PointsGAN, draw_points
 
 
 @torch.no_grad()
@@ -21,10 +22,10 @@ def sample_points(run: TrainedRun, settings: PointSampling) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    objective, parts = run.objective, []
+    objective, parts = cast(PointsGAN, run.objective), []  # the family whose sampler this is
     for numbers in torch.arange(settings.count).split(settings.batch_size):
         drawn = latents(objective, settings.seed, numbers).to(run.device)
-        parts.append(objective.generate(objective.networks, drawn).cpu().numpy())
+        parts.append(objective.generate(run.networks, drawn).cpu().numpy())
     points = np.concatenate(parts)
     file = Path(settings.out) if settings.out else picture_of_run(run.folder, f"sample-seed{settings.seed}")
     if file.suffix in (".npz", ".csv"):

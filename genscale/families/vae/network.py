@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genscale.families.vae.settings import VAESettings, resolved, sizes_of
+from genscale.families.vae.settings import VAESettings, resolved, sizes_of, widths_of
 from genscale.models.image_layers import norm_layer
 from genscale.models.initial_draw import scale_initial
+from genscale.models.memory_format import set_memory_format
+from genscale.models.norms import Norm
 from genscale.objectives.likelihoods import LIKELIHOODS
 
 __all__ = ["VAE", "Decoder", "Encoder", "VAESettings", "latent_shape"]
@@ -27,7 +30,7 @@ class ResidualBlock(nn.Module):
     """Norm, SiLU and convolution, twice, beside the identity (He et al. 2016): `(batch, inputs, h, w)` to `(batch, outputs, h,
     w)`; then attention, and then half or double the size, where asked for."""
 
-    def __init__(self, inputs: int, outputs: int, norm: str, attention: bool = False, resample: str | None = None) -> None:
+    def __init__(self, inputs: int, outputs: int, norm: Norm, attention: bool = False, resample: str | None = None) -> None:
         super().__init__()
         self.norm1, self.conv1 = norm_layer(norm, inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
         self.norm2, self.conv2 = norm_layer(norm, outputs), nn.Conv2d(outputs, outputs, 3, padding=1)
@@ -51,7 +54,7 @@ class ResidualBlock(nn.Module):
 class SpatialAttention(nn.Module):
     """Every place of a feature map attends to every other, beside the identity: `(batch, channels, h, w)` to the same."""
 
-    def __init__(self, channels: int, norm: str) -> None:
+    def __init__(self, channels: int, norm: Norm) -> None:
         super().__init__()
         self.norm = norm_layer(norm, channels)
         self.input, self.output = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
@@ -77,7 +80,7 @@ def _hidden(inputs: int, settings: VAESettings) -> nn.ModuleList:
     return nn.ModuleList(_HiddenLayer(*pair) for pair in pairwise(widths))
 
 
-def _start(x: Tensor, layer: nn.Module) -> Tensor:
+def _start(x: Tensor, layer: nn.Conv2d | nn.Linear) -> Tensor:
     """The input in the precision that the layer's weights have now (ZeRO and FSDP2 may hold them in bf16)."""
     x = x.to(layer.weight.dtype)
     # Not `contiguous`, to which one channel is channels-last anyway.
@@ -94,20 +97,20 @@ class Encoder(nn.Module):
             self.layers = _hidden(channels * size * size, settings)
             self.head: nn.Module = nn.Linear(settings.hidden_width, 2 * settings.latents)
         else:
-            widths, sizes = [settings.width * m for m in settings.multipliers], sizes_of(settings, size)
+            widths, sizes = widths_of(settings), sizes_of(settings, size)
             self.stem = nn.Conv2d(channels, widths[0], 3, padding=1)
             self.layers = nn.ModuleList(_encoder_blocks(settings, widths, sizes))
             self.final_norm = norm_layer(settings.norm, widths[-1])
             self.head = nn.Conv2d(widths[-1], 2 * settings.latents, 3, padding=1) if settings.latent == "spatial" \
                 else nn.Linear(widths[-1] * sizes[-1] ** 2, 2 * settings.latents)
         scale_initial(self.head, gain=HEAD_GAIN)
-        self.to(memory_format=torch.channels_last)  # as the images are: a convolution copies a weight that lies otherwise
+        set_memory_format(self, torch.channels_last)  # as the images are: a convolution copies a weight that lies otherwise
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the variance, each `(batch, *latent_shape)` in fp32, of pixels `(batch, channels, size,
         size)`."""
         if self.settings.architecture == "mlp":
-            x = _start(images.flatten(1), self.layers[0].linear)
+            x = _start(images.flatten(1), cast(_HiddenLayer, self.layers[0]).linear)
         else:
             x = self.stem(_start(images, self.stem))
         for layer in self.layers:
@@ -123,7 +126,7 @@ class Encoder(nn.Module):
         return list(self.layers)
 
 
-def _encoder_blocks(settings: VAESettings, widths: list[int], sizes: list[int]) -> list[nn.Module]:
+def _encoder_blocks(settings: VAESettings, widths: list[int], sizes: list[int]) -> list[ResidualBlock]:
     blocks, inputs = [], widths[0]
     for level, (outputs, size) in enumerate(zip(widths, sizes, strict=True)):
         for index in range(settings.blocks):
@@ -133,7 +136,7 @@ def _encoder_blocks(settings: VAESettings, widths: list[int], sizes: list[int]) 
     return blocks
 
 
-def _decoder_blocks(settings: VAESettings, widths: list[int], sizes: list[int]) -> list[nn.Module]:
+def _decoder_blocks(settings: VAESettings, widths: list[int], sizes: list[int]) -> list[ResidualBlock]:
     blocks, inputs = [], widths[-1]
     for level in reversed(range(len(widths))):
         for index in range(settings.blocks):
@@ -158,22 +161,22 @@ class Decoder(nn.Module):
             self.layers = _hidden(settings.latents, settings)
             self.head: nn.Module = nn.Linear(settings.hidden_width, self.outputs * size * size)
         else:
-            widths, sizes = [settings.width * m for m in settings.multipliers], sizes_of(settings, size)
+            widths, sizes = widths_of(settings), sizes_of(settings, size)
             self.start = (widths[-1], sizes[-1], sizes[-1])
-            self.stem = nn.Conv2d(settings.latents, widths[-1], 3, padding=1) if settings.latent == "spatial" \
-                else nn.Linear(settings.latents, math.prod(self.start))
+            self.stem: nn.Conv2d | nn.Linear = nn.Linear(settings.latents, math.prod(self.start)) \
+                if settings.latent != "spatial" else nn.Conv2d(settings.latents, widths[-1], 3, padding=1)
             self.layers = nn.ModuleList(_decoder_blocks(settings, widths, sizes))
             self.final_norm = norm_layer(settings.norm, widths[0])
             self.head = nn.Conv2d(widths[0], self.outputs, 3, padding=1)
         scale_initial(self.head, gain=HEAD_GAIN)
         self.shared_scale = _SharedScale(channels) if self.scale == "shared" else None
-        self.to(memory_format=torch.channels_last)  # as the images are: a convolution copies a weight that lies otherwise
+        set_memory_format(self, torch.channels_last)  # as the images are: a convolution copies a weight that lies otherwise
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Location `(batch, channels, size, size)` and logarithm of the scale (of a shape that broadcasts against it; without
         meaning for bernoulli), in fp32, of latents `(batch, *latent_shape)`."""
         if self.settings.architecture == "mlp":
-            x = _start(latents, self.layers[0].linear)
+            x = _start(latents, cast(_HiddenLayer, self.layers[0]).linear)
         else:
             x = self.stem(_start(latents, self.stem)).reshape(-1, *self.start).contiguous(memory_format=torch.channels_last)
         for layer in self.layers:

@@ -107,8 +107,9 @@ class VAEObjective(Objective):
     def _seen(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         if self.settings.binarise == "none":
             return images
-        dynamic = self.settings.binarise == "dynamic" and draws is not None
-        return binarised(images, draws.keys("binarisation") if dynamic else content_keys(images))
+        if self.settings.binarise == "dynamic" and draws is not None:
+            return binarised(images, draws.keys("binarisation"))
+        return binarised(images, content_keys(images))
 
     def _bound(self, networks: Networks, pixels: Tensor, draws: Draws) -> dict[str, Tensor]:
         """Each image's `negative_bound`, `reconstruction` `(batch,)`, `kl` and posterior `mean` `(batch, *latent_shape)`."""

@@ -51,9 +51,15 @@ class VAESettings:
     """scale fixed: its value."""
 
 
+def widths_of(settings: VAESettings) -> list[int]:
+    """Channels of the feature maps of these resolved settings, of an architecture that has some, the largest map first."""
+    assert settings.multipliers is not None
+    return [settings.width * multiplier for multiplier in settings.multipliers]
+
+
 def sizes_of(settings: VAESettings, size: int) -> list[int]:
-    """Sizes in pixels from the images' own down to the smallest feature map."""
-    return [size >> level for level in range(len(settings.multipliers))]
+    """Sizes of the same maps in pixels, from the images' own down to the smallest."""
+    return [size >> level for level in range(len(widths_of(settings)))]
 
 
 def resolved(settings: VAESettings, size: int) -> VAESettings:
@@ -74,10 +80,11 @@ def resolved(settings: VAESettings, size: int) -> VAESettings:
             raise UserError("model.latent: spatial needs feature maps, and model.architecture mlp has none; set model.latent "
                             "vector, or model.architecture convolutional")
         return settings
-    settings = replace(settings, multipliers=settings.multipliers or _default_multipliers(size))
+    multipliers = settings.multipliers or _default_multipliers(size)
+    settings = replace(settings, multipliers=multipliers)
     deepest = _halvings(size) + 1
-    if len(settings.multipliers) > deepest:
-        raise UserError(f"model.multipliers: {settings.multipliers} halves {len(settings.multipliers) - 1} times, and "
+    if len(multipliers) > deepest:
+        raise UserError(f"model.multipliers: {multipliers} halves {len(multipliers) - 1} times, and "
                         f"data.size {size} can be halved {deepest - 1} times; give at most {deepest} multipliers")
     sizes = sizes_of(settings, size)
     for wanted in settings.attention:

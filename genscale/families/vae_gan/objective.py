@@ -100,8 +100,8 @@ class VAEGANObjective(Objective):
 
     def _latents(self, networks: Networks, images: Tensor, draws: Draws) -> Tensor:
         """Latents of the images, and as many from the prior, `(2 x batch, latents)`."""
-        posterior = _drawn(*networks["encoder"](images), draws)
-        return torch.cat([posterior, draws.normal("prior", *self.latent_shape)])
+        mean, log_variance = networks["encoder"](images)
+        return torch.cat([_drawn(mean, log_variance, draws), draws.normal("prior", *self.latent_shape)])
 
     @torch.no_grad()
     def _features_of(self, networks: Networks, images: Tensor) -> Tensor:
