@@ -19,7 +19,7 @@ from genscale.data.lanes import Cursor, Data, Sample
 from genscale.data.loader import StepLoader
 from genscale.data.order import merge_states
 from genscale.errors import UserError
-from genscale.hook import Hook
+from genscale.hook import every
 from genscale.models.image_layers import InitialWeights
 from genscale.models.moving_state import MovingState
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
@@ -203,7 +203,7 @@ class Training:
                                  world_size=processes.world_size, workers=0, prefetch_steps=1,
                                  state=saved["data"] if saved else None)
         self.losses: list[float] = []
-        self.trainer = Trainer(config, objective, self.engine, self.loader, [Hook(1, self.note)], last_good=lambda: "none")
+        self.trainer = Trainer(config, objective, self.engine, self.loader, [every(1, self.note)], last_good=lambda: "none")
 
     def note(self, report: Any) -> None:
         self.losses.append(report.metrics["loss"])
