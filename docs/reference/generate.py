@@ -213,7 +213,7 @@ def _signature(name: str, value: Any) -> str:
         bases = [each.__name__ for each in value.__bases__ if each is not object]
         return f"class {name}({', '.join(bases)})" if bases else f"class {name}"
     try:
-        signature = re.sub(r"<function <lambda> at \w+>", "...", str(inspect.signature(value)))
+        signature = re.sub(r"<function [\w<>.]+ at \w+>", "...", str(inspect.signature(value)))
         return name + re.sub(r"<class [\w.]*?(\w+)>", r"\1", signature.replace("'", ""))
     except (ValueError, TypeError):
         return name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from genscale.models.image_grid import MARGIN, grid
+from genscale.models.image_grid import MARGIN, grid, grid_of_rows
 
 
 def tile(sheet: np.ndarray, row: int, column: int, side: int, caption: int = 0) -> np.ndarray:
@@ -68,3 +68,10 @@ def test_names_of_rows_stand_left_of_them():
     tops = (MARGIN, MARGIN + 34)
     words = [named[top : top + 32, :left] for top in tops]
     assert all((word < 128).any() for word in words) and not np.array_equal(*words)
+
+
+def test_parts_stand_on_rows_of_their_own():
+    parts = {"input": torch.rand(3, 1, 32, 32), "output": torch.rand(2, 1, 32, 32)}
+    white = torch.ones(1, 1, 32, 32)
+    rows = torch.cat([parts["input"], white, parts["output"]])
+    assert np.array_equal(grid_of_rows(parts, columns=2), grid(rows, 2, rows=["input", "input", "output"]))
