@@ -40,7 +40,7 @@ def test_every_import_is_a_declared_dependency():
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 found.add(node.module.split(".")[0])
-    outside = {PACKAGE_OF.get(name, name) for name in found - set(sys.stdlib_module_names) - {"genscale"}}
+    outside = {PACKAGE_OF.get(name, name) for name in found - set(sys.stdlib_module_names) - {"genscale", "_typeshed"}}
     assert outside - OPTIONAL <= declared(PROJECT["dependencies"])
 
 

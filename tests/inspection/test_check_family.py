@@ -87,7 +87,8 @@ def test_the_toy_keeps_it(planted):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("name", "row"), [("means", "sums"), *(
-    pytest.param(*broken, marks=pytest.mark.matrix) for broken in [("chance", "draws"), ("moving", "replicas"), ("widening", "bf16")]
+    pytest.param(*broken, marks=pytest.mark.matrix)
+    for broken in [("chance", "draws"), ("moving", "replicas"), ("widening", "bf16")]
 )])  # fmt: skip
 def test_a_family_that_breaks_it_fails_in_the_row_that_says_why(name, row, planted):
     report = check_family(name)
