@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -54,7 +54,8 @@ def follow_launcher(starting: bool = False) -> None:
             os.kill(os.getpid(), number)
 
 
-def launch_processes(processes: int, arguments: list[str], script: str | None = None) -> int:
+def launch_processes(processes: int, arguments: list[str], script: str | None = None,
+                     listening: Callable[[], object] = lambda: None) -> int:
     """Runs `genscale train <arguments>` (or `<script> train <arguments>`) in several processes of this machine and returns the
     exit code (128 + n for signal n).
 
@@ -68,11 +69,14 @@ def launch_processes(processes: int, arguments: list[str], script: str | None = 
     if processes < 1 or 0 < gpus < processes:
         reason = f"this machine has {gpus} GPU(s), one a process" if processes > 1 else "a run needs a process"
         raise UserError(f"--processes: {processes} is not possible: {reason}; nearest allowed: {max(1, gpus)}")
-    return run_workers(processes, [*([script] if script else ["--module", "genscale"]), "train", *arguments])
+    return run_workers(processes, [*([script] if script else ["--module", "genscale"]), "train", *arguments], listening)
 
 
-def run_workers(processes: int, command: list[str]) -> int:
-    """`launch_processes` for any command that `accelerate launch` takes: a script, or `--module` and a name, with arguments."""
+def run_workers(processes: int, command: list[str], listening: Callable[[], object] = lambda: None) -> int:
+    """`launch_processes` for any command that `accelerate launch` takes: a script, or `--module` and a name, with arguments.
+
+    `listening` is called when signals go to the processes: from then on this one waits for them, however long they take to end.
+    """
     # Imported here: every worker reads this module, and only the launching process needs these.
     import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -97,6 +101,7 @@ def run_workers(processes: int, command: list[str]) -> int:
         os.environ[LAUNCHER] = str(os.getpid())
         with _pass_signals_on():
             try:
+                listening()
                 launch_command(settings)
             except ChildFailedError as error:
                 return _explain(error, processes)

@@ -49,7 +49,7 @@ def main(arguments: list[str], stop: StopSignal) -> int:
 
         derive_accumulation(config, processes)  # a mistake found here costs no launch
         os.environ[PROCESSES] = str(processes)  # for the processes to say how to go on
-        return launch_processes(processes, arguments, FAMILIES.script)
+        return launch_processes(processes, arguments, FAMILIES.script, listening=stop.loop_begins)
     if audited is not None:
         from genscale.inspection.audit import audit
 

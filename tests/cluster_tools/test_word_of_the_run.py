@@ -6,7 +6,10 @@ import json
 import signal
 import time
 
+import psutil
 import pytest
+
+from genscale.supervise.signals import START_SECONDS, UNWIND_SECONDS
 
 
 @pytest.mark.parametrize(("settings", "reason"), [
@@ -44,7 +47,15 @@ def test_a_launcher_in_a_job_is_not_told_of_a_signal(genscale_start, genscale_fi
     while len(logged_steps(tiny_run)) < 5:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
+    workers = [child for child in psutil.Process(process.pid).children() if "--train.steps" in child.cmdline()]
+    assert len(workers) == 2
+    for worker in workers:  # as if they wrote a large checkpoint
+        worker.suspend()
     process.send_signal(signal.SIGUSR1)
+    time.sleep(START_SECONDS + UNWIND_SECONDS + 1)
+    assert process.poll() is None, "it does not wait for its processes"
+    for worker in workers:
+        worker.resume()
     stopped = genscale_finish(process, 60)
     assert stopped.code == 0 and "stopped by SIGUSR1 after step" in stopped.out and "Traceback" not in stopped.err
     ended = json.loads((tiny_run / "ended.json").read_text())
