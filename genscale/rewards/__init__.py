@@ -1,0 +1,1 @@
+"""What an answer or a picture is worth: rewards that a config chooses by name."""
