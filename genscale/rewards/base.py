@@ -37,7 +37,8 @@ class Reward(ABC):
 
     Attributes:
         settings: dataclass of what a config may say of it beside `name` and `weight`.
-        repeatable: whether it gives the same judgement whenever it is asked; one that may not is written down before it is used.
+        repeatable: whether it gives the same judgement whenever it is asked; what another one says is written down before it is
+            used.
     """
 
     settings: type
