@@ -26,6 +26,7 @@ from genscale.parallel.materialise import Read, fill, materialise, named_state
 from genscale.parallel.pieces import Piece
 from genscale.parallel.precision import DTYPES, use_float8
 from genscale.parallel.processes import Processes
+from genscale.parallel.torch_optimizers import state_to_come
 from genscale.settings.config import ParallelSettings
 
 __all__ = ["Engine", "LeaveOut", "MakeOptimizer", "NamedTensors", "Read", "StepResult", "blocks_of", "named_state", "never"]
@@ -97,6 +98,11 @@ class Engine(ABC):
     @abstractmethod
     def strategy(self) -> str:
         """As `parallel.strategy` names it."""
+
+    @property
+    def shard(self) -> int:
+        """Which shard of what is sharded this process holds; several may hold the same one."""
+        return self.processes.rank
 
     def prepare(self, networks: Mapping[str, nn.Module], make_optimizer: MakeOptimizer,
                 weights: Mapping[str, Read] | None = None, averaged: Iterable[str] = (),
@@ -283,6 +289,10 @@ class Engine(ABC):
         if name in self.optimizers:
             yield from (("optimizer of", key, tensor) for key, tensor in self._optimizer_replicas(name))
 
+    def replicated_shards(self, name: str) -> Iterator[tuple[str, str, Tensor]]:
+        """The same of what is sharded, and must be alike on the processes that hold the same `shard`."""
+        return iter(())
+
     def _optimizer_replicas(self, name: str) -> NamedTensors:
         return iter(())
 
@@ -322,6 +332,10 @@ class Engine(ABC):
     def clear_optimizer_state(self, name: str) -> None:
         """As before the first step."""
         self.optimizers[name].state.clear()
+
+    def optimizer_state_to_come(self, name: str) -> list[Tensor]:
+        """New tensors as large as the optimizer state that the network's first step will make, to rehearse with."""
+        return state_to_come(self.optimizers[name])
 
     @abstractmethod
     def load_optimizer_state(self, name: str, keys: Iterable[str], read: Callable[[str], Tensor]) -> None:

@@ -12,7 +12,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -27,8 +27,12 @@ from genscale.parallel.precision import DTYPES
 from genscale.parallel.torch_optimizers import is_fused_adamw, skip_by_flag, state_tensors
 
 
+WHOLE_GRADIENTS = 2**30
+"""Bytes of a network's gradients that every process may hold whole while it accumulates them."""
+
+
 class ShardedEngine(Engine):
-    """PyTorch FSDP2."""
+    """PyTorch FSDP2; over groups of `parallel.shard_size` processes, between which shards are replicated, where that is set."""
 
     whole_weights = False
     strategy = "fsdp2"
@@ -43,7 +47,7 @@ class ShardedEngine(Engine):
         # A head's logits are often a view; no objective writes into them.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         device = self.processes.device
-        mesh = init_device_mesh(device.type, (self.processes.world_size,))
+        mesh = self._mesh()
         # Computation in the asked precision, gradients reduced in fp32; the shards themselves stay fp32.
         policy = MixedPrecisionPolicy(param_dtype=DTYPES[self.precision], reduce_dtype=torch.float32) \
             if self.precision != "fp32" else MixedPrecisionPolicy()
@@ -67,6 +71,21 @@ class ShardedEngine(Engine):
         # first forward, a network that begins frozen would have its gradients summed in bf16.
         cast(FSDPModule, module)._get_fsdp_state()._lazy_init()
         self.modules[name] = self.networks[name] = module
+
+    def _mesh(self) -> DeviceMesh:
+        """Of all processes; or (groups, processes in a group), neighbours by rank, and so of one machine, in a group."""
+        world, size = self.processes.world_size, self._shard_size
+        if size == world:
+            return init_device_mesh(self.processes.device.type, (world,))
+        return init_device_mesh(self.processes.device.type, (world // size, size), mesh_dim_names=("replicate", "shard"))
+
+    @property
+    def _shard_size(self) -> int:
+        return self.settings.shard_size or self.processes.world_size
+
+    @property
+    def shard(self) -> int:
+        return self.processes.rank % self._shard_size
 
     def _make_average(self, name: str) -> Average:
         return ShardedAverage(self.modules[name])
@@ -125,7 +144,13 @@ class ShardedEngine(Engine):
             parameter.grad = shard_like(mean, cast(DTensor, parameter))
 
     def _synchronise_gradients(self, name: str, last: bool) -> None:
-        cast(FSDPModule, self.modules[name]).set_requires_gradient_sync(last and not self._second_order)
+        reduces = last or self._reduces_every(name)
+        cast(FSDPModule, self.modules[name]).set_requires_gradient_sync(reduces and not self._second_order)
+
+    def _reduces_every(self, name: str) -> bool:
+        if self.settings.reduce_gradients != "auto":
+            return self.settings.reduce_gradients == "every_micro_batch"
+        return 4 * sum(parameter.numel() for parameter in self._parameters[name]) > WHOLE_GRADIENTS  # of the whole, in fp32
 
     def backward(self, name: str, loss: Tensor) -> None:
         loss.backward()
@@ -139,7 +164,8 @@ class ShardedEngine(Engine):
         fill_gradients(self.modules[name].parameters())
         self._show_gradients(name)
         gradients = [cast(DTensor, p.grad).to_local() for p in self.modules[name].parameters() if p.grad is not None]
-        grad_norm = self.processes.sum(squared_norm(gradients)).sqrt()
+        # Each group of processes has the whole between them.
+        grad_norm = (self.processes.sum(squared_norm(gradients)) / (self.processes.world_size // self._shard_size)).sqrt()
         result = StepResult(grad_norm)
         left_out = leave_out(result)
         clip_gradients(gradients, grad_norm, self.clip)
@@ -179,6 +205,19 @@ class ShardedEngine(Engine):
             elif any(group.get("fused") for group in optimizer.param_groups):
                 value = value.to(parameter.device)
             optimizer.state[parameter][kind] = value
+
+    def replicated_shards(self, name: str) -> Iterator[tuple[str, str, Tensor]]:
+        if self._shard_size == self.processes.world_size:
+            return
+        yield from (("network", key, tensor) for key, tensor in named_state(self.modules[name]) if isinstance(tensor, DTensor))
+        average = self.averages.get(name)
+        for tensor in average.held() if average is not None else ():
+            if isinstance(tensor, DTensor):
+                yield "average of", f"shard {self.shard}", tensor
+        for key, parameter in self.modules[name].named_parameters():
+            for kind, tensor in self.optimizers[name].state[parameter].items() if name in self.optimizers else ():
+                if isinstance(tensor, DTensor):
+                    yield "optimizer of", f"{kind}/{key}", tensor
 
     def bytes_at_rest(self) -> int:
         held = [tensor for average in self.averages.values() for tensor in average.held()]

@@ -6,12 +6,14 @@ import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeGuard, cast
+from typing import TYPE_CHECKING, TypeGuard, TypeVar
 
 from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,32 +44,47 @@ def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
 
 def pieces_of(tensors: Iterable[tuple[str, Tensor]], rank: int, world_size: int) -> list[Piece]:
     """This process's pieces of tensors by name, which must be the same on every process: its shard of a sharded one (DTensor);
-    those that every process has whole are dealt out, so that each is written once and all write about as much."""
+    those that several processes have alike are dealt out among them, so that each is written once and all write about as
+    much."""
     found: list[Piece] = []
     whole: list[tuple[str, Tensor]] = []
+    replicated: dict[tuple[int, int], list[tuple[str, DTensor]]] = {}
     for name, tensor in tensors:
-        if is_sharded(tensor):
-            found.append(_shard(name, cast("DTensor", tensor.detach())))
+        tensor = tensor.detach()
+        if not is_sharded(tensor):
+            whole.append((name, tensor))
+        elif tensor.device_mesh.ndim == 1:
+            found.append(_shard(name, tensor))
         else:
-            whole.append((name, tensor.detach()))
-    loads = [0] * world_size
-    for name, tensor in sorted(whole, key=lambda item: (-item[1].nbytes, item[0])):
-        owner = loads.index(min(loads))
-        loads[owner] += tensor.nbytes
-        if owner == rank:
-            found.append(Piece(name, tuple(tensor.shape), 0, tensor))
+            groups, group = tensor.device_mesh.size(0), tensor.device_mesh.get_local_rank(0)
+            replicated.setdefault((groups, group), []).append((name, tensor))
+    for (groups, group), sharded in replicated.items():
+        found += [_shard(name, tensor) for name, tensor in _dealt(sharded, groups, group)]
+    found += [Piece(name, tuple(tensor.shape), 0, tensor) for name, tensor in _dealt(whole, world_size, rank)]
     return found
 
 
-def _shard(name: str, tensor: DTensor) -> Piece:
-    from torch.distributed.tensor import Shard
+def _dealt(tensors: list[tuple[str, AnyTensor]], owners: int, owner: int) -> list[tuple[str, AnyTensor]]:
+    """Those that are this owner's, of tensors by name that all owners have."""
+    loads, mine = [0] * owners, []
+    for name, tensor in sorted(tensors, key=lambda item: (-item[1].nbytes, item[0])):
+        least = loads.index(min(loads))
+        loads[least] += tensor.nbytes
+        if least == owner:
+            mine.append((name, tensor))
+    return mine
 
-    (placement,) = tensor.placements
-    if placement != Shard(0):
-        raise NotImplementedError(f"{name}: a tensor placed as {placement}")
-    mesh, shape, values = tensor.device_mesh, tuple(tensor.shape), tensor.to_local()
-    rows = -(-shape[0] // mesh.size())  # of torch.chunk, which leaves the last processes less, or nothing
-    begin = min(mesh.get_local_rank() * rows, shape[0])
+
+def _shard(name: str, tensor: DTensor) -> Piece:
+    from torch.distributed.tensor import Replicate, Shard
+
+    *others, placement = tensor.placements
+    if placement != Shard(0) or others not in ([], [Replicate()]):
+        raise NotImplementedError(f"{name}: a tensor placed as {tensor.placements}")
+    shape, values, last = tuple(tensor.shape), tensor.to_local(), tensor.device_mesh.ndim - 1
+    processes, place = tensor.device_mesh.size(last), tensor.device_mesh.get_local_rank(last)
+    rows = -(-shape[0] // processes)  # of torch.chunk, which leaves the last processes less, or nothing
+    begin = min(place * rows, shape[0])
     if values.shape[0] != min(rows, shape[0] - begin):
-        raise RuntimeError(f"{name}: {values.shape[0]} of {shape[0]} rows on process {mesh.get_local_rank()}")
+        raise RuntimeError(f"{name}: {values.shape[0]} of {shape[0]} rows on process {place}")
     return Piece(name, shape, begin * math.prod(shape[1:]), values)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from genscale.errors import UserError
+from genscale.errors import UserError, refuse_unheeded
 from genscale.models.batch_norm import BatchNorm
 from genscale.objectives.base import Objective, Phase, check_networks
 from genscale.parallel.engine import Engine
@@ -34,12 +34,14 @@ class ParallelPlan:
 
     Attributes:
         needs_group: a process group is needed even for one process.
+        shard_size: processes that hold the weights between them, where these are sharded; None: all.
     """
 
     strategy: str
     offload: str
     precision: str
     world_size: int
+    shard_size: int | None = None
 
     @property
     def needs_group(self) -> bool:
@@ -53,7 +55,7 @@ class ParallelPlan:
 
     def copies_of_weights(self, processes: int) -> float:
         """That so many of its processes hold between them."""
-        return processes / self.world_size if self.strategy in ("zero3", "fsdp2") else processes
+        return processes / (self.shard_size or self.world_size) if self.strategy in ("zero3", "fsdp2") else processes
 
 
 def plan_parallel(settings: ParallelSettings, precision: str, optimizer: str = "adamw") -> ParallelPlan:
@@ -63,8 +65,9 @@ def plan_parallel(settings: ParallelSettings, precision: str, optimizer: str = "
     request = read_launch_request()
     strategy = resolve_strategy(settings.strategy, request)
     plan = ParallelPlan(strategy, resolve_offload(settings.offload, strategy, request), resolve_precision(precision, request),
-                        request.world_size)
+                        request.world_size, settings.shard_size)
     check_combination(plan, optimizer)
+    _check_sharding(plan, settings)
     return plan
 
 
@@ -74,8 +77,10 @@ def plan_elsewhere(settings: ParallelSettings, precision: str, world_size: int, 
     Raises UserError for what would be refused on any."""
     request = LaunchRequest(None, None, None, world_size, rank=0, local_rank=0)
     strategy = resolve_strategy(settings.strategy, request)
-    plan = ParallelPlan(strategy, resolve_offload(settings.offload, strategy, request), precision, world_size)
+    plan = ParallelPlan(strategy, resolve_offload(settings.offload, strategy, request), precision, world_size,
+                        settings.shard_size)
     _check_tested(plan, optimizer)
+    _check_sharding(plan, settings)
     return plan
 
 
@@ -102,6 +107,15 @@ def _check_tested(plan: ParallelPlan, optimizer: str) -> None:
     if optimizer == "muon" and strategy.startswith("zero"):
         raise UserError(f"optimizer.name: muon under parallel.strategy {strategy} is not supported (it needs whole matrices, "
                         "where ZeRO has flat partitions); use parallel.strategy fsdp2 or ddp, or optimizer.name adamw")
+
+
+def _check_sharding(plan: ParallelPlan, settings: ParallelSettings) -> None:
+    if plan.strategy != "fsdp2":
+        refuse_unheeded("parallel", settings, ["shard_size", "reduce_gradients"], f"parallel.strategy {plan.strategy}")
+    size, world = settings.shard_size, plan.world_size
+    if size is not None and world % size:
+        nearest = max(divisor for divisor in range(1, min(size, world) + 1) if world % divisor == 0)
+        raise UserError(f"parallel.shard_size: {size} does not divide the {world} processes of the run; use {nearest}")
 
 
 def check_objective(plan: ParallelPlan, settings: ParallelSettings, objective: Objective) -> None:

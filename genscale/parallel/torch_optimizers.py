@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from genscale.parallel.averages import local
+
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+
+
+def state_to_come(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """New tensors of the sizes of the state that the first step will make. Their memory is not written to."""
+    return [torch.empty_like(local(parameter.detach())) for group in optimizer.param_groups for parameter in group["params"]
+            if not optimizer.state.get(parameter) for _ in range(moments(group))]
+
+
+def moments(group: Mapping[str, Any]) -> int:
+    """Tensors of a parameter's size that the state of a parameter group has for each: two with `betas`, else one with momentum."""
+    return 2 if "betas" in group else int(group.get("momentum", 0) > 0)
 
 
 def skip_by_flag(optimizer: torch.optim.Optimizer, flag: Tensor) -> None:

@@ -24,7 +24,7 @@ from genscale.parallel.generating import cast_inputs, without_hooks
 from genscale.parallel.materialise import Read, check_fillable, fill, fill_tensor, materialise, named_state, on_meta, put
 from genscale.parallel.pieces import Piece
 from genscale.parallel.precision import DTYPES
-from genscale.parallel.torch_optimizers import state_tensors
+from genscale.parallel.torch_optimizers import moments, state_tensors
 from genscale.parallel.zero_average import FlatAverage
 from genscale.parallel.zero_judging import judging
 from genscale.parallel.zero_state import ZeroState
@@ -214,6 +214,11 @@ class ZeroEngine(ZeroState):
         # The fp32 master weights were made from rounded ones.
         for key, parameter in self.modules[name].named_parameters():
             self.set_full(parameter, read(key))
+
+    def optimizer_state_to_come(self, name: str) -> list[Tensor]:
+        inner = self.inner(name)  # stage 3 shows it one partition at a time
+        return [torch.empty_like(flat) for flat in self.flat_partitions(name) if not inner.state.get(flat)
+                for _ in range(moments(inner.param_groups[0]))]
 
     def bytes_at_rest(self) -> int:
         total = 0

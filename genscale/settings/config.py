@@ -175,6 +175,13 @@ class ParallelSettings:
 
     strategy: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp2"] = "auto"
     """auto: what `accelerate launch` was configured with, else ddp for several processes and single for one."""
+    shard_size: PositiveInt | None = None
+    """fsdp2: shard over groups of so many processes and replicate between the groups (hybrid sharding): 8 on nodes of 8 GPUs
+    keeps the gathering of weights inside each node (default: shard over all processes)."""
+    reduce_gradients: Literal["auto", "every_micro_batch", "last_micro_batch"] = "auto"
+    """fsdp2 with accumulation: sum gradients over the processes after every micro-batch, so that each holds its shard alone, or
+    after the last one, where each holds the whole network's in fp32 meanwhile and less is sent. auto: after the last one where
+    the whole takes at most 1 GiB."""
     offload: Literal["none", "cpu"] = "none"
     """cpu: ZeRO keeps the optimizer state in host memory."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -28,15 +28,21 @@ def compare_replicas(engine: Engine) -> None:
     """
     if engine.processes.world_size == 1:
         return
-    if len(set(engine.processes.gather(_digest_of_all(tensor for _, tensor in _replicas(engine))))) == 1:
+    held = [(shard, _digest_of_all(tensor for _, tensor in tensors)) for shard, tensors in _replicas(engine)]
+    if all(_alike(same) for same in zip(*engine.processes.gather(held), strict=True)):
         return
-    names, digests = _digests(_replicas(engine))
-    by_rank = engine.processes.gather(digests)
+    found = [(shard, *_digests(tensors)) for shard, tensors in _replicas(engine)]
     faults = []
-    for name, *values in zip(names, *by_rank, strict=True):
-        ranks = [str(rank) for rank, value in enumerate(values) if value != values[0]]
-        if ranks:
-            faults.append(f"{name} (process{'es' if len(ranks) > 1 else ''} {', '.join(ranks)} against 0)")
+    for same in zip(*engine.processes.gather(found), strict=True):
+        for place, name in enumerate(same[0][1]):
+            first: dict[int, int] = {}
+            apart: dict[int, list[str]] = {}
+            for rank, (shard, _, digests) in enumerate(same):
+                against = first.setdefault(shard, rank)
+                if digests[place] != same[against][2][place]:
+                    apart.setdefault(against, []).append(str(rank))
+            faults += [f"{name} (process{'es' if len(ranks) > 1 else ''} {', '.join(ranks)} against {against})"
+                       for against, ranks in apart.items()]
     if not faults:
         return
     raise UserError(f"the processes have come apart, so no checkpoint is written: {_some(faults)}. A layer that changes its "
@@ -89,10 +95,19 @@ def changes_are_declared(engine: Engine) -> Iterator[None]:
                         "one process")
 
 
-def _replicas(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    for name in engine.modules:
-        for kind, key, tensor in engine.replicas(name):
-            yield f"{kind} {name}.{key}", tensor
+def _replicas(engine: Engine) -> list[tuple[int, Iterator[tuple[str, Tensor]]]]:
+    """What all processes hold alike, and what those do that hold the same shard: (shard, tensors by name)."""
+
+    def named(find: Callable[[str], Iterator[tuple[str, str, Tensor]]]) -> Iterator[tuple[str, Tensor]]:
+        return ((f"{kind} {name}.{key}", tensor) for name in engine.modules for kind, key, tensor in find(name))
+
+    return [(0, named(engine.replicas)), (engine.shard, named(engine.replicated_shards))]
+
+
+def _alike(held: Iterable[tuple[int, int]]) -> bool:
+    """Whether each shard has one digest."""
+    pairs = set(held)
+    return len(pairs) == len({shard for shard, _ in pairs})
 
 
 def _digest_of_all(tensors: Iterable[Tensor]) -> int:

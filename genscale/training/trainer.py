@@ -203,14 +203,18 @@ class Trainer:
         return outcome[0]
 
     def _rehearse(self, step: int) -> None:
-        """Forward and backward of every phase, lazy ones too, on the first micro-batch and with the loss times zero: what does
-        not fit in memory, or does not compute, is found at once. The next step is the one it would have been."""
-        batches = self.loader.peek()[:1]
+        """Forward and backward of every phase, lazy ones too, with the loss times zero: what does not fit in memory, or does
+        not compute, is found at once. Two micro-batches where a step has more than one, for the second is computed beside the
+        gradients of the first; and beside as much memory as the optimizers' state will take. The next step is the one it would
+        have been."""
+        batches = self.loader.peek()[:2]
         with without_a_trace(self.engine), changes_are_declared(self.engine):
+            state_to_come = [self.engine.optimizer_state_to_come(name) for name in self.engine.optimizers]
             for phase in self.objective.phases:
                 self._accumulate(phase, step, batches, rehearsal=True)
                 self.engine.step(phase.network, lambda result: True)
                 self.engine.train_only(None)
+            del state_to_come
 
     def _accumulate(self, phase: Phase, step: int, batches: MicroBatches, rehearsal: bool = False) \
             -> tuple[dict[str, Tensor], int]:

@@ -7,8 +7,11 @@ What it trains on comes from `token_batch`, `two_network_batch` and `networks_of
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 from genscale.families.gpt.network import GPT, GPTSettings
 from genscale.families.gpt.objective import LanguageModel
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
+from genscale.parallel.averages import local
 from genscale.parallel.engine import Engine, Read, tensor_bytes
 from genscale.parallel.exit_together import run_and_leave
 from genscale.parallel.launch_request import clear_launch_environment
@@ -32,6 +36,7 @@ GLOBAL_BATCH, TIME, VOCABULARY = 8, 32, 64
 DEFAULTS = {"strategy": "ddp", "task": "text", "steps": 4, "accumulation": 1, "precision": "fp32", "clip": 0.0,
             "offload": "none", "activation_checkpointing": "none", "compile": False, "ragged": False, "watch": False,
             "evaluate": False, "count_operations": False, "meta": False, "tied_modules": False, "layers": 2, "width": 32,
+            "shard_size": None, "reduce_gradients": "auto", "weigh_gradients": False,
             "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}}
 
 
@@ -135,10 +140,31 @@ class WatchedReads:
         return self.network.initial_weight(name, 0)
 
 
+def live_tensors() -> list[Tensor]:
+    """All that Python knows of in this process, and their gradients; by type, for some other objects warn when they are asked."""
+    gc.collect()
+    found = [each for each in gc.get_objects() if issubclass(type(each), Tensor) and not each.is_meta]
+    return [local(tensor) for each in found for tensor in (each, each.grad if each.is_leaf else None) if tensor is not None]
+
+
+def weigh_after_backward(engine: Engine, weighed: list[int]) -> None:
+    """After every micro-batch's backward, note the bytes of all tensors that this process holds beyond those of now."""
+    micro_batch, before = engine.micro_batch, {tensor.untyped_storage().data_ptr() for tensor in live_tensors()}
+
+    @contextlib.contextmanager
+    def watched(name: str, last: bool) -> Iterator[None]:
+        with micro_batch(name, last):
+            yield
+        weighed.append(tensor_bytes(each for each in live_tensors() if each.untyped_storage().data_ptr() not in before))
+
+    engine.micro_batch = watched
+
+
 def run_variant(variant: dict[str, Any], processes: Processes, plan: Any) -> dict[str, Any]:
     config = Config(optimizer=OptimizerSettings(**variant["optimizer"]))
     settings = ParallelSettings(strategy=plan.strategy, offload=plan.offload, compile=variant["compile"],
-                                activation_checkpointing=variant["activation_checkpointing"])
+                                activation_checkpointing=variant["activation_checkpointing"],
+                                shard_size=variant["shard_size"], reduce_gradients=variant["reduce_gradients"])
     shape = {key: variant[key] for key in ("layers", "width", "meta", "tied_modules")}
     objective: Objective = LanguageModel(networks_of("text", **shape)["gpt"], NoTokenizer(), TIME) \
         if variant["task"] == "text" else TwoNetworks()
@@ -148,6 +174,12 @@ def run_variant(variant: dict[str, Any], processes: Processes, plan: Any) -> dic
     engine.prepare(objective.networks, lambda module: make_optimizer(module, config.optimizer, variant["precision"]),
                    {"gpt": reads} if reads else None)
     trainer = Trainer(config, objective, engine, loader=None, hooks=[], last_good=lambda: "none")
+    to_come = [each for name in engine.optimizers for each in engine.optimizer_state_to_come(name)]
+    foreseen = engine.bytes_at_rest() + tensor_bytes(to_come)
+    del to_come
+    weighed: list[int] = []
+    if variant["weigh_gradients"]:
+        weigh_after_backward(engine, weighed)
     steps, leaks = [], []
     with torch.autograd.profiler.profile(enabled=variant["count_operations"]) as profile:
         for step in range(variant["steps"]):
@@ -170,6 +202,8 @@ def run_variant(variant: dict[str, Any], processes: Processes, plan: Any) -> dic
     wrapper = next(iter(engine.networks.values()))
     made = next(iter(engine.optimizers.values()))
     return {"steps": steps, "leaks": leaks, "bytes_at_rest": processes.gather(engine.bytes_at_rest()),
+            "bytes_foreseen": processes.gather(foreseen),
+            "gradient_bytes": processes.gather(weighed), "parameters": sum(p.numel() for p in wrapper.parameters()),
             "bytes_while_filled": processes.gather(reads.most_bytes if reads else 0),
             "wrapper": type(wrapper).__name__, "optimizer": type(getattr(made, "optimizer", made)).__name__,
             "stage": wrapper.zero_optimization_stage() if hasattr(wrapper, "zero_optimization_stage") else None,

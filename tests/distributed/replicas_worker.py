@@ -10,6 +10,7 @@ import sys
 import torch
 
 from genscale.cli import main
+from genscale.parallel.averages import local
 from genscale.parallel.exit_together import run_and_leave
 from genscale.training.trainer import Trainer
 
@@ -19,7 +20,7 @@ plain = Trainer.update_averages
 @torch.no_grad()
 def planted(self: Trainer, step: int) -> None:
     if step == 3 and self.processes.rank == 1:
-        next(p for key, p in self.engine.modules["vae"].named_parameters() if key == "encoder.head.bias")[0] += 1e-7
+        local(self.engine.modules["vae"].get_parameter("encoder.head.bias"))[0] += 1e-7
     plain(self, step)
 
 

@@ -134,12 +134,12 @@ def test_the_example_runs() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_whose_processes_come_apart_writes_no_checkpoint_of_it(tmp_path) -> None:
+@pytest.mark.parametrize("spread", [{"parallel.strategy": "ddp"}, {"parallel.strategy": "fsdp2", "parallel.shard_size": 1}])
+def test_a_run_whose_processes_come_apart_writes_no_checkpoint_of_it(spread, tmp_path) -> None:
     """Each looks at its own weights, and the checkpoint would hold some of each."""
     settings = {"model.family": "vae", "data.source": "digits", "data.size": 16, "data.channels": 1, "data.lanes": 12,
                 "data.validation_images": 80, "train.steps": 6, "train.global_batch_size": 12, "train.checkpoint_every": 2,
-                "train.precision": "fp32", "parallel.strategy": "ddp", "tracking.wandb": "disabled", "run.dir": tmp_path,
-                "run.name": "run"}
+                "train.precision": "fp32", "tracking.wandb": "disabled", "run.dir": tmp_path, "run.name": "run", **spread}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
                str(WORKER.with_name("replicas_worker.py")), "train"]
     root = WORKER.parents[2]

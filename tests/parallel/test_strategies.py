@@ -14,7 +14,7 @@ from genscale.families.dcgan.objective import ImageGAN
 from genscale.families.dcgan.settings import GANSettings
 from genscale.objectives.gan_settings import GANObjectiveSettings
 from genscale.parallel.precision import check_float8
-from genscale.parallel.strategies import ParallelPlan, check_combination, check_objective
+from genscale.parallel.strategies import ParallelPlan, check_combination, check_objective, plan_elsewhere
 from genscale.settings.config import ParallelSettings
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -98,3 +98,18 @@ def test_what_else_takes_no_second_backward(settings, norm, processes, words) ->
         return
     with pytest.raises(UserError, match=words):
         check_objective(plan, ParallelSettings(**settings), objective)
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"strategy": "fsdp2", "shard_size": 6}, "parallel.shard_size: 6 does not divide the 8 processes of the run; use 4"),
+    ({"strategy": "fsdp2", "shard_size": 16}, "parallel.shard_size: 16 .*; use 8"),
+    ({"strategy": "ddp", "shard_size": 4}, "parallel.shard_size: 4 has no effect with parallel.strategy ddp"),
+    ({"strategy": "zero2", "reduce_gradients": "every_micro_batch"}, "parallel.reduce_gradients: .*with parallel.strategy zero2"),
+    ({"strategy": "fsdp2", "shard_size": 4}, None)])  # fmt: skip
+def test_groups_of_shards_divide_the_processes(settings, words) -> None:
+    if words is None:
+        plan = plan_elsewhere(ParallelSettings(**settings), "bf16", 8, "adamw")
+        assert plan.copies_of_weights(8) == 2  # one in each group
+        return
+    with pytest.raises(UserError, match=words):
+        plan_elsewhere(ParallelSettings(**settings), "bf16", 8, "adamw")
