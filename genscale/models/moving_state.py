@@ -7,8 +7,6 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from genscale.models.recomputation import is_recomputing
-
 InAverage = Literal["averaged", "copied"]
 """What the moving average of a network's weights does with a buffer: averages it too, or takes it over as it is (the mean of
 two unit vectors is none)."""
@@ -62,6 +60,7 @@ class MovingState(nn.Module):
             the layer looks at `moves`. False for a layer that does not care, which `torch.compile` can then take in.
         all_sum: adds a tensor up over all processes; None where there is one. Set by the engine.
         is_trained: whether the network is the one that is being trained now. Set by the engine.
+        is_recomputed: whether the forward under way is the second one of its batch, made in backward. Set by the engine.
     """
 
     moving: ClassVar[Mapping[str, InAverage]] = {}
@@ -70,13 +69,13 @@ class MovingState(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.all_sum: Callable[[Tensor], Tensor] | None = None
-        self.is_trained = True
+        self.is_trained, self.is_recomputed = True, False
 
     @property
     def moves(self) -> bool:
         """Whether this forward is one that the state follows: in training, of the network that is being trained, and not made
         a second time in backward."""
-        return self.training and self.is_trained and not is_recomputing()
+        return self.training and self.is_trained and not self.is_recomputed
 
     def sum_over_processes(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, on every process. Collective: all must ask for the same sums in the same order."""

@@ -16,8 +16,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from genscale.models.moving_state import moving_layers
-from genscale.models.recomputation import recomputing
+from genscale.models.moving_state import MovingState, moving_layers
 
 aten = torch.ops.aten
 KEPT_OPERATIONS = {
@@ -37,20 +36,28 @@ def _keep_costly(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> 
     return CheckpointPolicy.MUST_SAVE if operation in KEPT_OPERATIONS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def checkpoint_activations(blocks: list[nn.Module], mode: str) -> None:
-    """Make each block recompute its activations in backward. `mode` is none, full or selective."""
-    if mode == "none":
-        return
+def checkpoint_activations(blocks: list[nn.Module], mode: str, compiled: bool = False) -> None:
+    """Make each block recompute its activations in backward. `mode` is none, full or selective.
+
+    Args:
+        compiled: the blocks' forwards are to be compiled. A block is then compiled as a whole, with its recomputation inside,
+            but for one with layers that must know a second forward from a first, whose forward is compiled here, in pieces.
+    """
     # No generator state to preserve: genscale's draws are addressed, not stateful.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_costly)
     for block in blocks:
-        own = dict(options)
-        # Only for those that ask: torch.compile takes no context but a selective one.
-        if any(layer.counts_forwards for layer in moving_layers(block)):
-            own["context_fn"] = partial(_contexts, options.get("context_fn", _no_contexts))
-        block.forward = _checkpointed(block.forward, own)
+        counting = [layer for layer in moving_layers(block) if layer.counts_forwards]
+        if mode == "none" or not counting:
+            if mode != "none":
+                block.forward = _checkpointed(block.forward, options)
+            if compiled:
+                block.compile()
+            continue
+        make = options.get("context_fn", _no_contexts)
+        forward = torch.compile(block.forward) if compiled else block.forward
+        block.forward = _checkpointed(forward, {**options, "context_fn": partial(_contexts, make, counting)})
 
 
 Contexts = tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]
@@ -60,25 +67,27 @@ def _no_contexts() -> Contexts:
     return contextlib.nullcontext(), contextlib.nullcontext()
 
 
-def _contexts(make: Callable[[], Contexts]) -> Contexts:
+def _contexts(make: Callable[[], Contexts], layers: list[MovingState]) -> Contexts:
     """Contexts of forward and recomputation, in the latter of which the layers know that it is one."""
     forward, backward = make()
-    return forward, _Recomputation(backward)
+    return forward, _Recomputation(backward, layers)
 
 
 class _Recomputation:
     """Entered anew by every backward through the block: a gradient penalty takes two."""
 
-    def __init__(self, context: contextlib.AbstractContextManager) -> None:
-        self._context = context
+    def __init__(self, context: contextlib.AbstractContextManager, layers: list[MovingState]) -> None:
+        self._context, self._layers = context, layers
 
     def __enter__(self) -> None:
-        self._stack = contextlib.ExitStack()
-        self._stack.enter_context(self._context)
-        self._stack.enter_context(recomputing())
+        self._context.__enter__()
+        for layer in self._layers:
+            layer.is_recomputed = True
 
     def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
+        for layer in self._layers:
+            layer.is_recomputed = False
+        self._context.__exit__(*error)
 
 
 def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:

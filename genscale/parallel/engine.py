@@ -124,12 +124,10 @@ class Engine(ABC):
             blocks = blocks_of(module)
             if self.precision == "fp8":
                 use_float8(blocks)
-            checkpoint_activations(blocks, self.settings.activation_checkpointing)
             if self.settings.compile:
-                # Blocks differ in their number alone (dropout's stream): one graph for all, not one each until the limit.
-                torch._dynamo.config.allow_unspec_int_on_nn_module = True
-                for block in blocks or [module]:
-                    block.compile()
+                _settle_compiler()
+            checkpoint_activations(blocks or [module], self.settings.activation_checkpointing if blocks else "none",
+                                   self.settings.compile)
             read = weights[name] if weights is not None else None
             if name in self.frozen:
                 module.requires_grad_(False).eval()
@@ -379,6 +377,17 @@ class Engine(ABC):
     @abstractmethod
     def bytes_at_rest(self) -> int:
         """Bytes this process holds between steps in weights, averages and optimizer state (not gradients, not activations)."""
+
+
+def _settle_compiler() -> None:
+    """What compiled blocks ask of torch.compile."""
+    # Blocks differ in their number alone (dropout's stream): one graph for all, not one each until the limit.
+    torch._dynamo.config.allow_unspec_int_on_nn_module = True
+    # A convolutional block has a graph for each size, mode and gradient that is wanted (19 in a GAN of 256 pixels); the block
+    # that is one too many would stay as it is, without a word.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    # DDP's own hooks reduce a block's gradients as it is done: no graph need be cut for that.
+    torch._dynamo.config.optimize_ddp = False
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
