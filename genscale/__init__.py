@@ -3,13 +3,14 @@
 import importlib
 from typing import Any
 
-from genscale.process_settings import keep_memory, wait_longer_if_quiet, wait_shortly
+from genscale.process_settings import keep_memory, let_segments_grow, wait_longer_if_quiet, wait_shortly
 
 __version__ = "0.2.0"
 
 # Here, which runs before anything else of genscale, and before torch.
 wait_shortly()
 keep_memory()
+let_segments_grow()
 
 _HOMES = {"config": "genscale.api", "train": "genscale.api", "load": "genscale.api", "Config": "genscale.settings.config",
           "Hook": "genscale.hook", "every": "genscale.hook",

@@ -1,4 +1,5 @@
-"""What importing genscale sets in a process, before torch is loaded: how idle threads wait, and what malloc keeps."""
+"""What importing genscale sets in a process, before torch is loaded: how idle threads wait, what malloc keeps, and how a GPU's
+allocator grows."""
 
 from __future__ import annotations
 
@@ -77,6 +78,16 @@ def look() -> Look | None:
 def _threads(cores: int) -> int:
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     return int(first) if first.isdecimal() else cores
+
+
+ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"
+
+
+def let_segments_grow() -> None:
+    """Have torch's allocator on a GPU lengthen its segments, unless the user has said what it is to do: micro-batches and
+    phases of many sizes otherwise leave gaps that nothing fits into, and a run is out of memory that has enough of it."""
+    if not set(ALLOCATOR) & os.environ.keys():
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def keep_memory() -> None:

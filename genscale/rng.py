@@ -157,7 +157,7 @@ class Draws:
         """One 64-bit number a sample, int64 `(batch,)`, for noise that is made on the device from a counter."""
         numbers = [int.from_bytes(_digest(self.seed, (self.scope, stream, self.step, g))[:8], "little", signed=True)
                    for g in self.samples.tolist()]
-        return torch.tensor(numbers, dtype=torch.int64).to(self.device, non_blocking=True)
+        return _sent(torch.tensor(numbers, dtype=torch.int64), self.device)
 
     def _draw(self, kind: Kind, stream: str, shape: tuple[int, ...]) -> torch.Tensor:
         return self.of_steps(kind, stream, shape, [self.step], self.samples.cpu().numpy()[None])[0]
@@ -168,7 +168,14 @@ class Draws:
         digests = [_digest(self.seed, (self.scope, stream, step))[:8] for step in steps]
         keys = np.frombuffer(b"".join(digests), "<u4").reshape(-1, 2).T.astype(np.uint64)
         numbers = _numbers(kind, keys, samples.astype(np.uint64), math.prod(shape))
-        return torch.from_numpy(np.ascontiguousarray(numbers).reshape(*samples.shape, *shape)).to(self.device)
+        return _sent(torch.from_numpy(np.ascontiguousarray(numbers).reshape(*samples.shape, *shape)), self.device)
+
+
+def _sent(numbers: torch.Tensor, device: str | torch.device) -> torch.Tensor:
+    """On the device. A GPU takes them from page-locked memory while the host goes on; torch keeps that until it has."""
+    if torch.device(device).type == "cuda":
+        numbers = numbers.pin_memory()
+    return numbers.to(device, non_blocking=True)
 
 
 class DrawsAhead:

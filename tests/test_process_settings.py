@@ -1,4 +1,5 @@
-"""What importing genscale sets in a process: how threads wait, and what malloc keeps. Real processes, real libraries."""
+"""What importing genscale sets in a process: how threads wait, what malloc keeps, how a GPU's allocator grows. Real processes,
+real libraries."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ print(faults())
 
 def python(code: str, **variables: str) -> subprocess.CompletedProcess:
     clean = {name: value for name, value in os.environ.items()
-             if not name.startswith(("OMP_", "GOMP_", "MALLOC_", "GLIBC_", "LD_PRELOAD"))}
+             if not name.startswith(("OMP_", "GOMP_", "MALLOC_", "GLIBC_", "LD_PRELOAD", "PYTORCH_"))}
     return subprocess.run([sys.executable, "-c", code], env={**clean, "PYTHONPATH": str(ROOT), **variables}, text=True,
                           capture_output=True, check=True)
 
@@ -99,3 +100,11 @@ def test_a_look_counts_the_work_of_this_process():
 def test_malloc_keeps_what_is_freed_unless_the_user_says_otherwise(variables, kept):
     faults = int(python(FREEING, **variables).stdout)
     assert (faults < 100) == kept, faults
+
+
+@pytest.mark.parametrize(("variables", "expected"), [
+    ({}, "expandable_segments:True"), ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+    ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, "None")])
+def test_a_gpu_s_allocator_grows_its_segments_unless_the_user_says_otherwise(variables, expected):
+    done = python("import genscale, os, torch; print(os.environ.get('PYTORCH_ALLOC_CONF'))", **variables)
+    assert (done.stdout.strip(), done.stderr) == (expected, "")

@@ -7,11 +7,12 @@ not have whole is stored flat as "<tensor>@<first element>", and the metadata "s
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,6 +30,9 @@ DTYPES = {name: dtype for dtype, name in TYPES.items()}
 PART = re.compile(r"^(.+)-\d{5}-of-\d{5}$")
 CHUNK = 2**24
 """Bytes that are hashed and written at a time."""
+BLOCK = 2**26
+"""Bytes of host memory that are asked for at a time: torch rounds what a GPU is to copy to up to a power of two, which would
+be up to twice the memory if it were one piece."""
 SYNC_EVERY = 2**30
 """Bytes after which what was written is sent to the disk: all at the end would be one call of many minutes on a slow one."""
 
@@ -57,7 +61,7 @@ class TensorBuffer:
 
     def __init__(self, pinned: bool = False) -> None:
         self._pinned = pinned
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory: list[Tensor] = []  # blocks, one behind the other
         self._size, self._header = 0, b""
 
     @torch.no_grad()
@@ -68,23 +72,37 @@ class TensorBuffer:
         cut = {piece.name: piece.shape for _, piece in present if not piece.whole}
         entries = [(key, piece.values.dtype, piece.shape if piece.whole else (piece.values.numel(),)) for key, piece in present]
         self._header, self._size = _header(entries, {"shapes": json.dumps(cut)} if cut else {})
-        if self._size > self._memory.numel():
-            self._memory = torch.empty(self._size, dtype=torch.uint8, pin_memory=self._pinned)
+        self._reserve(self._size)
         start = 0
         for _, piece in present:
-            values = piece.values
-            if values.numel():
-                place = self._memory[start:start + values.nbytes].view(values.dtype).view(values.shape)
-                place.copy_(values, non_blocking=True)
-            start += values.nbytes
+            values = piece.values.contiguous().reshape(-1).view(torch.uint8)
+            for place in self._places(start, len(values)):
+                place.copy_(values[:len(place)], non_blocking=True)
+                values = values[len(place):]
+            start += piece.values.nbytes
+
+    def _reserve(self, size: int) -> None:
+        if self._memory and len(self._memory[-1]) < min(BLOCK, size - BLOCK * (len(self._memory) - 1)):
+            del self._memory[-1]  # the last one, which was cut to what there was
+        for start in range(BLOCK * len(self._memory), size, BLOCK):
+            self._memory.append(torch.empty(min(BLOCK, size - start), dtype=torch.uint8, pin_memory=self._pinned))
+
+    def _places(self, start: int, size: int) -> Iterator[Tensor]:
+        """The memory of bytes that may lie in several blocks."""
+        end = start + size
+        while start < end:
+            block, offset = divmod(start, BLOCK)
+            stop = min(BLOCK, offset + end - start)
+            yield self._memory[block][offset:stop]
+            start += stop - offset
 
     def write(self, file: Path, progressed: Callable[[], object] = lambda: None) -> dict[str, object]:
         """Write the file, through to the disk; its size and SHA-256. Calls `progressed` now and then. Raises OSError."""
         digest, unsynced = hashlib.sha256(), 0
-        content = self._memory.numpy().data[:self._size]
+        content = (place.numpy().data[at:at + CHUNK] for place in self._places(0, self._size)
+                   for at in range(0, len(place), CHUNK))
         with file.open("wb") as out:
-            chunks: list[bytes | memoryview] = [self._header, *(content[at:at + CHUNK] for at in range(0, self._size, CHUNK))]
-            for chunk in chunks:
+            for chunk in itertools.chain([self._header], content):
                 digest.update(chunk)
                 out.write(chunk)
                 unsynced += len(chunk)

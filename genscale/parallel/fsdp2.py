@@ -26,7 +26,6 @@ from genscale.parallel.pieces import Piece, pieces_of
 from genscale.parallel.precision import DTYPES
 from genscale.parallel.torch_optimizers import is_fused_adamw, skip_by_flag, state_tensors
 
-
 WHOLE_GRADIENTS = 2**30
 """Bytes of a network's gradients that every process may hold whole while it accumulates them."""
 
@@ -73,7 +72,8 @@ class ShardedEngine(Engine):
         self.modules[name] = self.networks[name] = module
 
     def _mesh(self) -> DeviceMesh:
-        """Of all processes; or (groups, processes in a group), neighbours by rank, and so of one machine, in a group."""
+        """One dimension, of all processes; or (groups, processes in a group), where neighbours by rank, and so of one machine, are a
+        group."""
         world, size = self.processes.world_size, self._shard_size
         if size == world:
             return init_device_mesh(self.processes.device.type, (world,))

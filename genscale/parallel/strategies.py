@@ -67,7 +67,7 @@ def plan_parallel(settings: ParallelSettings, precision: str, optimizer: str = "
     plan = ParallelPlan(strategy, resolve_offload(settings.offload, strategy, request), resolve_precision(precision, request),
                         request.world_size, settings.shard_size)
     check_combination(plan, optimizer)
-    _check_sharding(plan, settings)
+    _check_settings(plan, settings)
     return plan
 
 
@@ -80,7 +80,7 @@ def plan_elsewhere(settings: ParallelSettings, precision: str, world_size: int, 
     plan = ParallelPlan(strategy, resolve_offload(settings.offload, strategy, request), precision, world_size,
                         settings.shard_size)
     _check_tested(plan, optimizer)
-    _check_sharding(plan, settings)
+    _check_settings(plan, settings)
     return plan
 
 
@@ -109,7 +109,10 @@ def _check_tested(plan: ParallelPlan, optimizer: str) -> None:
                         "where ZeRO has flat partitions); use parallel.strategy fsdp2 or ddp, or optimizer.name adamw")
 
 
-def _check_sharding(plan: ParallelPlan, settings: ParallelSettings) -> None:
+def _check_settings(plan: ParallelPlan, settings: ParallelSettings) -> None:
+    if plan.precision == "fp8" and not settings.compile:
+        raise UserError("train.precision: fp8 without parallel.compile is not supported (the casts of each product would be "
+                        "kernels of their own, which cost what fp8 saves); set parallel.compile true, or train.precision bf16")
     if plan.strategy != "fsdp2":
         refuse_unheeded("parallel", settings, ["shard_size", "reduce_gradients"], f"parallel.strategy {plan.strategy}")
     size, world = settings.shard_size, plan.world_size

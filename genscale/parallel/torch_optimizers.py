@@ -22,7 +22,8 @@ def state_to_come(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def moments(group: Mapping[str, Any]) -> int:
-    """Tensors of a parameter's size that the state of a parameter group has for each: two with `betas`, else one with momentum."""
+    """Tensors of a parameter's size that the state of this parameter group has for each: two with `betas`, else one with
+    momentum."""
     return 2 if "betas" in group else int(group.get("momentum", 0) > 0)
 
 

@@ -73,7 +73,7 @@ class TrainSettings:
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
     """Arithmetic of forward and backward; weights and optimizer state stay in fp32. auto: what `accelerate launch` was
     configured with, else bf16 where the device computes in it, else fp32. fp8 (Hopper GPUs or newer, with torchao):
-    matrix products of the blocks in fp8, the rest in bf16; use it with parallel.compile."""
+    matrix products of the blocks in fp8, the rest in bf16; it takes parallel.compile."""
     clip: NonNegativeFloat = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it (0 = no clipping)."""
     log_every: PositiveInt = 10

@@ -18,6 +18,9 @@ from torch import nn
 
 from genscale.tracking.run_logging import forget_run
 
+TORCHS_COMPILER = {"allow_unspec_int_on_nn_module": False, "recompile_limit": 8, "optimize_ddp": True}
+"""What an engine changes of torch.compile, as torch has it: asked for before it is loaded, it need not be."""
+
 
 @contextlib.contextmanager
 def process_left_as_found() -> Iterator[None]:
@@ -47,7 +50,7 @@ def process_left_as_found() -> Iterator[None]:
 def _torch_settings() -> dict[str, Any]:
     return {"dtype": torch.get_default_dtype(), "threads": torch.get_num_threads(), "random": torch.get_rng_state(),
             "gradients": torch.is_grad_enabled(), "tf32": torch.backends.cudnn.allow_tf32, "linear": nn.functional.linear,
-            "compiler": _compiler_setting(),
+            "compiler": _compiler_settings(),
             "device": torch.cuda.current_device() if torch.cuda.is_available() and torch.cuda.is_initialized() else None}
 
 
@@ -59,14 +62,15 @@ def _restore_torch(before: dict[str, Any]) -> None:
     nn.functional.linear = before["linear"]  # DeepSpeed's stage 3 leaves its own there
     torch.set_grad_enabled(before["gradients"])
     if (compiler := sys.modules.get("torch._dynamo")) is not None:
-        compiler.config.allow_unspec_int_on_nn_module = before["compiler"]
+        for name, value in before["compiler"].items():
+            setattr(compiler.config, name, value)
     if before["device"] is not None:
         torch.cuda.set_device(before["device"])
 
 
-def _compiler_setting() -> bool:
+def _compiler_settings() -> dict[str, Any]:
     compiler = sys.modules.get("torch._dynamo")
-    return compiler is not None and compiler.config.allow_unspec_int_on_nn_module  # off, as torch has it, before it is loaded
+    return {name: default if compiler is None else getattr(compiler.config, name) for name, default in TORCHS_COMPILER.items()}
 
 
 class _Logging:

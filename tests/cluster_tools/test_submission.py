@@ -68,7 +68,7 @@ def test_a_config_is_checked_for_the_processes_it_will_have(settings, message, c
 
 
 def test_what_only_the_other_machine_can_tell_is_left_to_it(check):
-    check("--train.precision", "fp8", "--train.steps", 5)
+    check("--train.precision", "fp8", "--parallel.compile", "true", "--train.steps", 5)
 
 
 def test_a_run_is_checked_against_the_checkpoint_it_would_go_on_from(check, copied):

@@ -141,7 +141,7 @@ class WatchedReads:
 
 
 def live_tensors() -> list[Tensor]:
-    """All that Python knows of in this process, and their gradients; by type, for some other objects warn when they are asked."""
+    """All that Python knows of in this process, and their gradients; by type, for some other objects warn when asked."""
     gc.collect()
     found = [each for each in gc.get_objects() if issubclass(type(each), Tensor) and not each.is_meta]
     return [local(tensor) for each in found for tensor in (each, each.grad if each.is_leaf else None) if tensor is not None]

@@ -104,7 +104,7 @@ def test_what_else_takes_no_second_backward(settings, norm, processes, words) ->
     ({"strategy": "fsdp2", "shard_size": 6}, "parallel.shard_size: 6 does not divide the 8 processes of the run; use 4"),
     ({"strategy": "fsdp2", "shard_size": 16}, "parallel.shard_size: 16 .*; use 8"),
     ({"strategy": "ddp", "shard_size": 4}, "parallel.shard_size: 4 has no effect with parallel.strategy ddp"),
-    ({"strategy": "zero2", "reduce_gradients": "every_micro_batch"}, "parallel.reduce_gradients: .*with parallel.strategy zero2"),
+    ({"strategy": "zero2", "reduce_gradients": "every_micro_batch"}, "reduce_gradients: .*with parallel.strategy zero2"),
     ({"strategy": "fsdp2", "shard_size": 4}, None)])  # fmt: skip
 def test_groups_of_shards_divide_the_processes(settings, words) -> None:
     if words is None:
