@@ -25,9 +25,10 @@ from genscale.models.batch_norm import BatchNorm
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.parallel import engine as engine_room
 from genscale.parallel.averages import local
-from genscale.parallel.engine import Engine, tensor_bytes
+from genscale.parallel.engine import Engine
 from genscale.parallel.exit_together import run_and_leave
 from genscale.parallel.launch_request import clear_launch_environment
+from genscale.parallel.pieces import tensor_bytes
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import build_engine, plan_parallel
 from genscale.rng import Draws
