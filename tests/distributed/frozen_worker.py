@@ -172,9 +172,9 @@ def run(folder: Path, variant: dict[str, Any], processes: Processes) -> dict[str
     engine_room.fits = lambda *arguments: fits and kept(*arguments)
     plan = plan_parallel(config.parallel, config.train.precision)
     try:
-        with Supervision(config, folder, processes, StopSignal()) as supervision:
+        with Supervision(config.guards.hang_minutes, folder, processes, StopSignal()) as supervision:
             life._train(config, processes, replace(plan, world_size=processes.world_size),
-                        life.derive_accumulation(config, processes.world_size), folder, supervision)
+                        life.derive_accumulation(config.train, processes.world_size), folder, supervision)
     finally:
         engine_room.fits = kept
     engine = made[0]
