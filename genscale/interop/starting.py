@@ -19,7 +19,7 @@ from genscale.interop.huggingface import TOKENIZER, find_folder, open_huggingfac
 from genscale.interop.tokenizer_files import GENERATION_CONFIG
 from genscale.interop.weights import Read
 from genscale.reading import Unreadable, read_yaml
-from genscale.settings.config import Config, ModelSettings
+from genscale.settings.config import Config, DataSettings, ModelSettings
 from genscale.writing import write_whole
 
 FREE = {"family", "from_", "dropout", "attention_dropout", "loss_chunk", "init_std"}
@@ -40,7 +40,7 @@ class StartsFromModel(ModelSettings, Protocol):
     def vocab_size(self) -> int | None: ...
 
 
-def complete_from(config: Config, recorded: Path | None = None) -> tuple[Config, Any]:
+def complete_from(config: Config, recorded: Path | None = None) -> tuple[Config, DataSettings]:
     """The config with `model` and `data.tokenizer` from the model that `model.from` names; without one, as it is.
 
     Args:
