@@ -11,7 +11,7 @@ from genscale.parallel.strategies import build_engine, plan_parallel
 from genscale.settings.config import Config
 from genscale.supervise.signals import StopSignal
 from genscale.training.optimizers import make_optimizer
-from genscale.training.run import averaged_networks
+from genscale.training.setup import averaged_networks
 from genscale.training.trainer import Trainer
 
 from torch import Tensor
@@ -37,7 +37,7 @@ class OurSteps:
         engine = build_engine(plan, self.processes, config.parallel, plan.precision, config.train.clip, micro, batch // micro)
         engine.prepare(self.objective.networks, lambda module: make_optimizer(module, config.optimizer),
                        {name: self.objective.initial_weights(name) for name in self.objective.networks},
-                       averaged_networks(config, self.objective))
+                       averaged_networks(config.train.ema_half_life, config.model.family, self.objective))
         self.loader = StepLoader(self.data, global_batch_size=batch, micro_batch_size=micro, rank=0, world_size=1,
                                  workers=config.data.workers, prefetch_steps=config.data.prefetch_steps,
                                  pin_memory=self.processes.device.type == "cuda")

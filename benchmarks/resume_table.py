@@ -82,7 +82,8 @@ def work(cells: list[Cell], folder: Path) -> None:
     from genscale.settings.parser import parse_config
     from genscale.supervise.signals import StopSignal
     from genscale.supervise.supervision import Supervision
-    from genscale.training.run import _train, derive_accumulation
+    from genscale.training.run import _train
+    from genscale.training.setup import derive_accumulation
 
     jobs = []
     for cell in cells:
@@ -99,8 +100,8 @@ def work(cells: list[Cell], folder: Path) -> None:
         config = plan.settled(config)
         run = folder / config.run.name
         began = time.perf_counter()
-        with StopSignal() as stop, Supervision(config, run, processes, stop) as supervision:
-            _train(config, processes, plan, derive_accumulation(config, plan.world_size), run, supervision)
+        with StopSignal() as stop, Supervision(config.guards.hang_minutes, run, processes, stop) as supervision:
+            _train(config, processes, plan, derive_accumulation(config.train, plan.world_size), run, supervision)
         gc.collect()
         if processes.is_main:
             print(f"{config.run.name}: {time.perf_counter() - began:.1f} s", flush=True)

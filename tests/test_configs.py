@@ -12,7 +12,7 @@ from genscale.families import FAMILIES, family
 from genscale.families.gpt.network import GPT
 from genscale.settings.parser import load_config
 from genscale.supervise.run_folder import config_yaml
-from genscale.training.run import derive_accumulation
+from genscale.training.setup import derive_accumulation
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -22,7 +22,7 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 def test_a_shipped_config_parses_and_builds(path, tmp_path):
     config = load_config(FAMILIES, path)
     assert config.run.name != "run", "each config names its run"
-    derive_accumulation(config, 1)
+    derive_accumulation(config.train, 1)
     if config.model.family == "gpt" and not Path(ROOT, config.data.tokenizer).exists():
         ByteTokenizer().save(tmp_path / "tokenizer.json")  # stands in for one that has to be fetched
     with torch.device("meta"):  # shapes, not memory

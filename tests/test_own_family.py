@@ -145,10 +145,12 @@ def mine(tmp_path) -> Iterator[Path]:
 @pytest.mark.slow
 def test_a_network_drawn_anew_by_each_process_begins_alike(mine, genscale, genscale_process, tmp_path):
     """Else each process would train weights and constants of its own, without a word."""
-    assert genscale(*words("mine", tmp_path / "1", 1, **SHORT)).code == 0
-    outcome = genscale_process(*words("mine", tmp_path / "2", 2, **SHORT), command=(sys.executable, str(mine)))
-    assert outcome.code == 0, outcome.err
-    same_run(tmp_path / "2", tmp_path / "1")
+    for steps in (4, 6):  # and goes on alike, where a checkpoint gives the weights alone
+        settings = {"train.steps": steps}
+        assert genscale(*words("mine", tmp_path / "1", 1, **settings)).code == 0
+        outcome = genscale_process(*words("mine", tmp_path / "2", 2, **settings), command=(sys.executable, str(mine)))
+        assert outcome.code == 0, outcome.err
+        same_run(tmp_path / "2", tmp_path / "1")
 
 
 def test_a_registered_family_has_every_verb_but_a_job(mine, genscale, tmp_path):

@@ -23,8 +23,8 @@ from genscale import errors, exit_codes, hook, rng
 from genscale.cli import VERBS, main
 from genscale.data import lanes, map_data, shard_data
 from genscale.families import FAMILIES, entry, own
-from genscale.inspection import check_family
-from genscale.models import initial_draw, moving_state
+from genscale.inspection import check_family, family_report
+from genscale.models import initial_draw, initial_weights, moving_state
 from genscale.objectives import base, capabilities
 from genscale.testing import processes, toy
 from genscale.verbs import checkpoint, data, slurm
@@ -32,8 +32,8 @@ from genscale.verbs import checkpoint, data, slurm
 FOLDER = Path(__file__).resolve().parent
 CONTRACT: dict[ModuleType, tuple[str, ...]] = {
     base: (), entry: (), capabilities: (), own: ("SimpleObjective", "make_family"), lanes: (), map_data: ("MapData",),
-    shard_data: ("ShardData",), hook: (), moving_state: (), initial_draw: (),
-    check_family: ("check_family", "FamilyReport", "Check"), processes: (), toy: (), errors: ("UserError",),
+    shard_data: ("ShardData",), hook: (), moving_state: (), initial_weights: ("InitialWeights",), initial_draw: (),
+    check_family: ("check_family",), family_report: ("FamilyReport", "Check"), processes: (), toy: (), errors: ("UserError",),
     rng: ("Draws", "numpy_generator", "torch_generator", "permutation"),
 }  # fmt: skip
 """The modules that a family of one's own is written against, and the names meant for it where those are not all."""

@@ -20,7 +20,7 @@ from genscale.cluster.node_checks import (
 from genscale.cluster.promised_devices import check_promised
 from genscale.cluster.storage_checks import QUICK_BYTES, SPEED_BYTES, check_run_folder
 from genscale.errors import UserError
-from genscale.settings.config import Config
+from genscale.settings.config import Config, DataSettings, TrackingSettings
 
 NODE_SECONDS = 30.0
 """Longest wait for what a sound node answers within one."""
@@ -75,7 +75,7 @@ def job_check(run_folder: Path, workers: int = 0, seconds: float = 60) -> list[C
     return check_nodes(hosts, run_folder, workers, seconds) if len(hosts) > 1 else quick_check(run_folder, workers)
 
 
-def submission_check(config: Config, run_folder: Path, nodes: int) -> list[Check]:
+def submission_check(tracking: TrackingSettings, run_folder: Path, nodes: int) -> list[Check]:
     """What can be told on the login node before a job is submitted, besides what `check_config` finds: whether the run folder
     takes what a run writes and may be shared, and whether W&B is within reach.
 
@@ -83,7 +83,7 @@ def submission_check(config: Config, run_folder: Path, nodes: int) -> list[Check
         nodes: that the job will have.
     """
     return run_checks([("versions", check_versions), ("run folder", lambda: check_run_folder(run_folder, QUICK_BYTES, nodes)),
-                       ("W&B", lambda: _wandb(config))], NODE_SECONDS)
+                       ("W&B", lambda: _wandb(tracking))], NODE_SECONDS)
 
 
 def full_check(run_folder: Path, config: Config | None) -> list[Check]:
@@ -110,11 +110,11 @@ def group_check(run_folder: Path, config: Config | None, quick: bool) -> list[Ch
         return [*own, answer] if rank == 0 or answer.host == host_name() else []
     own += run_checks([("torch", lambda: check_computing(local_rank))], SOURCE_SECONDS)
     if config and local_rank == 0 and not quick:
-        own += run_checks([("data", lambda: _data(config))], SOURCE_SECONDS)
+        own += run_checks([("data", lambda: _data(config.data))], SOURCE_SECONDS)
     found = _together(run_folder, own, answer)
     del store  # until now it was where they met
     if rank == 0 and not quick:
-        found += run_checks([("W&B", lambda: _wandb(config))], SOURCE_SECONDS)
+        found += run_checks([("W&B", lambda: _wandb(config and config.tracking))], SOURCE_SECONDS)
     return found
 
 
@@ -145,22 +145,24 @@ def _together(run_folder: Path, own: list[Check], came: Check) -> list[Check]:
 
 
 def _reach(config: Config | None) -> list[tuple[str, Callable[[], Iterator[Check]]]]:
-    return [("data", lambda: _data(config)), ("W&B", lambda: _wandb(config))] if config else [("W&B", lambda: _wandb(None))]
+    if config is None:
+        return [("W&B", lambda: _wandb(None))]
+    return [("data", lambda: _data(config.data)), ("W&B", lambda: _wandb(config.tracking))]
 
 
-def _data(config: Config) -> Iterator[Check]:
+def _data(settings: DataSettings) -> Iterator[Check]:
     from genscale.data.reachability import reach
 
     try:
-        for line in reach(config.data):
+        for line in reach(settings):
             yield Check("data", "ok", line, host=host_name())
     except UserError as error:
         found, _, advice = str(error).rpartition("; ")
         yield Check("data", "failure", found or advice, advice if found else "mend the setting", host_name())
 
 
-def _wandb(config: Config | None) -> Iterator[Check]:
-    mode = config.tracking.wandb if config else "online"
+def _wandb(settings: TrackingSettings | None) -> Iterator[Check]:
+    mode = settings.wandb if settings else "online"
     if mode == "disabled":
         yield Check("W&B", "ok", "disabled")
         return
@@ -173,8 +175,8 @@ def _wandb(config: Config | None) -> Iterator[Check]:
         yield Check("W&B", "ok", f"{check_server()} answers")
     except UserError as error:
         # Where no run is named, it may be one of those that do not mind: offline is the default.
-        yield Check("W&B", "warning" if config else "ok", str(error), "set tracking.wandb to offline, and `genscale sync RUN` "
-                    "later where there is internet")
+        yield Check("W&B", "warning" if settings else "ok", str(error), "set tracking.wandb to offline, and `genscale sync "
+                    "RUN` later where there is internet")
 
 
 def _short(error: Exception) -> str:

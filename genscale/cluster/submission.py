@@ -9,26 +9,23 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_type_hints
 
 from genscale.checkpoint.code_version import code_in
 from genscale.cluster import slurm_commands
-from genscale.cluster.before_submission import check_is_free, check_launch_file, check_setup, wait_for
+from genscale.cluster.before_submission import check_is_free, check_launch_file, check_setup
 from genscale.cluster.doctor import submission_check
-from genscale.cluster.job import Job, JobSettings, is_unlimited, no_time_limit, settle
+from genscale.cluster.job import JobSettings
 from genscale.cluster.job_records import Submitted, new_folder, record
 from genscale.cluster.partition import check_fits, find_partition
-from genscale.cluster.script import Training, render
-from genscale.cluster.site import Site, read_site
+from genscale.cluster.prepared_job import Prepared, check_configs, prepare_job, without
+from genscale.cluster.script import render
 from genscale.cluster.snapshot import Snapshot, take
 from genscale.errors import UserError
-from genscale.families import FAMILIES
-from genscale.masking import has_mask
-from genscale.settings.config import Config, RunSettings
-from genscale.settings.parser import parse_config, parse_settings
+from genscale.settings.parser import parse_settings
 from genscale.writing import make_folder
 
 OF_THIS_JOB = ("--config", "--array", "--after", "--begin", "--dependency")
@@ -54,31 +51,10 @@ class SubmitSettings(JobSettings):
     """Let each life of the job run genscale as it finds it then (default: a copy of it as it is now, kept with the job)."""
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A job with all that its script is made of.
-
-    Attributes:
-        folder: that of the run; of an array, what the names of its runs begin with.
-        configs: of every run, one for each value of an array.
-    """
-
-    job: Job
-    site: Site
-    training: Training
-    folder: Path
-    configs: list[Config]
-
-    def runs(self) -> list[Path]:
-        from genscale.supervise.run_folder import run_folder  # here and below: loads torch, which --help need not wait for
-
-        return [run_folder(config) for config in self.configs]
-
-
 def print_script(arguments: Sequence[str], settings: Sequence[str]) -> int:
     """genscale slurm render. Raises UserError."""
     asked = parse_settings(RenderSettings, _gathered(arguments), "genscale slurm render", "Write the script of a job.")
-    prepared = _prepare(asked, settings)
+    prepared = prepare_job(asked, settings)
     script = render(prepared.job, prepared.site, prepared.training)
     if asked.out is None:
         print(script, end="")
@@ -88,28 +64,6 @@ def print_script(arguments: Sequence[str], settings: Sequence[str]) -> int:
     except OSError as error:
         raise UserError(f"--out: cannot write {asked.out} ({error.strerror})") from None
     print(asked.out)
-    return 0
-
-
-def submit(arguments: Sequence[str], settings: Sequence[str]) -> int:
-    """genscale slurm submit. Raises UserError, and then nothing is submitted."""
-    asked = parse_settings(SubmitSettings, _gathered(arguments), "genscale slurm submit",
-                           "Submit a run, or an array of runs, to Slurm.")
-    slurm_commands.need("sbatch")
-    again = _without([word for word in arguments if word.partition("=")[0] != "--dry-run"], OF_THIS_JOB)
-    prepared = _prepare(asked, settings, shlex.join(again))
-    _check(prepared, asked.no_snapshot)
-    snapshot = None if asked.no_snapshot else take(prepared.folder, prepared.job.launcher == "accelerate")
-    if asked.dry_run:
-        code = str(snapshot.place) if snapshot else None
-        script = render(prepared.job, prepared.site, replace(prepared.training, code=code), _output(prepared))
-        print(script)
-        with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
-            file.write(script)
-            file.flush()
-            print(slurm_commands.submit(file.name, test_only=True))
-        return 0
-    _keep_and_submit(prepared, snapshot)
     return 0
 
 
@@ -129,58 +83,26 @@ def _gathered(arguments: Sequence[str]) -> list[str]:
     return rest + [f"{flag}={json.dumps(given)}" for flag, given in values.items() if given]
 
 
-def _prepare(asked: JobSettings, settings: Sequence[str], submitted_with: str | None = None) -> Prepared:
-    if not asked.config:
-        raise UserError("--config: name the YAML file of the run, or one that `genscale configs` lists, as --config gpt/demo")
-    from genscale.supervise.run_folder import run_folder
-    from genscale.supervise.supervision import group_timeout_minutes
-
-    site = read_site(asked.site)
-    words = ["--config", asked.config, *settings]
-    config = parse_config(FAMILIES, words)
-    if FAMILIES.is_registered(config.model.family):
-        raise UserError(f"model.family: '{config.model.family}' is known to {FAMILIES.script} alone, and a job runs genscale; "
-                        "make it an installed package with an entry point genscale.families, or call `srun python "
-                        f"{FAMILIES.script} train ...` in a script of your own")
-    if (scratch := site.scratch_folder()) and config.run.dir == RunSettings().dir:
-        config = replace(config, run=replace(config.run, dir=f"{scratch}/{config.run.dir}"))
-    if is_unlimited(asked.time):
-        partition = find_partition(asked.partition or site.partition) if shutil.which("sinfo") else None
-        raise UserError(no_time_limit(asked.time, partition.time if partition else None))
-    if asked.after:
-        asked.dependency = ",".join(filter(None, (asked.dependency, wait_for(asked.after)))) or None
-    job = settle(asked, site, config.run.name)
-    folder = run_folder(config)
-    if not str(folder).isprintable() or {"'", "\\"} & set(str(folder)):  # after a \ sbatch leaves %j as it is
-        raise UserError(f"run.dir: {str(folder)!r} is not a path that a job's script can hold; choose another")
-    configs = [config]
-    if array := job.array:
-        configs = []
-        for element in array.elements():
-            own = [f"--{key}={value}" for key, value in array.settings_of(element).items()]
-            one = parse_config(FAMILIES, [*words, *own])
-            run = replace(one.run, dir=config.run.dir, name=array.name_of(config.run.name, element))
-            configs.append(replace(one, run=run))
-        if len(names := {each.run.name for each in configs}) < len(configs):
-            raise UserError(f"--array: its {len(configs)} runs would have {len(names)} names, for values look alike in the "
-                            "name of a folder")
-    training = Training(asked.config, str(folder), _without(settings, ("--run.name", "--run.dir")),
-                        int(60 * max(group_timeout_minutes(each.guards.hang_minutes) for each in configs)),
-                        config.run.resume == "auto", max(each.data.workers for each in configs), submitted_with)
-    prepared = Prepared(job, site, training, folder, configs)
-    _check_configs(prepared, _check_has_no_token)
-    return prepared
-
-
-def _without(settings: Sequence[str], flags: Sequence[str]) -> list[str]:
-    """The words without those flags and their values."""
-    kept, words = [], iter(settings)
-    for word in words:
-        if word.partition("=")[0] not in flags:
-            kept.append(word)
-        elif "=" not in word:
-            next(words, None)
-    return kept
+def submit(arguments: Sequence[str], settings: Sequence[str]) -> int:
+    """genscale slurm submit. Raises UserError, and then nothing is submitted."""
+    asked = parse_settings(SubmitSettings, _gathered(arguments), "genscale slurm submit",
+                           "Submit a run, or an array of runs, to Slurm.")
+    slurm_commands.need("sbatch")
+    again = without([word for word in arguments if word.partition("=")[0] != "--dry-run"], OF_THIS_JOB)
+    prepared = prepare_job(asked, settings, shlex.join(again))
+    _check(prepared, asked.no_snapshot)
+    snapshot = None if asked.no_snapshot else take(prepared.folder, prepared.job.launcher == "accelerate")
+    if asked.dry_run:
+        code = str(snapshot.place) if snapshot else None
+        script = render(prepared.job, prepared.site, replace(prepared.training, code=code), _output(prepared))
+        print(script)
+        with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
+            file.write(script)
+            file.flush()
+            print(slurm_commands.submit(file.name, test_only=True))
+        return 0
+    _keep_and_submit(prepared, snapshot)
+    return 0
 
 
 def _check(prepared: Prepared, no_snapshot: bool) -> None:
@@ -195,40 +117,15 @@ def _check(prepared: Prepared, no_snapshot: bool) -> None:
     waiting = slurm_commands.queue()
     for run in prepared.runs():
         check_is_free(run, waiting)
-    _check_configs(prepared, lambda config: check_config(config, job.world_size))
-    for config in {each.tracking.wandb: each for each in prepared.configs}.values():  # of a config it asks for W&B alone
-        for check in submission_check(config, prepared.folder, job.nodes):
+    check_configs(prepared, lambda config: check_config(config, job.world_size))
+    for tracking in {each.tracking.wandb: each.tracking for each in prepared.configs}.values():
+        for check in submission_check(tracking, prepared.folder, job.nodes):
             if check.state == "failure":
                 raise UserError(f"{check.name}: {check.found}; {check.remedy}")
             if check.state == "warning":
                 print(f"warning: {check.name}: {check.found}; {check.remedy}", file=sys.stderr)
     if not job.container:
         check_setup(site)
-
-
-def _check_configs(prepared: Prepared, check: Callable[[Config], None]) -> None:
-    """Each run's; of runs that differ by their seed alone the first speaks for all, but for those that would go on."""
-    array, seen = prepared.job.array, set()
-    elements = array.elements() if array else [()]
-    for config, run, element in zip(prepared.configs, prepared.runs(), elements, strict=True):
-        others = tuple((key, value) for key, value in array.settings_of(element).items() if key != "run.seed") if array else ()
-        if others in seen and not run.exists():
-            continue
-        seen.add(others)
-        try:
-            check(config)
-        except UserError as error:
-            if array is None:
-                raise
-            raise UserError(f"--array: {array.in_words(element)}: {error}") from None
-
-
-def _check_has_no_token(config: Config) -> None:
-    from genscale.supervise.run_folder import config_yaml
-
-    if masked := next((line.strip() for line in config_yaml(config).splitlines() if has_mask(line)), None):
-        raise UserError(f"{masked}: an address with a token cannot be kept with a job; put the token where the library "
-                        "looks for it (HF_TOKEN, ~/.netrc), and leave it out here")
 
 
 def log_of(output: str, job: str) -> str:

@@ -11,7 +11,7 @@ import http.client
 import io
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextvars import ContextVar
 from functools import cache, lru_cache
 from typing import Any
@@ -120,8 +120,8 @@ class _Adapter(requests.adapters.HTTPAdapter):
 
 
 class _Session(requests.Session):
-    def resolve_redirects(self, *_: Any, **__: Any) -> Iterator[requests.Response]:
-        return iter(())  # it reads the bodies of redirects, however long they are
+    def resolve_redirects(self, *_: Any, **__: Any) -> Generator[requests.Response, None, None]:
+        yield from ()  # it reads the bodies of redirects, however long they are
 
 
 @lru_cache(maxsize=1)

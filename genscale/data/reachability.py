@@ -11,7 +11,8 @@ from genscale.data.folders import refuse_no_file
 from genscale.data.images import sources as image_sources
 from genscale.data.images.data import image_specs
 from genscale.data.images.settings import DIGITS, ImageDataSettings
-from genscale.data.images.shards import ImageSpec, look
+from genscale.data.images.shards import look
+from genscale.data.images.spec import ImageSpec
 from genscale.data.source_file import is_url
 from genscale.data.spec import Spec
 from genscale.data.text.settings import TextDataSettings, readings, validation_reading

@@ -29,7 +29,7 @@ from genscale.supervise.signals import StopSignal
 from genscale.tracking.run_logging import setup_logging
 from genscale.training.phase_outcome import PhaseOutcome
 from genscale.training.replicas import has_undeclared
-from genscale.training.run import derive_accumulation, open_loader, open_objective, prepare
+from genscale.training.setup import averaged_networks, derive_accumulation, open_loader, open_objective, prepare
 from genscale.training.trainer import MicroBatches, Trainer
 
 
@@ -43,7 +43,7 @@ def audit(config: Config, steps: int) -> bool:
     """
     plan = plan_parallel(config.parallel, config.train.precision, config.optimizer.name)
     config = plan.settled(config)
-    shape = derive_accumulation(config, plan.world_size)
+    shape = derive_accumulation(config.train, plan.world_size)
     clear_launch_environment()
     processes = Processes(need_group=plan.needs_group)
     try:
@@ -66,8 +66,10 @@ def _audit(config: Config, steps: int, processes: Processes, plan: ParallelPlan,
         objective = open_objective(config, processes, plan, data)
         engine = build_engine(plan, processes, config.parallel, config.train.precision, config.train.clip, micro_batch_size,
                               accumulation)
-        prepare(config, engine, objective, None, processes.all_do(lambda: weights_from(config)))
-        loader = open_loader(config, data, processes, micro_batch_size)
+        averaged = averaged_networks(config.train.ema_half_life, config.model.family, objective)
+        pretrained = processes.all_do(lambda: weights_from(config.model))
+        prepare(engine, objective, config.optimizer, averaged, None, pretrained)
+        loader = open_loader(data, config.data, config.train.global_batch_size, micro_batch_size, processes)
         return AuditedTrainer(config, objective, engine, loader, steps, plan.strategy).watch()
     finally:
         if loader is not None:

@@ -13,23 +13,21 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from genscale.checkpoint.checkpoints import Checkpoint, latest_valid, list_checkpoints
 from genscale.errors import UserError
 from genscale.families import FAMILIES, family
-from genscale.inspection.audit_report import UNEQUAL, counted, listed
-from genscale.inspection.checkpoint_comparison import compare_checkpoints
-from genscale.inspection.comparison import ROUNDING, Comparison, compare_runs
+from genscale.inspection.audit_report import UNEQUAL, listed
+from genscale.inspection.comparison import compare_runs
+from genscale.inspection.family_report import Check, FamilyReport, row_of, same_run
 from genscale.inspection.loss_laws import LossFindings, look_at_losses
 from genscale.settings.config import Config, Strategy
 from genscale.settings.keys import as_key
 from genscale.settings.parser import parse_config
 from genscale.testing.processes import Outcome, run, start
 
-State = Literal["ok", "refused", "failed", "left out"]
 STEPS, CHECKPOINT_EVERY, BATCH = 8, 4, 8
 ENDLESS = 100_000
 """Steps of the run that is killed; it is not given the time for more than a few."""
@@ -47,50 +45,6 @@ SHOWN = 80
 """Characters of what was sampled."""
 TIMEOUT = 300
 """Seconds for one run."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One row.
-
-    Attributes:
-        name: what was asked.
-        state: ok, failed; refused, where genscale says itself that the combination is not possible; left out, where the family
-            has no such thing.
-        figure: what was measured, or the reason.
-    """
-
-    name: str
-    state: State
-    figure: str
-
-    def __str__(self) -> str:
-        return f"  {self.name:<25}{self.state:<10}{self.figure}"
-
-
-@dataclass(frozen=True)
-class FamilyReport:
-    """All rows.
-
-    Attributes:
-        seconds: how long it took.
-    """
-
-    family: str
-    checks: list[Check]
-    seconds: float
-
-    @property
-    def passed(self) -> bool:
-        """Nothing has failed."""
-        return all(check.state != "failed" for check in self.checks)
-
-    def summary(self) -> str:
-        """The last line."""
-        counts = {state: sum(check.state == state for check in self.checks) for state in get_args(State)}
-        told = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
-        return (f"family {self.family} {'keeps' if self.passed else 'BREAKS'} the promise: {told} of "
-                f"{counted(len(self.checks), 'check')}, in {self.seconds:.0f} s")
 
 
 def check_family(name: str, config: Path | str | None = None, settings: Mapping[str, Any] | None = None, *,
@@ -195,15 +149,15 @@ class _Runs:
 
     def _losses(self, losses: LossFindings) -> Iterator[Check]:
         weights = f"{losses.tensors} tensors, {losses.values:,} values, each drawn by seed and name"
-        yield _check("initial weights", losses.weights, weights)
+        yield row_of("initial weights", losses.weights, weights)
         if losses.weights:
             return
         terms = "; ".join(f"{phase}: {', '.join(names)}" for phase, names in losses.terms.items())
-        yield _check("draws", losses.draws, f"no other chance reaches {terms}")
+        yield row_of("draws", losses.draws, f"no other chance reaches {terms}")
         if losses.couples_samples:
             yield Check("sums", "left out", "its losses depend on which samples share a micro-batch (couples_samples)")
         else:
-            yield _check("sums", losses.sums, "each term of a batch is the sum of those of its halves")
+            yield row_of("sums", losses.sums, "each term of a batch is the sum of those of its halves")
 
     def _audit(self) -> Iterator[Check]:
         done = self.train("audit", 2, "--audit", 2)
@@ -213,8 +167,8 @@ class _Runs:
             return
         unequal = [fault for fault in faults if UNEQUAL in fault]
         said = next((line for line in done.out.splitlines() if " in 2 steps; " in line), "")
-        yield _check("audit", [fault for fault in faults if fault not in unequal], said)
-        yield _check("replicas", unequal, "two processes hold equal weights and buffers after 2 steps")
+        yield row_of("audit", [fault for fault in faults if fault not in unequal], said)
+        yield row_of("replicas", unequal, "two processes hold equal weights and buffers after 2 steps")
 
     def _killed_and_spread(self) -> Iterator[Check]:
         """A run is killed first, so that the one that is not can be made as long as it came to be."""
@@ -299,23 +253,3 @@ class _Runs:
         lines = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
         name = next(key for key in lines[0] if key == "loss" or key.endswith("/loss"))
         return f"{name} {lines[0][name]:.6g} to {next(line[name] for line in reversed(lines) if name in line):.6g}"
-
-
-def same_run(title: str, one: Path, other: Path) -> Check:
-    """A row that says whether two run folders hold the same run but for rounding."""
-    try:
-        comparison: Comparison = compare_runs(one, other)
-    except UserError as error:
-        return Check(title, "failed", str(error))
-    if comparison.beyond is not None:
-        return Check(title, "failed", comparison.verdict)
-    steps, apart = compare_checkpoints(one / "checkpoints", other / "checkpoints")
-    equal = f"weights equal to the bit at {listed([str(step) for step in steps])}"
-    weights = f"{apart.of} of step {apart.step} within {apart.relative:.0e}" if apart else equal
-    if apart is not None and apart.relative > 100 * ROUNDING["fp32"]:
-        return Check(title, "failed", f"losses agree, and the checkpoints do not: {apart}")
-    return Check(title, "ok", f"losses within {comparison.largest:.1e} over {counted(comparison.compared, 'step')}, {weights}")
-
-
-def _check(title: str, faults: list[str], fine: str) -> Check:
-    return Check(title, "failed", listed(faults)) if faults else Check(title, "ok", fine)

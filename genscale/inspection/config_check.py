@@ -11,7 +11,7 @@ from genscale.interop.starting import complete_from
 from genscale.parallel.strategies import check_objective, plan_elsewhere
 from genscale.settings.config import Config
 from genscale.supervise.run_folder import check_may_continue, check_same_accumulation, recorded_in, run_folder
-from genscale.training.run import (
+from genscale.training.setup import (
     averaged_networks,
     check_learning_rates,
     check_same_networks,
@@ -29,8 +29,8 @@ def check_config(config: Config, world_size: int) -> None:
     """
     check_settings(config)
     plan = plan_elsewhere(config.parallel, config.train.precision, world_size, config.optimizer.name)
-    _, accumulation = derive_accumulation(config, world_size)
-    recorded = recorded_in(run_folder(config), config.run.resume)
+    _, accumulation = derive_accumulation(config.train, world_size)
+    recorded = recorded_in(run_folder(config.run), config.run.resume)
     chosen = family(config.model.family)
     config, data_settings = complete_from(config, recorded)
     data = chosen.build_data(data_settings, config.run.seed)
@@ -38,11 +38,11 @@ def check_config(config: Config, world_size: int) -> None:
         data.check(config.train.global_batch_size)
         objective = chosen.build_objective(config, data)
         check_objective(plan, config.parallel, objective)
-        check_learning_rates(config, objective)
-        averaged_networks(config, objective)
+        check_learning_rates(config.optimizer, config.model.family, objective)
+        averaged_networks(config.train.ema_half_life, config.model.family, objective)
         if recorded is None and config.run.resume not in ("auto", "never"):
             raise UserError(f"run.resume: '{config.run.resume}' is not a checkpoint folder; use auto, never, or a path like "
-                            f"{run_folder(config) / 'checkpoints' / 'step-00000100'}")
+                            f"{run_folder(config.run) / 'checkpoints' / 'step-00000100'}")
         if recorded is not None:
             checkpoint = Checkpoint(recorded)
             if config.train.precision == "auto":  # which the other machines settle, as they did before

@@ -21,7 +21,7 @@ from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import build_engine, plan_parallel
 from genscale.rng import Draws
 from genscale.settings.config import Config
-from genscale.training.run import derive_accumulation, open_loader, open_objective, prepare
+from genscale.training.setup import averaged_networks, derive_accumulation, open_loader, open_objective, prepare
 
 ROUNDING_OF_SUMS = 1e-4
 """Largest difference between the terms of a batch and the sum of those of its halves, relative to these, in fp32."""
@@ -58,7 +58,7 @@ def look_at_losses(config: Config) -> LossFindings:
         UserError: as `train` does before its first step.
     """
     plan = plan_parallel(config.parallel, config.train.precision, config.optimizer.name)
-    micro_batch_size, accumulation = derive_accumulation(config, 1)
+    micro_batch_size, accumulation = derive_accumulation(config.train, 1)
     processes = Processes(need_group=plan.needs_group)
     data = loader = None
     try:
@@ -70,8 +70,9 @@ def look_at_losses(config: Config) -> LossFindings:
             return found
         engine = build_engine(plan, processes, config.parallel, config.train.precision, config.train.clip, micro_batch_size,
                               accumulation)
-        prepare(config, engine, objective, None, None)
-        loader = open_loader(config, data, processes, micro_batch_size)
+        averaged = averaged_networks(config.train.ema_half_life, config.model.family, objective)
+        prepare(engine, objective, config.optimizer, averaged, None, None)
+        loader = open_loader(data, config.data, config.train.global_batch_size, micro_batch_size, processes)
         batch = loader.next_batch()[0]
         for phase in objective.phases:
             _look_at_phase(engine, phase, batch, config.run.seed, found)

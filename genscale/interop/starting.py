@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,14 +19,28 @@ from genscale.interop.huggingface import TOKENIZER, find_folder, open_huggingfac
 from genscale.interop.tokenizer_files import GENERATION_CONFIG
 from genscale.interop.weights import Read
 from genscale.reading import Unreadable, read_yaml
-from genscale.settings.config import Config
+from genscale.settings.config import Config, DataSettings, ModelSettings
 from genscale.writing import write_whole
 
 FREE = {"family", "from_", "dropout", "attention_dropout", "loss_chunk", "init_std"}
 """Settings that are the run's own whatever it starts from."""
 
 
-def complete_from(config: Config, recorded: Path | None = None) -> tuple[Config, Any]:
+@runtime_checkable
+class StartsFromModel(ModelSettings, Protocol):
+    """The `model` section of a family that can start from a Hugging Face model."""
+
+    @property
+    def from_(self) -> str | None: ...
+
+    @property
+    def positions(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int | None: ...
+
+
+def complete_from(config: Config, recorded: Path | None = None) -> tuple[Config, DataSettings]:
     """The config with `model` and `data.tokenizer` from the model that `model.from` names; without one, as it is.
 
     Args:
@@ -51,12 +65,12 @@ def complete_from(config: Config, recorded: Path | None = None) -> tuple[Config,
     config = dataclasses.replace(config, model=_merged(config.model, shape, name))
     defaults = {field.name: field.default for field in dataclasses.fields(config.data)}
     if config.data.tokenizer not in (defaults["tokenizer"], name):
-        _check_rows(config, config.data.tokenizer)
+        _check_rows(config.model, config.data.tokenizer, config.data.tokenizer)
         return config, config.data
     if not tokenizer.is_file():
         raise UserError(f"model.from: {name} holds no {TOKENIZER}; set data.tokenizer to the one that it was trained with")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=name))
-    _check_rows(config, str(tokenizer))
+    _check_rows(config.model, name, str(tokenizer))
     return config, dataclasses.replace(config.data, tokenizer=str(tokenizer))
 
 
@@ -96,16 +110,17 @@ def _merged(ours: Any, shape: dict[str, Any], name: str) -> Any:
     return dataclasses.replace(ours, **filled)
 
 
-def _check_rows(config: Config, tokenizer: str) -> None:
-    ids, rows = load_tokenizer(tokenizer).vocab_size, config.model.vocab_size
-    if ids > rows:
-        raise UserError(f"model.from: {config.model.from_} has {rows} rows in its embedding table, fewer than the {ids} tokens "
-                        f"of data.tokenizer {config.data.tokenizer}; use the tokenizer it was trained with, or add rows with "
-                        f"model.vocab_size {ids}")
+def _check_rows(model: StartsFromModel, asked: str, tokenizer: str) -> None:
+    """Of the tokenizer that `data.tokenizer` asks for, and where it lies."""
+    ids, rows = load_tokenizer(tokenizer).vocab_size, model.vocab_size
+    if rows is not None and ids > rows:
+        raise UserError(f"model.from: {model.from_} has {rows} rows in its embedding table, fewer than the {ids} tokens of "
+                        f"data.tokenizer {asked}; use the tokenizer it was trained with, or add rows with model.vocab_size "
+                        f"{ids}")
 
 
-def weights_from(config: Config) -> Read | None:
-    """`read(name)`: the weights to start from, full fp32 CPU tensors of the shape that `config.model` has; None without
+def weights_from(model: ModelSettings) -> Read | None:
+    """`read(name)`: the weights to start from, full fp32 CPU tensors of the shape that the `model` section has; None without
     `model.from`.
 
     Positions beyond `model.positions` are dropped. Rows added by a larger `model.vocab_size` are the mean of the others: zeros
@@ -115,10 +130,10 @@ def weights_from(config: Config) -> Read | None:
     Raises:
         UserError: as of `open_huggingface`.
     """
-    if getattr(config.model, "from_", None) is None:
+    if not isinstance(model, StartsFromModel) or model.from_ is None:
         return None
-    _, source = open_huggingface(config.model.from_)
-    positions, rows = config.model.positions, config.model.vocab_size
+    _, source = open_huggingface(model.from_)
+    positions, rows = model.positions, model.vocab_size or 0
 
     def read(name: str) -> Tensor:
         value = source(name)
@@ -131,8 +146,9 @@ def weights_from(config: Config) -> Read | None:
     return read
 
 
-def keep_for_export(config: Config, run: Path) -> None:
-    """Copy the model's generation_config.json into the run folder, beside the tokenizer that it speaks of."""
-    file = find_folder(config.model.from_) / GENERATION_CONFIG
-    if config.data.tokenizer == config.model.from_ and file.is_file():
+def keep_for_export(name: str, tokenizer: str, run: Path) -> None:
+    """Copy the generation_config.json of the model that `model.from` names into the run folder, beside the tokenizer that it
+    speaks of, if that is the one that `data.tokenizer` asks for."""
+    file = find_folder(name) / GENERATION_CONFIG
+    if tokenizer == name and file.is_file():
         write_whole(run / GENERATION_CONFIG, file.read_bytes())

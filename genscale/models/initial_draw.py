@@ -115,7 +115,7 @@ class OwnDraw:
 
     def _way_out(self) -> str:
         if isinstance(self.layer, parametrize.ParametrizationList):
-            return "such a parametrisation has no draw; take the plain layer, or genscale.models.image_layers.spectral_norm"
+            return "such a parametrisation has no draw; take the plain layer, or genscale.models.spectral_norm.spectral_norm"
         kind = parametrize.type_before_parametrizations(self.layer)
         return (f"give {kind.__name__} a method reset_parameters(self) that sets its own parameters and buffers in place, as "
                 f"torch's layers have it (nn.init.normal_(self.{self.kind}))")

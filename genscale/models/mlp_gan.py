@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genscale.models.image_layers import SLOPE, norm_layer, spectral_norm
+from genscale.models.image_layers import SLOPE, norm_layer
 from genscale.models.initial_draw import scale_initial
+from genscale.models.spectral_norm import spectral_norm
 
 RECTIFIED_GAIN = math.sqrt(2)
 """Gain of all layers: ReLU halves the variance of what it is given (He et al. 2015)."""

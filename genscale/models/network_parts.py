@@ -21,3 +21,11 @@ class HasFusedRows(Protocol):
 
     def fused_rows(self) -> dict[str, tuple[int, ...]]:
         """The numbers of rows of each, by parameter: optimizers that treat a matrix as a whole treat each by itself."""
+
+
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """The repeated parts of a network, which are compiled, checkpointed and sharded one at a time: its `blocks()`,
+    if it has them."""
+    if isinstance(module, HasBlocks) and not isinstance(module.blocks, nn.Module):  # nor a list that happens to be named so
+        return list(module.blocks())
+    return []

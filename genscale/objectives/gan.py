@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from genscale.models.batch_norm import BatchNorm
-from genscale.models.image_layers import InitialWeights
+from genscale.models.initial_weights import InitialWeights
 from genscale.objectives.augmentation import augment
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.objectives.gan_losses import discriminator_loss, generator_loss, gradient_penalty, zero_centred_penalty

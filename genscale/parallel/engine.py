@@ -7,32 +7,29 @@ this package alone.
 from __future__ import annotations
 
 import contextlib
-import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from genscale.models.moving_state import MovingState, moving_layers
-from genscale.models.network_parts import HasBlocks
+from genscale.models.network_parts import blocks_of
 from genscale.objectives.base import Rollout, in_evaluation
 from genscale.parallel.activation_checkpointing import checkpoint_activations
-from genscale.parallel.averages import Average, local
+from genscale.parallel.averages import Average
+from genscale.parallel.engine_state import EngineState, NamedTensors
 from genscale.parallel.generating import fits
 from genscale.parallel.materialise import Read, fill, materialise, named_state
 from genscale.parallel.pieces import Piece
 from genscale.parallel.precision import DTYPES, use_float8
 from genscale.parallel.processes import Processes
-from genscale.parallel.torch_optimizers import state_to_come
 from genscale.settings.config import ParallelSettings
 
-__all__ = ["Engine", "LeaveOut", "MakeOptimizer", "NamedTensors", "Read", "StepResult", "blocks_of", "named_state", "never"]
+__all__ = ["Engine", "LeaveOut", "MakeOptimizer", "NamedTensors", "Read", "StepResult", "named_state", "never"]
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
-NamedTensors = Iterator[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ def never(_result: StepResult) -> bool:
     return False
 
 
-class Engine(ABC):
+class Engine(EngineState):
     """Networks and optimizers under one strategy.
 
     Args:
@@ -68,13 +65,10 @@ class Engine(ABC):
         micro_batch_size, accumulation: of a step, for the strategies that want to know.
 
     Attributes:
-        whole_weights: every process holds every weight, so that a module can be called and differentiated by itself.
         on_gradients: is shown the network's name and its gradients in every step, averaged over processes and not yet clipped;
             it must exhaust them.
         frozen: networks that are never trained; they have no optimizer.
     """
-
-    whole_weights = True
 
     def __init__(self, processes: Processes, settings: ParallelSettings, precision: str, clip: float,
                  micro_batch_size: int, accumulation: int) -> None:
@@ -157,10 +151,6 @@ class Engine(ABC):
 
     def _restore_rounded(self, name: str, read: Read) -> None:
         """Set what rounding lost when the network was wrapped; nothing to do where weights stay fp32."""
-
-    @abstractmethod
-    def _make_average(self, name: str) -> Average:
-        """An average that begins as the network's weights."""
 
     def view(self, trained: str | None) -> dict[str, nn.Module]:
         """The networks a phase calls: the trained one wrapped, the frozen ones plain (their gradients are nobody's
@@ -260,40 +250,6 @@ class Engine(ABC):
         """Whether the network's optimizer can be told on the device alone to leave an update out."""
         return False
 
-    def weights_are_finite(self) -> bool:
-        """Whether every weight and average is a number. Collective."""
-        held = [tensor for name in self.optimizers for tensor in self._held_weights(name)]
-        held += [local(tensor) for average in self.averages.values() for tensor in average.held()]
-        numbers = [tensor.detach() for tensor in held if tensor.is_floating_point() and tensor.numel()]
-        finite = not numbers or bool(torch.stack(torch._foreach_norm(numbers, math.inf)).isfinite().all())
-        return not sum(self.processes.sum_of_numbers(int(not finite)))
-
-    def _held_weights(self, name: str) -> list[Tensor]:
-        """This process's part of the network's fp32 weights."""
-        return [local(parameter) for parameter in self.modules[name].parameters()]
-
-    def moving_buffers(self, name: str) -> list[Tensor]:
-        """The buffers that an update of the network may change besides its weights, and all its constants."""
-        return self._buffers[name]
-
-    def replicas(self, name: str) -> Iterator[tuple[str, str, Tensor]]:
-        """(kind, name, tensor) of what every process has whole, and must have alike: buffers, and all that is not sharded of
-        weights, average and optimizer state."""
-        for key, tensor in named_state(self.modules[name]):
-            if self.whole_weights or not isinstance(tensor, nn.Parameter):
-                yield "network", key, tensor
-        if name in self.averages:
-            yield from (("average of", key, tensor) for key, tensor in self.averages[name].replicas())
-        if name in self.optimizers:
-            yield from (("optimizer of", key, tensor) for key, tensor in self._optimizer_replicas(name))
-
-    def replicated_shards(self, name: str) -> Iterator[tuple[str, str, Tensor]]:
-        """The same of what is sharded, and must be alike on the processes that hold the same `shard`."""
-        return iter(())
-
-    def _optimizer_replicas(self, name: str) -> NamedTensors:
-        return iter(())
-
     def _show_gradients(self, name: str) -> None:
         """In the middle of `step`."""
         if self.on_gradients is not None:
@@ -306,39 +262,6 @@ class Engine(ABC):
     def set_learning_rate(self, name: str, lr: float) -> None:
         for group in self.optimizers[name].param_groups:
             group["lr"] = lr
-
-    @abstractmethod
-    def network_state(self, name: str) -> NamedTensors:
-        """Every parameter and persistent buffer in full and fp32, by name, on the CPU. Collective: every rank must
-        exhaust it."""
-
-    def load_network_state(self, name: str, read: Read) -> None:
-        """The inverse of `network_state`, of a network that was prepared with other weights. Collective."""
-        loaded = self._make_average(name)
-        loaded.load([key for key, _ in named_state(self.modules[name])], read)
-        loaded.keep()
-
-    @abstractmethod
-    def network_pieces(self, name: str) -> list[Piece]:
-        """This process's pieces of what `network_state` gives. No process waits for another."""
-
-    @abstractmethod
-    def optimizer_pieces(self, name: str) -> list[Piece]:
-        """This process's pieces of every optimizer tensor, "<state key>/<parameter name>" (`exp_avg/...`), and of its counters,
-        "step/..."."""
-
-    def clear_optimizer_state(self, name: str) -> None:
-        """As before the first step."""
-        self.optimizers[name].state.clear()
-
-    def optimizer_state_to_come(self, name: str) -> list[Tensor]:
-        """New tensors as large as the optimizer state that the network's first step will make, to rehearse with."""
-        return state_to_come(self.optimizers[name])
-
-    @abstractmethod
-    def load_optimizer_state(self, name: str, keys: Iterable[str], read: Callable[[str], Tensor]) -> None:
-        """The inverse of `optimizer_pieces`, after `prepare` with the network's weights loaded: `read(key)` gives the
-        full tensor."""
 
     def update_average(self, name: str, decay: float | Tensor) -> None:
         """After a step of the network: average = decay * average + (1 - decay) * weights. Buffers in floating point (running
@@ -357,52 +280,3 @@ class Engine(ABC):
         finally:
             for average in shown:
                 average.hide()
-
-    def average_pieces(self, name: str) -> list[Piece]:
-        """This process's pieces of the average, in fp32, by the names of `network_state`."""
-        return self.averages[name].pieces(self.processes.rank, self.processes.world_size)
-
-    def load_average_state(self, name: str, keys: Iterable[str], read: Read) -> None:
-        """The inverse of `average_pieces`: `read(key)` gives the full tensor."""
-        self.averages[name].load(keys, read)
-
-    def scaler_state(self, name: str) -> dict[str, Any]:
-        """Loss-scaler state (JSON), empty without one."""
-        return {}
-
-    def load_scaler_state(self, name: str, state: dict[str, Any]) -> None:
-        if state:
-            raise ValueError(f"{type(self).__name__} has no loss scaler")
-
-    @abstractmethod
-    def bytes_at_rest(self) -> int:
-        """Bytes this process holds between steps in weights, averages and optimizer state (not gradients, not activations)."""
-
-
-def _settle_compiler() -> None:
-    """What compiled blocks ask of torch.compile."""
-    # Blocks differ in their number alone (dropout's stream): one graph for all, not one each until the limit.
-    torch._dynamo.config.allow_unspec_int_on_nn_module = True
-    # A convolutional block has a graph for each size, mode and gradient that is wanted (19 in a GAN of 256 pixels); the block
-    # that is one too many would stay as it is, without a word.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    # DDP's own hooks reduce a block's gradients as it is done: no graph need be cut for that.
-    torch._dynamo.config.optimize_ddp = False
-
-
-def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The repeated parts of a network, which are compiled, checkpointed and sharded one at a time: its `blocks()`,
-    if it has them."""
-    if isinstance(module, HasBlocks) and not isinstance(module.blocks, nn.Module):  # nor a list that happens to be named so
-        return list(module.blocks())
-    return []
-
-
-def tensor_bytes(tensors: Iterable[Any]) -> int:
-    """Bytes of local storage behind tensors (the local shard of a DTensor), each storage once."""
-    storages = {}
-    for tensor in tensors:
-        if isinstance(tensor, Tensor):
-            local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-            storages[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
-    return sum(storages.values())

@@ -17,12 +17,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from genscale.models.memory_format import set_memory_format
+from genscale.models.network_parts import blocks_of
 from genscale.parallel.averages import Average, NamedAverage, copied_names
-from genscale.parallel.engine import Engine, LeaveOut, MakeOptimizer, NamedTensors, StepResult, blocks_of, never, tensor_bytes
+from genscale.parallel.engine import Engine, LeaveOut, MakeOptimizer, NamedTensors, StepResult, never
 from genscale.parallel.generating import inputs_cast, without_hooks
 from genscale.parallel.gradients import clip_gradients, fill_gradients, squared_norm
 from genscale.parallel.materialise import Read, check_fillable, fill, named_state, on_meta, places_of, put, shard_like
-from genscale.parallel.pieces import Piece, pieces_of
+from genscale.parallel.pieces import Piece, pieces_of, tensor_bytes
 from genscale.parallel.precision import DTYPES
 from genscale.parallel.torch_optimizers import is_fused_adamw, skip_by_flag, state_tensors
 

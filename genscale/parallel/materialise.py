@@ -66,12 +66,17 @@ def materialise(module: nn.Module, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def begin_alike(module: nn.Module, processes: Processes) -> None:
+def begin_alike(module: nn.Module, processes: Processes, filled: bool = False) -> None:
     """Give every process what rank 0's network was constructed with, in place: one that has its memory already may have been
-    drawn from a generator of each process's own. Collective; networks on the meta device are left as they are."""
+    drawn from a generator of each process's own. Collective; networks on the meta device are left as they are.
+
+    Args:
+        filled: parameters and persistent buffers are about to be set from a checkpoint, so that only the other buffers count.
+    """
     if processes.world_size == 1:
         return
-    held = [tensor for tensor in (*module.parameters(), *module.buffers()) if not tensor.is_meta]
+    known = {id(tensor) for _, tensor in named_state(module)} if filled else set()
+    held = [tensor for tensor in (*module.parameters(), *module.buffers()) if not tensor.is_meta and id(tensor) not in known]
     digest = hashlib.sha256()
     for tensor in held:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

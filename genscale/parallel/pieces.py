@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from torch import Tensor
 
@@ -88,3 +88,13 @@ def _shard(name: str, tensor: DTensor) -> Piece:
     if values.shape[0] != min(rows, shape[0] - begin):
         raise RuntimeError(f"{name}: {values.shape[0]} of {shape[0]} rows on process {place}")
     return Piece(name, shape, begin * math.prod(shape[1:]), values)
+
+
+def tensor_bytes(tensors: Iterable[Any]) -> int:
+    """Bytes of local storage behind tensors (the local shard of a DTensor), each storage once."""
+    storages = {}
+    for tensor in tensors:
+        if isinstance(tensor, Tensor):
+            local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+            storages[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
+    return sum(storages.values())

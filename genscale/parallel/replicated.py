@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from genscale.parallel.averages import Average, NamedAverage, copied_names
-from genscale.parallel.engine import Engine, LeaveOut, MakeOptimizer, NamedTensors, StepResult, never, tensor_bytes
+from genscale.parallel.engine import Engine, LeaveOut, MakeOptimizer, NamedTensors, StepResult, never
 from genscale.parallel.gradients import clip_gradients, fill_gradients, squared_norm
 from genscale.parallel.materialise import Read, named_state
-from genscale.parallel.pieces import Piece, pieces_of
+from genscale.parallel.pieces import Piece, pieces_of, tensor_bytes
 from genscale.parallel.precision import autocast
 from genscale.parallel.torch_optimizers import is_fused_adamw, join_groups, skip_by_flag, state_tensors
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from genscale.models.memory_format import set_memory_format
 from genscale.parallel.averages import Average
-from genscale.parallel.engine import LeaveOut, MakeOptimizer, StepResult, never, tensor_bytes
+from genscale.parallel.engine import LeaveOut, MakeOptimizer, StepResult, never
 from genscale.parallel.generating import cast_inputs, without_hooks
 from genscale.parallel.materialise import Read, check_fillable, fill, fill_tensor, materialise, named_state, on_meta, put
-from genscale.parallel.pieces import Piece
+from genscale.parallel.pieces import Piece, tensor_bytes
 from genscale.parallel.precision import DTYPES
 from genscale.parallel.torch_optimizers import moments, state_tensors
 from genscale.parallel.zero_average import FlatAverage

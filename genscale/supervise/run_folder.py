@@ -24,7 +24,14 @@ from genscale.families import family
 from genscale.interop.starting import complete_from
 from genscale.masking import masked, masked_throughout
 from genscale.reading import dump_yaml, parse_yaml, read_yaml
-from genscale.settings.config import MAY_CHANGE_AT_RESUME, MUST_NOT_CHANGE_AT_RESUME, Config, TrainSettings
+from genscale.settings.config import (
+    MAY_CHANGE_AT_RESUME,
+    MUST_NOT_CHANGE_AT_RESUME,
+    Config,
+    DataSettings,
+    RunSettings,
+    TrainSettings,
+)
 from genscale.settings.keys import as_key
 from genscale.writing import make_folder, refuse_link, write_draft
 
@@ -33,13 +40,13 @@ OTHERS = ("wandb", "tensorboard", "profile")
 """Folders in it that are made when something is written there."""
 
 
-def run_folder(config: Config) -> Path:
+def run_folder(settings: RunSettings) -> Path:
     """<run.dir>/<run.name>, which may be a link that the owner of run.dir has made. Raises UserError for a name that would
     leave run.dir, or that cannot be printed."""
-    name = config.run.name
+    name = settings.name
     if not name or Path(name).name != name or name in (".", "..") or not name.isprintable():
         raise UserError(f"run.name: {name!r} must be a plain folder name (no '/', not '..'); the folder above it is run.dir")
-    return Path(config.run.dir).expanduser() / name
+    return Path(settings.dir).expanduser() / name
 
 
 def create_run_folder(folder: Path) -> None:
@@ -73,15 +80,14 @@ def check_host_memory(parameters: int, averages: int = 0, share: float = 1.0, co
                         f"{int(free / each):,} parameters fit")
 
 
-def check_batch_memory(config: Config, micro_batch_size: int) -> None:
+def check_batch_memory(data: DataSettings, micro_batch_size: int, steps: int) -> None:
     """Refuse to start where the samples that a process holds at once, those loaded ahead among them, are more than this
     machine's memory. Raises UserError."""
-    data, train = config.data, config.train
     if hasattr(data, "sequence_length"):
         sample = 4 * (data.sequence_length + 1)
     else:
         sample = getattr(data, "channels", 1) * getattr(data, "size", 1) ** 2
-    batches = 1 + min(data.prefetch_steps, train.steps)
+    batches = 1 + min(data.prefetch_steps, steps)
     memory, needed = psutil.virtual_memory().total, sample * micro_batch_size * batches
     if memory < needed:
         raise UserError(f"train.micro_batch_size: {micro_batch_size} samples of {sample:,} bytes and data.prefetch_steps "

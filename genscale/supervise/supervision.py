@@ -14,7 +14,6 @@ from genscale.errors import UserError
 from genscale.hook import Hook, Order, StepReport
 from genscale.parallel.launcher import has_launcher
 from genscale.parallel.processes import Processes, lost_peer
-from genscale.settings.config import Config
 from genscale.supervise.ending import Ending, PeerLost
 from genscale.supervise.run_folder import create_run_folder
 from genscale.supervise.run_owner import RunOwner
@@ -39,6 +38,9 @@ class Supervision:
     An error that comes out of it is raised again in the process that is to speak, and becomes SystemExit with the same exit
     code in the others.
 
+    Args:
+        hang_minutes: without progress, after which the run ends (0: never).
+
     Attributes:
         stop: the signals received so far.
         owner: of the run folder; on rank 0 only.
@@ -46,11 +48,11 @@ class Supervision:
 
     _watchdog: Watchdog  # from `__enter__` on
 
-    def __init__(self, config: Config, folder: Path, processes: Processes, stop: StopSignal) -> None:
+    def __init__(self, hang_minutes: float, folder: Path, processes: Processes, stop: StopSignal) -> None:
         self.folder, self.processes, self.stop = folder, processes, stop
         self.owner: RunOwner | None = None
         self._ending = Ending(folder, processes.rank)
-        self._hang_minutes = config.guards.hang_minutes
+        self._hang_minutes = hang_minutes
 
     def __enter__(self) -> Supervision:
         self._ending.claim_number = self.processes.main_does(self._begin)

@@ -9,7 +9,6 @@ this process when another one has failed and it cannot notice by itself.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import faulthandler
 import json
 import logging
@@ -28,12 +27,9 @@ from typing import Any
 import psutil
 
 from genscale import exit_codes
-from genscale.data.source_file import is_url
-from genscale.errors import UserError
 from genscale.parallel.processes import BOARD, Processes
 from genscale.printable import printable, say_at_once
 from genscale.reading import read_json
-from genscale.settings.config import Config
 from genscale.supervise.ending import Ending
 from genscale.supervise.hang import Report, innermost, verdict
 from genscale.supervise.run_owner import BEAT_SECONDS, Fenced, FolderGone, RunOwner
@@ -50,23 +46,6 @@ GONE_BEATS = 4
 """So often in a row the run folder must be missing for the run to end: a file server may be away for a moment."""
 VERDICT_SECONDS = 30.0
 """Longest wait for the process that says where the run hangs."""
-
-
-def check_patience(config: Config) -> None:
-    """Raises UserError where the watchdog would take a run for hanging that waits for a web server."""
-    minutes, limit = getattr(config.data, "retry_minutes", 0.0), config.guards.hang_minutes
-    if 0 < limit <= minutes and _is_of_the_web(dataclasses.asdict(config.data)):
-        raise UserError(f"data.retry_minutes: {minutes:g} is not below guards.hang_minutes {limit:g}, so that a run that waits "
-                        f"for its server would be taken for one that hangs; set data.retry_minutes to {limit / 2:g}, or "
-                        f"guards.hang_minutes to {2 * minutes:g}")
-
-
-def _is_of_the_web(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(map(_is_of_the_web, value.values()))
-    if isinstance(value, (list, tuple)):
-        return any(map(_is_of_the_web, value))
-    return isinstance(value, str) and is_url(value)
 
 
 class Watchdog:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from genscale.data.lanes import Cursor, Data, Sample
 from genscale.evaluation.trained_run import TrainedRun
 from genscale.families.entry import Family, Sampling
-from genscale.models.image_layers import InitialWeights
+from genscale.models.initial_weights import InitialWeights
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.objectives.capabilities import Generates
 from genscale.rng import Draws

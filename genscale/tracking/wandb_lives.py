@@ -16,6 +16,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,7 @@ class Joined:
 
     def _records(self, rows: dict[int, Row], have: Uploaded, names: list[str]) -> Iterator[Any]:
         """The run, what W&B has noted of each life, the rows, the latest values of all, and how the last life ended."""
-        from wandb.proto.wandb_internal_pb2 import Record
-
+        Record = _record_class()
         first, run = self._described[0], self._described[-1].of_kind("run")[0]
         yield from first.of_kind("header")[:1]
         run.run.start_time.CopyFrom(first.of_kind("run")[0].run.start_time)
@@ -150,9 +150,7 @@ def join_lives(run_folder: Path) -> Joined:
 
 
 def _lives(run_folder: Path) -> list[_Life]:
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    lives = []
+    Record, lives = _record_class(), []
     for path in run_folder.glob("wandb/*run-*/run-*.wandb"):
         if path.is_symlink() or path.parent.is_symlink() or not path.is_file():
             continue
@@ -170,6 +168,11 @@ def _lives(run_folder: Path) -> list[_Life]:
     return sorted(lives, key=lambda life: life.started)
 
 
+def _record_class() -> Any:
+    """W&B's record; it is made as it is imported, for the protobuf that is installed."""
+    return import_module("wandb.proto.wandb_internal_pb2").Record
+
+
 def _parsed(kind: Any, content: bytes) -> Any:
     try:
         return kind.FromString(content)
@@ -179,8 +182,6 @@ def _parsed(kind: Any, content: bytes) -> Any:
 
 def _described(run_folder: Path) -> Any:
     """The record by which W&B would have described the run."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
     try:
         config = read_yaml(run_folder / "config.yaml")
         run_id = read_run_id(run_folder / "wandb")
@@ -190,7 +191,7 @@ def _described(run_folder: Path) -> Any:
         raise UserError(f"{run_folder / 'config.yaml'} {error}; W&B has kept nothing else of this run") from None
     if not isinstance(config, dict) or not isinstance(config.get("tracking"), dict):
         raise UserError(f"{run_folder / 'config.yaml'} is not that of a run; W&B has kept nothing else of this run")
-    tracking, record = config["tracking"], Record()
+    tracking, record = config["tracking"], _record_class()()
     record.run.run_id, record.run.project, record.run.display_name = run_id, tracking["project"], run_folder.resolve().name
     record.run.entity = tracking["entity"] or ""
     record.run.start_time.FromSeconds(int((run_folder / "wandb" / "run_id").stat().st_mtime))

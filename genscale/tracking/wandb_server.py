@@ -61,7 +61,8 @@ def uploaded(address: str, run: Any) -> Uploaded:
     """
     import requests
 
-    asked = {"query": QUERY, "variables": {"project": run.project, "entity": run.entity or None, "name": run.run_id}}
+    names = {"project": run.project, "entity": run.entity or None, "name": run.run_id}
+    asked: dict[str, Any] = {"query": QUERY, "variables": names}
     try:
         answer = requests.post(f"{address}/graphql", json=asked, auth=("api", key_for(address) or ""), timeout=ANSWER_SECONDS)
         answer.raise_for_status()

@@ -16,7 +16,7 @@ from genscale.evaluation.validation import evaluating, validate
 from genscale.hook import Hook, Order, StepReport
 from genscale.objectives.base import Objective
 from genscale.parallel.engine import Engine
-from genscale.settings.config import Config
+from genscale.settings.config import TrainSettings
 from genscale.supervise.signals import StopSignal
 from genscale.tracking.run_record import RunRecord
 from genscale.training.collapse import CollapseWatch
@@ -41,9 +41,10 @@ class Evaluate(Hook):
 
     name, order, sound = "evaluate", Order.EVALUATE, True
 
-    def __init__(self, config: Config, engine: Engine, objective: Objective, validation_set: list[dict[str, np.ndarray]],
-                 record: RunRecord | None, stop: StopSignal, best_checkpoint: Callable[[], Checkpoint | None]) -> None:
-        self.train, self.every = config.train, config.train.evaluate_every
+    def __init__(self, settings: TrainSettings, engine: Engine, objective: Objective,
+                 validation_set: list[dict[str, np.ndarray]], record: RunRecord | None, stop: StopSignal,
+                 best_checkpoint: Callable[[], Checkpoint | None]) -> None:
+        self.settings, self.every = settings, settings.evaluate_every
         self.engine, self.processes, self.objective, self.validation_set = engine, engine.processes, objective, validation_set
         self.record, self.stop, self.best_checkpoint = record, stop, best_checkpoint
         self.collapse: str | None = None
@@ -53,7 +54,7 @@ class Evaluate(Hook):
         self.found: dict[str, float] = state.get("evaluation", {})
         self.at_step: int | None = None
         self.left_out: bool = state.get("evaluation_left_out", False)
-        self.watch = CollapseWatch(self.train, state.get("collapse"))
+        self.watch = CollapseWatch(self.settings, state.get("collapse"))
 
     def state(self) -> dict[str, Any]:
         return {"evaluation": self.found, "evaluation_left_out": self.left_out, "collapse": self.watch.state()}
@@ -96,7 +97,7 @@ class Evaluate(Hook):
 
     def _end_or_restore(self, report: StepReport, loss: float) -> None:
         best = self.best_checkpoint()
-        if best is None or self.train.collapse == "stop":
+        if best is None or self.settings.collapse == "stop":
             where = f"best checkpoint: {best.path if best else 'none'}"
             advice = "try a lower optimizer.lr" + (", or train.collapse restore" if best else "")
             self.collapse = self.watch.verdict(report.step, loss, f"{where}; {advice}")
@@ -119,14 +120,20 @@ class Evaluate(Hook):
 class Sample(Hook):
     """Draws a small sample: the same latents or the same start each time.
 
+    Args:
+        every: so many steps.
+        seed: of what it is drawn from.
+        folder: of the run.
+
     Attributes:
         preview: the last one: text, or the file of a picture.
     """
 
     name, order, sound = "sample", Order.SAMPLE, True
 
-    def __init__(self, config: Config, folder: Path, engine: Engine, objective: Objective, record: RunRecord | None) -> None:
-        self.every, self.seed, self.folder = config.train.sample_every, config.run.seed, folder
+    def __init__(self, every: int, seed: int, folder: Path, engine: Engine, objective: Objective,
+                 record: RunRecord | None) -> None:
+        self.every, self.seed, self.folder = every, seed, folder
         self.engine, self.objective, self.record = engine, objective, record
         self.preview: str | Path = ""
 

@@ -53,14 +53,14 @@ class RunHooks:
         if is_main and train.profile and done < train.steps:
             profile = Profile(folder / "profile", train.profile, train.steps - done)
         self.trace = Trace(folder, engine, done, writes) if config.run.trace else None
-        self.count = Count(config, objective, self.processes, self.record)
-        self.evaluate = Evaluate(config, engine, objective, validation_set, self.record, stop,
+        self.count = Count(train, objective, self.processes, self.record)
+        self.evaluate = Evaluate(train, engine, objective, validation_set, self.record, stop,
                                  lambda: self.checkpoints.best_checkpoint())
-        self.sample = Sample(config, folder, engine, objective, self.record)
+        self.sample = Sample(train.sample_every, config.run.seed, folder, engine, objective, self.record)
         self.checkpoints = KeepCheckpoints(config, folder, engine, objective, data, loader, self.evaluate, may_commit,
                                            self.state, frozen or {})
-        log_metrics = LogMetrics(config, self.count, loader, self.processes, self.record, objective.unit,
-                                 self.checkpoints.held_up, self.evaluate.score)
+        log_metrics = LogMetrics(train.log_every, config.data, self.count, loader, self.processes, self.record,
+                                 objective.unit, self.checkpoints.held_up, self.evaluate.score)
         compare = CompareReplicas(engine) if self.processes.world_size > 1 else None
         known = [profile, self.trace, self.count, compare, log_metrics, self.evaluate, self.sample, self.checkpoints]
         self.built_in: list[Hook] = [hook for hook in known if hook is not None]

@@ -11,7 +11,7 @@ from genscale.data.loader import StepLoader
 from genscale.hook import Hook, Order, StepReport
 from genscale.objectives.base import Objective
 from genscale.parallel.processes import Processes
-from genscale.settings.config import Config
+from genscale.settings.config import DataSettings, TrainSettings
 from genscale.tracking.peaks import device_name, peak_flops
 from genscale.tracking.run_record import RunRecord
 from genscale.tracking.throughput import Throughput
@@ -32,13 +32,13 @@ class Count(Hook):
 
     name, order, settled = "count", Order.COUNT, False
 
-    def __init__(self, config: Config, objective: Objective, processes: Processes, record: RunRecord | None) -> None:
+    def __init__(self, settings: TrainSettings, objective: Objective, processes: Processes, record: RunRecord | None) -> None:
         self.record, self.units = record, 0
         self.throughput = Throughput(objective.unit, objective.flops_per_unit(), processes.world_size,
-                                     peak_flops(device_name(processes.device), config.train.precision))
+                                     peak_flops(device_name(processes.device), settings.precision))
         # Each repeat of a phase takes a global batch of its own.
         batches = max(phase.repeats for phase in objective.phases)
-        self.units_per_step = batches * config.train.global_batch_size * objective.units_per_sample
+        self.units_per_step = batches * settings.global_batch_size * objective.units_per_sample
 
     def step(self, report: StepReport) -> None:
         """The step is done."""
@@ -63,18 +63,21 @@ class LogMetrics(Hook):
     """Writes metrics.jsonl, tells the trackers, and shows progress.
 
     Args:
+        every: so many steps.
+        data: the `data` section, which a hint to a run that waits for its data is made of.
         hold_up: seconds that the last checkpoint has held up the steps, once.
         score: what is shown of the latest evaluation.
     """
 
     name, order = "log_metrics", Order.LOG
 
-    def __init__(self, config: Config, count: Count, loader: StepLoader, processes: Processes, record: RunRecord | None,
-                 unit: str, hold_up: Callable[[], float | None], score: Callable[[], dict[str, float]]) -> None:
-        self.every, self.unit = config.train.log_every, unit
+    def __init__(self, every: int, data: DataSettings, count: Count, loader: StepLoader, processes: Processes,
+                 record: RunRecord | None, unit: str, hold_up: Callable[[], float | None],
+                 score: Callable[[], dict[str, float]]) -> None:
+        self.every, self.unit = every, unit
         self.count, self.loader, self.processes, self.record = count, loader, processes, record
         self._hold_up, self._score = hold_up, score
-        self._data_wait = DataWait(config.data, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        self._data_wait = DataWait(data, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self._retries = 0
 
     def step(self, report: StepReport) -> None:

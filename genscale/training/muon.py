@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -45,9 +45,19 @@ class Muon(torch.optim.Optimizer):
         super().__init__([group, *self.adamw.param_groups], {})
         self.adamw.state = self.state  # one state, and (above) the same group dictionaries
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
-        """Update all parameters that have gradients."""
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update all parameters that have gradients; what `closure` gives, which may compute the loss and these anew."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         group = self.param_groups[0]
         for parameter in group["params"]:
             if parameter.grad is None:
@@ -60,6 +70,7 @@ class Muon(torch.optim.Optimizer):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(update, alpha=-group["lr"])
         self.adamw.step()
+        return loss
 
     def _orthogonal(self, update: Tensor, rows: tuple[int, ...] | None) -> Tensor:
         full = update.full_tensor() if is_sharded(update) else update

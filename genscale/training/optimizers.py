@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from genscale.errors import UserError
-from genscale.models.network_parts import HasFusedRows
-from genscale.parallel.engine import blocks_of
+from genscale.models.network_parts import HasFusedRows, blocks_of
 from genscale.settings.config import OptimizerSettings
 from genscale.training.muon import Muon
 

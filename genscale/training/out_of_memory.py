@@ -7,10 +7,11 @@ from dataclasses import replace
 import torch
 
 from genscale.errors import UserError
+from genscale.models.network_parts import blocks_of
 from genscale.objectives.base import Objective
-from genscale.parallel.engine import Engine, blocks_of
+from genscale.parallel.engine import Engine
 from genscale.parallel.strategies import SHARDS_MOST, ParallelPlan, check_combination, check_objective
-from genscale.settings.config import Config
+from genscale.settings.config import Config, ParallelSettings
 
 WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "defaultcpuallocator", "std::bad_alloc",
          "cublas_status_alloc_failed")
@@ -60,15 +61,15 @@ def smaller(config: Config, plan: ParallelPlan, micro_batch_size: int, objective
     sharded = replace(plan, strategy=SHARDS_MOST, offload="none", world_size=max(2, plan.world_size))
     if plan.strategy == SHARDS_MOST:
         tries.append("more processes")
-    elif _is_allowed(sharded, config, objective):
+    elif _is_allowed(sharded, config.parallel, config.optimizer.name, objective):
         tries.append(f"parallel.strategy {SHARDS_MOST} on more processes")
     return [*tries, "a smaller model"]
 
 
-def _is_allowed(plan: ParallelPlan, config: Config, objective: Objective) -> bool:
+def _is_allowed(plan: ParallelPlan, settings: ParallelSettings, optimizer: str, objective: Objective) -> bool:
     try:
-        check_combination(plan, config.optimizer.name)
-        check_objective(plan, config.parallel, objective)
+        check_combination(plan, optimizer)
+        check_objective(plan, settings, objective)
     except UserError:
         return False
     return True

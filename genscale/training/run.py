@@ -5,34 +5,30 @@ from __future__ import annotations
 import logging
 import platform
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from genscale.checkpoint.checkpoints import Checkpoint
 from genscale.checkpoint.frozen_networks import keep_frozen
-from genscale.checkpoint.restoring import load_beside_weights
 from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader
-from genscale.errors import UserError, nearest_divisors
-from genscale.families import FAMILIES, family
+from genscale.errors import UserError
+from genscale.families import FAMILIES
 from genscale.hook import Hook, hooks_by_name
 from genscale.interop.starting import keep_for_export, weights_from
 from genscale.objectives.base import Objective
 from genscale.parallel.determinism import deterministic
-from genscale.parallel.engine import Engine, Read, named_state
+from genscale.parallel.engine import Engine
 from genscale.parallel.launch_request import clear_launch_environment
 from genscale.parallel.launcher import follow_launcher, launcher_is_gone
-from genscale.parallel.materialise import begin_alike
 from genscale.parallel.processes import Processes
-from genscale.parallel.strategies import ParallelPlan, build_engine, check_objective, plan_parallel
+from genscale.parallel.strategies import ParallelPlan, build_engine, plan_parallel
 from genscale.settings.config import Config
-from genscale.settings.mistakes import check_not_masked
 from genscale.supervise.ending import before_the_run
 from genscale.supervise.run_folder import (
     check_batch_memory,
@@ -48,15 +44,21 @@ from genscale.supervise.run_folder import (
 )
 from genscale.supervise.signals import StopSignal
 from genscale.supervise.supervision import Supervision, group_timeout_minutes
-from genscale.supervise.watchdog import check_patience
 from genscale.tracking.metrics_file import read_metrics
-from genscale.training.collapse import Collapsed, check_collapse
+from genscale.training.collapse import Collapsed
 from genscale.training.hooks import RunHooks
-from genscale.training.optimizers import make_optimizer
 from genscale.training.rollback import GoBack
 from genscale.training.schedules import never_reached
+from genscale.training.setup import (
+    averaged_networks,
+    check_same_networks,
+    check_settings,
+    derive_accumulation,
+    open_loader,
+    open_objective,
+    prepare,
+)
 from genscale.training.trainer import Trainer
-from genscale.training.update_guard import check_guards
 from genscale.writing import write_whole
 
 log = logging.getLogger("genscale")
@@ -111,46 +113,17 @@ def _start(config: Config, stop: StopSignal, hooks: Mapping[str, Hook]) -> RunRe
         check_settings(config)
         plan = plan_parallel(config.parallel, config.train.precision, config.optimizer.name)
         config = plan.settled(config)
-        shape = derive_accumulation(config, plan.world_size)
-        folder = run_folder(config)
-        check_batch_memory(config, shape[0])
+        shape = derive_accumulation(config.train, plan.world_size)
+        folder = run_folder(config.run)
+        check_batch_memory(config.data, shape[0], config.train.steps)
     clear_launch_environment()
     with before_the_run():
         processes = Processes(plan.needs_group, group_timeout_minutes(config.guards.hang_minutes))
     try:
-        with Supervision(config, folder, processes, stop) as supervision:
+        with Supervision(config.guards.hang_minutes, folder, processes, stop) as supervision:
             return _train(config, processes, plan, shape, folder, supervision, hooks)
     finally:
         processes.close()
-
-
-def check_settings(config: Config) -> None:
-    """What can be told of a config by itself. Raises UserError."""
-    check_collapse(config.train)
-    check_guards(config)
-    check_patience(config)
-    check_not_masked(config.data, "data.")
-
-
-def derive_accumulation(config: Config, world_size: int) -> tuple[int, int]:
-    """(micro-batch size, micro-batches in a step) of each process. Raises UserError naming the nearest sizes that divide."""
-    train = config.train
-    batch = train.global_batch_size
-    if batch % world_size:
-        below, above = batch // world_size * world_size, (batch // world_size + 1) * world_size
-        near = f"{below} or {above}" if below else f"{above}"
-        raise UserError(f"train.global_batch_size: {batch} does not divide by {world_size} processes; nearest "
-                        f"values that do: {near}")
-    share = batch // world_size
-    micro = train.micro_batch_size or share
-    if share % micro:
-        unit = micro * world_size
-        nearest_batch = [n for n in (batch // unit * unit, (batch // unit + 1) * unit) if n]
-        raise UserError(f"train.micro_batch_size: {micro} x {world_size} processes does not divide "
-                        f"train.global_batch_size {batch}; nearest "
-                        f"micro-batch sizes that do: {nearest_divisors(share, micro)}; nearest global batch sizes: "
-                        f"{' or '.join(map(str, nearest_batch))}")
-    return micro, share // micro
 
 
 def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tuple[int, int], folder: Path,
@@ -163,7 +136,8 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
         sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in objective.networks.items()}
         frozen_parameters = sum(sizes.pop(name) for name in objective.frozen)
         parameters = sum(sizes.values())
-        averages = sum(sizes[name] for name in averaged_networks(config, objective))
+        averaged = averaged_networks(config.train.ema_half_life, config.model.family, objective)
+        averages = sum(sizes[name] for name in averaged)
         hosts = processes.gather(platform.node())
         here = hosts.count(hosts[0])
         copies = plan.copies_of_weights(here) if processes.device.type == "cpu" else 0
@@ -174,11 +148,11 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
         checkpoint = _resume_point(config, processes, folder, data, objective, accumulation)
         engine = build_engine(plan, processes, config.parallel, config.train.precision, config.train.clip,
                               micro_batch_size, accumulation)
-        pretrained = None if checkpoint else processes.all_do(lambda: weights_from(config))
+        pretrained = None if checkpoint else processes.all_do(lambda: weights_from(config.model))
         frozen, reads = keep_frozen(objective, folder, checkpoint, processes)
-        prepare(config, engine, objective, checkpoint, pretrained, reads)
+        prepare(engine, objective, config.optimizer, averaged, checkpoint, pretrained, reads)
         state = checkpoint.state() if checkpoint else {}
-        loader = open_loader(config, data, processes, micro_batch_size, state)
+        loader = open_loader(data, config.data, config.train.global_batch_size, micro_batch_size, processes, state)
         processes.main_does(lambda: _write_what_it_is(config, folder, objective, pretrained is not None))
         if processes.is_main:
             for line in never_reached(config):
@@ -208,30 +182,10 @@ def _write_what_it_is(config: Config, folder: Path, objective: Objective, pretra
         write_whole(folder / "config.yaml", config_yaml(config))
         objective.save_assets(folder)
         if pretrained:
-            keep_for_export(config, folder)
+            keep_for_export(config.model.from_, config.data.tokenizer, folder)
     except OSError as error:
         raise UserError(f"run.dir: cannot write to {folder} ({error.strerror}); free some space, or set --run.dir to another "
                         "folder") from None
-
-
-def open_objective(config: Config, processes: Processes, plan: ParallelPlan, data: Data) -> Objective:
-    """What the run minimises, checked against its data and the way it is spread. Raises UserError."""
-    processes.main_does(lambda: data.check(config.train.global_batch_size))
-    objective = processes.all_do(lambda: family(config.model.family).build_objective(config, data))
-    check_objective(plan, config.parallel, objective)
-    check_learning_rates(config, objective)
-    return objective
-
-
-def check_learning_rates(config: Config, objective: Objective) -> None:
-    """Raises UserError where optimizer.lr_of names a network that the objective has not."""
-    for name in config.optimizer.lr_of:
-        if name in objective.frozen:
-            raise UserError(f"optimizer.lr_of: {name} is frozen in family {config.model.family}: no optimizer steps it; leave "
-                            "it out")
-        if name not in objective.networks:
-            raise UserError(f"optimizer.lr_of: {name} is no network of family {config.model.family}; its networks are "
-                            f"{', '.join(objective.networks)}")
 
 
 def _loop(config: Config, folder: Path, engine: Engine, objective: Objective, loader: StepLoader, hooks: RunHooks,
@@ -292,64 +246,3 @@ def _resume_point(config: Config, processes: Processes, folder: Path, data: Data
         return found
 
     return processes.main_does(find)
-
-
-def check_same_networks(checkpoint: Checkpoint, objective: Objective) -> None:
-    """Raises UserError where the checkpoint holds a network of other shapes."""
-    for name, network in objective.networks.items():
-        if name not in objective.frozen:
-            _check_same_network(checkpoint, name, network)
-
-
-def _check_same_network(checkpoint: Checkpoint, name: str, network: torch.nn.Module) -> None:
-    stored = checkpoint.tensors("networks", name).shapes()
-    wanted = {key: tuple(value.shape) for key, value in named_state(network)}
-    for key in sorted(stored.keys() | wanted.keys()):
-        if stored.get(key) != wanted.get(key):
-            raise UserError(f"run.resume: the checkpoint {checkpoint.path} holds another model: {name}.{key} is "
-                            f"{stored.get(key, 'absent')} "
-                            f"there and {wanted.get(key, 'absent')} here; begin a new run with another --run.name")
-
-
-def prepare(config: Config, engine: Engine, objective: Objective, checkpoint: Checkpoint | None,
-            pretrained: Callable[[str], Tensor] | None, frozen: Mapping[str, Read] | None = None) -> None:
-    """Networks with the checkpoint's weights, or those to start from, under the strategy; then the rest of the checkpoint.
-
-    Args:
-        frozen: reads the weights of the frozen networks; None: they are those that the objective gives.
-    """
-    weights: dict[str, Read] = {}
-    for name in objective.networks:
-        if name in objective.frozen:
-            weights[name] = frozen[name] if frozen is not None else objective.initial_weights(name)
-        elif checkpoint is not None:
-            weights[name] = checkpoint.tensors("networks", name)
-        else:
-            weights[name] = pretrained or objective.initial_weights(name)
-    for network in objective.networks.values():
-        begin_alike(network, engine.processes)
-    engine.prepare(objective.networks, lambda module: make_optimizer(module, config.optimizer, config.train.precision), weights,
-                   averaged_networks(config, objective), objective.frozen)
-    objective.generating = engine.generating  # type: ignore[method-assign]
-    if checkpoint is not None:
-        load_beside_weights(engine, checkpoint)
-
-
-def averaged_networks(config: Config, objective: Objective) -> tuple[str, ...]:
-    """Names of the networks to keep an average of. Raises UserError where one is asked for and the family has none."""
-    if not config.train.ema_half_life:
-        return ()
-    if not objective.averaged:
-        raise UserError(f"train.ema_half_life: {config.train.ema_half_life:g}, but family {config.model.family} averages none "
-                        "of its networks; nearest allowed: 0")
-    return tuple(objective.averaged)
-
-
-def open_loader(config: Config, data: Data, processes: Processes, micro_batch_size: int,
-                state: dict[str, Any] | None = None) -> StepLoader:
-    """This process's micro-batches, from the start or from where a checkpoint's `state` says."""
-    state = state or {}
-    return StepLoader(data, global_batch_size=config.train.global_batch_size, micro_batch_size=micro_batch_size,
-                      rank=processes.rank, world_size=processes.world_size, workers=config.data.workers,
-                      prefetch_steps=config.data.prefetch_steps, state=state.get("data"),
-                      pin_memory=processes.device.type == "cuda", left_out=(state.get("guards") or {}).get("batches", ()))

@@ -24,7 +24,7 @@ from genscale.settings.config import Config
 from genscale.supervise.signals import StopSignal
 from genscale.training.dry_batch import without_a_trace
 from genscale.training.kept_buffers import KeptBuffers
-from genscale.training.non_finite import NonFiniteLoss
+from genscale.training.non_finite import NonFiniteLoss, calmer
 from genscale.training.out_of_memory import advice, is_out_of_memory
 from genscale.training.phase_outcome import PhaseOutcome
 from genscale.training.replicas import changes_are_declared, has_undeclared
@@ -55,7 +55,8 @@ class Trainer:
         self.processes = engine.processes
         self.last_good, self.go_back = last_good, go_back
         self.stop = stop or StopSignal()
-        self.guard = UpdateGuard(config, self.processes, last_good, guard_state)
+        self.guard = UpdateGuard(config.guards, config.train.global_batch_size, calmer(config.train, config.schedule),
+                                 self.processes, last_good, guard_state)
         phases = objective.phases
         self._batches_a_step = max(phase.repeats for phase in phases)
         self.make_draws: Callable[..., Draws] = DrawsAhead(self._batches_a_step * config.train.global_batch_size,

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from genscale.errors import UserError
 from genscale.parallel.processes import Processes
-from genscale.settings.config import Config
-from genscale.training.non_finite import NonFiniteLoss, calmer
+from genscale.settings.config import GuardSettings, TrainSettings
+from genscale.training.non_finite import NonFiniteLoss
 from genscale.training.phase_outcome import PhaseOutcome
 from genscale.training.spikes import LossWindow
 
@@ -32,13 +32,12 @@ class RollBack(NonFiniteLoss):
         self.what, self.batches = what, frozenset(batches)
 
 
-def check_guards(config: Config) -> None:
+def check_guards(guards: GuardSettings, train: TrainSettings) -> None:
     """Raises UserError where a policy goes back to checkpoints that are not made."""
-    train = config.train
     if train.checkpoint_every or train.checkpoint_minutes:
         return
     for name in ("non_finite", "spikes"):
-        if getattr(config.guards, name) == "rollback":
+        if getattr(guards, name) == "rollback":
             raise UserError(f"guards.{name}: rollback goes back to the latest checkpoint, and train.checkpoint_every and "
                             f"train.checkpoint_minutes are 0; set train.checkpoint_every, say {max(1, train.steps // 20)}, or "
                             f"guards.{name} to skip")
@@ -48,21 +47,22 @@ class UpdateGuard:
     """Judges every update of a run; all ranks come to the same verdict.
 
     Args:
-        config: of the run; `guards` is what is heeded here.
+        settings: the `guards` section.
+        global_batch_size: samples in a global batch.
+        advice: what to try with a run that went wrong.
         last_good: says where the last good checkpoint is. Collective.
         state: what `state` gave when the checkpoint was written that the run goes on from.
 
     Attributes:
-        advice: what to try with a run that went wrong.
         left_out: updates that were not made.
         rollbacks: how often the run has gone back.
         batches: the global batches that are left out of the data since.
     """
 
-    def __init__(self, config: Config, processes: Processes, last_good: Callable[[], str],
-                 state: dict[str, Any] | None = None) -> None:
-        self.settings, self.processes, self.last_good = config.guards, processes, last_good
-        self.global_batch_size, self.advice = config.train.global_batch_size, calmer(config)
+    def __init__(self, settings: GuardSettings, global_batch_size: int, advice: str, processes: Processes,
+                 last_good: Callable[[], str], state: dict[str, Any] | None = None) -> None:
+        self.settings, self.global_batch_size, self.advice = settings, global_batch_size, advice
+        self.processes, self.last_good = processes, last_good
         state = state or {}
         self.left_out: int = state.get("left_out", 0)
         self.rollbacks: int = state.get("rollbacks", 0)

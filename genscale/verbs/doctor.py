@@ -89,7 +89,7 @@ def _run_of(arguments: list[str], settings: DoctorSettings) -> tuple[Config | No
     from genscale.supervise.run_folder import run_folder
 
     config = parse_config(FAMILIES, arguments, "genscale doctor")
-    return config, Path(settings.folder) if settings.folder else run_folder(config)
+    return config, Path(settings.folder) if settings.folder else run_folder(config.run)
 
 
 def _gpus() -> int:

@@ -20,7 +20,7 @@ from genscale.families.entry import Scoring
 from genscale.objectives.capabilities import MeasuresLikelihood, WritesText
 from genscale.parallel.precision import autocast, native_precision
 from genscale.parallel.processes import on_cpu
-from genscale.settings.config import Config
+from genscale.settings.config import Config, TrainSettings
 from genscale.verbs.trained import Published, open_run
 
 BATCH_SIZE = 8
@@ -37,7 +37,7 @@ def _samples(config: Config) -> list[Sample]:
 
 
 def _validation(run: TrainedRun, samples: list[Sample]) -> dict[str, Any]:
-    precision, objective = _precision(run.config), run.objective
+    precision, objective = _precision(run.config.train), run.objective
     batch_size = run.config.train.micro_batch_size or BATCH_SIZE
     # Without a terminal nothing is shown, and nothing of what takes a moment only.
     with tqdm(total=len(samples), desc="samples", delay=SHOWN_AFTER_SECONDS, disable=None, file=sys.stderr) as bar:
@@ -75,7 +75,7 @@ def task_results(config: Config, checkpoint: Checkpoint | Published, tasks: list
     from genscale.families.gpt.harness import GenscaleLM, evaluate_tasks, results_table
     from genscale.families.gpt.network import GPT
 
-    run, precision = open_run(config, checkpoint), _precision(config)
+    run, precision = open_run(config, checkpoint), _precision(config.train)
     model = GenscaleLM(cast(GPT, run.networks["gpt"]), cast(WritesText, run.objective).tokenizer,
                        autocast=partial(autocast, precision, run.device),
                        batch_size=config.train.micro_batch_size or BATCH_SIZE, seed=config.run.seed)
@@ -85,7 +85,7 @@ def task_results(config: Config, checkpoint: Checkpoint | Published, tasks: list
     return {"precision": precision, "limit": limit, **{key: results[key] for key in kept if key in results}}
 
 
-def _precision(config: Config) -> str:
+def _precision(settings: TrainSettings) -> str:
     # Weights are fp32; only the training's engines multiply in fp8, and do everything else in bf16.
-    asked = "bf16" if config.train.precision == "fp8" else config.train.precision
+    asked = "bf16" if settings.precision == "fp8" else settings.precision
     return native_precision(on_cpu()) if asked == "auto" else asked

@@ -42,12 +42,13 @@ def main(arguments: list[str], stop: StopSignal) -> int:
     with before_the_run():
         config = parse_config(FAMILIES, settings, description=DESCRIPTION)
     wait_longer_if_quiet()
-    from genscale.training.run import derive_accumulation, train  # torch takes a second to load, --help and mistakes need none
+    from genscale.training.run import train  # torch takes a second to load, --help and mistakes need none
+    from genscale.training.setup import derive_accumulation
 
     if processes is not None:
         from genscale.parallel.launcher import launch_processes
 
-        derive_accumulation(config, processes)  # a mistake found here costs no launch
+        derive_accumulation(config.train, processes)  # a mistake found here costs no launch
         os.environ[PROCESSES] = str(processes)  # for the processes to say how to go on
         return launch_processes(processes, arguments, FAMILIES.script, listening=stop.loop_begins)
     if audited is not None:

@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from genscale.data.spec import Spec
-from genscale.data.text.chat_template import Refusal
+from genscale.data.text.chat_rendering import Refusal
 from genscale.data.text.pairs import PairEncoder
 from genscale.data.text.tokenizers import load_tokenizer, train_bpe
 

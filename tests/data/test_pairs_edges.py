@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Backend
 
 from genscale.data.columns import documents
 from genscale.data.spec import Spec
-from genscale.data.text import chat_template
+from genscale.data.text import chat_rendering
 from genscale.data.text.chat_template import ChatTemplate
 from genscale.data.text.data import TextData, TextDataSettings
 from genscale.data.text.pairs import PairEncoder
@@ -85,7 +85,7 @@ def test_a_template_knows_no_clock(monkeypatch: pytest.MonkeyPatch, template: st
             @classmethod
             def now(cls, tz: object = None, day: int = day) -> datetime:
                 return datetime(2031, 3, day, tzinfo=tz)
-        monkeypatch.setattr(chat_template, "datetime", Clock)
+        monkeypatch.setattr(chat_rendering, "datetime", Clock)
         texts.add(ChatTemplate(turns, {}, [], "here").render(chat([("user", "hi"), ("assistant", "hello")])))
     text, = texts
     # A template that asks has a date of its own.

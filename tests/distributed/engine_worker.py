@@ -22,9 +22,10 @@ from genscale.families.gpt.network import GPT, GPTSettings
 from genscale.families.gpt.objective import LanguageModel
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.parallel.averages import local
-from genscale.parallel.engine import Engine, Read, tensor_bytes
+from genscale.parallel.engine import Engine, Read
 from genscale.parallel.exit_together import run_and_leave
 from genscale.parallel.launch_request import clear_launch_environment
+from genscale.parallel.pieces import tensor_bytes
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import build_engine, plan_parallel
 from genscale.rng import Draws, torch_generator

@@ -25,9 +25,10 @@ from genscale.models.batch_norm import BatchNorm
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.parallel import engine as engine_room
 from genscale.parallel.averages import local
-from genscale.parallel.engine import Engine, tensor_bytes
+from genscale.parallel.engine import Engine
 from genscale.parallel.exit_together import run_and_leave
 from genscale.parallel.launch_request import clear_launch_environment
+from genscale.parallel.pieces import tensor_bytes
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import build_engine, plan_parallel
 from genscale.rng import Draws
@@ -171,9 +172,9 @@ def run(folder: Path, variant: dict[str, Any], processes: Processes) -> dict[str
     engine_room.fits = lambda *arguments: fits and kept(*arguments)
     plan = plan_parallel(config.parallel, config.train.precision)
     try:
-        with Supervision(config, folder, processes, StopSignal()) as supervision:
+        with Supervision(config.guards.hang_minutes, folder, processes, StopSignal()) as supervision:
             life._train(config, processes, replace(plan, world_size=processes.world_size),
-                        life.derive_accumulation(config, processes.world_size), folder, supervision)
+                        life.derive_accumulation(config.train, processes.world_size), folder, supervision)
     finally:
         engine_room.fits = kept
     engine = made[0]

@@ -107,9 +107,9 @@ def run(folder: Path, variant: dict[str, Any], processes: Processes) -> dict[str
     config = plan.settled(config)
     error = None
     try:
-        with Supervision(config, folder, processes, StopSignal()) as supervision:
+        with Supervision(config.guards.hang_minutes, folder, processes, StopSignal()) as supervision:
             life._train(config, processes, replace(plan, world_size=processes.world_size),
-                        life.derive_accumulation(config, processes.world_size), folder, supervision)
+                        life.derive_accumulation(config.train, processes.world_size), folder, supervision)
     except UserError as mistake:
         error = f"{type(mistake).__name__}: {mistake}"
     except SystemExit as end:  # another process speaks

@@ -126,11 +126,11 @@ def test_the_shape_and_the_tokenizer_are_the_models(folder: Path) -> None:
 
 def test_without_from_nothing_changes() -> None:
     config = Config(model=GPTSettings(), data=TextDataSettings())
-    assert complete_from(config) == (config, config.data) and weights_from(config) is None
+    assert complete_from(config) == (config, config.data) and weights_from(config.model) is None
 
 
 def filled(config: Config) -> GPT:
-    read = weights_from(config)
+    read = weights_from(config.model)
     network = GPT(config.model, config.model.vocab_size)
     with torch.no_grad():
         for name, parameter in network.named_parameters():

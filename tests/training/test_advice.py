@@ -31,8 +31,7 @@ def config(model=None, **sections) -> Config:
                                  f"{native_precision(not torch.cuda.is_available())} instead of fp16"),
 ])  # fmt: skip
 def test_a_run_that_diverged_is_told_what_it_has_not_tried(train, warmup, words):
-    settings = config(train=TrainSettings(steps=100, **train), schedule=ScheduleSettings(warmup_steps=warmup))
-    assert calmer(settings) == words
+    assert calmer(TrainSettings(steps=100, **train), ScheduleSettings(warmup_steps=warmup)) == words
 
 
 class Stack(torch.nn.Module):

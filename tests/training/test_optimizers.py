@@ -99,3 +99,19 @@ def test_groups_that_are_stepped_alike_are_one(decay: float) -> None:
             optimizer.zero_grad()
         made.append(torch.cat([p.detach().flatten() for p in network.parameters()]))
     assert torch.equal(*made)
+
+
+def test_a_closure_computes_what_muon_steps_by(gpt):
+    """As torch's optimizers take one: its gradients count, and its loss is given back."""
+    steps = gradients(gpt, 1)
+    optimizer = make_optimizer(gpt, OptimizerSettings(name="muon"))
+    before = gpt.layers[0].mlp.up.weight.clone()
+
+    def closure() -> float:
+        assert torch.is_grad_enabled()
+        for name, parameter in gpt.named_parameters():
+            parameter.grad = steps[0][name].clone()
+        return 3.5
+
+    assert optimizer.step(closure) == 3.5
+    assert not torch.equal(gpt.layers[0].mlp.up.weight, before)

@@ -49,14 +49,14 @@ def checkpoint(folder: Path, step: int = 10) -> Checkpoint:
 @pytest.mark.parametrize("name", ["", ".", "..", "../other", "a/b", "/etc", "a/", "a/../b", "./a"])
 def test_a_name_cannot_leave_its_folder(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"run.name: '{name}' must be a plain folder name"):
-        run_folder(Config(run=RunSettings(name=name, dir=str(tmp_path))))
+        run_folder(RunSettings(name=name, dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize("name", ["a", "gpt2-124m", "a b", "..a", "ä.1"])
 def test_plain_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_folder(Config(run=RunSettings(name=name, dir=str(tmp_path)))) == tmp_path / name
+    assert run_folder(RunSettings(name=name, dir=str(tmp_path))) == tmp_path / name
     monkeypatch.setenv("HOME", str(tmp_path))  # a shell expands ~, but a YAML file has no shell
-    assert run_folder(Config(run=RunSettings(name=name, dir="~/runs"))) == tmp_path / "runs" / name
+    assert run_folder(RunSettings(name=name, dir="~/runs")) == tmp_path / "runs" / name
 
 
 def test_the_config_file_means_the_config() -> None:

@@ -15,7 +15,7 @@ from genscale.data.images.decoding import Range, as_bytes
 from genscale.data.images.labels import Classes, classes_of, label_of, numbered
 from genscale.data.images.ranges import Values, range_of
 from genscale.data.images.sets import ArraySet
-from genscale.data.images.shards import ImageSpec
+from genscale.data.images.spec import ImageSpec
 from genscale.errors import UserError, nearest
 from genscale.reading import Unreadable, read_json
 

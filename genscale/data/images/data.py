@@ -21,8 +21,8 @@ from genscale.data.images.ranges import LOOKED_AT, ranges_of, warn_of_blank
 from genscale.data.images.reading import ImageReader, labelled
 from genscale.data.images.sets import ImageSet, content_hash, digest
 from genscale.data.images.settings import HUB_SETTINGS, TABLE_SETTINGS, ImageDataSettings
-from genscale.data.images.shards import ImageSpec, Record
 from genscale.data.images.sources import Opened, Order, first_images, kind_of, open_images
+from genscale.data.images.spec import ImageSpec, Record
 from genscale.data.images.stream import ImageStream, StreamedImages
 from genscale.data.lanes import Cursor, Sample
 from genscale.data.plans import digest_of

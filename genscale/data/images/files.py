@@ -16,7 +16,8 @@ from genscale.data.images.arrays import arrays
 from genscale.data.images.labels import Classes, classes_of, composed, numbered
 from genscale.data.images.sets import ArraySet, FileSet, ImageSet
 from genscale.data.images.settings import DIGITS
-from genscale.data.images.shards import ARRAYS, IMAGE, ImageSpec
+from genscale.data.images.shards import ARRAYS, IMAGE
+from genscale.data.images.spec import ImageSpec
 from genscale.errors import UserError, as_utf8
 
 LOG = logging.getLogger(__name__)

@@ -13,21 +13,13 @@ from genscale.data.images.files import array_file, digits, image_parts
 from genscale.data.images.labels import Classes, classes_of, numbered
 from genscale.data.images.sets import ImageSet, PackedSet
 from genscale.data.images.settings import DIGITS
-from genscale.data.images.shards import (
-    SHARD,
-    TAR_FILES,
-    ImageSpec,
-    ImageTableShard,
-    Record,
-    TarShard,
-    local_shards,
-    look,
-    shard_kind,
-    shard_of,
-)
+from genscale.data.images.shards import SHARD, TAR_FILES, TarShard, local_shards, look, shard_kind, shard_of
+from genscale.data.images.spec import ImageSpec, Record
 from genscale.data.images.stream import ImageStream
+from genscale.data.images.tables import ImageTableShard
 from genscale.data.locations import find_urls, hub_revision, quiet_datasets
-from genscale.data.readers import Shard, known_size, place, split
+from genscale.data.readers import known_size, place, split
+from genscale.data.shards import Shard
 from genscale.data.source_file import SourceFile, is_url, url_path
 from genscale.errors import UserError, as_utf8, nearest
 from genscale.masking import masked

@@ -12,7 +12,7 @@ import numpy as np
 from genscale.data.images.labels import Classes
 from genscale.data.images.reading import ImageReader, labelled
 from genscale.data.images.sets import content_hash
-from genscale.data.images.shards import Record
+from genscale.data.images.spec import Record
 from genscale.data.lanes import Cursor, Sample
 from genscale.data.readers import place
 from genscale.data.stream_source import StreamSource

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -47,8 +47,13 @@ class _Allowance:
 
 
 LOOKING = _Allowance()
-Buffer = bytes | mmap.mmap
-"""Tokens of a segment. Not an array: a slice of bytes costs a fifth of a slice of an array, and pieces are short."""
+
+
+class Buffer(Protocol):
+    """Tokens of a segment: bytes, or a file in memory. Not an array: a slice of bytes costs a fifth of a slice of an array, and
+    pieces are short."""
+
+    def __getitem__(self, part: slice, /) -> bytes: ...
 
 
 class Found(NamedTuple):

@@ -1,66 +1,26 @@
 """Conversations written as text by a tokenizer's chat template, and which of its characters are the assistant's.
 
-The template is rendered in a sandbox, as transformers' `apply_chat_template` renders it: templates come from strangers. Where
-it marks what the assistant writes (`{% generation %}`), those are its answers, as in transformers. Where it does not, an answer
-is what the template writes in a message's turn of its loop over the messages, without the header (what it asks for an answer
-with: `add_generation_prompt`) and up to and with the end-of-turn tokens. White space after those is the template's: nobody
-generates it. Thoughts are the assistant's, their opening tag too, also where the template would ask for an answer with it.
+Where the template marks what the assistant writes (`{% generation %}`), those are its answers, as in transformers. Where it
+does not, an answer is what the template writes in a message's turn of its loop over the messages, without the header (what it
+asks for an answer with: `add_generation_prompt`) and up to and with the end-of-turn tokens. White space after those is the
+template's: nobody generates it. Thoughts are the assistant's, their opening tag too, also where the template would ask for an
+answer with it.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from datetime import datetime
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import jinja2
-
-from genscale.data.conversations import said
-from genscale.data.text.template_sandbox import Sandbox, TooMuch
-from genscale.data.text.template_turns import Turn
+from genscale.data.text.chat_rendering import QUESTION, ChatRenderer, Message, Refusal, Span, Unbounded, Written, reason
 from genscale.errors import UserError
 
-Message = Mapping[str, Any]
-Span = tuple[int, int]
 START, STOP = "\ue0f0<[", "]>\ue0f1"
 """Marks around what the assistant says, for templates without a loop over the messages; in a second rendering only."""
-TODAY = datetime(2024, 7, 26)
-"""The day it is for every template (Llama 3's default): a run must see the same tokens on whatever day it is resumed."""
 THOUGHTS = re.compile(r"[<\[◁]/?[^<>\[\]◁▷]*?(?:think|thought|reason)[^<>\[\]◁▷]*[>\]▷]", re.IGNORECASE)
 """A tag around thoughts: `<think>`, `[THINK]`, `<|START_THINKING|>`."""
-THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
-"""Under which messages carry thoughts beside their content; templates read the first or the second."""
-QUESTION = [{"role": "user", "content": "question"}]
-
-
-class Refusal(UserError):
-    """A conversation that the template does not write."""
-
-
-class Unbounded(Refusal):
-    """A template that works or writes too much."""
-
-
-class Written(NamedTuple):
-    """A rendering.
-
-    Attributes:
-        text: what was written.
-        shown: number of a message -> where in the text it stands.
-        inner: (number of a message, start, stop) of those that stand inside another's.
-        last: where the last message ends.
-        generated: what the template marks as the assistant's.
-    """
-
-    text: str
-    shown: dict[int, list[Span]]
-    inner: list[tuple[int, int, int]]
-    last: int
-    generated: list[Span]
 
 
 class Surroundings(NamedTuple):
@@ -92,17 +52,7 @@ class ChatTemplate:
         special = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))
         self._specials = re.compile(rf"\s*((?:(?:{special})\s*)*(?:{special}))\s*") if special else None
         self._next_special = re.compile(rf"\s*(?:{special})") if special else None
-        self._sandbox = Sandbox()
-        self._sandbox.add_filter("tojson", _to_json)
-        self._sandbox.globals["raise_exception"] = _raise
-        if not re.search(r"\bstrftime_now\s+is\s+(not\s+)?defined", source):  # one that asks has a date of its own
-            self._sandbox.globals["strftime_now"] = TODAY.strftime
-        try:
-            self._template = self._sandbox.from_string(source)
-        except Exception as error:  # whatever a stranger's source does to Jinja's compiler and to Python's
-            raise UserError(f"data.tokenizer={name}: its chat template cannot be read ({_reason(error)}); mend it in "
-                            "tokenizer_config.json or chat_template.jinja") from None
-        self._marks_itself = self._sandbox.marks_answers
+        self._renderer = ChatRenderer(source, special_tokens, name)
 
     def render(self, messages: Sequence[Message], tools: list[Any] | None = None) -> str:
         """The conversation as text.
@@ -110,7 +60,7 @@ class ChatTemplate:
         Raises:
             Refusal: the template refuses it.
         """
-        return self._render(messages, tools).text
+        return self._renderer.render(messages, tools).text
 
     def answers(self, messages: Sequence[Message], tools: list[Any] | None = None) -> tuple[str, list[Span]]:
         """The conversation as text, and (start, stop) of the characters that the assistant writes.
@@ -121,8 +71,8 @@ class ChatTemplate:
         Raises:
             Refusal: the template refuses the conversation, or does not show the assistant's words as they are.
         """
-        written = self._render(messages, tools)
-        if self._marks_itself:
+        written = self._renderer.render(messages, tools)
+        if self._renderer.marks_answers:
             return written.text, written.generated
         if not any(message["role"] == "assistant" and number in written.shown for number, message in enumerate(messages)):
             return written.text, self._marked_answers(messages, tools, written.text)
@@ -191,7 +141,7 @@ class ChatTemplate:
             return []
 
     def _headers_after(self, messages: Sequence[Message], tools: list[Any] | None) -> list[str]:
-        asked, without = self._render(messages, tools, True), self._render(messages, tools)
+        asked, without = self._renderer.render(messages, tools, True), self._renderer.render(messages, tools)
         found = [asked.text[asked.last:]] if asked.shown else []
         if asked.text.startswith(without.text):
             found.append(asked.text[len(without.text):])
@@ -210,7 +160,8 @@ class ChatTemplate:
         turns = []
         for words in ("alpha", "Bravo!"):  # nothing in common
             try:
-                written = self._render([message or {"role": "assistant", "content": words} for message in messages], None)
+                said = [message or {"role": "assistant", "content": words} for message in messages]
+                written = self._renderer.render(said, None)
             except Refusal:
                 return Surroundings("", "")
             turns.append("".join(written.text[start:stop] for start, stop in _own(written, 1)))
@@ -221,7 +172,7 @@ class ChatTemplate:
 
     def _marked_answers(self, messages: Sequence[Message], tools: list[Any] | None, plain: str) -> list[Span]:
         """The answers of a template that has no loop over the messages, by marks around the assistant's words."""
-        marked = self._render([_marked(message) for message in messages], tools).text
+        marked = self._renderer.render([_marked(message) for message in messages], tools).text
         text, starts, stops = _without_marks(marked)
         if text != plain or len(stops) != sum(message["role"] == "assistant" for message in messages):
             raise self._hidden()
@@ -237,14 +188,14 @@ class ChatTemplate:
         """Raises UserError for a template that does not show what the assistant says: the answers cannot be told then. One that
         works too much for a question and an answer is tried but once."""
         try:
-            self._write([*QUESTION, {"role": "assistant", "content": "answer"}], None, False)
+            self._renderer.render_as_given([*QUESTION, {"role": "assistant", "content": "answer"}], None, False)
         except Unbounded as refusal:
             raise UserError(f"data.tokenizer={self._name}: its chat template fails on a mere question and its answer "
-                            f"({_reason(refusal.__context__)}); mend the template") from None
+                            f"({reason(refusal.__context__)}); mend the template") from None
         except Refusal:
             pass
         turns = [self._around(last) for last in (False, True)]
-        if self._marks_itself or any(any(turn) for turn in turns):
+        if self._renderer.marks_answers or any(any(turn) for turn in turns):
             return
         for words in ("alpha", "Bravo!"):
             try:
@@ -257,48 +208,6 @@ class ChatTemplate:
     def _hidden(self) -> Refusal:
         return Refusal(f"data.tokenizer={self._name}: its chat template does not show what the assistant says as it is, so "
                        "that answers cannot be told from prompts; mend the template (with {% generation %}), or leave it out")
-
-    @cached_property
-    def _reads(self) -> str:
-        """Whether the template reads a message's content as "text", as "parts" ([{"type": "text", ...}]), or "both"."""
-        kinds: dict[str, Sequence[Mapping[str, Any]]] = {
-            "text": QUESTION, "parts": [{**QUESTION[0], "content": [{"type": "text", "text": "question"}]}]}
-        read = []
-        for kind, messages in kinds.items():
-            with suppress(Refusal):
-                text = self._write(messages, None, False).text
-                read += [kind] if "question" in text and "'type'" not in text else []
-        return "parts" if read == ["parts"] else "both" if len(read) == 2 else "text"
-
-    def _render(self, messages: Sequence[Message], tools: list[Any] | None, add_generation_prompt: bool = False) -> Written:
-        if self._reads != "both":
-            wanted = str if self._reads == "text" else list
-            messages = [message if message.get("content") is None or isinstance(message["content"], wanted) else
-                        {**message, "content": said(message) if wanted is str else [{"type": "text", "text": said(message)}]}
-                        for message in messages]
-        return self._write(messages, tools, add_generation_prompt)
-
-    def _write(self, messages: Sequence[Message], tools: list[Any] | None, add_generation_prompt: bool) -> Written:
-        turns, size = [], 0
-        for number, message in enumerate(messages):
-            turn = {key: value for key, value in message.items() if value is not None}  # as transformers does
-            if (thought := next((turn[key] for key in THOUGHT_KEYS if key in turn), None)) is not None:
-                turn = {THOUGHT_KEYS[1]: thought, **turn, THOUGHT_KEYS[0]: thought}
-            turns.append(Turn.numbered(number, turn))
-            size += len(str(message))
-        try:
-            text = self._sandbox.write(self._template, size + len(str(tools)), {
-                "messages": turns, "tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt,
-                **self._special_tokens})
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
-                RecursionError) as error:
-            beginning = json.dumps(list(messages), ensure_ascii=False, default=str)[:120]
-            refusal = Unbounded if isinstance(error, TooMuch) else Refusal
-            raise refusal(f"data.tokenizer={self._name}: its chat template refuses the conversation {beginning}... "
-                          f"({_reason(error)}); mend or remove it") from None
-        rendering = self._sandbox.rendering
-        return Written(text, rendering.shown, rendering.inner, rendering.last, rendering.generated)
-
 
 def _own(written: Written, number: int) -> list[Span]:
     """The stretches of a message, without those of other messages that lie inside."""
@@ -338,17 +247,3 @@ def _without_marks(marked: str) -> tuple[str, list[int], list[int]]:
         else:
             text += part
     return text, starts, stops
-
-
-def _reason(error: BaseException | None) -> str:
-    return str(error).replace(f"{Turn.__module__}.{Turn.__name__}", "message")[:200] or type(error).__name__
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None,
-             sort_keys: bool = False) -> str:
-    # Jinja's own filter escapes HTML characters.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

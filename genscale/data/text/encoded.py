@@ -5,7 +5,6 @@ Both ways give the same ids under the same places: a run with a cache sees the s
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice, pairwise
@@ -18,7 +17,7 @@ import numpy as np
 from genscale.data.packing import PIECE, Place, Run, pack_runs
 from genscale.data.text.cache import TokenCache
 from genscale.data.text.cache_files import check_files
-from genscale.data.text.cache_shard import Found
+from genscale.data.text.cache_shard import Buffer, Found
 from genscale.data.text.tokenizers import Tokenizer, encode_pieces
 from genscale.data.windows import Source, Stretch, Window
 
@@ -159,7 +158,7 @@ class _Known:
     def _merge(self, found: list[tuple[np.ndarray, Found]], first: int) -> None:
         """A window may mix shards."""
         empty = np.empty(0, np.int64)
-        files: list[bytes | mmap.mmap] = []
+        files: list[Buffer] = []
         columns: list[list[np.ndarray]] = [[empty], [empty], [empty], [empty], [empty]]
         for documents, result in found:
             own = (documents[result.document] + first, result.number, result.low, result.high, result.file + len(files))

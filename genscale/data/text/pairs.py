@@ -14,7 +14,8 @@ from genscale.data.conversations import read_document
 from genscale.data.lanes import Sample
 from genscale.data.packing import Place
 from genscale.data.spec import Spec
-from genscale.data.text.chat_template import ChatTemplate, Message, Refusal, Span
+from genscale.data.text.chat_rendering import Message, Refusal, Span
+from genscale.data.text.chat_template import ChatTemplate
 from genscale.data.text.tokenizers import Tokenizer
 from genscale.data.windows import Source
 from genscale.errors import UserError

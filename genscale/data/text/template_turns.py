@@ -1,12 +1,15 @@
-"""Which message wrote which characters of a chat template's text: the template's loops tell of their turns."""
+"""Which message wrote which characters of a chat template's text: the template's loops tell of their turns, and what makes long
+values tells of these."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
+import jinja2
 from jinja2 import nodes
+from jinja2.compiler import CodeGenerator
 
 
 class Turn(dict):
@@ -102,3 +105,57 @@ def _call(method: str, loop: int, name: str | None = None) -> nodes.ExprStmt:
     """`environment.method(loop, name)`, as the sandbox's generator writes it."""
     items = [nodes.Const(method), nodes.Const(loop), *([nodes.Name(name, "load")] if name else [])]
     return nodes.ExprStmt(nodes.Tuple(items, "load"), lineno=1)
+
+
+class Generator(CodeGenerator):
+    """Compiles what makes long values, and every turn of a loop, so that the environment hears of it."""
+
+    def visit_ExprStmt(self, node: nodes.ExprStmt, frame: Any) -> None:  # only `instrument` makes them
+        parts = cast(nodes.Tuple, node.node).items
+        (method, loop), names = cast(list[nodes.Const], parts[:2]), parts[2:]
+        self.writeline(f"environment.{method.value}({loop.value}", node)
+        for name in names:
+            self.write(", ")
+            self.visit(name, frame)
+        self.write(")")
+
+    def _within(self, call: str, visit: Callable[..., None], node: nodes.Node, frame: Any) -> None:
+        self.write(f"environment.{call}(")
+        visit(node, frame)
+        self.write(")")
+
+    def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:
+        self.write("environment.joined((")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write("))")
+
+    def visit_List(self, node: nodes.List, frame: Any) -> None:
+        self._within("bounded", super().visit_List, node, frame)
+
+    def visit_Dict(self, node: nodes.Dict, frame: Any) -> None:
+        self._within("bounded", super().visit_Dict, node, frame)
+
+    def visit_Tuple(self, node: nodes.Tuple, frame: Any) -> None:
+        if node.ctx == "load":
+            self._within("bounded", super().visit_Tuple, node, frame)
+        else:
+            super().visit_Tuple(node, frame)
+
+    def visit_Getitem(self, node: nodes.Getitem, frame: Any) -> None:
+        if isinstance(node.arg, nodes.Slice):
+            self._within("bounded", super().visit_Getitem, node, frame)
+        else:
+            super().visit_Getitem(node, frame)
+
+    def visit_Compare(self, node: nodes.Compare, frame: Any) -> None:
+        self.write("(")
+        self._within("looked_at", self.visit, node.expr, frame)
+        for operand in node.ops:
+            self.visit(operand, frame)
+        self.write(")")
+
+    def visit_Operand(self, node: nodes.Operand, frame: Any) -> None:
+        self.write(f" {jinja2.compiler.operators[node.op]} ")
+        self._within("looked_at", self.visit, node.expr, frame)

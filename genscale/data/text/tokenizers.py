@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from genscale.data.text.byte_level import byte_alphabet, byte_lengths
 from genscale.data.text.tokenizer_companions import Companions, read_companions
 from genscale.data.text.tokenizer_faults import PROBES, check_content, quiet, reported, without_prefix
 from genscale.errors import UserError
@@ -24,8 +25,6 @@ END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<|end▁of▁sentence|>", 
 """Names under which published tokenizers keep their end-of-text token, in the order they are looked for."""
 SMALLEST_VOCABULARY = 257
 """A byte-level vocabulary holds every byte and the end of text, so that no text is out of vocabulary."""
-
-
 ALONE = Companions()
 
 
@@ -202,22 +201,7 @@ class FileTokenizer(Tokenizer):
 
     @cached_property
     def _bytes(self) -> np.ndarray | None:
-        content = self._content
-        byte_level = _is_byte_level(content.get("pre_tokenizer"))
-        if content["model"].get("type") != "BPE" or content.get("normalizer") or not byte_level:
-            return None
-        added = {token["id"]: token for token in content.get("added_tokens", [])}
-        if any(not token["special"] for token in added.values()):
-            return None  # a plain added token may swallow the spaces around it
-        alphabet = set(_byte_alphabet())
-        lengths = np.zeros(self.vocab_size, np.int64)
-        for token, number in self._backend.get_vocab(with_added_tokens=False).items():
-            if number in added:
-                continue
-            if not alphabet.issuperset(token):
-                return None
-            lengths[number] = len(token)  # in the byte-level alphabet one character is one byte
-        return lengths
+        return byte_lengths(self._content, self._backend.get_vocab(with_added_tokens=False), self.vocab_size)
 
     def token_bytes(self) -> np.ndarray | None:
         return self._bytes
@@ -260,23 +244,6 @@ def _end_of_text(vocabulary: dict[str, int], companions: Companions, name: str) 
         raise UserError(f"data.tokenizer={name}: has no end-of-text token; add one named {END_OF_TEXT}, or name it as "
                         "eos_token in a tokenizer_config.json beside it")
     return found[0]
-
-
-def _byte_alphabet() -> list[str]:
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    return ByteLevel.alphabet()
-
-
-def _is_byte_level(pre_tokenizer: dict | None) -> bool:
-    """Whether words are mapped byte by byte and nothing else adds or drops a byte."""
-    if pre_tokenizer is None:
-        return False
-    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
-    byte_level = [step for step in steps if step["type"] == "ByteLevel"]
-    lossless = all(step["type"] in ("ByteLevel", "Digits") or (step["type"] == "Split" and step["behavior"] != "Removed")
-                   for step in steps)
-    return bool(byte_level) and lossless and not any(step["add_prefix_space"] for step in byte_level)
 
 
 def _write(path: str | Path, text: str) -> Path:
@@ -332,7 +299,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, out: str | Path) -> Path:
     backend.decoder = decoders.ByteLevel()
     # The alphabet is sorted: the library numbers it in the order given, and `alphabet()` comes in another order each time.
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
-                                  initial_alphabet=sorted(_byte_alphabet()))
+                                  initial_alphabet=sorted(byte_alphabet()))
     backend.train_from_iterator(texts, trainer)
     content = json.loads(backend.to_str())
     return _write(out, json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False))

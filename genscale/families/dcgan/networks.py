@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from genscale.families.dcgan.settings import SMALLEST_MAP, GANSettings, multipliers
-from genscale.models.image_layers import SLOPE, norm_layer, spectral_norm
+from genscale.models.image_layers import SLOPE, norm_layer
 from genscale.models.memory_format import set_memory_format
+from genscale.models.spectral_norm import spectral_norm
 
 
 class LatentInput(nn.Module):
@@ -125,8 +126,8 @@ class DCGANGenerator(nn.Module):
         return torch.tanh(self.output(x))
 
 
-class StagedDiscriminator(nn.Module):
-    """Images `(batch, channels, size, size)` to logits `(batch,)`: above 0 where it takes them for real.
+class DiscriminatorStages(nn.Module):
+    """A discriminator's layers: stages that each halve the resolution, and the head.
 
     Attributes:
         stage: makes what halves the resolution, of (settings, channels in, channels out, first).
@@ -150,6 +151,10 @@ class StagedDiscriminator(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The stages, which are sharded, compiled and recomputed one at a time."""
         return list(self.stages)
+
+
+class StagedDiscriminator(DiscriminatorStages):
+    """Images `(batch, channels, size, size)` to logits `(batch,)`: above 0 where it takes them for real."""
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         x = images if self.label_channel is None else self.label_channel(images, labels)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from genscale.families.dcgan.networks import LatentInput, StagedDiscriminator
 from genscale.families.dcgan.settings import GANSettings, multipliers
-from genscale.models.image_layers import norm_layer, spectral_norm
+from genscale.models.image_layers import norm_layer
 from genscale.models.memory_format import set_memory_format
+from genscale.models.spectral_norm import spectral_norm
 
 
 class UpBlock(nn.Module):

@@ -6,8 +6,7 @@ from types import ModuleType
 
 from genscale.evaluation.settings import PointSampling
 from genscale.families.entry import Family, Sampler, Sampling
-from genscale.families.points.data_settings import PointsDataSettings
-from genscale.families.points.settings import PointsGANSettings
+from genscale.families.points.settings import PointsDataSettings, PointsGANSettings
 from genscale.objectives.capabilities import Generates
 from genscale.objectives.gan_settings import GANObjectiveSettings
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from genscale.data.lanes import Cursor, Data, Sample
-from genscale.families.points.data_settings import PointsDataSettings
+from genscale.families.points.settings import PointsDataSettings
 from genscale.rng import Draws
 
 DRAWN_TOGETHER = 64

@@ -1,4 +1,5 @@
-"""What the networks of a GAN on points are: the `model` section of the family `points`."""
+"""What the networks of a GAN on points are, and what the points are drawn from: the sections `model` and `data` of the family
+`points`."""
 
 from __future__ import annotations
 
@@ -36,3 +37,22 @@ class PointsGANSettings:
     """Spectral norm in the discriminator."""
 
     classes = None  # no setting: points have none
+
+
+@dataclass(frozen=True)
+class PointsDataSettings:
+    """Points to train on; they are drawn as they are needed."""
+
+    source: Literal["ring", "grid"] = "ring"
+    """ring: 8 Gaussians on the unit circle; grid: 25 Gaussians, 2 apart."""
+    pack: PositiveInt = 1
+    """Points that the discriminator sees together (Lin et al. 2018, PacGAN); a sample, and so the batch size, then counts
+    packs."""
+    validation_points: PositiveInt = 2500
+    """Points that an evaluation generates."""
+    lanes: PositiveInt = 48
+    """Parallel streams that make up the sample order."""
+    workers: NonNegativeInt = 0
+    """Processes that load data for each training process (0: a background thread)."""
+    prefetch_steps: PositiveInt = 2
+    """Global batches to load ahead."""

@@ -17,7 +17,7 @@ from genscale.models.memory_format import set_memory_format
 from genscale.models.norms import Norm
 from genscale.objectives.likelihoods import LIKELIHOODS
 
-__all__ = ["VAE", "Decoder", "Encoder", "VAESettings", "latent_shape"]
+__all__ = ["VAE", "Decoder", "DecoderLayers", "Encoder", "VAESettings", "latent_shape"]
 
 HEAD_GAIN = 0.1
 """Gain of the layers that the encoder and the decoder put out with: a posterior near the prior, and grey images."""
@@ -147,8 +147,8 @@ def _decoder_blocks(settings: VAESettings, widths: list[int], sizes: list[int]) 
     return blocks
 
 
-class Decoder(nn.Module):
-    """Latents to what a likelihood needs to know of each pixel."""
+class DecoderLayers(nn.Module):
+    """A decoder's layers."""
 
     def __init__(self, settings: VAESettings, size: int, channels: int) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ class Decoder(nn.Module):
         self.shared_scale = _SharedScale(channels) if self.scale == "shared" else None
         set_memory_format(self, torch.channels_last)  # as the images are: a convolution copies a weight that lies otherwise
 
-    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def pixels(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Location `(batch, channels, size, size)` and logarithm of the scale (of a shape that broadcasts against it; without
         meaning for bernoulli), in fp32, of latents `(batch, *latent_shape)`."""
         if self.settings.architecture == "mlp":
@@ -197,6 +197,14 @@ class Decoder(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The repeated parts, which are sharded, compiled and recomputed one at a time."""
         return list(self.layers)
+
+
+class Decoder(DecoderLayers):
+    """Latents to what a likelihood needs to know of each pixel."""
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """As `pixels`."""
+        return self.pixels(latents)
 
 
 class _SharedScale(nn.Module):

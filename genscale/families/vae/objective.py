@@ -24,7 +24,7 @@ from genscale.families.vae.losses import (
 from genscale.families.vae.network import VAE, latent_shape
 from genscale.families.vae.pictures import examples_of, preview_picture, validation_images
 from genscale.families.vae.settings import VAESettings
-from genscale.models.image_layers import InitialWeights
+from genscale.models.initial_weights import InitialWeights
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.objectives.likelihoods import BLACK_AND_WHITE, LIKELIHOODS, Measures
 from genscale.rng import Draws

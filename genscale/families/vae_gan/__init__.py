@@ -5,11 +5,11 @@ from __future__ import annotations
 from types import ModuleType
 
 from genscale.data.images.settings import ImageDataSettings
-from genscale.evaluation.settings import ImageSampling, ImageScoring
-from genscale.families.entry import Family, Sampler, Sampling, Scorer, Scoring
+from genscale.families.entry import Family
+from genscale.families.generated_images import IMAGE_SAMPLING, IMAGE_SCORING
 from genscale.families.vae.objective_settings import VAEGANObjectiveSettings
 from genscale.families.vae.settings import VAEGANSettings
-from genscale.objectives.capabilities import EncodesImages, GeneratesImages
+from genscale.objectives.capabilities import EncodesImages
 
 
 def _module() -> ModuleType:
@@ -18,22 +18,9 @@ def _module() -> ModuleType:
     return vae_gan
 
 
-def _sampler() -> Sampler:
-    from genscale.evaluation.image_sampling import sample_images
-
-    return sample_images
-
-
-def _scorer() -> Scorer:
-    from genscale.evaluation.image_scores import score_images
-
-    return score_images
-
-
 FAMILY = Family(
     VAEGANSettings, ImageDataSettings, _module, VAEGANObjectiveSettings,
-    sampling=Sampling(ImageSampling, _sampler, needs=(GeneratesImages,), example="--count 64 --out grid.png"),
-    scoring=Scoring(ImageScoring, _scorer, needs=(GeneratesImages,), tiny={"features": "random", "count": 80}),
+    sampling=IMAGE_SAMPLING, scoring=IMAGE_SCORING,
     capabilities=(EncodesImages,),
     tiny={"model.width": 8, "model.multipliers": [1, 2], "model.latents": 4, "model.discriminator_width": 4,
           "data.source": "digits", "data.size": 16, "data.channels": 1, "data.validation_images": 80},

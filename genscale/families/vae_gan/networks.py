@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from genscale.errors import UserError
-from genscale.families.dcgan.networks import DCGANDiscriminator
+from genscale.families.dcgan.networks import DiscriminatorStages, DownStage
 from genscale.families.dcgan.settings import GANSettings, check_gan
-from genscale.families.vae.network import Decoder
+from genscale.families.vae.network import DecoderLayers
 from genscale.families.vae.settings import VAEGANSettings, VAESettings
 
 
@@ -28,15 +28,15 @@ def networks_settings(settings: VAEGANSettings, shape: tuple[int, int, int]) -> 
     return vae, discriminator
 
 
-class ImageDecoder(Decoder):
+class ImageDecoder(DecoderLayers):
     """Latents `(batch, latents)` to images fp32 `(batch, channels, size, size)` in [-1, 1]."""
 
     def forward(self, latents: Tensor) -> Tensor:
-        location, _ = super().forward(latents)
+        location, _ = self.pixels(latents)
         return location.tanh()
 
 
-class FeatureDiscriminator(DCGANDiscriminator):
+class FeatureDiscriminator(DiscriminatorStages):
     """Images to logits and to the features of one stage.
 
     Args:
@@ -46,6 +46,8 @@ class FeatureDiscriminator(DCGANDiscriminator):
     Raises:
         UserError: there is no such stage.
     """
+
+    stage = DownStage
 
     def __init__(self, settings: GANSettings, shape: tuple[int, int, int], stage: int | None = None) -> None:
         super().__init__(settings, shape)

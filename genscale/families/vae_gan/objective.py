@@ -20,7 +20,8 @@ from genscale.families.vae.pictures import examples_of, preview_picture, validat
 from genscale.families.vae.settings import VAEGANSettings
 from genscale.families.vae_gan.networks import FeatureDiscriminator, ImageDecoder, networks_settings
 from genscale.models.feature_network import RandomFeatures
-from genscale.models.image_layers import InitialWeights, to_signed, to_unit
+from genscale.models.image_layers import to_signed, to_unit
+from genscale.models.initial_weights import InitialWeights
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.objectives.sample_quality import distance, distance_units
 from genscale.rng import Draws

@@ -13,7 +13,8 @@ from genscale.data.images.data import ImageData, ImageDataSettings
 from genscale.data.lanes import Sample
 from genscale.errors import UserError
 from genscale.models.image_grid import grid_of_rows
-from genscale.models.image_layers import InitialWeights, to_unit
+from genscale.models.image_layers import to_unit
+from genscale.models.initial_weights import InitialWeights
 from genscale.models.moving_state import MovingState
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.rng import Draws
