@@ -280,3 +280,14 @@ class Engine(EngineState):
         finally:
             for average in shown:
                 average.hide()
+
+
+def _settle_compiler() -> None:
+    """What compiled blocks ask of torch.compile."""
+    # Blocks differ in their number alone (dropout's stream): one graph for all, not one each until the limit.
+    torch._dynamo.config.allow_unspec_int_on_nn_module = True
+    # A convolutional block has a graph for each size, mode and gradient that is wanted (19 in a GAN of 256 pixels); the block
+    # that is one too many would stay as it is, without a word.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    # DDP's own hooks reduce a block's gradients as it is done: no graph need be cut for that.
+    torch._dynamo.config.optimize_ddp = False

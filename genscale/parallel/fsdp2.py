@@ -73,8 +73,8 @@ class ShardedEngine(Engine):
         self.modules[name] = self.networks[name] = module
 
     def _mesh(self) -> DeviceMesh:
-        """One dimension, of all processes; or (groups, processes in a group), where neighbours by rank, and so of one machine, are a
-        group."""
+        """One dimension, of all processes; or (groups, processes in a group), where neighbours by rank, and so of one machine,
+        are a group."""
         world, size = self.processes.world_size, self._shard_size
         if size == world:
             return init_device_mesh(self.processes.device.type, (world,))

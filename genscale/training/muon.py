@@ -8,10 +8,11 @@ AdamW's updates typically have, so that learning rate and weight decay mean the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, overload
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from genscale.parallel.materialise import shard_like
@@ -25,7 +26,8 @@ ADAMW_RMS = 0.2  # Liu et al.: root mean square of AdamW's updates
 class Muon(torch.optim.Optimizer):
     """Muon for `matrices`, fused AdamW for the rest; one optimizer to its callers.
 
-    Exact on sharded tensors (DTensor) too: each matrix is gathered in full for its own update, and state stays sharded.
+    Exact on sharded tensors (DTensor) too: each matrix is gathered in full for its own update, and state stays sharded. With
+    several processes each makes its share of the matrices orthogonal, with the same bits as if it made all.
 
     Args:
         matrices: hidden weight matrices, each with the rows of the matrices that stand on top of each other in it (query, key
@@ -59,25 +61,45 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         group = self.param_groups[0]
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            state = self.state[parameter]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-            momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-            update = self._orthogonal(parameter.grad.lerp(momentum, group["momentum"]), self.rows.get(parameter))
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(update, alpha=-group["lr"])
+        given = sorted((each for each in group["params"] if each.grad is not None), key=lambda each: -each.numel())
+        spread = dist.get_world_size() if dist.is_initialized() else 1
+        for start in range(0, len(given), spread):
+            matrices = given[start : start + spread]  # of about one size, for each process one
+            for parameter, update in zip(matrices, self._updates(matrices), strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update, alpha=-group["lr"])
         self.adamw.step()
         return loss
 
+    def _updates(self, matrices: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Of as many matrices as there are processes or fewer: each process makes one orthogonal and sends it to the others.
+        Collective, as is to gather a sharded one; no process holds more than its own and another whole."""
+        momenta = [self._momentum(parameter) for parameter in matrices]
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        made = None
+        for owner, momentum in enumerate(momenta):
+            full = momentum.full_tensor() if is_sharded(momentum) else momentum
+            if owner == rank:
+                made = self._orthogonal(full, self.rows.get(matrices[owner]))
+        for owner, momentum in enumerate(momenta):
+            update = made if owner == rank and made is not None else \
+                torch.empty(momentum.shape, dtype=momentum.dtype, device=momentum.device)
+            if dist.is_initialized():
+                dist.broadcast(update, owner)
+            yield shard_like(update, momentum) if is_sharded(momentum) else update
+
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        """What is to be made orthogonal: the gradient and its momentum, which moves, in Nesterov's form."""
+        share, state = self.param_groups[0]["momentum"], self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        gradient = cast(Tensor, parameter.grad)
+        return gradient.lerp(state["momentum_buffer"].lerp_(gradient, 1 - share), share)
+
     def _orthogonal(self, update: Tensor, rows: tuple[int, ...] | None) -> Tensor:
-        full = update.full_tensor() if is_sharded(update) else update
-        parts = full.split(rows) if rows else (full,)
-        made = torch.cat([orthogonal(part, self.dtype).to(full.dtype) * (ADAMW_RMS * math.sqrt(max(part.shape)))
+        parts = update.split(rows) if rows else (update,)
+        return torch.cat([orthogonal(part, self.dtype).to(update.dtype) * (ADAMW_RMS * math.sqrt(max(part.shape)))
                           for part in parts])
-        return shard_like(made, update) if is_sharded(update) else made
 
 
 def orthogonal(matrix: Tensor, dtype: torch.dtype) -> Tensor:

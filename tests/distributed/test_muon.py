@@ -17,7 +17,9 @@ SHARES = {"ddp": 1.0, "fsdp2": 0.5}
 @pytest.fixture(scope="module")
 def spread(engines):
     return engines({strategy: {"strategy": strategy, "optimizer": MUON, "steps": STEPS, "clip": 1.0, "accumulation": 2}
-                    for strategy in SHARES})
+                    for strategy in SHARES} |
+                   {name: {"strategy": "ddp", "optimizer": {**MUON, "name": name}, "steps": STEPS, "count_operations": True}
+                    for name in ("muon", "adamw")})
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,12 @@ def test_its_state_is_sharded(strategy, spread):
     whole = max(spread["ddp"]["bytes_at_rest"])
     for held in spread[strategy]["bytes_at_rest"]:
         assert held == pytest.approx(SHARES[strategy] * whole, rel=0.05)
+
+
+def test_each_process_makes_its_share_of_the_matrices_orthogonal(spread):
+    """Ten products of two matrices and a sum for each, of which two layers have twelve, query, key and value one by one."""
+    muon, adamw = (spread[name]["matrix_products"] for name in ("muon", "adamw"))
+    assert muon - adamw == STEPS * 10 * 12 / 2
 
 
 @pytest.mark.slow
