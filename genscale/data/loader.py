@@ -46,7 +46,8 @@ class StepLoader:
             raise ValueError(f"global batch {global_batch_size} is not a multiple of {micro_batch_size} x {world_size}")
         self._micro = micro_batch_size
         self._pin_memory = pin_memory
-        self._share = Share(global_batch_size, rank, world_size, max(workers, 1))
+        lanes = data.lane_count if data.cursor_at(1) is None else None
+        self._share = Share(global_batch_size, rank, world_size, max(workers, 1), lanes)
         transport = WorkerTransport if workers else ThreadTransport
         self._open = lambda batch, cursors: transport(data, self._share, batch, cursors, prefetch_steps)
         self._start(state or {"batches": 0, "cursors": {}}, left_out)
@@ -132,14 +133,14 @@ class StepLoader:
         self._parts.close()
 
 
-def _join(parts: list[Part], slots: list[slice], size: int, pin_memory: bool) -> dict[str, torch.Tensor]:
+def _join(parts: list[Part], slots: list[range | list[int]], size: int, pin_memory: bool) -> dict[str, torch.Tensor]:
     """The workers' parts of a batch in the order of the samples."""
     joined: dict[str, torch.Tensor] = {}
     for part, slot in zip(parts, slots, strict=True):
         for name, array in part.arrays.items():
             if name not in joined:
                 joined[name] = torch.empty((size, *array.shape[1:]), dtype=_dtype(array.dtype), pin_memory=pin_memory)
-            joined[name].numpy()[slot] = array
+            joined[name].numpy()[slice(slot.start, slot.stop, slot.step) if isinstance(slot, range) else slot] = array
     return joined
 
 

@@ -1,11 +1,12 @@
 """The global order: which sample belongs to which rank and worker, and reading lanes so that each sample comes once.
 
-Global batch k is the samples [k G, (k + 1) G). Rank r of R takes the samples that are r modulo R; worker w of its n takes those
-with (g // R) % n = w. Nothing else depends on the number of processes: the samples themselves live in lanes.
+Global batch k is the samples [k G, (k + 1) G). Rank r of R takes the samples that are r modulo R; its workers deal out these,
+or the lanes they live in. Nothing else depends on the number of processes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -26,23 +27,40 @@ Cursors = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank reads of each global batch."""
+    """What one rank reads of each global batch.
+
+    Attributes:
+        lanes: of data whose lanes must be read from the start: each is then read by one worker of the rank alone. None: samples
+            can be stepped over for nothing, and are dealt out one by one.
+    """
 
     global_batch_size: int
     rank: int
     world_size: int
     workers: int
+    lanes: int | None = None
+
+    @property
+    def period(self) -> int:
+        """The rank's own samples after which its next is of the same lane again: so many lanes it reads."""
+        return 1 if self.lanes is None else self.lanes // math.gcd(self.lanes, self.world_size)
 
     def samples(self, batch: int, worker: int) -> list[int]:
         """Global samples of a global batch for one worker of this rank, increasing."""
-        first = batch * self.global_batch_size
-        mine = range(first + self.rank, first + self.global_batch_size, self.world_size)
-        return list(mine[self.slots(batch, worker)])
+        first = batch * self.global_batch_size + self.rank
+        return [first + slot * self.world_size for slot in self.slots(batch, worker)]
 
-    def slots(self, batch: int, worker: int) -> slice:
+    def slots(self, batch: int, worker: int) -> range | list[int]:
         """Where those samples stand among the rank's own of that batch."""
         own = self.global_batch_size // self.world_size
-        return slice((worker - batch * own) % self.workers, own, self.workers)
+        if self.lanes is None or self.period % self.workers == 0:
+            return range((worker - batch * own) % self.workers, own, self.workers)
+        return [slot for slot in range(own) if (batch * own + slot) % self.period % self.workers == worker]
+
+
+def times_read(lanes: int, world_size: int) -> int:
+    """How many ranks read each lane, where they share it: so often the work of reading it is done."""
+    return world_size // math.gcd(lanes, world_size)
 
 
 @dataclass

@@ -6,6 +6,7 @@ The audit, `genscale check-family` and the check before a job is submitted make 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from genscale.checkpoint.checkpoints import Checkpoint
 from genscale.checkpoint.restoring import load_beside_weights
 from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader
+from genscale.data.order import times_read
 from genscale.data.source_file import is_url
 from genscale.errors import UserError, nearest_divisors
 from genscale.families import family
@@ -28,6 +30,8 @@ from genscale.settings.mistakes import check_not_masked
 from genscale.training.collapse import check_collapse
 from genscale.training.optimizers import make_optimizer
 from genscale.training.update_guard import check_guards
+
+log = logging.getLogger("genscale")
 
 
 def check_settings(config: Config) -> None:
@@ -148,10 +152,22 @@ def averaged_networks(half_life: float, family_name: str, objective: Objective) 
     return tuple(objective.averaged)
 
 
+def shared_lanes(data: Data, settings: DataSettings, world_size: int) -> str | None:
+    """What to say where several processes must each read the same lanes from their start; None where nothing is read twice."""
+    times = times_read(data.lane_count, world_size)
+    if times == 1 or data.cursor_at(1) is not None or getattr(settings, "cache", None) is not None:
+        return None
+    fits = -(-data.lane_count // world_size) * world_size
+    return (f"data.lanes: {data.lane_count}, of which each is read by {times} of the {world_size} processes, so that all is "
+            f"read and tokenised {times} times; set data.lanes {fits} for a new run (a multiple of the processes), or data.cache")
+
+
 def open_loader(data: Data, settings: DataSettings, global_batch_size: int, micro_batch_size: int, processes: Processes,
                 state: dict[str, Any] | None = None) -> StepLoader:
     """This process's micro-batches, from the start or from where a checkpoint's `state` says."""
     state = state or {}
+    if (shared := shared_lanes(data, settings, processes.world_size)) and processes.is_main:
+        log.warning("%s", shared)
     return StepLoader(data, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size,
                       rank=processes.rank, world_size=processes.world_size, workers=settings.workers,
                       prefetch_steps=settings.prefetch_steps, state=state.get("data"),

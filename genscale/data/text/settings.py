@@ -105,8 +105,8 @@ class TextDataSettings:
     separate_documents: bool = False
     """A token sees only its own document, and positions count from the document's start (default: the whole block)."""
     lanes: PositiveInt = 48
-    """Parallel streams that make up the sample order, whatever the number of processes; reading is cheapest where it is a
-    multiple of processes x workers."""
+    """Parallel streams that make up the sample order, whatever the number of processes; a multiple of the
+    processes, as train.global_batch_size is, lets each be read once; a lane holds some 20 kB."""
     shuffle_window: PositiveInt = 256
     """Documents shuffled together in a lane when the source is too large for memory; a smaller one is shuffled as a whole."""
     cache: str | None = None
