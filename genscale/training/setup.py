@@ -159,7 +159,7 @@ def shared_lanes(data: Data, settings: DataSettings, world_size: int) -> str | N
         return None
     fits = -(-data.lane_count // world_size) * world_size
     return (f"data.lanes: {data.lane_count}, of which each is read by {times} of the {world_size} processes, so that all is "
-            f"read and tokenised {times} times; set data.lanes {fits} for a new run (a multiple of the processes), or data.cache")
+            f"read and tokenised {times} times; a new run may set data.lanes {fits} (a multiple of the processes)")
 
 
 def open_loader(data: Data, settings: DataSettings, global_batch_size: int, micro_batch_size: int, processes: Processes,

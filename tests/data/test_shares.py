@@ -60,9 +60,9 @@ def test_of_the_shipped_text_configs_nothing_is_read_twice_at_any_number_of_rank
 
 
 def test_a_run_that_reads_lanes_twice_says_which_number_would_not(tmp_path):
-    (tmp_path / "a.txt").write_text("some words\n" * 2000)
-    settings = TextDataSettings(source=str(tmp_path / "a.txt"), lanes=48, sequence_length=16)
+    (tmp_path / "a.jsonl").write_text("".join(f"{{\"text\": \"some words {n}\"}}\n" for n in range(2000)))
+    settings = TextDataSettings(source=str(tmp_path / "a.jsonl"), lanes=48, sequence_length=16)
     data = TextData(settings, seed=1)
     said = shared_lanes(data, settings, 64)
-    assert "each is read by 4 of the 64 processes" in said and "data.lanes 64 for a new run" in said
+    assert "each is read by 4 of the 64 processes" in said and "may set data.lanes 64" in said
     assert shared_lanes(data, settings, 16) is None and shared_lanes(data, replace(settings, cache="tokens"), 64) is None
