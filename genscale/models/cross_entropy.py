@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+log = logging.getLogger("genscale")
 CPU_LOGITS, GPU_LOGITS = 2**24, 2**29
 """Logits held at once by default: 64 MiB of fp32 stay near a CPU's caches; a GPU wants large products."""
 
@@ -26,7 +30,10 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk:
     # One chunk of our own holds half of what torch's loss does; on a CPU, where chunks are small, torch's kernel is the faster.
     if plain or (chunk >= len(hidden) and not hidden.is_cuda):
         return F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=-1, reduction="sum")
-    return _Chunked.apply(hidden, weight, targets, min(chunk, len(hidden)), torch.is_grad_enabled())
+    chunk = min(chunk, len(hidden))
+    if hidden.is_cuda:  # as many chunks, of about one size, lest the last be a small product
+        chunk = -(-len(hidden) // -(-len(hidden) // chunk))
+    return _Chunked.apply(hidden, weight, targets, chunk, torch.is_grad_enabled())
 
 
 class _Chunked(torch.autograd.Function):
@@ -45,12 +52,16 @@ class _Chunked(torch.autograd.Function):
             rows, matrix = hidden.to(dtype), weight.to(dtype)
             grad_hidden = torch.empty_like(rows) if differentiate else None
             grad_weight = torch.empty(matrix.shape, dtype=torch.float32, device=hidden.device) if differentiate else None
-            # Two buffers for all chunks: memory that is new each time costs a CPU as much as the arithmetic.
-            room = chunk, len(matrix)
-            buffers = torch.empty(room, dtype=dtype, device=hidden.device), torch.empty(room, device=hidden.device)
+            # Buffers for all chunks: memory that is new each time costs a CPU as much as the arithmetic.
+            raw = torch.empty((chunk, len(matrix)), dtype=dtype, device=hidden.device)
+            probabilities = None if hidden.is_cuda else torch.empty((chunk, len(matrix)))
             for start in range(0, len(rows), chunk):
                 part, wanted = rows[start:start + chunk], targets[start:start + chunk, None]
-                nats, error = _nats_and_error(part, matrix, wanted, buffers)
+                logits = torch.mm(part, matrix.T, out=raw[:len(part)])
+                if probabilities is None:
+                    nats, error = _fused()(logits, wanted)
+                else:
+                    nats, error = _nats_and_error(logits, wanted, probabilities[:len(part)])
                 total += nats
                 if grad_hidden is not None and grad_weight is not None:
                     torch.mm(error, matrix, out=grad_hidden[start:start + chunk])
@@ -67,16 +78,15 @@ class _Chunked(torch.autograd.Function):
         return (grad_hidden * grad).to(hidden_type), grad_weight.mul_(grad).to(weight_type), None, None, None
 
 
-def _nats_and_error(part: Tensor, matrix: Tensor, wanted: Tensor, buffers: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The chunk's nats together, and their derivative by the logits `(chunk, vocab_size)`: softmax minus one-hot.
+def _nats_and_error(raw: Tensor, wanted: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    """The nats of a chunk together, and their derivative by its logits: softmax minus one-hot.
 
     Args:
-        part: `(chunk, width)`; matrix: `(vocab_size, width)`; wanted: `(chunk, 1)`, -1 where there is no target.
-        buffers: for the logits, in the type of the products, and for the probabilities, in fp32.
+        raw: the logits, `(chunk, vocab_size)`, which may be overwritten.
+        wanted: `(chunk, 1)`, -1 where there is no target.
+        probabilities: a buffer of the same shape, in fp32.
     """
-    raw, probabilities = (buffer[:len(part)] for buffer in buffers)
     valid, at = wanted >= 0, wanted.clamp(min=0)
-    torch.mm(part, matrix.T, out=raw)
     chosen, highest = raw.gather(1, at).float(), raw.amax(-1, keepdim=True).float()
     if raw.dtype == torch.float32:
         torch.softmax(raw, -1, out=probabilities)
@@ -86,9 +96,39 @@ def _nats_and_error(part: Tensor, matrix: Tensor, wanted: Tensor, buffers: tuple
     normaliser = highest - probabilities.amax(-1, keepdim=True).log()
     nats = (normaliser - chosen).mul_(valid).sum()
     probabilities.scatter_add_(1, at, -valid.float())
-    if raw.is_cuda or not valid.all():  # on a GPU asking would cost more than multiplying
+    if not valid.all():
         probabilities.mul_(valid)
     return nats, probabilities if raw.dtype == torch.float32 else raw.copy_(probabilities)
+
+
+def _in_one_pass(raw: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in operations that a compiler makes two walks through the logits of: one for the normaliser, and one that puts
+    the derivative in their place. No second buffer, and nothing that a GPU's host would have to wait for."""
+    valid = wanted >= 0
+    logits = raw.float()
+    highest = logits.amax(-1, keepdim=True)
+    total = (logits - highest).exp().sum(-1, keepdim=True)
+    chosen = torch.arange(raw.shape[1], device=raw.device) == wanted
+    nats = ((highest + total.log() - raw.gather(1, wanted.clamp(min=0)).float()) * valid).sum()
+    return nats, raw.copy_((((logits - highest).exp() / total - chosen.float()) * valid).to(raw.dtype))
+
+
+@functools.cache
+def _fused() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """`_in_one_pass` compiled; as it is where there is no compiler for the device."""
+    compiled = torch.compile(_in_one_pass, dynamic=False)
+
+    def fused(raw: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal compiled
+        try:
+            return compiled(raw, wanted)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).partition("\n")[0]
+            log.warning("the loss is computed in several passes, for torch.compile fails here (%s)", reason)
+            compiled = _in_one_pass
+            return compiled(raw, wanted)
+
+    return fused
 
 
 def _add_product(total: Tensor, error: Tensor, part: Tensor, first: bool) -> None:

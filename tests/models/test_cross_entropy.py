@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genscale.models.cross_entropy import summed_cross_entropy
+from genscale.models.cross_entropy import _fused, _in_one_pass, _nats_and_error, summed_cross_entropy
 
 
 def given(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,3 +72,17 @@ def test_no_gradient_is_made_where_none_is_wanted() -> None:
     hidden, weight, targets = given()
     with torch.no_grad():
         assert not summed_cross_entropy(hidden, weight, targets, 8).requires_grad
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_gpu_is_given_is_the_same_loss(dtype: torch.dtype, compiled: bool) -> None:
+    hidden, weight, targets = given(dtype)
+    raw = (hidden @ weight.T).detach() * 5
+    nats, error = _nats_and_error(raw.clone(), targets[:, None], torch.empty(raw.shape))
+    fused = _fused() if compiled else _in_one_pass
+    own = raw.clone()
+    ours, gradient = fused(own, targets[:, None])
+    torch.testing.assert_close(ours, nats, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, error, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-7)
+    assert gradient.data_ptr() == own.data_ptr()  # in the logits' place
