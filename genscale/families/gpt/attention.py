@@ -81,13 +81,16 @@ class Attention(nn.Module):
             query, key = rotated(query, cosine, sine), rotated(key, cosine, sine)
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)
-        if s.kv_heads != s.heads:
+        dropout = dropout_keys is not None and s.attention_dropout > 0
+        # A GPU's kernels share keys and values among queries themselves, but for those that take a mask.
+        shares = s.kv_heads != s.heads and key.is_cuda and mask is None and not dropout
+        if s.kv_heads != s.heads and not shares:
             key, value = (part.repeat_interleave(s.heads // s.kv_heads, dim=1) for part in (key, value))
-        if dropout_keys is not None and s.attention_dropout:
+        if dropout_keys is not None and dropout:
             mixed = _attention_with_dropout(query, key, value, mask, dropout_keys, 3 * self.layer + 1, s.attention_dropout)
         else:
             causal = mask is None and query.shape[2] > 1
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=shares)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
 
