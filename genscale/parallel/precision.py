@@ -28,6 +28,12 @@ def keep_fp32() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
+def allow_tf32() -> None:
+    """Have products and convolutions in fp32 round what they multiply to TF32 (`train.tf32`)."""
+    torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("high")
+
+
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
     """Autocast for strategies whose weights stay in fp32 (single, ddp)."""
     if precision == "fp32":

@@ -74,6 +74,9 @@ class TrainSettings:
     """Arithmetic of forward and backward; weights and optimizer state stay in fp32. auto: what `accelerate launch` was
     configured with, else bf16 where the device computes in it, else fp32. fp8 (Hopper GPUs or newer, with torchao):
     matrix products of the blocks in fp8, the rest in bf16; it takes parallel.compile."""
+    tf32: bool = False
+    """On a GPU: products in fp32, those of an fp32 run and of gradient penalties, round what they multiply to TF32 (ten bits of
+    mantissa), which is faster."""
     clip: NonNegativeFloat = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it (0 = no clipping)."""
     log_every: PositiveInt = 10

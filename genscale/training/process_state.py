@@ -49,7 +49,8 @@ def process_left_as_found() -> Iterator[None]:
 
 def _torch_settings() -> dict[str, Any]:
     return {"dtype": torch.get_default_dtype(), "threads": torch.get_num_threads(), "random": torch.get_rng_state(),
-            "gradients": torch.is_grad_enabled(), "tf32": torch.backends.cudnn.allow_tf32, "linear": nn.functional.linear,
+            "gradients": torch.is_grad_enabled(), "tf32": (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()),
+            "linear": nn.functional.linear,
             "compiler": _compiler_settings(),
             "device": torch.cuda.current_device() if torch.cuda.is_available() and torch.cuda.is_initialized() else None}
 
@@ -58,7 +59,8 @@ def _restore_torch(before: dict[str, Any]) -> None:
     torch.set_default_dtype(before["dtype"])
     torch.set_num_threads(before["threads"])
     torch.set_rng_state(before["random"])
-    torch.backends.cudnn.allow_tf32 = before["tf32"]
+    torch.backends.cudnn.allow_tf32 = before["tf32"][0]
+    torch.set_float32_matmul_precision(before["tf32"][1])
     nn.functional.linear = before["linear"]  # DeepSpeed's stage 3 leaves its own there
     torch.set_grad_enabled(before["gradients"])
     if (compiler := sys.modules.get("torch._dynamo")) is not None:

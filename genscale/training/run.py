@@ -26,7 +26,8 @@ from genscale.parallel.determinism import deterministic
 from genscale.parallel.engine import Engine
 from genscale.parallel.launch_request import clear_launch_environment
 from genscale.parallel.launcher import follow_launcher, launcher_is_gone
-from genscale.parallel.processes import Processes
+from genscale.parallel.precision import allow_tf32
+from genscale.parallel.processes import Processes, on_cpu
 from genscale.parallel.strategies import ParallelPlan, build_engine, plan_parallel
 from genscale.settings.config import Config
 from genscale.supervise.ending import before_the_run
@@ -116,9 +117,13 @@ def _start(config: Config, stop: StopSignal, hooks: Mapping[str, Hook]) -> RunRe
         shape = derive_accumulation(config.train, plan.world_size)
         folder = run_folder(config.run)
         check_batch_memory(config.data, shape[0], config.train.steps)
+        if config.train.tf32 and on_cpu():
+            raise UserError("train.tf32: true has no effect on the CPU, which computes fp32 in fp32; leave it out")
     clear_launch_environment()
     with before_the_run():
         processes = Processes(plan.needs_group, group_timeout_minutes(config.guards.hang_minutes))
+        if config.train.tf32:
+            allow_tf32()
     try:
         with Supervision(config.guards.hang_minutes, folder, processes, stop) as supervision:
             return _train(config, processes, plan, shape, folder, supervision, hooks)
