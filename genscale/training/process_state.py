@@ -49,7 +49,8 @@ def process_left_as_found() -> Iterator[None]:
 
 def _torch_settings() -> dict[str, Any]:
     return {"dtype": torch.get_default_dtype(), "threads": torch.get_num_threads(), "random": torch.get_rng_state(),
-            "gradients": torch.is_grad_enabled(), "tf32": (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()),
+            "gradients": torch.is_grad_enabled(),
+            "tf32": (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()),
             "linear": nn.functional.linear,
             "compiler": _compiler_settings(),
             "device": torch.cuda.current_device() if torch.cuda.is_available() and torch.cuda.is_initialized() else None}
