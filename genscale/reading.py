@@ -170,17 +170,19 @@ _CORE = {
 """What a plain scalar is; whatever else is text. Merging is no part of 1.2, and in use everywhere."""
 _TAG = "tag:yaml.org,2002:"
 # libyaml scans, where it is there; nodes are made here, one event at a time, so that nothing is recursed into unseen.
-_EVENTS: tuple[Any, ...] = (yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser)
-if yaml.__with_libyaml__:
-    _EVENTS = (yaml.cyaml.CParser,)  # type: ignore[attr-defined]
-
-
-class _Loader(yaml.composer.Composer, *_EVENTS, yaml.constructor.SafeConstructor, yaml.resolver.BaseResolver):
+class _PythonEvents(yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser):
     def __init__(self, text: str) -> None:
-        for base in _EVENTS[:2]:  # of Reader and Scanner, both
-            base.__init__(self, *([text] if base is _EVENTS[0] else []))
-        if len(_EVENTS) > 1:
-            yaml.parser.Parser.__init__(self)
+        yaml.reader.Reader.__init__(self, text)
+        yaml.scanner.Scanner.__init__(self)
+        yaml.parser.Parser.__init__(self)
+
+
+_Events: Any = yaml.cyaml.CParser if yaml.__with_libyaml__ else _PythonEvents  # type: ignore[attr-defined]
+
+
+class _Loader(yaml.composer.Composer, _Events, yaml.constructor.SafeConstructor, yaml.resolver.BaseResolver):
+    def __init__(self, text: str) -> None:
+        _Events.__init__(self, text)
         yaml.composer.Composer.__init__(self)
         yaml.constructor.SafeConstructor.__init__(self)
         yaml.resolver.BaseResolver.__init__(self)

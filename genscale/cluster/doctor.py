@@ -114,7 +114,7 @@ def group_check(run_folder: Path, config: Config | None, quick: bool) -> list[Ch
     found = _together(run_folder, own, answer)
     del store  # until now it was where they met
     if rank == 0 and not quick:
-        found += run_checks([("W&B", lambda: _wandb(config and config.tracking))], SOURCE_SECONDS)
+        found += run_checks([("W&B", lambda: _wandb(config.tracking if config else None))], SOURCE_SECONDS)
     return found
 
 

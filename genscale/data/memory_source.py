@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from genscale.data.packing import PIECE, Place, cut
-from genscale.data.spec import Spec
+from genscale.data.readers import Spec
 from genscale.data.windows import Catalogue, Part, Source, Window
 from genscale.errors import UserError
 from genscale.rng import permutation

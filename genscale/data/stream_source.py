@@ -16,9 +16,8 @@ import numpy as np
 
 from genscale.data.memory_source import HASHES, text_hash
 from genscale.data.packing import Place
-from genscale.data.shards import Shard
+from genscale.data.readers import Shard, Spec
 from genscale.data.source_file import is_url
-from genscale.data.spec import Spec
 from genscale.data.windows import Catalogue, Part, Source, Window
 from genscale.errors import UserError
 from genscale.rng import permutation

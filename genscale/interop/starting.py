@@ -111,7 +111,7 @@ def _merged(ours: Any, shape: dict[str, Any], name: str) -> Any:
 
 
 def _check_rows(model: StartsFromModel, asked: str, tokenizer: str) -> None:
-    """Of the tokenizer that `data.tokenizer` asks for, and where it lies."""
+    """Raises UserError where the model has fewer rows than the tokenizer, which `data.tokenizer` calls `asked`, has ids."""
     ids, rows = load_tokenizer(tokenizer).vocab_size, model.vocab_size
     if rows is not None and ids > rows:
         raise UserError(f"model.from: {model.from_} has {rows} rows in its embedding table, fewer than the {ids} tokens of "

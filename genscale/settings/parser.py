@@ -74,15 +74,15 @@ class RunParser(ArgumentParser):
         fields = [action.dest for action in self._actions if action.dest and not action.dest.endswith(".help")]
         return {".".join(map(as_key, field.split("."))) for field in fields}
 
-    def parse_args(self, args: Sequence[str], **options: Any) -> Any:
+    def parse_args(self, args: Sequence[str], **options: Any) -> Any:  # type: ignore[override]  # as jsonargparse's own
         flags = [argument.partition("=") for argument in args]
         renamed = [f"--{'.'.join(map(as_field, flag[2:].split('.')))}" if flag.startswith("--") else flag
                    for flag, _, _ in flags]
         return super().parse_args([flag + equals + value for flag, (_, equals, value) in zip(renamed, flags, strict=True)],
                                   **options)
 
-    def format_help(self) -> str:
-        return re.sub(r"(?<= [A-Z])([A-Z]+)_(?!\w)", r"\1", in_users_words(super().format_help()))
+    def format_help(self, *formatter: Any) -> str:
+        return re.sub(r"(?<= [A-Z])([A-Z]+)_(?!\w)", r"\1", in_users_words(super().format_help(*formatter)))
 
 
 def config_parser(families: Families, family: str, prog: str = "genscale train", description: str = "") -> RunParser:

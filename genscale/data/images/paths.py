@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from genscale.data.shards import TableShard
+from genscale.data.readers import TableShard
 from genscale.data.source_file import is_url
 from genscale.data.web import AGAIN
 from genscale.errors import UserError

@@ -18,8 +18,7 @@ from genscale.data.images.spec import ImageSpec, Record
 from genscale.data.images.stream import ImageStream
 from genscale.data.images.tables import ImageTableShard
 from genscale.data.locations import find_urls, hub_revision, quiet_datasets
-from genscale.data.readers import known_size, place, split
-from genscale.data.shards import Shard
+from genscale.data.readers import Shard, known_size, place, split
 from genscale.data.source_file import SourceFile, is_url, url_path
 from genscale.errors import UserError, as_utf8, nearest
 from genscale.masking import masked

@@ -11,7 +11,7 @@ from genscale.data.file_tables import HELD, ROWS, At, Rows, open_parquet, parque
 from genscale.data.images.labels import Label, composed, label_of
 from genscale.data.images.paths import content_at
 from genscale.data.images.spec import ImageSpec, Record
-from genscale.data.shards import TableShard, damaged
+from genscale.data.readers import TableShard, damaged
 from genscale.data.source_file import SourceFile
 from genscale.errors import UserError
 

@@ -11,9 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from genscale.data.memory_source import HASHES, MemorySource, text_hash
-from genscale.data.readers import find_shards, in_parts, known_size
-from genscale.data.shards import Shard
-from genscale.data.spec import Spec
+from genscale.data.readers import Shard, Spec, find_shards, in_parts, known_size
 from genscale.data.stream_source import StreamSource
 from genscale.data.windows import Source
 from genscale.errors import UserError

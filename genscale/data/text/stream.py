@@ -13,8 +13,7 @@ from genscale.data.conversations import pair_text
 from genscale.data.lanes import Cursor, Sample
 from genscale.data.packing import Piece, Place, cut, pack, tokenise
 from genscale.data.python_texts import version_of
-from genscale.data.readers import parted_shards
-from genscale.data.shards import Shard
+from genscale.data.readers import Shard, parted_shards
 from genscale.data.spec import Spec
 from genscale.data.text.encoded import open_encoded
 from genscale.data.text.pairs import PairEncoder, unpack

@@ -69,7 +69,9 @@ class LanguageModel(Objective):
         self.token_bytes = None if lengths is None else torch.as_tensor(lengths, dtype=torch.int64)
 
     def initial_weights(self, name: str) -> Callable[[str], Tensor]:
-        """The initial draw, or the pretrained weights that the run starts from."""
+        """The initial draw. Raises ValueError where the objective was made without one, for a network that has its weights."""
+        if self._weights is None:
+            raise ValueError("the objective was made without `weights`: its network has them already")
         return self._weights
 
     def flops_per_unit(self) -> int:
