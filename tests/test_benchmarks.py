@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -104,3 +105,17 @@ def test_a_program_takes_the_steps_it_is_told_to(monkeypatch, tmp_path):
     with pytest.raises(Failed, match="no such option"):
         failing.wait_until_ready()
     failing.close()
+
+
+@pytest.mark.slow
+def test_the_acceptance_on_a_gpu_finds_no_fault_of_its_own_without_one(tmp_path):
+    out = tmp_path / "verdicts.json"
+    command = [sys.executable, BENCHMARKS / "gpu_acceptance.py", "--device", "cpu", "--toy", "--budget", "100", "--out", out]
+    done = subprocess.run([*map(str, command), "--only", "waits,resume,speed"], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())["verdicts"]
+    resumed = [each for each in found if each["what"].startswith("resume")]
+    assert len(resumed) == 10 and all(each["resumed_equals_undisturbed"] and each["two_runs_equal_bits"] for each in resumed)
+    assert sum(each["what"].startswith("waits") for each in found) == 9
+    assert any("units_per_second" in each for each in found)
