@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,12 +38,10 @@ def installed(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def seen(installed, monkeypatch) -> Iterator[Path]:
+def seen(installed, monkeypatch) -> Path:
     """As `installed`, in this process."""
-    FAMILIES.__dict__.pop("_installed", None)
     monkeypatch.syspath_prepend(installed)
-    yield installed
-    FAMILIES.__dict__.pop("_installed", None)
+    return installed
 
 
 @pytest.fixture
@@ -73,7 +70,6 @@ def test_a_packages_family_is_trained_recorded_and_named_where_it_is_missing(see
     assert broken.startswith("model.family: 'broken_rings' of package genscale-rings==1.2.0 cannot be loaded (Mod")
 
     monkeypatch.undo()  # the package is gone
-    FAMILIES.__dict__.pop("_installed", None)
     for arguments in (["train", "--config", config, "--train.steps", 8], ["evaluate", tmp_path / "rings"]):
         message = genscale(*arguments).message()
         assert "model.family: 'rings' is not one of gpt, " in message

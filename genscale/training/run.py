@@ -20,7 +20,8 @@ from genscale.checkpoint.restoring import load_beside_weights
 from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader
 from genscale.errors import UserError, nearest_divisors
-from genscale.families import FAMILIES, family
+from genscale.families import family
+from genscale.families.registry import INSTALLED
 from genscale.hook import Hook, hooks_by_name
 from genscale.interop.starting import keep_for_export, weights_from
 from genscale.objectives.base import Objective
@@ -285,7 +286,7 @@ def _resume_point(config: Config, processes: Processes, folder: Path, data: Data
         if objective.couples_samples:
             check_same_accumulation(config.train, found, accumulation, processes.world_size)
         check_same_networks(found, objective)
-        if other := FAMILIES.other_version(config.model.family, found.path):
+        if other := INSTALLED.other_version(config.model.family, found.path):
             log.warning("%s was made with package %s: the run may go on otherwise than it would have", found.path, other)
         set_later_checkpoints_aside(folder, found.step, log.warning)
         log.info("continuing from %s%s", found.path, f" with {'; '.join(changed)}" if changed else "")
