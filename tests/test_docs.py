@@ -328,6 +328,7 @@ def test_every_config_that_is_shown_is_one(tmp_path):
 
 
 SHOWN = [("docs/tutorials/own-network.md", "docs/examples/*.py"),
+         ("docs/how-to/plug-ins.md", "tests/plugin_package/genscale_rings/*.py"),
          ("docs/how-to/add-a-family.md", "genscale/{models/*,families/points/__init__,objectives/base}.py")]
 """Pages, and the files that their Python is of."""
 

@@ -45,6 +45,7 @@ class Spec:
         bad_share: see `TextDataSettings`.
         shortest, longest: characters of the documents that are read.
         retry_minutes: how long a server that fails is tried again.
+        options: settings of an installed source, as they stand in the config.
         max_record_bytes: the longest row, line, paragraph or file that is held in memory as a whole, decompressed.
         left_out: what this process has left out of the source.
     """
@@ -68,6 +69,7 @@ class Spec:
     longest: int | None = None
     retry_minutes: float = 5.0
     max_record_bytes: int = 256 * 2**20
+    options: Any = field(default=None, compare=False)
     left_out: LeftOut = field(default=cast(LeftOut, None), compare=False, repr=False)  # there from `__post_init__` on
     local_advice: ClassVar[str] = ("give the path of a local file or folder (.txt, .jsonl, .parquet), python-stdlib or "
                                    "python-docs")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, get_args, get_type_hints
 from urllib.parse import urlsplit
 
@@ -74,10 +74,11 @@ def check_no_code(content: Any) -> None:
             check_no_code(value)
 
 
-def check_values(section: Any, prefix: str) -> None:
-    """What jsonargparse lets through: nothing where there must be something, and numbers that are none."""
+def check_values(section: Any, prefix: str, names: Iterable[str] | None = None) -> None:
+    """What jsonargparse lets through: nothing where there must be something, and numbers that are none. Of the fields `names`
+    (default: of all)."""
     kinds = get_type_hints(type(section))
-    for name in (field.name for field in dataclasses.fields(section)):
+    for name in [field.name for field in dataclasses.fields(section)] if names is None else names:
         value, kind = getattr(section, name), kinds[name]
         if value is None and type(None) not in get_args(kind):
             wanted = TYPE_WORDS.get(getattr(kind, "__name__", ""), "set")

@@ -44,6 +44,8 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True, instantiate_subc
 
 COMMON_SECTIONS = {"run": RunSettings, "train": TrainSettings, "guards": GuardSettings, "optimizer": OptimizerSettings,
                    "schedule": ScheduleSettings, "parallel": ParallelSettings, "tracking": TrackingSettings}
+HOOKS = ("Hooks of installed packages to run besides, by name, each with its settings: {patience: {every: 50, looks: 5}}; "
+         "every hook knows `every`. `genscale families` lists what is installed.")
 Families = Mapping[str, Any]
 T = TypeVar("T")
 
@@ -95,6 +97,7 @@ def config_parser(families: Families, family: str, prog: str = "genscale train",
     for name, section in _sections(families[family]).items():
         if dataclasses.fields(section):
             parser.add_class_arguments(section, name)
+    parser.add_argument("--hooks", type=dict[str, Any], default={}, help=HOOKS)
     return parser
 
 
@@ -168,7 +171,8 @@ def settings_of(kind: type[T], given: Any, key: str) -> T:
     if not isinstance(given or {}, Mapping):
         raise UserError(f"{key}: must be a mapping of settings like {{a: 1, b: 2}}, not {given!r}")
     values = dict(given or {})
-    fields = {as_key(field.name): field for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
+    own = [field for field in dataclasses.fields(kind) if field.init] if dataclasses.is_dataclass(kind) else []
+    fields = {as_key(field.name): field for field in own}
     for name in values:
         if name not in fields:
             there = f"the settings are {', '.join(fields)}" if fields else "it has no settings"
@@ -182,9 +186,9 @@ def settings_of(kind: type[T], given: Any, key: str) -> T:
     parser.add_class_arguments(kind)
     try:
         check_numbers(values, numbers_of(kind))
-        parsed = parser.parse_object({as_field(name): value for name, value in values.items()})
-        made = kind(**vars(parser.instantiate(parsed)))
-        check_values(made, "")
+        by_field = {as_field(name): value for name, value in values.items()}
+        made = kind(**vars(parser.instantiate(parser.parse_object(by_field))))
+        check_values(made, "", by_field)
     except UserError as error:
         raise UserError(f"{key}.{error}") from None
     except (ArgumentError, ValueError, TypeError) as error:

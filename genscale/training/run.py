@@ -16,12 +16,12 @@ from torch import Tensor
 
 from genscale.checkpoint.checkpoints import Checkpoint
 from genscale.checkpoint.frozen_networks import keep_frozen
+from genscale.checkpoint.provenance import chosen_plugins
 from genscale.checkpoint.restoring import load_beside_weights
 from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader
 from genscale.errors import UserError, nearest_divisors
 from genscale.families import family
-from genscale.families.registry import INSTALLED
 from genscale.hook import Hook, hooks_by_name
 from genscale.interop.starting import keep_for_export, weights_from
 from genscale.objectives.base import Objective
@@ -52,7 +52,7 @@ from genscale.supervise.supervision import Supervision, group_timeout_minutes
 from genscale.supervise.watchdog import check_patience
 from genscale.tracking.metrics_file import read_metrics
 from genscale.training.collapse import Collapsed, check_collapse
-from genscale.training.hooks import RunHooks
+from genscale.training.hooks import RunHooks, configured_hooks
 from genscale.training.optimizers import make_optimizer
 from genscale.training.rollback import GoBack
 from genscale.training.schedules import never_reached
@@ -102,14 +102,15 @@ def train(config: Config, stop: StopSignal | None = None, hooks: Sequence[Hook] 
     Raises:
         UserError: anything the user can mend, on every rank, before the first step; and a run that has gone wrong.
     """
-    named = hooks_by_name(hooks)
+    hooks_by_name(hooks)  # what is none must show first
     with deterministic(config.run.deterministic), stop or StopSignal() as listening:
-        return _start(config, listening, named)
+        return _start(config, listening, hooks)
 
 
-def _start(config: Config, stop: StopSignal, hooks: Mapping[str, Hook]) -> RunResult:
+def _start(config: Config, stop: StopSignal, hooks: Sequence[Hook]) -> RunResult:
     with before_the_run():
         check_settings(config)
+        added = hooks_by_name([*configured_hooks(config), *hooks])
         plan = plan_parallel(config.parallel, config.train.precision, config.optimizer.name)
         config = plan.settled(config)
         shape = derive_accumulation(config, plan.world_size)
@@ -120,7 +121,7 @@ def _start(config: Config, stop: StopSignal, hooks: Mapping[str, Hook]) -> RunRe
         processes = Processes(plan.needs_group, group_timeout_minutes(config.guards.hang_minutes))
     try:
         with Supervision(config, folder, processes, stop) as supervision:
-            return _train(config, processes, plan, shape, folder, supervision, hooks)
+            return _train(config, processes, plan, shape, folder, supervision, added)
     finally:
         processes.close()
 
@@ -286,8 +287,9 @@ def _resume_point(config: Config, processes: Processes, folder: Path, data: Data
         if objective.couples_samples:
             check_same_accumulation(config.train, found, accumulation, processes.world_size)
         check_same_networks(found, objective)
-        if other := INSTALLED.other_version(config.model.family, found.path):
-            log.warning("%s was made with package %s: the run may go on otherwise than it would have", found.path, other)
+        for plugins, name in chosen_plugins(config):
+            if other := plugins.other_version(name, found.path):
+                log.warning("%s was made with package %s: the run may go on otherwise than it would have", found.path, other)
         set_later_checkpoints_aside(folder, found.step, log.warning)
         log.info("continuing from %s%s", found.path, f" with {'; '.join(changed)}" if changed else "")
         return found

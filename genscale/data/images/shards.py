@@ -23,7 +23,8 @@ from genscale.data.images.labels import Label, composed, label_of
 from genscale.data.images.paths import content_at
 from genscale.data.images.settings import ARRAY_BYTES, IMAGE_BYTES
 from genscale.data.images.tars import LABEL_BYTES, LABELS, Archive, CheckedInfo, Group
-from genscale.data.readers import Row, Shard, TableShard, damaged
+from genscale.data.readers import TableShard, damaged
+from genscale.data.shard import Row, Shard
 from genscale.data.source_file import SourceFile, TooLarge
 from genscale.data.spec import Spec
 from genscale.errors import UserError, as_utf8, nearest
