@@ -197,6 +197,7 @@ def test_pictures_of_a_source_are_those_of_the_same_rows_in_parquet(seen, tmp_pa
     ({"column": "txt"}, "data.column=txt: shard 'sums-000' of data.source=sums has the columns text, even"),
     ({"source": "smus", "options": {}}, "data.options: {} are for a source of an installed package (data.source: 'smus' is not "
                                         "one of dots, drawn, sums (did you mean 'sums'?))"),
+    ({"source": "python-docs", "options": {"most": 9}}, "data.options: {'most': 9} are for a source of an installed package"),
     ({"source": "drawn"}, "data.source: 'drawn' of package genscale-rings==1.2.0 has other rows whenever shard 'all' is read"),
 ])  # fmt: skip
 def test_what_is_wrong_with_a_source_is_said_in_a_line(seen, tmp_path, monkeypatch, settings, refused):

@@ -13,7 +13,8 @@ import torch
 
 import genscale
 from genscale.checkpoint.code_version import commit
-from genscale.data.row_source import SOURCES, sources_in
+from genscale.data.row_source import sources_in
+from genscale.data.spec import SOURCES
 from genscale.families import FAMILIES
 from genscale.families.registry import INSTALLED
 from genscale.hook import HOOKS

@@ -16,9 +16,8 @@ from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 from genscale.data.retrying import Passing, in_threads, persist
-from genscale.data.row_source import SOURCES
 from genscale.data.source_file import DECOMPRESSORS, SourceFile, is_url, url_path
-from genscale.data.spec import Spec
+from genscale.data.spec import SOURCES, Spec
 from genscale.data.web import AGAIN, answer_of, answered, cause_of, innermost, part_of, passes, size_of, version_of
 from genscale.errors import SourceLost, UserError, nearest
 

@@ -17,12 +17,9 @@ from typing import Any
 from genscale.data.file_tables import ROWS, At, Rows
 from genscale.data.json_values import Values, column_of
 from genscale.data.shard import ShardOfTables
-from genscale.data.spec import TOOLS, Spec
+from genscale.data.spec import SOURCES, TOOLS, Spec, is_installed
 from genscale.errors import UserError
-from genscale.plugins import Plugins
 from genscale.settings.parser import settings_of
-
-SOURCES = Plugins("genscale.data", "data.source", "data source")
 
 
 class RowSource:
@@ -73,11 +70,6 @@ class RowSource:
         return ""
 
 
-def is_installed(name: str) -> bool:
-    """Whether this value of `data.source` names an installed source. (Looking through what is installed takes its time.)"""
-    return re.fullmatch(r"[\w-]+", name) is not None and name in SOURCES
-
-
 def sources_in(data: Any) -> list[str]:
     """The values of a `data` section that may name an installed source."""
     entries = getattr(data, "sources", None)
@@ -92,19 +84,14 @@ def open_installed(spec: Spec) -> RowSource | None:
     """The installed source that is meant; None where it is a file or a hub dataset.
 
     Raises:
-        UserError: a path has the name too, the options are wrong or no source has them, or it cannot be loaded.
+        UserError: a path has the name too, the options are wrong, or it cannot be loaded.
     """
-    options = spec.setting("options")
     if not is_installed(spec.name):
-        if spec.options is None:
-            return None
-        error = SOURCES.unknown(spec.name)
-        raise UserError(f"{options}: {spec.options} are for a source of an installed package ({error}); leave them out, or "
-                        "install it")
+        return None
     if Path(spec.name).exists():
         raise UserError(f"{spec.key}={spec.name}: is a source of the installed package {SOURCES.package(spec.name)}, and a "
                         f"path here; give ./{spec.name} for the path, or rename it")
-    return settings_of(SOURCES.load_class(spec.name, RowSource), spec.options, options)
+    return settings_of(SOURCES.load_class(spec.name, RowSource), spec.options, spec.setting("options"))
 
 
 def shard_names(source: RowSource, spec: Spec) -> tuple[list[str], list[str]]:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, cast
 
 from genscale.data.left_out import LeftOut
 from genscale.errors import UserError, nearest
+from genscale.plugins import Plugins
 
 COMPARISONS = {">=": "greater_equal", "<=": "less_equal", "!=": "not_equal", "==": "equal", ">": "greater", "<": "less"}
 COMPARISON = re.compile(r"(>=|<=|!=|==|>|<)\s*(.*)", re.DOTALL)
@@ -17,6 +18,8 @@ COMPARISON = re.compile(r"(>=|<=|!=|==|>|<)\s*(.*)", re.DOTALL)
 
 ANSWER_ROLES = ("assistant",)
 TOOLS = "tools"
+SOURCES = Plugins("genscale.data", "data.source", "data source")
+"""Those of installed packages: classes that inherit from `genscale.RowSource`."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,19 @@ class Spec:
                                  f"{', '.join(columns)}{nearest(column, columns)}; set {self.setting(setting)} to the one "
                                  f"{purpose}")
         return None
+
+
+def is_installed(name: str) -> bool:
+    """Whether this value of `data.source` names an installed source. (Looking through what is installed takes its time.)"""
+    return re.fullmatch(r"[\w-]+", name) is not None and name in SOURCES
+
+
+def with_options(spec: Spec) -> Spec:
+    """The spec as it is. Raises UserError where its options are no installed source's."""
+    if spec.options is not None and not any(map(is_installed, spec.locations or [spec.name])):
+        raise UserError(f"{spec.setting('options')}: {spec.options} are for a source of an installed package "
+                        f"({SOURCES.unknown(spec.name)}); leave them out, or install it")
+    return spec
 
 
 def parse_filters(key: str, filters: Mapping[str, Any] | None) -> tuple[Filter, ...]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from genscale import __version__
-from genscale.data.row_source import SOURCES, RowSource
+from genscale.data.row_source import RowSource
+from genscale.data.spec import SOURCES
 from genscale.errors import UserError
 from genscale.families import FAMILIES
 from genscale.families.entry import NoSettings

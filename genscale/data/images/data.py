@@ -26,6 +26,7 @@ from genscale.data.images.sources import Opened, Order, first_images, kind_of, o
 from genscale.data.images.stream import ImageStream, StreamedImages
 from genscale.data.lanes import Cursor, Sample
 from genscale.data.plans import digest_of
+from genscale.data.spec import with_options
 from genscale.errors import UserError, refuse_unheeded
 from genscale.masking import masked_throughout
 from genscale.rng import permutation
@@ -223,12 +224,13 @@ def _spec(key: str, source: Sequence[str] | str, settings: ImageDataSettings, sp
     several = locations if len(locations) > 1 else ()
     names = classes or settings.class_names
     options = settings.options if source == settings.source else None
-    return ImageSpec(key, f"{locations[0]} and {len(several) - 1} more" if several else locations[0], settings.subset,
+    spec = ImageSpec(key, f"{locations[0]} and {len(several) - 1} more" if several else locations[0], settings.subset,
                      split or settings.split, locations=several, image=settings.image_column,
                      label=settings.label_column if settings.labels else None, classes=tuple(names) if names else None,
                      renames=bool(settings.class_names),
                      retry_minutes=settings.retry_minutes, max_image_bytes=settings.max_image_bytes,
                      max_array_bytes=settings.max_array_bytes, value_range=settings.value_range, options=options)
+    return with_options(spec)
 
 
 def _refuse_unheeded(settings: ImageDataSettings) -> None:

@@ -29,8 +29,9 @@ from genscale.data.images.source_rows import source_shards
 from genscale.data.images.stream import ImageStream
 from genscale.data.locations import find_urls, hub_revision, quiet_datasets
 from genscale.data.readers import Shard, known_size, place, split
-from genscale.data.row_source import is_installed, open_installed
+from genscale.data.row_source import open_installed
 from genscale.data.source_file import SourceFile, is_url, url_path
+from genscale.data.spec import is_installed
 from genscale.errors import UserError, as_utf8, nearest
 from genscale.masking import masked
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt
 
-from genscale.data.spec import ANSWER_ROLES, TOOLS, Spec, parse_filters
+from genscale.data.spec import ANSWER_ROLES, TOOLS, Spec, parse_filters, with_options
 from genscale.errors import UserError, nearest
 
 Document = Literal["paragraph", "line", "file"]
@@ -231,12 +231,13 @@ def _spec(key: str, source: Sequence[str] | str, values: dict[str, Any], setting
         raise UserError(f"data.max_characters={longest}: is below data.min_characters={settings.min_characters}, so that no "
                         f"document is left; set it to {settings.min_characters} at least")
     several = locations if len(locations) > 1 else ()
-    return Spec(key, f"{locations[0]} and {len(several) - 1} more" if several else locations[0], values["subset"],
+    spec = Spec(key, f"{locations[0]} and {len(several) - 1} more" if several else locations[0], values["subset"],
                 values["split"], values["column"], values["document"], locations=several,
                 filters=parse_filters(spec.setting("filters"), values["filters"]), prompt=prompt, answer=answer,
                 messages=messages, answer_roles=tuple(values["answer_roles"]), tools=values["tools_column"],
                 bad_share=values["bad_share"], shortest=settings.min_characters if settings else 0, longest=longest,
                 retry_minutes=values["retry_minutes"], max_record_bytes=values["max_record_bytes"], options=values["options"])
+    return with_options(spec)
 
 
 def _label(source: Sequence[str] | str) -> str:
