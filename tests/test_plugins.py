@@ -138,6 +138,9 @@ def test_a_packages_data_and_hook_are_chosen_by_a_config_recorded_and_named_wher
                          ("{no-hook: {}}", "hooks: 'no-hook' of package genscale-rings==1.2.0 is no Hook (genscale_rings.")):
         assert genscale("train", "--config", sums, "--hooks", hooks).message().startswith(wrong)
 
+    part = genscale("train", "--config", sums, "--hooks.patience.every", 5).message()
+    assert part == "--hooks.patience.every: --hooks is given as a whole, as in --hooks '{patience: {every: VALUE}}'"
+
     monkeypatch.undo()  # the package is gone
     install = "was made with that of package genscale-rings==1.2.0: pip install genscale-rings==1.2.0"
     again = ["train", "--config", sums, "--train.steps", 20]
