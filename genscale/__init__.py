@@ -20,6 +20,7 @@ _HOMES = {"config": "genscale.api", "train": "genscale.api", "load": "genscale.a
           "Objective": "genscale.objectives.base", "Phase": "genscale.objectives.base", "Data": "genscale.data.lanes",
           "MovingState": "genscale.models.moving_state",
           "MapData": "genscale.data.map_data", "ShardData": "genscale.data.shard_data",
+          "RowSource": "genscale.data.row_source",
           "LoaderSettings": "genscale.data.loader_settings", "SimpleObjective": "genscale.families.own",
           "make_family": "genscale.families.own", "register": "genscale.families", "start": "genscale.cli",
           "TrainedRun": "genscale.evaluation.trained_run", "UserError": "genscale.errors"}

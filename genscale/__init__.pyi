@@ -5,6 +5,7 @@ from genscale.cli import start as start
 from genscale.data.lanes import Data as Data
 from genscale.data.loader_settings import LoaderSettings as LoaderSettings
 from genscale.data.map_data import MapData as MapData
+from genscale.data.row_source import RowSource as RowSource
 from genscale.data.shard_data import ShardData as ShardData
 from genscale.errors import UserError as UserError
 from genscale.evaluation.trained_run import TrainedRun as TrainedRun

@@ -24,7 +24,7 @@ VERBS = {
     "sample": "generate from a trained run",
     "evaluate": "loss and other scores of a trained run on a data set",
     "export": "write a trained run as a Hugging Face folder",
-    "families": "what model.family can be: built in, and of installed packages",
+    "families": "what model.family can be, and the data sources and hooks of installed packages",
     "tokenizer": "train a byte-level BPE tokenizer",
     "data": "fill the token cache ahead of a run, or see what a run would train on",
     "compare": "the first step at which two runs differ, and in what",

@@ -7,6 +7,11 @@ from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
+from genscale.plugins import Plugins
+
+HOOKS = Plugins("genscale.hooks", "hooks", "hook")
+"""Those of installed packages, which a config chooses: classes that inherit from `Hook`."""
+
 
 class Order(IntEnum):
     """Places in the order in which the hooks of a step run: the profiler sees steps, not what follows the last of them; a

@@ -21,11 +21,12 @@ from pathlib import Path
 import pytest
 
 import genscale
+from genscale import plugins
 from genscale.cluster.job_logs import LogSettings
 from genscale.cluster.submission import print_script
 from genscale.errors import UserError
 from genscale.families import FAMILIES
-from genscale.families.registry import GROUP
+from genscale.families.registry import INSTALLED
 from genscale.settings.parser import config_parser, parse, parse_config, parse_settings, split_flags, take_number, take_text
 from genscale.verbs import check_family, checkpoint, compare, slurm, sync
 from genscale.verbs.data import ACTIONS, BuildSettings, InspectSettings
@@ -240,7 +241,9 @@ VERBS: dict[str, Callable[[list[str]], object]] = {
 def family_of_the_tutorial(monkeypatch) -> None:
     """The family that a page builds, as if it were installed."""
     monkeypatch.syspath_prepend(ROOT / "docs/examples/vq_vae")
-    monkeypatch.setitem(FAMILIES.__dict__, "_installed", {"vq_vae": [EntryPoint("vq_vae", "vq_vae:FAMILY", GROUP)]})
+    known = plugins._entry_points
+    point = {"vq_vae": [EntryPoint("vq_vae", "vq_vae:FAMILY", INSTALLED.group)]}
+    monkeypatch.setattr(plugins, "_entry_points", lambda group, path: point if group == INSTALLED.group else known(group, path))
 
 
 @pytest.fixture
@@ -325,6 +328,7 @@ def test_every_config_that_is_shown_is_one(tmp_path):
 
 
 SHOWN = [("docs/tutorials/own-network.md", "docs/examples/*.py"),
+         ("docs/how-to/plug-ins.md", "tests/plugin_package/genscale_rings/*.py"),
          ("docs/how-to/add-a-family.md", "genscale/{models/*,families/points/__init__,objectives/base}.py")]
 """Pages, and the files that their Python is of."""
 

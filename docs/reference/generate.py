@@ -21,7 +21,7 @@ from typing import Any
 import genscale
 from genscale import errors, exit_codes, hook, rng
 from genscale.cli import VERBS, main
-from genscale.data import lanes, map_data, shard_data
+from genscale.data import lanes, map_data, row_source, shard_data
 from genscale.families import FAMILIES, entry, own
 from genscale.inspection import check_family, family_report
 from genscale.models import initial_draw, initial_weights, moving_state
@@ -32,8 +32,9 @@ from genscale.verbs import checkpoint, data, slurm
 FOLDER = Path(__file__).resolve().parent
 CONTRACT: dict[ModuleType, tuple[str, ...]] = {
     base: (), entry: (), capabilities: (), own: ("SimpleObjective", "make_family"), lanes: (), map_data: ("MapData",),
-    shard_data: ("ShardData",), hook: (), moving_state: (), initial_weights: ("InitialWeights",), initial_draw: (),
-    check_family: ("check_family",), family_report: ("FamilyReport", "Check"), processes: (), toy: (), errors: ("UserError",),
+    shard_data: ("ShardData",), row_source: ("RowSource",), hook: (), moving_state: (), initial_weights: ("InitialWeights",),
+    initial_draw: (), check_family: ("check_family",), family_report: ("FamilyReport", "Check"), processes: (), toy: (),
+    errors: ("UserError",),
     rng: ("Draws", "numpy_generator", "torch_generator", "permutation"),
 }  # fmt: skip
 """The modules that a family of one's own is written against, and the names meant for it where those are not all."""
@@ -112,9 +113,12 @@ def escaped(text: str) -> str:
 def settings_page() -> str:
     """Every section of a config; those that belong to a family once for each family that has them."""
     sections: dict[str, dict[str, list[str]]] = {}
+    hooks = ""
     for name in FAMILIES:
         by_section: dict[str, list[Flag]] = {}
         for flag in flags_in(help_of("train", "--model.family", name)):
+            if flag.name == "--hooks":
+                hooks = f"## hooks\n\n{escaped(flag.meaning)} As a flag: `--hooks '{{patience: {{every: 50}}}}'`.\n"
             if not PLUMBING.fullmatch(flag.name):
                 section, _, key = flag.name[2:].partition(".")
                 by_section.setdefault(section, []).append(dataclasses.replace(flag, name=key))
@@ -127,7 +131,7 @@ def settings_page() -> str:
         for text, names in tables.items():
             whose = "" if len(names) == len(FAMILIES) else f": {', '.join(names)}"
             parts.append(f"## {section}{whose}\n\n{text}")
-    return "\n".join(parts)
+    return "\n".join([*parts, hooks])
 
 
 def commands_page() -> str:

@@ -102,7 +102,8 @@ class TensorBuffer:
         content = (place.numpy().data[at:at + CHUNK] for place in self._places(0, self._size)
                    for at in range(0, len(place), CHUNK))
         with file.open("wb") as out:
-            for chunk in itertools.chain([self._header], content):
+            chunks: Iterator[bytes | memoryview] = itertools.chain([self._header], content)
+            for chunk in chunks:
                 digest.update(chunk)
                 out.write(chunk)
                 unsynced += len(chunk)

@@ -17,9 +17,9 @@ from urllib.parse import urlsplit
 
 from genscale.data.retrying import Passing, in_threads, persist
 from genscale.data.source_file import DECOMPRESSORS, SourceFile, is_url, url_path
-from genscale.data.spec import Spec
+from genscale.data.spec import SOURCES, Spec
 from genscale.data.web import AGAIN, answer_of, answered, cause_of, innermost, part_of, passes, size_of, version_of
-from genscale.errors import SourceLost, UserError
+from genscale.errors import SourceLost, UserError, nearest
 
 T = TypeVar("T")
 BUILDERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
@@ -101,7 +101,9 @@ def hub_revision(spec: Spec) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    where = f"{spec.key}={spec.name}: there is no such path here, and"
+    installed = SOURCES.names()
+    beside = f", none of the installed sources is called so ({', '.join(installed)}{nearest(spec.name, installed)})"
+    where = f"{spec.key}={spec.name}: there is no such path here{beside if installed else ''}, and"
     try:
         found = _ask_hub(spec, lambda: HfApi().dataset_info(spec.name, timeout=HUB_SECONDS))
         return cast(str, found.sha)  # which is there where nothing else was asked for

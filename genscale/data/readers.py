@@ -8,14 +8,12 @@ from __future__ import annotations
 import lzma
 import re
 import zlib
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-from genscale.data.columns import documents
 from genscale.data.file_tables import ROWS, At, Rows, json_rows, open_parquet, parquet_rows, text_rows, text_values
 from genscale.data.folders import File, identity, parted, refuse_no_file, say_repeated, unreadable, walk
 from genscale.data.json_values import BadRow
@@ -29,69 +27,32 @@ from genscale.data.locations import (
     open_hub,
 )
 from genscale.data.python_texts import TEXTS
+from genscale.data.row_source import SourceShard, open_installed, shard_names
+from genscale.data.shard import Shard, ShardOfTables
 from genscale.data.source_file import SourceFile, TooLarge, is_url
 from genscale.data.spec import TOOLS, Spec
 from genscale.data.web import AGAIN
 from genscale.errors import SourceLost, UserError, as_utf8, nearest
 from genscale.masking import masked
 
-__all__ = ["PythonShard", "Shard", "Spec", "TableShard", "damaged", "find_shards", "in_parts", "known_size", "parted_shards",
-           "place", "split"]
-
-
-class Row(NamedTuple):
-    """A document, its number in the shard, and where to begin in order to reach it again (small, JSON; None: at the start)."""
-
-    number: int
-    document: Any
-    at: At | None
-
-
-class Shard(ABC):
-    """A run of documents read from front to back.
-
-    Attributes:
-        name: unique in the source, the same on every machine.
-        size: bytes on disk, or 0 where unknown.
-        spec: what it is a part of.
-    """
-
-    name: str
-    size: int
-    spec: Spec
-
-    @abstractmethod
-    def rows(self, start: int = 0, residue: int = 0, modulus: int = 1, at: At | None = None) -> Iterator[Row]:
-        """The rows from `start` on that are `residue` modulo `modulus`; rows without text, and those that a filter leaves out,
-        do not appear.
-
-        Args:
-            at: what came with row `start` another time: where to begin, so that nothing far before it is read.
-
-        Raises:
-            UserError: damaged file, no such column or one of another type, an empty answer.
-        """
+__all__ = ["PythonShard", "Shard", "SourceShard", "Spec", "TableShard", "damaged", "find_shards", "in_parts", "known_size",
+           "parted_shards", "place", "split"]
 
 
 @dataclass(frozen=True)
-class PythonShard(Shard):
+class PythonShard(ShardOfTables):
     """A text that every Python brings, one document a topic or module."""
 
     name: str
     spec: Spec
     size: int = 0
 
-    def rows(self, start: int = 0, residue: int = 0, modulus: int = 1, at: At | None = None) -> Iterator[Row]:
-        texts = text_values(TEXTS[self.spec.name]())
-        wanted = start + (residue - start) % modulus
-        for row, text in zip(range(wanted, len(texts), modulus), documents(texts, self.spec, self.name, 0, wanted, modulus),
-                             strict=True):
-            if text is not None:
-                yield Row(row, text, None)
+    def _tables(self, start: int, at: At | None) -> Iterator[Rows]:
+        yield Rows(0, None, text_values(TEXTS[self.spec.name]()))
 
 
 @dataclass(frozen=True)
-class TableShard(Shard):
+class TableShard(ShardOfTables):
     """One of the `count` parts of a file, or of a hub dataset where there is no file. Holds nothing open, so that it travels to
     worker processes."""
 
@@ -101,22 +62,7 @@ class TableShard(Shard):
     file: SourceFile | None = None
     part: tuple[int, int] = (0, 1)
 
-    def rows(self, start: int = 0, residue: int = 0, modulus: int = 1, at: At | None = None) -> Iterator[Row]:
-        for first, place, table in self._tables(start, at):
-            wanted = max(start - first, 0)
-            wanted += (residue - first - wanted) % modulus
-            if wanted < len(table):
-                texts = self.documents(table, first, wanted, modulus)
-                for row, text in zip(range(wanted, len(table), modulus), texts, strict=True):
-                    if text is not None:
-                        yield Row(first + row, text, place)
-
-    def documents(self, table: Any, first: int, start: int, step: int) -> list[Any]:
-        """What the rows `start::step` of a table hold; None for one to leave out. `first` is the number of its first row."""
-        return documents(table, self.spec, self.name, first, start, step)
-
     def _tables(self, start: int, at: At | None) -> Iterator[Rows]:
-        """The rows, an Arrow table at a time; tables that end before `start` may be left out."""
         try:
             yield from self._file_tables(start, at) if self.file else self._hub_tables()
         except UserError:
@@ -226,6 +172,9 @@ def _url_shards(spec: Spec, urls: Sequence[str]) -> list[Shard]:
 def _shards(spec: Spec) -> tuple[list[Shard], list[Shard]]:
     if spec.name in TEXTS:
         return [PythonShard(spec.name, spec)], []
+    if (source := open_installed(spec)) is not None:
+        training, validation = shard_names(source, spec)
+        return [SourceShard(name, spec, source) for name in training], [SourceShard(name, spec, source) for name in validation]
     path = Path(spec.name).expanduser()
     if path.is_dir():
         return _folder_shards(spec, path)
@@ -271,6 +220,8 @@ def place(shard: Shard) -> Any:
     file = getattr(shard, "file", None)
     if isinstance(shard, PythonShard):
         return shard.spec.name
+    if isinstance(shard, SourceShard):
+        return shard.spec.name, repr(shard.source), shard.name
     if file is None:
         return shard.name, shard.spec.subset, shard.spec.split
     return file.path if is_url(file.path) else identity(file.path)

@@ -6,10 +6,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 from genscale.data.left_out import LeftOut
 from genscale.errors import UserError, nearest
+from genscale.plugins import Plugins
 
 COMPARISONS = {">=": "greater_equal", "<=": "less_equal", "!=": "not_equal", "==": "equal", ">": "greater", "<": "less"}
 COMPARISON = re.compile(r"(>=|<=|!=|==|>|<)\s*(.*)", re.DOTALL)
@@ -17,6 +18,8 @@ COMPARISON = re.compile(r"(>=|<=|!=|==|>|<)\s*(.*)", re.DOTALL)
 
 ANSWER_ROLES = ("assistant",)
 TOOLS = "tools"
+SOURCES = Plugins("genscale.data", "data.source", "data source")
+"""Those of installed packages: classes that inherit from `genscale.RowSource`."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Spec:
         bad_share: see `TextDataSettings`.
         shortest, longest: characters of the documents that are read.
         retry_minutes: how long a server that fails is tried again.
+        options: settings of an installed source, as they stand in the config.
         max_record_bytes: the longest row, line, paragraph or file that is held in memory as a whole, decompressed.
         left_out: what this process has left out of the source.
     """
@@ -68,6 +72,7 @@ class Spec:
     longest: int | None = None
     retry_minutes: float = 5.0
     max_record_bytes: int = 256 * 2**20
+    options: Any = field(default=None, compare=False)
     left_out: LeftOut = field(default=cast(LeftOut, None), compare=False, repr=False)  # there from `__post_init__` on
     local_advice: ClassVar[str] = ("give the path of a local file or folder (.txt, .jsonl, .parquet), python-stdlib or "
                                    "python-docs")
@@ -116,6 +121,22 @@ class Spec:
                                  f"{', '.join(columns)}{nearest(column, columns)}; set {self.setting(setting)} to the one "
                                  f"{purpose}")
         return None
+
+
+def is_installed(name: str) -> bool:
+    """Whether this value of `data.source` names an installed source. (Looking through what is installed takes its time.)"""
+    return re.fullmatch(r"[\w-]+", name) is not None and name in SOURCES
+
+
+AnySpec = TypeVar("AnySpec", bound=Spec)
+
+
+def with_options(spec: AnySpec) -> AnySpec:
+    """The spec as it is. Raises UserError where its options are no installed source's."""
+    if spec.options is not None and not any(map(is_installed, spec.locations or [spec.name])):
+        raise UserError(f"{spec.setting('options')}: {spec.options} are for a source of an installed package "
+                        f"({SOURCES.unknown(spec.name)}); leave them out, or install it")
+    return spec
 
 
 def parse_filters(key: str, filters: Mapping[str, Any] | None) -> tuple[Filter, ...]:

@@ -16,14 +16,18 @@ import numpy as np
 
 from genscale.data.memory_source import HASHES, text_hash
 from genscale.data.packing import Place
-from genscale.data.readers import Shard, Spec
+from genscale.data.row_source import SourceShard
+from genscale.data.shard import Shard
 from genscale.data.source_file import is_url
+from genscale.data.spec import Spec
 from genscale.data.windows import Catalogue, Part, Source, Window
 from genscale.errors import UserError
 from genscale.rng import permutation
 
 PROBED = 256
 """Files of a source that are told apart by their bytes when a run goes on."""
+ASKED = 8
+"""Shards of an installed source whose first row is read for the same."""
 PROBE = 4096
 """Bytes of a file's beginning, middle and end that tell it from another of the same name and size."""
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".parquet")
@@ -169,12 +173,19 @@ class StreamSource(Source):
     def plan(self) -> dict[str, Any]:
         names = hashlib.sha256(repr([(shard.name, shard.size) for shard in self._shards]).encode()).hexdigest()
         return {"order": "stream", "shards": len(self._shards), "bytes": sum(shard.size for shard in self._shards),
-                "content": names, "window": self._window, **self._probes, **versions(self._shards)}
+                "content": names, "window": self._window, **self._probes, **versions(self._shards), **self._fingerprints}
 
     @cached_property
     def _probes(self) -> dict[str, str]:
         """What tells local files from others of the same names and sizes: of many files, of some."""
         return {"probes": probes(self._shards[:: -(-len(self._shards) // PROBED)])} if any(map(_path, self._shards)) else {}
+
+    @cached_property
+    def _fingerprints(self) -> dict[str, str]:
+        """What tells the rows of an installed source from others in shards of the same names."""
+        some = self._shards[:: -(-len(self._shards) // ASKED)]
+        found = [shard.fingerprint for shard in some if isinstance(shard, SourceShard)]
+        return {"fingerprint": hashlib.sha256(repr(found).encode()).hexdigest()} if found else {}
 
     def files(self) -> list[tuple[str, str]]:
         return list({path: (shard.name.partition("#")[0], path) for shard in self._shards if (path := _path(shard))}.values())
@@ -184,7 +195,7 @@ class StreamSource(Source):
         # Where the data lies is not what it is: a folder may move.
         spec = {key: value for key, value in dataclasses.asdict(self._spec).items()
                 if key not in ("key", "name", "revision", "locations", "retry_minutes", "max_record_bytes", "answer_roles",
-                               "tools", "bad_share", "left_out")}
+                               "tools", "bad_share", "left_out") and (key, value) != ("options", None)}
         return {**plan, "files": probes(self._shards), **json.loads(json.dumps(spec, default=str)),
                 "validation_fraction": self._fraction}
 

@@ -1,40 +1,21 @@
 """Which families there are: built in, registered by the script that runs, and those of installed packages.
 
 A package offers a family as an entry point of the group `genscale.families`, whose name is what `model.family` says and whose
-value names a `Family`: `ring_flow = "ring_flow.family:family"`. A config can only choose among what is installed; nothing is
-imported of a package whose family is not chosen.
+value names a `Family`: `ring_flow = "ring_flow.family:family"`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import json
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from genscale.errors import UserError
 from genscale.families.entry import Family
+from genscale.plugins import Package, Plugins, recorded_origin
 
-GROUP = "genscale.families"
-PLAIN = re.compile(r"[\w./][\w.+!/-]*")
-"""Names, versions and paths that can be typed as they are."""
-
-
-@dataclass(frozen=True)
-class Package:
-    """The installed package that a family is of."""
-
-    name: str
-    version: str
-    summary: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.name}=={self.version}"
+INSTALLED = Plugins("genscale.families", "model.family", "family")
 
 
 class Families(Mapping[str, Family]):
@@ -54,25 +35,20 @@ class Families(Mapping[str, Family]):
         for known in (self.registered, self._built_in):
             if name in known:
                 return known[name]
-        return _load(self._installed[name])
+        if name not in INSTALLED:
+            raise KeyError(name)
+        return _load(name)
 
     def __iter__(self) -> Iterator[str]:
         yield from self.registered  # the first one is what a config without `model.family` means
         yield from (name for name in self._built_in if name not in self.registered)
-        yield from (name for name in sorted(self._installed) if name not in self._built_in and name not in self.registered)
+        yield from (name for name in INSTALLED.names() if name not in self._built_in and name not in self.registered)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._built_in or name in self.registered or name in self._installed
-
-    @functools.cached_property
-    def _installed(self) -> dict[str, list[EntryPoint]]:
-        found: dict[str, list[EntryPoint]] = {}
-        for point in entry_points(group=GROUP):  # looks through all that is installed: only where a name is not built in
-            found.setdefault(point.name, []).append(point)
-        return found
+        return name in self._built_in or name in self.registered or name in INSTALLED  # which looks through all packages
 
     def loadable(self) -> dict[str, Family]:
         """All families but those of packages that cannot be loaded, which is no matter where another is meant."""
@@ -96,72 +72,31 @@ class Families(Mapping[str, Family]):
 
     def package(self, name: str) -> Package | None:
         """The installed package that the family is of; None for built-in and registered ones."""
-        if name in self._built_in or name in self.registered or name not in self._installed:
-            return None
-        return _package(self._installed[name][0])
+        return None if name in self._built_in or name in self.registered else INSTALLED.package(name)
 
     def origin(self, name: str) -> dict[str, str]:
         """Where a family that is not built in comes from, as JSON; empty for the others."""
         if name in self.registered and self.script:
             return {"name": name, "script": self.script}
-        package = self.package(name)
-        return {"name": name, "package": package.name, "version": package.version} if package else {}
-
-    def other_version(self, name: str, checkpoint: Path) -> str | None:
-        """What a checkpoint was made with and what is used here, where that is not the same version of a package."""
-        was, now = recorded_origin(checkpoint, name), self.package(name)
-        if "package" not in was or (now is not None and str(now) == f"{was['package']}=={was['version']}"):
-            return None
-        return f"{was['package']}=={was['version']}, and {now or 'no package'} is used"
+        return INSTALLED.origin(name) if self.package(name) else {}
 
     def advice(self, name: str, places: Iterable[Path]) -> str:
         """Where a checkpoint in one of these run or checkpoint folders was made with a family that is not known here: what to
         install or to run, to be added to a message."""
         for place in places:
-            was = recorded_origin(place, name)
-            if "package" in was:
-                package = f"{was['package']}=={was['version']}"
-                return f"; {place} was made with that of package {package}: pip install {package}"
+            was = recorded_origin(place, INSTALLED.group, name)
             if "script" in was:
                 script = was["script"]
                 return f"; {place} was made by {script}, which registers it: python {script} VERB ..."
+            if was:
+                return INSTALLED.advice(name, [place])
         return ""
 
 
-def recorded_origin(place: Path, family: str) -> dict[str, str]:
-    """`origin` of the family that a checkpoint, or the latest one of a run folder, was made with; empty where nobody says."""
-    for folder in (place, *sorted(place.glob("checkpoints/step-*"), reverse=True)):
-        try:
-            found = json.loads((folder / "manifest.json").read_text())["about"]["family"]
-            # A stranger's checkpoint shall not put a command into a message.
-            if found["name"] == family and all(PLAIN.fullmatch(value) for value in found.values()):
-                return dict(found)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
-    return {}
-
-
-def _package(point: EntryPoint) -> Package:
-    if point.dist is None:
-        return Package("unknown", "unknown")
-    return Package(point.dist.name, point.dist.version, "".join(point.dist.metadata.get_all("Summary") or ()))
-
-
-def _load(points: list[EntryPoint]) -> Family:
-    point, package = points[0], _package(points[0])
-    if len(points) > 1:
-        packages = ", ".join(str(_package(each)) for each in points)
-        raise UserError(f"model.family: '{point.name}' is offered by several packages ({packages}); uninstall all but one")
-    try:
-        family = point.load()
-    except Exception as error:  # whatever the package does
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"model.family: '{point.name}' of package {package} cannot be loaded ({reason}); mend "
-                        "or update the package, or choose another family") from None
+def _load(name: str) -> Family:
+    family = INSTALLED.load(name)
     if not isinstance(family, Family):
-        raise UserError(f"model.family: '{point.name}' of package {package} is no Family ({point.value} is a "
-                        f"{type(family).__name__}); update the package, or choose another family")
-    if family.name != point.name:
-        raise UserError(f"model.family: '{point.name}' of package {package} calls itself '{family.name}'; update the "
-                        "package, or choose another family")
+        raise INSTALLED.unfit(name, f"is no Family (it is a {type(family).__name__})")
+    if family.name != name:
+        raise INSTALLED.unfit(name, f"calls itself '{family.name}'")
     return family

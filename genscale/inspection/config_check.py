@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from genscale.checkpoint.checkpoints import Checkpoint
+from genscale.checkpoint.provenance import check_sources
 from genscale.errors import UserError
 from genscale.families import family
 from genscale.interop.starting import complete_from
 from genscale.parallel.strategies import check_objective, plan_elsewhere
 from genscale.settings.config import Config
 from genscale.supervise.run_folder import check_may_continue, check_same_accumulation, recorded_in, run_folder
+from genscale.training.hooks import configured_hooks
 from genscale.training.setup import (
     averaged_networks,
     check_learning_rates,
@@ -28,9 +30,11 @@ def check_config(config: Config, world_size: int) -> None:
         UserError: what it would refuse, other than for want of memory, disk space or a device.
     """
     check_settings(config)
+    configured_hooks(config)
     plan = plan_elsewhere(config.parallel, config.train.precision, world_size, config.optimizer.name)
     _, accumulation = derive_accumulation(config.train, world_size)
     recorded = recorded_in(run_folder(config.run), config.run.resume)
+    check_sources(config, [recorded] if recorded else [])
     chosen = family(config.model.family)
     config, data_settings = complete_from(config, recorded)
     data = chosen.build_data(data_settings, config.run.seed)

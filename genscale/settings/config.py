@@ -226,6 +226,7 @@ class Config(Generic[Model, Data, Objective]):
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    hooks: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_yaml(cls, path: str | Path, settings: Mapping[str, Any] | None = None) -> Config:
@@ -240,7 +241,7 @@ class Config(Generic[Model, Data, Objective]):
 
 MAY_CHANGE_AT_RESUME = ("run.", "parallel.", "tracking.", "train.log_every", "train.evaluate_every", "train.sample_every",
                         "train.checkpoint_", "train.micro_batch_size", "train.steps", "train.profile", "train.collapse",
-                        "guards.", "data.workers", "data.prefetch_steps", "data.cache", "data.retry_minutes",
+                        "guards.", "hooks.", "data.workers", "data.prefetch_steps", "data.cache", "data.retry_minutes",
                         "data.bad_share", "data.max_record_bytes", "data.max_array_bytes", "model.loss_chunk")
 """Key prefixes that do not change what is computed (`train.steps` may grow or shrink; the schedule then follows the
 new value; `train.collapse` decides about the evaluations to come)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, get_args, get_type_hints
 from urllib.parse import urlsplit
 
@@ -21,11 +21,14 @@ TYPE_WORDS = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "tuple": "a list like [0.9, 0.95]",
     "list": "a list like [a, b]", "list[str]": "a list of texts like ['0', '1'] (numbers in quotes)",
     "tuple[float, float]": "two numbers like [0, 255]", "dict": "a mapping like {a: 1.0, b: 2.0}",
+    "dict[str, typing.Any]": "a mapping like {a: 1, b: text}",
 }
 
 
 NO_SETTINGS = {"config", "help", "print_config"}
 """What the command line has besides settings."""
+WHOLE = {"hooks", "data.options", "data.filters", "optimizer.lr_of"}
+"""Settings that are mappings with keys of the user's own."""
 
 
 MOST = {"model.layers": 2000, "model.heads": 2**20, "model.kv_heads": 2**20, "model.head_width": 2**20,
@@ -74,10 +77,11 @@ def check_no_code(content: Any) -> None:
             check_no_code(value)
 
 
-def check_values(section: Any, prefix: str) -> None:
-    """What jsonargparse lets through: nothing where there must be something, and numbers that are none."""
+def check_values(section: Any, prefix: str, names: Iterable[str] | None = None) -> None:
+    """What jsonargparse lets through: nothing where there must be something, and numbers that are none. Of the fields `names`
+    (default: of all)."""
     kinds = get_type_hints(type(section))
-    for name in (field.name for field in dataclasses.fields(section)):
+    for name in [field.name for field in dataclasses.fields(section)] if names is None else names:
         value, kind = getattr(section, name), kinds[name]
         if value is None and type(None) not in get_args(kind):
             wanted = TYPE_WORDS.get(getattr(kind, "__name__", ""), "set")
@@ -137,6 +141,12 @@ def check_flags(arguments: Sequence[str], known: set[str]) -> None:
         if _is_section(name, known):  # which the parser would take from a file
             first = min(key for key in known if key.startswith(f"{name}."))
             raise UserError(f"{flag}: is a section; give its settings one by one, as in --{first} VALUE")
+        for whole in WHOLE & known:
+            if name.startswith(f"{whole}."):
+                inner = "VALUE"
+                for part in reversed(name.removeprefix(f"{whole}.").split(".")):
+                    inner = f"{{{part}: {inner}}}"
+                raise UserError(f"{flag}: --{whole} is given as a whole, as in --{whole} '{inner}'")
         if name not in known | NO_SETTINGS:
             raise UserError(f"{flag}: unknown setting{_nearest_key(flag[2:], known)}")
 

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from genscale.checkpoint.checkpoints import Checkpoint, latest_valid, list_checkpoints
+from genscale.checkpoint.provenance import check_sources
 from genscale.checkpoint.writing import clear_leftovers
 from genscale.data.lanes import Data
 from genscale.data.locations import of_a_run_that_goes_on
@@ -47,6 +48,11 @@ def run_folder(settings: RunSettings) -> Path:
     if not name or Path(name).name != name or name in (".", "..") or not name.isprintable():
         raise UserError(f"run.name: {name!r} must be a plain folder name (no '/', not '..'); the folder above it is run.dir")
     return Path(settings.dir).expanduser() / name
+
+
+def places_of(config: Config) -> list[Path]:
+    """Where a checkpoint may lie that the run goes on from."""
+    return [*([] if config.run.resume in ("auto", "never") else [Path(config.run.resume)]), run_folder(config.run)]
 
 
 def create_run_folder(folder: Path) -> None:
@@ -121,7 +127,7 @@ def check_free_space(folder: Path, parameters: int, averages: int, train: TrainS
 def config_dict(config: Config) -> dict[str, Any]:
     """The config as nested dicts of plain values, keys as the user writes them; tokens in addresses are masked."""
     sections = {section: {as_key(key): _plain(value) for key, value in settings.items()}
-                for section, settings in dataclasses.asdict(config).items() if settings is not None}
+                for section, settings in dataclasses.asdict(config).items() if settings}
     return parse_yaml(dump_yaml(sections))
 
 
@@ -204,6 +210,7 @@ def check_same_accumulation(train: TrainSettings, checkpoint: Checkpoint, accumu
 def open_data(config: Config, folder: Path) -> tuple[Config, Data]:
     """The config, completed from the model that the run starts from, and the run's data. Raises UserError."""
     recorded = recorded_in(folder, config.run.resume)
+    check_sources(config, [recorded] if recorded else [])
     config, settings = complete_from(config, recorded)
     with of_a_run_that_goes_on(recorded is not None or int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0):
         return config, family(config.model.family).build_data(settings, config.run.seed)

@@ -96,7 +96,7 @@ class KeepCheckpoints(Hook):
         if self.frozen:
             state["frozen"] = self.frozen
         position = position_in_words(data["batches"] * self.config.train.global_batch_size, self.data.samples_of_epoch())
-        about = provenance(self.processes.world_size, self.engine.strategy, position, self.config.model.family)
+        about = provenance(self.processes.world_size, self.engine.strategy, position, self.config)
         self.saver.start(pieces, Contents(report.step, state, config_yaml(self.config), about,
                                           best_step=best["step"] if best else None, last=report.last))
         self._best_in_flight = best

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
+
+from jsonargparse.typing import NonNegativeInt
 
 from genscale.checkpoint.best import check_metric
 from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader
-from genscale.hook import Hook, StepReport
+from genscale.hook import HOOKS, Hook, StepReport
 from genscale.objectives.base import Objective
 from genscale.parallel.engine import Engine
 from genscale.settings.config import Config
-from genscale.supervise.run_folder import config_dict
+from genscale.settings.parser import settings_of
+from genscale.supervise.run_folder import config_dict, places_of
 from genscale.supervise.signals import StopSignal
 from genscale.tracking.run_record import RunRecord
 from genscale.tracking.writes import Writes
@@ -26,6 +30,33 @@ from genscale.training.profile import Profile
 from genscale.training.trace import Trace
 
 log = logging.getLogger("genscale")
+
+
+@dataclass
+class Cadence:
+    """What can be set of every hook, whatever settings of its own it has."""
+
+    every: NonNegativeInt
+    """Steps between two calls (0: only after the last step)."""
+
+
+def configured_hooks(config: Config) -> list[Hook]:
+    """The hooks of installed packages that the config chooses, with their settings.
+
+    Raises:
+        UserError: none is installed of that name, or its settings are wrong.
+    """
+    made = []
+    for name, given in config.hooks.items():
+        key, kind = f"{HOOKS.key}.{name}", HOOKS.load_class(name, Hook, places_of(config))
+        own: set[str] = {field.name for field in fields(kind)} if is_dataclass(kind) else set()
+        rest = dict(given) if isinstance(given, Mapping) else given
+        cadence = None if "every" in own or not isinstance(rest, dict) or "every" not in rest else {"every": rest.pop("every")}
+        hook = settings_of(kind, rest, key)
+        if cadence:
+            hook.every = settings_of(Cadence, cadence, key).every
+        made.append(hook)
+    return made
 
 
 class RunHooks:

@@ -15,10 +15,10 @@ import torch
 
 from genscale.checkpoint.checkpoints import Checkpoint
 from genscale.checkpoint.frozen_networks import keep_frozen
+from genscale.checkpoint.provenance import chosen_plugins
 from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader
 from genscale.errors import UserError
-from genscale.families import FAMILIES
 from genscale.hook import Hook, hooks_by_name
 from genscale.interop.starting import keep_for_export, weights_from
 from genscale.objectives.base import Objective
@@ -47,7 +47,7 @@ from genscale.supervise.signals import StopSignal
 from genscale.supervise.supervision import Supervision, group_timeout_minutes
 from genscale.tracking.metrics_file import read_metrics
 from genscale.training.collapse import Collapsed
-from genscale.training.hooks import RunHooks
+from genscale.training.hooks import RunHooks, configured_hooks
 from genscale.training.rollback import GoBack
 from genscale.training.schedules import never_reached
 from genscale.training.setup import (
@@ -104,14 +104,15 @@ def train(config: Config, stop: StopSignal | None = None, hooks: Sequence[Hook] 
     Raises:
         UserError: anything the user can mend, on every rank, before the first step; and a run that has gone wrong.
     """
-    named = hooks_by_name(hooks)
+    hooks_by_name(hooks)  # what is none must show first
     with deterministic(config.run.deterministic), stop or StopSignal() as listening:
-        return _start(config, listening, named)
+        return _start(config, listening, hooks)
 
 
-def _start(config: Config, stop: StopSignal, hooks: Mapping[str, Hook]) -> RunResult:
+def _start(config: Config, stop: StopSignal, hooks: Sequence[Hook]) -> RunResult:
     with before_the_run():
         check_settings(config)
+        added = hooks_by_name([*configured_hooks(config), *hooks])
         plan = plan_parallel(config.parallel, config.train.precision, config.optimizer.name)
         config = plan.settled(config)
         shape = derive_accumulation(config.train, plan.world_size)
@@ -126,7 +127,7 @@ def _start(config: Config, stop: StopSignal, hooks: Mapping[str, Hook]) -> RunRe
             allow_tf32()
     try:
         with Supervision(config.guards.hang_minutes, folder, processes, stop) as supervision:
-            return _train(config, processes, plan, shape, folder, supervision, hooks)
+            return _train(config, processes, plan, shape, folder, supervision, added)
     finally:
         processes.close()
 
@@ -244,8 +245,9 @@ def _resume_point(config: Config, processes: Processes, folder: Path, data: Data
         if objective.couples_samples:
             check_same_accumulation(config.train, found, accumulation, processes.world_size)
         check_same_networks(found, objective)
-        if other := FAMILIES.other_version(config.model.family, found.path):
-            log.warning("%s was made with package %s: the run may go on otherwise than it would have", found.path, other)
+        for plugins, name in chosen_plugins(config):
+            if other := plugins.other_version(name, found.path):
+                log.warning("%s was made with package %s: the run may go on otherwise than it would have", found.path, other)
         set_later_checkpoints_aside(folder, found.step, log.warning)
         log.info("continuing from %s%s", found.path, f" with {'; '.join(changed)}" if changed else "")
         return found

@@ -9,6 +9,7 @@ from typing import Any, cast
 from tqdm import tqdm
 
 from genscale.checkpoint.checkpoints import Checkpoint
+from genscale.checkpoint.provenance import check_sources
 from genscale.data.lanes import Sample
 from genscale.errors import UserError
 from genscale.evaluation.image_scores import TooFewImages
@@ -28,6 +29,7 @@ SHOWN_AFTER_SECONDS = 2.0
 
 
 def metrics(config: Config, checkpoint: Checkpoint | Published) -> dict[str, Any]:
+    check_sources(config, [checkpoint.path])
     run = open_run(config, checkpoint)
     return _validation(run, _samples(run.objective.use_assets(config, run.folder)))
 
@@ -50,6 +52,7 @@ def _validation(run: TrainedRun, samples: list[Sample]) -> dict[str, Any]:
 
 def scores(config: Config, checkpoint: Checkpoint | Published, scoring: Scoring, settings: Any) -> dict[str, Any]:
     """What the family's scorer finds, the validation metrics where it says so, and the likelihood where it was asked for."""
+    check_sources(config, [checkpoint.path])
     importance_samples = getattr(settings, "importance_samples", None)
     if importance_samples is not None and not family(config.model.family).can(MeasuresLikelihood):
         raise UserError(f"--importance_samples: {importance_samples}, but a run of model.family {config.model.family} has no "

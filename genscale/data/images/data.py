@@ -26,6 +26,7 @@ from genscale.data.images.spec import ImageSpec, Record
 from genscale.data.images.stream import ImageStream, StreamedImages
 from genscale.data.lanes import Cursor, Sample
 from genscale.data.plans import digest_of
+from genscale.data.spec import with_options
 from genscale.errors import UserError, refuse_unheeded
 from genscale.masking import masked_throughout
 from genscale.rng import permutation
@@ -197,7 +198,7 @@ class ImageData(ImagesInLanes):
         names = ("source", "subset", "split", "size", "channels", "labels", "image_column", "label_column", "crop", "flip",
                  "validation_source", "validation_fraction", "validation_images", "lanes")
         # What was not always there stands in the plan where it is set alone: earlier runs go on.
-        later = tuple(name for name in ("value_range",) if getattr(self.settings, name) is not None)
+        later = tuple(name for name in ("value_range", "options") if getattr(self.settings, name) is not None)
         settings = masked_throughout({name: getattr(self.settings, name) for name in (*names, *later)})
         own = {"validation_content": self._validation_digest} if self._validation_digest else {}
         # Of 16 bits that are used in full nothing need be said: so they have always been read.
@@ -222,12 +223,14 @@ def _spec(key: str, source: Sequence[str] | str, settings: ImageDataSettings, sp
         raise UserError(f"{key}=[]: is an empty list; give at least one path, URL or hub name")
     several = locations if len(locations) > 1 else ()
     names = classes or settings.class_names
-    return ImageSpec(key, f"{locations[0]} and {len(several) - 1} more" if several else locations[0], settings.subset,
+    options = settings.options if source == settings.source else None
+    spec = ImageSpec(key, f"{locations[0]} and {len(several) - 1} more" if several else locations[0], settings.subset,
                      split or settings.split, locations=several, image=settings.image_column,
                      label=settings.label_column if settings.labels else None, classes=tuple(names) if names else None,
                      renames=bool(settings.class_names),
                      retry_minutes=settings.retry_minutes, max_image_bytes=settings.max_image_bytes,
-                     max_array_bytes=settings.max_array_bytes, value_range=settings.value_range)
+                     max_array_bytes=settings.max_array_bytes, value_range=settings.value_range, options=options)
+    return with_options(spec)
 
 
 def _refuse_unheeded(settings: ImageDataSettings) -> None:
@@ -245,7 +248,7 @@ def _refuse_unheeded(settings: ImageDataSettings) -> None:
     beside = f"data.source {settings.source}"
     if "hub" not in kinds:
         refuse_unheeded("data", settings, HUB_SETTINGS, f"{beside}, which is no hub dataset")
-    if not kinds & {"hub", "parquet"}:
+    if not kinds & {"hub", "parquet", "rows"}:
         # A tar's .json members name their label like a column.
         names = TABLE_SETTINGS[:1] if "tar" in kinds else TABLE_SETTINGS
         refuse_unheeded("data", settings, names, f"{beside}, which has no columns")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt
 
@@ -23,8 +23,11 @@ class ImageDataSettings:
     source: list[str] | str = DIGITS
     """digits (scikit-learn's 1,797 handwritten digits of 8x8 pixels, no download), a .npz file (arrays images and labels) or a
     folder with train.npz, a folder of image files (class: the folder's name below the root), a .parquet file or a WebDataset
-    .tar, local or by URL (https://..., streamed), a folder of these, the name of a Hugging Face hub dataset, or a list of
-    parquet or tar files. A large source is read fastest in as many files as there are lanes."""
+    .tar, local or by URL (https://..., streamed), a folder of these, the name of a source of an installed package (`genscale
+    families` lists them) or of a Hugging Face hub dataset, or a list of parquet or tar files. A large source is read fastest in
+    as many files as there are lanes."""
+    options: dict[str, Any] | None = None
+    """Settings of the source, where it is that of an installed package: {most: 99}."""
     subset: str | None = None
     """Configuration of a hub dataset."""
     split: str = "train"

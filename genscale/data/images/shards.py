@@ -21,7 +21,7 @@ from genscale.data.images.labels import Label, label_of
 from genscale.data.images.spec import ImageSpec, Record, image_endings
 from genscale.data.images.tables import ImageTableShard
 from genscale.data.images.tars import LABEL_BYTES, LABELS, Archive, CheckedInfo, Group
-from genscale.data.readers import Row, Shard
+from genscale.data.shard import Row, Shard
 from genscale.data.source_file import SourceFile, TooLarge
 from genscale.errors import UserError, as_utf8, nearest
 

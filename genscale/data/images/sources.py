@@ -14,12 +14,15 @@ from genscale.data.images.labels import Classes, classes_of, numbered
 from genscale.data.images.sets import ImageSet, PackedSet
 from genscale.data.images.settings import DIGITS
 from genscale.data.images.shards import SHARD, TAR_FILES, TarShard, local_shards, look, shard_kind, shard_of
+from genscale.data.images.source_rows import source_shards
 from genscale.data.images.spec import ImageSpec, Record
 from genscale.data.images.stream import ImageStream
 from genscale.data.images.tables import ImageTableShard
 from genscale.data.locations import find_urls, hub_revision, quiet_datasets
 from genscale.data.readers import Shard, known_size, place, split
+from genscale.data.row_source import open_installed
 from genscale.data.source_file import SourceFile, is_url, url_path
+from genscale.data.spec import is_installed
 from genscale.errors import UserError, as_utf8, nearest
 from genscale.masking import masked
 
@@ -67,6 +70,8 @@ def open_images(spec: ImageSpec, order: Order, validation: int, for_training: bo
                             "data.class_names out, or give a source of those classes")
         return _opened(found, None)
     if not spec.locations and not is_url(spec.name):
+        if (source := open_installed(spec)) is not None:
+            return _shards(spec, order, validation, classes, for_training, source_shards(source, spec))
         path = Path(spec.name).expanduser()
         if path.is_file() and path.suffix.lower() == ".npz":
             return _opened(array_file(spec, path, classes), None)
@@ -200,8 +205,10 @@ def find_shards(spec: ImageSpec) -> tuple[list[Shard], list[Shard]]:
 
 
 def kind_of(location: str) -> str:
-    """What a location is by its name and what stands there: hub, parquet, tar or files."""
+    """What a location is by its name and what stands there: rows (of an installed source), hub, parquet, tar or files."""
     path = Path(location).expanduser()
+    if is_installed(location):
+        return "rows"
     if not is_url(location) and location != DIGITS and not path.exists():
         return "hub"
     if path.is_dir():

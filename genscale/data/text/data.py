@@ -154,7 +154,7 @@ class TextData(Data):
     def plan(self) -> dict[str, Any]:
         names = ("source", "subset", "split", "column", "document", "validation_source", "validation_fraction",
                  "validation_blocks", "sequence_length", "lanes")
-        later = ("filters", "min_characters", "max_characters", "prompt_column", "answer_column", "messages_column")
+        later = ("filters", "min_characters", "max_characters", "prompt_column", "answer_column", "messages_column", "options")
         plan = {**{name: getattr(self.settings, name) for name in names}, "seed": self.seed, "tokenizer": self.tokenizer.digest,
                 **{name: getattr(self.settings, name) for name in later if getattr(self.settings, name)}}
         if self._masked:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt
 
-from genscale.data.spec import ANSWER_ROLES, TOOLS, Spec, parse_filters
+from genscale.data.spec import ANSWER_ROLES, TOOLS, Spec, parse_filters, with_options
 from genscale.errors import UserError, nearest
 
 Document = Literal["paragraph", "line", "file"]
@@ -47,6 +47,8 @@ class SourceSettings:
     """As data.answer_roles."""
     tools_column: str | None = None
     """As data.tools_column."""
+    options: dict[str, Any] | None = None
+    """As data.options, and of this entry alone."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,10 @@ class TextDataSettings:
     source: list[str] | str = DEFAULT_SOURCE
     """python-stdlib (CPython's standard library, no download), python-docs (its language reference), a local file or folder of
     .txt, .jsonl or .parquet (plain or compressed: .gz .zst .xz .bz2), the URL of such a file (https://..., streamed), the name
-    of a Hugging Face hub dataset, or a list of these, read one after the other. A large source is read fastest in as many files
-    as there are lanes."""
+    of a source of an installed package (`genscale families` lists them) or of a Hugging Face hub dataset, or a list of these,
+    read one after the other. A large source is read fastest in as many files as there are lanes."""
+    options: dict[str, Any] | None = None
+    """Settings of the source, where it is that of an installed package: {most: 99}."""
     sources: Any | None = None
     """Several sources mixed by weight, in the place of source: a list of entries {source: ..., weight: ..., column: ...}."""
     subset: str | None = None
@@ -144,11 +148,13 @@ def readings(settings: TextDataSettings) -> list[Reading]:
     """
     if settings.sources is None:
         values = {name: getattr(settings, name) for name in (*ENTRY, *OF_ALL)}
-        spec = _spec("data.source", settings.source, values, settings)
+        spec = _spec("data.source", settings.source, values | {"options": settings.options}, settings)
         return [Reading(_label(settings.source), 1.0, spec)]
     if settings.source != DEFAULT_SOURCE:
         raise UserError(f"data.source={settings.source}: data.sources is set too; make it an entry of data.sources, or leave "
                         "one of the two out")
+    if settings.options is not None:
+        raise UserError("data.options: data.sources is set, whose entries have options of their own; move them into the entry")
     if not isinstance(settings.sources, list):
         raise UserError(f"data.sources={settings.sources!r}: must be a list of entries like {{source: PATH, weight: 1}}")
     if not settings.sources:
@@ -164,7 +170,7 @@ def readings(settings: TextDataSettings) -> list[Reading]:
         # Text beside pairs keeps its column, and pairs beside conversations theirs.
         values = {name: getattr(entry, name) if getattr(entry, name) is not None or (name in PLACE_OF_PAIRS
                   and (own or entry.column)) else getattr(settings, name) for name in ENTRY}
-        values |= {name: getattr(settings, name) for name in OF_ALL}
+        values |= {**{name: getattr(settings, name) for name in OF_ALL}, "options": entry.options}
         spec = _spec(f"{prefix}.source", entry.source, values, settings)
         label, taken = entry.name or _label(entry.source), {reading.label for reading in found}
         if label in taken and entry.name:
@@ -184,7 +190,8 @@ def _entry(prefix: str, given: Any) -> SourceSettings:
             raise UserError(f"{prefix}.{name}: unknown key{nearest(str(name), known)}; the keys are {', '.join(known)}")
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         texts = isinstance(value, list) and all(isinstance(part, str) for part in value)
-        fits = {"weight": number, "source": isinstance(value, str) or texts, "filters": True, "answer_roles": texts,
+        fits = {"weight": number, "source": isinstance(value, str) or texts, "filters": True, "options": True,
+                "answer_roles": texts,
                 "document": value in (None, *get_args(Document))}.get(name, value is None or isinstance(value, str))
         if not fits:
             wanted = {"weight": "a number", "source": "text, or a list of texts", "document": "paragraph, line or file",
@@ -196,6 +203,7 @@ def _entry(prefix: str, given: Any) -> SourceSettings:
 def validation_reading(settings: TextDataSettings) -> Spec:
     """What `data.validation_source` names."""
     values = {name: getattr(settings, name) for name in (*ENTRY, *OF_ALL)} | {"split": "validation", "filters": None}
+    values["options"] = settings.options if settings.validation_source == settings.source else None
     assert settings.validation_source is not None
     return _spec("data.validation_source", settings.validation_source, values, None)
 
@@ -223,12 +231,13 @@ def _spec(key: str, source: Sequence[str] | str, values: dict[str, Any], setting
         raise UserError(f"data.max_characters={longest}: is below data.min_characters={settings.min_characters}, so that no "
                         f"document is left; set it to {settings.min_characters} at least")
     several = locations if len(locations) > 1 else ()
-    return Spec(key, f"{locations[0]} and {len(several) - 1} more" if several else locations[0], values["subset"],
+    spec = Spec(key, f"{locations[0]} and {len(several) - 1} more" if several else locations[0], values["subset"],
                 values["split"], values["column"], values["document"], locations=several,
                 filters=parse_filters(spec.setting("filters"), values["filters"]), prompt=prompt, answer=answer,
                 messages=messages, answer_roles=tuple(values["answer_roles"]), tools=values["tools_column"],
                 bad_share=values["bad_share"], shortest=settings.min_characters if settings else 0, longest=longest,
-                retry_minutes=values["retry_minutes"], max_record_bytes=values["max_record_bytes"])
+                retry_minutes=values["retry_minutes"], max_record_bytes=values["max_record_bytes"], options=values["options"])
+    return with_options(spec)
 
 
 def _label(source: Sequence[str] | str) -> str:
