@@ -22,7 +22,7 @@ def parser() -> ArgumentParser:
         "failed."))
     made.add_argument("name", type=str, help="Name of the family, as model.family has it.")
     made.add_argument("--config", type=str, default=None, help="YAML file of a run to take the place of the family's own "
-                        "tiny one. It must be small: it is trained some 15 times.")
+                        "tiny one (or of its defaults, where it has none). It must be small: it is trained some 15 times.")
     made.add_argument("--folder", type=str, default=None, help="New folder to keep the runs in (default: they are deleted).")
     return made
 
