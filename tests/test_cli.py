@@ -69,6 +69,7 @@ def test_what_is_printed_at_the_end(genscale, tiny_config, tiny_run):
     words = re.search(r"^  sample +genscale (.*)$", text, re.MULTILINE).group(1)
     assert done(genscale(*words.replace("'", "").split())).startswith("The")
     words = re.search(r"^  train on +genscale (.*)$", text, re.MULTILINE).group(1)
+    assert words.endswith("--train.steps 4") and words.count("--train.steps") == 1
     done(genscale(*words.split()))
     assert (tiny_run / "checkpoints" / "step-00000004").is_dir()
 
