@@ -107,7 +107,9 @@ def test_sample_follows_the_seed_and_the_checkpoint(genscale, trained):
     first = sample("--seed", 1)
     assert first.startswith("The ") and len(first) > 10
     assert sample("--seed", 1) == first != sample("--seed", 2)
-    assert sample("--seed", 1, "--step", 2) != first == sample("--seed", 1, "--step", 6)
+    assert sample("--seed", 1, "--step", 6) == first
+    texts = {sample("--seed", 1, "--step", step, "--tokens", 400) for step in (2, 4, 6)}
+    assert len(texts) > 1, "four steps move little, and this text is another in another Python"
     two = sample("--seed", 1, "--count", 2)
     assert first.strip() in two and len(two) > 1.5 * len(first)
     chosen = done(genscale("sample", trained / LAST, "--prompt", "The ", "--tokens", 40, "--seed", 1))

@@ -201,7 +201,7 @@ class _Runs:
         if losses.weights:
             return
         terms = "; ".join(f"{phase}: {', '.join(names)}" for phase, names in losses.terms.items())
-        yield _check("draws", losses.draws, f"no other chance reaches {terms}")
+        yield _check("draws", losses.draws, f"no random numbers but those of `draws` in {terms}")
         if losses.couples_samples:
             yield Check("sums", "left out", "its losses depend on which samples share a micro-batch (couples_samples)")
         else:
