@@ -1,12 +1,13 @@
 # Sourced by quickstart.sh and test.sh: `prepare_environment "[test]"` makes the virtual environment, or reuses a complete one.
-# GENSCALE_VENV names another place than .venv, PYTHON another interpreter than python3.11 or python3.
+# GENSCALE_VENV names another place than .venv, PYTHON another interpreter than the first of these that is new enough.
+pythons="python3.11 python3 python3.12 python3.13"
 
 say() { printf '==> %s\n' "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
 find_python() {
     local name
-    for name in ${PYTHON:-python3.11 python3}; do
+    for name in ${PYTHON:-$pythons}; do
         if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             echo "$name"
             return
@@ -33,7 +34,7 @@ prepare_environment() {
         say "using the environment in $venv"
         return
     fi
-    python=$(find_python) || die "Python 3.11 or newer is needed (looked for: ${PYTHON:-python3.11 python3}); set PYTHON to it"
+    python=$(find_python) || die "Python 3.11 or newer is needed (looked for: ${PYTHON:-$pythons}); set PYTHON to it"
     if ! [ -x "$venv/bin/python" ]; then
         say "making a virtual environment in $venv"
         "$python" -m venv "$venv" || die "$python -m venv $venv failed (on Debian and Ubuntu: apt install python3-venv)"

@@ -46,7 +46,7 @@ def test_help_of_train_lists_every_setting_with_meaning_type_and_default(genscal
     wanted = [flag for name, section in sections.items() for flag in settings_of(section, f"--{name}.")]
     assert len(wanted) > 50
     listed = re.split(r"\n  (?=--)", text.split("options:")[-1])
-    entries = {entry.split()[0]: " ".join(entry.split()) for entry in listed}
+    entries = {entry.split()[0].rstrip(","): " ".join(entry.split()) for entry in listed}  # `--a X, --a+ X`, or `--a, --a+ X`
     for flag in wanted:
         assert re.search(r"\w{2,} .*\((.*type: .*|.*default: .*)\)", entries[flag]), entries.get(flag)
     assert "Optimizer steps in all. (type: PositiveInt, default: 1000)" in entries["--train.steps"]

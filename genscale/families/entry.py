@@ -111,7 +111,8 @@ class Family:
             nothing to write.
         scoring: what `genscale evaluate` reports beyond the validation metrics.
         capabilities: what the objective can do besides what sampler and scorer need.
-        tiny: settings by key of the smallest run that still is one, `{"model.width": 8}`, for `genscale check-family`.
+        tiny: settings by key of the smallest run that still is one, `{"model.width": 8}`, for `genscale check-family`, which
+            else takes the defaults.
 
     Raises:
         UserError: settings that are none.

@@ -11,11 +11,12 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
+from genscale import exit_codes
 from genscale.checkpoint.checkpoints import Checkpoint, latest_valid, list_checkpoints
 from genscale.errors import UserError
 from genscale.families import FAMILIES, family
@@ -53,7 +54,7 @@ def check_family(name: str, config: Path | str | None = None, settings: Mapping[
 
     Args:
         name: of the family.
-        config: YAML file of a run; without one `Family.tiny` is run.
+        config: YAML file of a run; without one the family's defaults are run, with `Family.tiny`.
         settings: more settings by key, which win.
         folder: keeps the runs, `one`, `ddp`, ...; without one they are deleted.
         show: called with each row as it comes.
@@ -81,11 +82,7 @@ def check_family(name: str, config: Path | str | None = None, settings: Mapping[
 def _words(name: str, config: Path | str | None, settings: Mapping[str, Any]) -> list[str]:
     """The flags of the smallest run."""
     entry = family(name)
-    if config is None and not entry.tiny:
-        raise UserError(f"family {name}: its entry has no `tiny`, the settings of a run that takes a second; give it some, or "
-                        "a run with --config FILE")
-    chosen = {} if config is not None else dict(entry.tiny)
-    own = {**FIXED, **chosen, **settings, "model.family": name} if config is None else {**FIXED, **settings}
+    own = {**FIXED, **entry.tiny, **settings, "model.family": name} if config is None else {**FIXED, **settings}
     words = ["--config", str(config)] if config is not None else []
     words += [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in own.items()]
     found: Config = parse_config(FAMILIES, words, "genscale check-family")
@@ -99,6 +96,7 @@ class _Runs:
 
     def __init__(self, name: str, words: list[str], folder: Path) -> None:
         self.name, self.entry, self.words, self.folder = name, family(name), words, folder
+        self.script = FAMILIES.script if FAMILIES.is_registered(name) else None  # others do not know it
 
     def checks(self) -> Iterator[Check]:
         """Row after row; what could not be measured without the one that failed is not asked."""
@@ -126,7 +124,8 @@ class _Runs:
             yield self._same("accumulation", split[0])
         else:
             yield Check("accumulation", "left out", "its losses depend on which samples share a micro-batch (couples_samples)")
-        yield from self._audit()
+        if not (yield from self._audit()):
+            return
         yield from self._killed_and_spread()
         yield self._resized()
         yield self._rounded()
@@ -135,7 +134,10 @@ class _Runs:
 
     def train(self, name: str, processes: int, *own: object) -> Outcome:
         """A run in its folder, to its end."""
-        return run(*self._command(name, processes), *own, timeout=TIMEOUT)
+        return self._run(*self._command(name, processes), *own)
+
+    def _run(self, *words: object) -> Outcome:
+        return run(*words, timeout=TIMEOUT, script=self.script)
 
     def _command(self, name: str, processes: int) -> list[object]:
         place = [f"--run.dir={self.folder}", f"--run.name={name}"]
@@ -153,22 +155,24 @@ class _Runs:
         if losses.weights:
             return
         terms = "; ".join(f"{phase}: {', '.join(names)}" for phase, names in losses.terms.items())
-        yield row_of("draws", losses.draws, f"no other chance reaches {terms}")
+        yield row_of("draws", losses.draws, f"no random numbers but those of `draws` in {terms}")
         if losses.couples_samples:
             yield Check("sums", "left out", "its losses depend on which samples share a micro-batch (couples_samples)")
         else:
             yield row_of("sums", losses.sums, "each term of a batch is the sum of those of its halves")
 
-    def _audit(self) -> Iterator[Check]:
+    def _audit(self) -> Generator[Check, None, bool]:
+        """Whether two processes may train the family at all: what is refused here would be refused in all rows to come."""
         done = self.train("audit", 2, "--audit", 2)
         faults = [line.removeprefix("fault: ") for line in done.out.splitlines() if line.startswith("fault: ")]
         if done.code and not faults:
             yield Check("audit", "failed", done.error)
-            return
+            return done.code != exit_codes.USER_ERROR
         unequal = [fault for fault in faults if UNEQUAL in fault]
         said = next((line for line in done.out.splitlines() if " in 2 steps; " in line), "")
         yield row_of("audit", [fault for fault in faults if fault not in unequal], said)
         yield row_of("replicas", unequal, "two processes hold equal weights and buffers after 2 steps")
+        return True
 
     def _killed_and_spread(self) -> Iterator[Check]:
         """A run is killed first, so that the one that is not can be made as long as it came to be."""
@@ -186,7 +190,7 @@ class _Runs:
     def _kill(self) -> tuple[Outcome, Checkpoint | None]:
         """Start a run, and kill all its processes when it has a checkpoint; what it said, and the checkpoint it will go on
         from."""
-        begun = start(*self._command("killed", 2), "--train.steps", ENDLESS)
+        begun = start(*self._command("killed", 2), "--train.steps", ENDLESS, script=self.script)
         checkpoints, deadline = self.folder / "killed" / "checkpoints", time.monotonic() + TIMEOUT
         while begun.process.poll() is None and time.monotonic() < deadline and not list_checkpoints(checkpoints):
             time.sleep(0.01)
@@ -233,7 +237,7 @@ class _Runs:
     def _sample(self) -> Check:
         if self.entry.sampling is None:
             return Check("sample", "left out", "the family makes nothing to write")
-        done = run("sample", self.folder / "one", timeout=TIMEOUT)
+        done = self._run("sample", self.folder / "one")
         if done.code != 0:
             return Check("sample", "failed", done.error)
         said = " ".join(done.out.replace(f"{self.folder}/one/", "").split())
@@ -242,7 +246,7 @@ class _Runs:
     def _evaluate(self) -> Check:
         own = self.entry.scoring.tiny if self.entry.scoring is not None else {}
         flags = [f"--{as_key(key)}={value}" for key, value in own.items()]
-        done = run("evaluate", self.folder / "one", *flags, timeout=TIMEOUT)
+        done = self._run("evaluate", self.folder / "one", *flags)
         if done.code != 0:
             return Check("evaluate", "failed", done.error)
         report = json.loads(done.out)

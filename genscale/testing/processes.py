@@ -78,28 +78,30 @@ class Running:
         return Outcome(code, *texts)
 
 
-def start(*words: object, environment: dict[str, str] | None = None) -> Running:
+def start(*words: object, environment: dict[str, str] | None = None, script: str | None = None) -> Running:
     """Start `genscale <words>` and return at once.
 
     Args:
         environment: variables besides those of this process.
+        script: the program to start in genscale's place: one that registers a family of its own, and calls `genscale.start`.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
     variables = {"OMP_NUM_THREADS": "1", **kept, **(environment or {})}
     out, err = tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()  # noqa: SIM115 - closed by `finish`
-    process = subprocess.Popen([sys.executable, "-m", "genscale", *map(str, words)], env=variables, stdin=subprocess.DEVNULL,
+    program = [script] if script else ["-m", "genscale"]
+    process = subprocess.Popen([sys.executable, *program, *map(str, words)], env=variables, stdin=subprocess.DEVNULL,
                                stdout=out, stderr=err, start_new_session=True, preexec_fn=_not_deaf)
     return Running(process, out, err)
 
 
-def run(*words: object, timeout: float = 300, environment: dict[str, str] | None = None) -> Outcome:
-    """Run `genscale <words>` to its end.
+def run(*words: object, timeout: float = 300, environment: dict[str, str] | None = None, script: str | None = None) -> Outcome:
+    """Run `genscale <words>` to its end; see `start`.
 
     Example:
         >>> run("--version").code
         0
     """
-    return start(*words, environment=environment).finish(timeout)
+    return start(*words, environment=environment, script=script).finish(timeout)
 
 
 def _not_deaf() -> None:

@@ -36,10 +36,11 @@ def never_reached(config: Config) -> Iterator[str]:
     grow."""
     train, schedule, objective = config.train, config.schedule, config.objective
     steps, warmup = train.steps, schedule.warmup_steps
-    if warmup >= steps:
+    falls = schedule.name != "constant"
+    if warmup > steps or (falls and warmup == steps):
         peak = learning_rate_share(steps, steps, schedule)
         yield (f"schedule.warmup_steps: {warmup} is the whole of train.steps {steps}: the learning rate ends at {peak:.0%} of "
-               f"its peak and never falls; at most {steps - 1} leaves a step after it")
+               f"its peak{' and never falls' if falls else ''}; at most {steps - 1} leaves a step after it")
     elif schedule.name == "wsd" and warmup + round(schedule.decay_share * steps) > steps:
         yield (f"schedule.decay_share: {schedule.decay_share:g} of train.steps {steps} begins within the warm-up of {warmup} "
                f"steps, so that the learning rate never is at its peak; at most {1 - warmup / steps:.2g} begins after it")

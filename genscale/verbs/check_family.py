@@ -17,12 +17,12 @@ def parser() -> ArgumentParser:
     """Its flags."""
     made = ArgumentParser(prog="genscale check-family", exit_on_error=False, description=(
         "Check that a family keeps the promise, by runs of 8 steps: initial weights, draws and sums of its losses; one process "
-        "against accumulation and every strategy on two processes; kill and resume; resize; audit; sample; evaluate. A "
-        "combination that genscale refuses is shown with its reason and is no failure. Exit code 0: nothing failed; 1: a check "
-        "failed."))
+        "against accumulation and every strategy on two processes; kill and resume; resize; weights in bf16; audit; sample; "
+        "evaluate. A combination that genscale refuses is shown with its reason and is no failure. Exit code 0: nothing "
+        "failed; 1: a check failed."))
     made.add_argument("name", type=str, help="Name of the family, as model.family has it.")
     made.add_argument("--config", type=str, default=None, help="YAML file of a run to take the place of the family's own "
-                        "tiny one. It must be small: it is trained some 15 times.")
+                        "tiny one (or of its defaults, where it has none). It must be small: it is trained some 15 times.")
     made.add_argument("--folder", type=str, default=None, help="New folder to keep the runs in (default: they are deleted).")
     return made
 

@@ -120,7 +120,7 @@ def farewell(result: RunResult, settings: Sequence[str], sampling: Sampling | No
     elif result.preview:
         lines += ["sample:", *(f"  | {line}" for line in result.preview.splitlines()), ""]
     scores = ", ".join(f"{name.replace('_', ' ')} {figure(value)}" for name, value in result.evaluation.items())
-    longer = command([*settings, "--train.steps", str(2 * result.step)], drop=["--run.resume"])
+    longer = f"{command(settings, drop=['--run.resume', '--train.steps'])} --train.steps {2 * result.step}"
     word, again = shlex.quote(str(folder)), f"--config {shlex.quote(f'{folder}/config.yaml')}"
 
     def sibling(suffix: str) -> str:

@@ -15,6 +15,7 @@ from genscale.training.schedules import never_reached
 @pytest.mark.parametrize(("train", "schedule", "words"), [
     ({"steps": 10}, {"warmup_steps": 20}, ["schedule.warmup_steps: 20", "train.steps 10", "at 50% of its peak", "at most 9"]),
     ({"steps": 10}, {"warmup_steps": 10}, ["at 100% of its peak and never falls"]),
+    ({"steps": 10}, {"warmup_steps": 20, "name": "constant"}, ["at 50% of its peak; at most 9"]),
     ({"steps": 10}, {"warmup_steps": 9, "name": "wsd"}, ["schedule.decay_share: 0.2", "at most 0.1"]),
     ({"steps": 10, "ema_half_life": 1000, "ema_ramp_up": 0}, {}, ["train.ema_half_life: 1000", "320 of the whole run"]),
 ])  # fmt: skip
@@ -24,7 +25,7 @@ def test_a_setting_that_takes_longer_than_the_run(train: dict, schedule: dict, w
 
 
 def test_a_setting_that_does_not() -> None:
-    for schedule in ({"warmup_steps": 9}, {"warmup_steps": 8, "name": "wsd"}, {}):
+    for schedule in ({"warmup_steps": 9}, {"warmup_steps": 8, "name": "wsd"}, {"warmup_steps": 10, "name": "constant"}, {}):
         config = Config(train=TrainSettings(steps=10, ema_half_life=1000), schedule=ScheduleSettings(**schedule),
                         objective=VAEObjectiveSettings(kl_warmup_steps=10))
         assert list(never_reached(config)) == []

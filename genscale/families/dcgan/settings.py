@@ -17,7 +17,7 @@ SMALLEST_MAP = 4
 
 @dataclass(frozen=True)
 class GANSettings:
-    """Generator and discriminator."""
+    """A GAN of images: a generator and a discriminator, also conditional, Wasserstein, residual or fully connected."""
 
     family: Literal["dcgan"] = "dcgan"
     """What is trained."""

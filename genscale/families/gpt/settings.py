@@ -27,7 +27,7 @@ MAX_PARAMETERS = 10**14
 
 @dataclass(frozen=True)
 class GPTSettings:
-    """The `model` section of a GPT. What is left out is as the preset has it."""
+    """A language model that writes text token by token. What is left out is as the preset has it."""
 
     family: Literal["gpt"] = "gpt"
     """Kind of model."""

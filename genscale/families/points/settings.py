@@ -13,7 +13,7 @@ from genscale.models.norms import Norm
 
 @dataclass(frozen=True)
 class PointsGANSettings:
-    """Generator and discriminator as multilayer perceptrons (Goodfellow et al. 2014)."""
+    """A GAN in the plane, whose networks are multilayer perceptrons (Goodfellow et al. 2014)."""
 
     family: Literal["points"] = "points"
     """What is trained."""

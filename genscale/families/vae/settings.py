@@ -16,7 +16,7 @@ DEFAULT_MULTIPLIERS = (1, 2, 4)
 
 @dataclass(frozen=True)
 class VAESettings:
-    """The `model` section of a VAE."""
+    """A variational autoencoder of images, also importance-weighted."""
 
     family: Literal["vae"] = "vae"
     """Kind of model."""
@@ -110,7 +110,7 @@ def _default_multipliers(size: int) -> list[int]:
 
 @dataclass(frozen=True)
 class VAEGANSettings:
-    """The `model` section of a VAE-GAN. No layer of it couples the samples of a batch."""
+    """A VAE of images whose decoder is a GAN's generator too. No layer of it couples the samples of a batch."""
 
     family: Literal["vae_gan"] = "vae_gan"
     """Kind of model."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -27,11 +26,6 @@ class MeansSettings(toy.ToySettings):
 
 
 @dataclass
-class MovingSettings(toy.ToySettings):
-    family: Literal["moving"] = "moving"
-
-
-@dataclass
 class WideningSettings(toy.ToySettings):
     family: Literal["widening"] = "widening"
 
@@ -49,30 +43,6 @@ class Means(toy.ToyObjective):
 
     def loss(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
         return {"error": toy.LENGTH * super().loss(networks, batch, draws)["error"] / self.count(batch)}
-
-
-class MovingMean(nn.Module):
-    """Takes off the mean that its own process has seen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(toy.LENGTH, device="meta"))
-
-    def forward(self, waves: Tensor) -> Tensor:
-        if self.training:
-            with torch.no_grad():
-                self.mean.lerp_(waves.mean(0), 0.5)
-        return waves - self.mean
-
-
-class Moving(toy.ToyObjective):
-    """A layer of it keeps what each process has seen for itself."""
-
-    def __init__(self, network: nn.Module, noise: float, seed: int) -> None:
-        super().__init__(nn.Sequential(MovingMean(), network), noise, seed)
-
-    def initial_weights(self, name: str) -> Callable[[str], Tensor]:
-        return lambda key: torch.zeros(toy.LENGTH) if key == "0.mean" else self._weights(key)
 
 
 class Widening(toy.ToyObjective):
@@ -96,4 +66,4 @@ def built(kind: type[toy.ToyObjective], settings: type) -> Family:
 
 
 FAMILIES = {family.name: family for family in (toy.FAMILY, built(Chance, ChanceSettings), built(Means, MeansSettings),
-                                               built(Moving, MovingSettings), built(Widening, WideningSettings))}
+                                               built(Widening, WideningSettings))}
