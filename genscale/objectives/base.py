@@ -95,8 +95,8 @@ class Objective(ABC):
         averaged: networks that samples are made with: `train.ema_half_life` averages their weights.
         frozen: networks that no phase trains (a reference policy, a teacher, a tokenizer of images), and where the weights of
             each come from, as text for people. They are spread like the others, always compute as in evaluation, and have no
-            gradients, no optimizer and no average. `initial_weights` is asked for them when the run begins: the run folder then
-            keeps a copy (`frozen/<name>.safetensors`), and checkpoints hold its SHA-256. To build the objective again, for a
+            gradients, no optimizer and no average. `initial_weights` is asked for them when the run begins, unless it starts
+            from what `model.from` names, which is then theirs: the run folder then keeps a copy (`frozen/<name>.safetensors`), and checkpoints hold its SHA-256. To build the objective again, for a
             resume or to sample, must not need the place where they came from.
         couples_samples: a loss depends on which samples share a micro-batch (batch normalisation, packing): the number of
             micro-batches in a step is then part of the run.

@@ -175,7 +175,7 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
         engine = build_engine(plan, processes, config.parallel, config.train.precision, config.train.clip,
                               micro_batch_size, accumulation)
         pretrained = None if checkpoint else processes.all_do(lambda: weights_from(config))
-        frozen, reads = keep_frozen(objective, folder, checkpoint, processes)
+        frozen, reads = keep_frozen(objective, folder, checkpoint, processes, pretrained)
         prepare(config, engine, objective, checkpoint, pretrained, reads)
         state = checkpoint.state() if checkpoint else {}
         loader = open_loader(config, data, processes, micro_batch_size, state)
@@ -316,12 +316,12 @@ def prepare(config: Config, engine: Engine, objective: Objective, checkpoint: Ch
     """Networks with the checkpoint's weights, or those to start from, under the strategy; then the rest of the checkpoint.
 
     Args:
-        frozen: reads the weights of the frozen networks; None: they are those that the objective gives.
+        frozen: reads the weights of the frozen networks; None: they begin as the others do.
     """
     weights: dict[str, Read] = {}
     for name in objective.networks:
         if name in objective.frozen:
-            weights[name] = frozen[name] if frozen is not None else objective.initial_weights(name)
+            weights[name] = frozen[name] if frozen is not None else pretrained or objective.initial_weights(name)
         elif checkpoint is not None:
             weights[name] = checkpoint.tensors("networks", name)
         else:
