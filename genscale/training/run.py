@@ -157,7 +157,7 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
            supervision: Supervision, added: Mapping[str, Hook] | None = None) -> RunResult:
     micro_batch_size, accumulation = shape
     config, data = processes.all_do(partial(open_data, config, folder))
-    loader = None
+    loader = objective = None
     try:
         objective = open_objective(config, processes, plan, data)
         sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in objective.networks.items()}
@@ -190,6 +190,8 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
             log.info("%s: %s parameters%s, %s, %d process%s on %s, %s, accumulation %d", folder, f"{parameters:,}", beside,
                      plan.strategy,
                      processes.world_size, "es" if processes.world_size > 1 else "", kind, config.train.precision, accumulation)
+        if objective.rewards is not None:
+            objective.rewards.open(folder, processes.rank, state.get("step", 0), processes.note)
         hooks = RunHooks(config, folder, engine, objective, data, loader, state, supervision.stop,
                          supervision.owner.check if supervision.owner else None, added, frozen)
         return _loop(config, folder, engine, objective, loader, hooks, checkpoint, supervision)
@@ -199,6 +201,8 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
     finally:
         if loader is not None:
             loader.close()
+        if objective is not None and objective.rewards is not None:
+            objective.rewards.close()
         data.close()
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
 
 from genscale.families.gpt.settings import GPTSettings
+from genscale.rewards.entries import completed
 
 
 @dataclass(frozen=True)
@@ -33,3 +34,6 @@ class RewardObjectiveSettings:
     """Answers to a prompt, of which each is compared with the others; at least 2."""
     beta: NonNegativeFloat = 0.02
     """Reward that a nat of divergence from the beginning costs. The best policy is the beginning's times exp(reward / beta)."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rewards", completed(self.rewards))
