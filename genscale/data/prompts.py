@@ -50,9 +50,8 @@ def _check(content: Any, spec: Spec, where: str) -> None:
         if content is None or not content.strip():
             raise UserError(f"{where} has an empty prompt; mend or remove it")
         return
-    if not isinstance(content, list) or not all(
-            isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), (str, list))
-            for message in content):
+    if not isinstance(content, list) or not all(isinstance(message, dict) and isinstance(message.get("role"), str)
+                                                and isinstance(message.get("content"), (str, list)) for message in content):
         raise UserError(f"{where} holds {shown(content)}, not a list of messages with role and content")
     if not content or not said(content[-1]).strip():
         raise UserError(f"{where} has an empty prompt; mend or remove it")

@@ -110,15 +110,15 @@ class Spec:
     def unknown_columns(self, where: str, columns: Sequence[str]) -> UserError | None:
         """The error for a column that `where` does not have, or that several have the name of."""
         tools = {"tools_column": self.tools} if self.messages and self.tools not in (None, TOOLS) else {}
-        beside = [("columns", column) for column in self.beside or ()]
-        named = [*self.content.items(), *beside, *tools.items(), *((f"filters.{rule.column}", rule.column) for rule in self.filters)]
+        named = [*self.content.items(), *(("columns", column) for column in self.beside or ()), *tools.items(),
+                 *((f"filters.{rule.column}", rule.column) for rule in self.filters)]
         for setting, column in named:
             if columns.count(column) > 1:
                 return UserError(f"{self.setting(setting)}={column}: {where} of {self.key}={self.name} has "
                                  f"{columns.count(column)} columns of that name; rename them, or name another column")
             if column not in columns:
-                purpose = {"filters": "of the filter", "tools_column": "of the tools", "columns": "that rewards read"}.get(setting.partition(".")[0],
-                                                                                           "that holds the text")
+                purposes = {"filters": "of the filter", "tools_column": "of the tools", "columns": "that rewards read"}
+                purpose = purposes.get(setting.partition(".")[0], "that holds the text")
                 return UserError(f"{self.setting(setting)}={column}: {where} of {self.key}={self.name} has the columns "
                                  f"{', '.join(columns)}{nearest(column, columns)}; set {self.setting(setting)} to the one "
                                  f"{purpose}")

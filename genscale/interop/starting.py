@@ -1,4 +1,4 @@
-"""`model.from`: a run that starts from a Hugging Face model, or from another run, takes its shape, its tokenizer and its weights.
+"""`model.from`: a run that starts from a Hugging Face model or from another run takes its shape, tokenizer and weights.
 
 Only the start needs the model: the shape goes into the run's config.yaml, the weights into its checkpoints, and the tokenizer
 into its folder, from where a resumed run takes them.

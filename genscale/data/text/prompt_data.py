@@ -84,8 +84,8 @@ class PromptData(Data):
         samples = list(chain.from_iterable(stream.held_out(part) for stream, part in zip(self.streams, parts, strict=True)))
         if samples:
             return samples
-        raise UserError(f"data.validation_fraction={self.settings.validation_fraction}: no prompt falls into the validation set; "
-                        "set a larger share, or data.validation_source")
+        raise UserError(f"data.validation_fraction={self.settings.validation_fraction}: no prompt falls into the validation "
+                        "set; set a larger share, or data.validation_source")
 
     def check(self, global_batch_size: int) -> None:
         """Refuse a training set of less than one global batch; reads no more than that.
@@ -93,10 +93,11 @@ class PromptData(Data):
         Raises:
             UserError: names the number of prompts, and the largest workable `train.global_batch_size`.
         """
-        found = sum(1 for _ in islice(chain.from_iterable(stream.prompts() for stream in self.streams), global_batch_size))
+        prompts = chain.from_iterable(stream.prompts() for stream in self.streams)
+        found = sum(1 for _ in islice(prompts, global_batch_size))
         if found < global_batch_size:
-            raise UserError(f"train.global_batch_size={global_batch_size}: the training set has only {found} prompts, less than "
-                            f"one global batch; set train.global_batch_size to {found} at most")
+            raise UserError(f"train.global_batch_size={global_batch_size}: the training set has only {found} prompts, less "
+                            f"than one global batch; set train.global_batch_size to {found} at most")
 
     def plan(self) -> dict[str, Any]:
         names = ("source", "subset", "split", "prompt_column", "messages_column", "columns", "filters", "prompt_tokens",

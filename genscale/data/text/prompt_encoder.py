@@ -91,7 +91,8 @@ class PromptEncoder:
         texts: list[str | Refusal] = []
         for prompt in asked:
             try:
-                texts.append(self._template.asked(prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]))
+                messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+                texts.append(self._template.asked(messages))
             except Refusal as refusal:
                 texts.append(refusal)
         encoded = iter(self._tokenizer.encode_chats([text for text in texts if isinstance(text, str)]))

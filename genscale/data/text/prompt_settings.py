@@ -16,11 +16,10 @@ class PromptDataSettings:
     """Prompts to answer."""
 
     source: list[str] | str = SUMS
-    """sums (made sums, no download), a local file or folder of .jsonl or .parquet (plain or compressed), the URL of such a file,
-    the name of a Hugging Face hub dataset, or a list of these, read one after the other."""
+    """sums (made sums, no download), a local file or folder of .jsonl or .parquet (plain or compressed), the URL of such a
+    file, the name of a Hugging Face hub dataset, or a list of these, read one after the other."""
     sources: Any | None = None
-    """Several sources mixed by weight, in the place of source: a list of entries {source: ..., weight: ..., prompt_column: ...}.
-    """
+    """Several sources mixed by weight, in the place of source: a list of entries {source: ..., weight: ...}."""
     subset: str | None = None
     """Configuration of a hub dataset."""
     split: str = "train"

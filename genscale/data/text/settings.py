@@ -54,10 +54,10 @@ class TextDataSettings:
     """Text to train on."""
 
     source: list[str] | str = DEFAULT_SOURCE
-    """python-stdlib (CPython's standard library, no download), python-docs (its language reference), sums (made sums, in which the
-    carry is mostly forgotten), a local file or folder of .txt, .jsonl or .parquet (plain or compressed: .gz .zst .xz .bz2), the URL of such a file (https://..., streamed), the name
-    of a Hugging Face hub dataset, or a list of these, read one after the other. A large source is read fastest in as many files
-    as there are lanes."""
+    """python-stdlib (CPython's standard library, no download), python-docs (its language reference), sums (made sums in which
+    the carry is mostly forgotten), a local file or folder of .txt, .jsonl or .parquet (plain or compressed: .gz .zst .xz .bz2),
+    the URL of such a file (https://..., streamed), the name of a Hugging Face hub dataset, or a list of these, read one after
+    the other. A large source is read fastest in as many files as there are lanes."""
     sources: Any | None = None
     """Several sources mixed by weight, in the place of source: a list of entries {source: ..., weight: ..., column: ...}."""
     subset: str | None = None

@@ -38,7 +38,9 @@ class KeyValueCache:
 
     def repeat(self, times: int) -> None:
         """Each row so many times, one after the other: they go on from the same tokens."""
-        self._held = [held and (held[0].repeat_interleave(times, 0), held[1].repeat_interleave(times, 0)) for held in self._held]
+        for layer, held in enumerate(self._held):
+            if held is not None:
+                self._held[layer] = (held[0].repeat_interleave(times, 0), held[1].repeat_interleave(times, 0))
         if self.documents is not None:
             self.documents = self.documents.repeat_interleave(times, 0)
 

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -57,8 +56,8 @@ class RewardTuning(Objective):
     averaged = ("policy",)
     writes = "policy"
 
-    def __init__(self, policy: GPT, reference: GPT, tokenizer: Tokenizer, settings: RewardObjectiveSettings, rewards: Rewards, *,
-                 seed: int, origin: str, shown: Sequence[Sample] = ()) -> None:
+    def __init__(self, policy: GPT, reference: GPT, tokenizer: Tokenizer, settings: RewardObjectiveSettings, rewards: Rewards,
+                 *, seed: int, origin: str, shown: Sequence[Sample] = ()) -> None:
         self.networks = {"policy": policy, "reference": reference}
         self.frozen = {"reference": origin}
         self.tokenizer, self.settings, self.rewards, self.seed, self.shown = tokenizer, settings, rewards, seed, list(shown)
@@ -106,10 +105,11 @@ class RewardTuning(Objective):
         told = [told_of(row.tobytes()) for row in batch["row"].cpu().numpy()]
         tokens, lengths, ended = (values.tolist() for values in (answers.tokens, answers.mask.sum(1), answers.ended))
         samples = batch["sample"].tolist()
-        judged = [Answer(told[place][0], self.tokenizer.decode(row[: length - done]), told[place][1], done, samples[place], member)
-                  for (place, member), row, length, done in zip(
-                      ((place, member) for place in range(len(samples)) for member in range(group)), tokens, lengths, ended,
-                      strict=True)]
+        judged = []
+        for number, (row, length, done) in enumerate(zip(tokens, lengths, ended, strict=True)):
+            place, member = divmod(number, group)
+            text = self.tokenizer.decode(row[: length - done])
+            judged.append(Answer(told[place][0], text, told[place][1], done, samples[place], member))
         parts, total = self.rewards.score(self._step, judged, scope=scope)
         return parts.to(answers.tokens.device), total.to(answers.tokens.device)
 
@@ -158,7 +158,8 @@ class RewardTuning(Objective):
         for row, tokens, mask, reward, each in zip(batch["row"].cpu().numpy(), answers.tokens, answers.mask, total, parts,
                                                    strict=True):
             of = ", ".join(f"{name.removeprefix('reward_')} {value:g}" for name, value in zip(self.parts, each, strict=True))
-            lines.append(f"--- reward {reward:g} ({of})\n{told_of(row.tobytes())[0]}{self.tokenizer.decode(tokens[mask].tolist())}")
+            said = self.tokenizer.decode(tokens[mask].tolist())
+            lines.append(f"--- reward {reward:g} ({of})\n{told_of(row.tobytes())[0]}{said}")
         return "\n".join(lines)
 
     def save_assets(self, folder: Path) -> None:
@@ -188,8 +189,8 @@ def validation(settings: PromptDataSettings, seed: int) -> list[Sample]:
 def build(config: RewardConfig, data: PromptData) -> RewardTuning:
     """The objective of a run. Raises UserError as `_build` does, and for what no rollout can be made with."""
     if config.model.from_ is None:
-        raise UserError("model.from: missing: name what the policy begins as, a run folder or a Hugging Face folder (or scratch, "
-                        "for initial weights)")
+        raise UserError("model.from: missing: name what the policy begins as, a run folder or a Hugging Face folder (or "
+                        "scratch, for initial weights)")
     if config.train.precision in ("fp16", "fp8"):
         raise UserError(f"train.precision: {config.train.precision} rounds the log-probabilities of answers too coarsely to "
                         "compare a policy with its reference; nearest allowed: bf16")

@@ -72,7 +72,8 @@ class Writer:
         self.layers, self.vocab_size, self.end_of_text, self.tokens = layers, vocab_size, end_of_text, tokens
 
     @torch.no_grad()
-    def write(self, rollout: Rollout, prompts: Prompts, uniforms: Tensor | None, group: int = 1, never_end: bool = False) -> Answers:
+    def write(self, rollout: Rollout, prompts: Prompts, uniforms: Tensor | None, group: int = 1,
+              never_end: bool = False) -> Answers:
         """`group` answers to each prompt.
 
         Args:
@@ -83,6 +84,7 @@ class Writer:
         end = -1 if never_end else self.end_of_text
         documents, read = prompts.documents, prompts.tokens
         tokens, mask = [], []
+        ended = torch.zeros(len(read) * group, dtype=torch.bool, device=read.device)
         with _uncompiled(rollout.network)():
             for turn in range(self.tokens):
                 if turn > 0 and not rollout.goes_on(not bool(ended.all())):
@@ -91,7 +93,6 @@ class Writer:
                 if turn == 0:  # read once, and gone on from as often as there are answers
                     cache.repeat(group)
                     logits = logits.repeat_interleave(group, 0)
-                    ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
                 chosen = drawn(logits, uniforms[:, turn]) if uniforms is not None else logits.float().argmax(-1)
                 chosen = chosen.masked_fill(ended, self.end_of_text)
                 tokens.append(chosen)
