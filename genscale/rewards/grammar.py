@@ -65,8 +65,8 @@ class Sentences:
             while todo:
                 count += 1
                 if count > MOST_ITEMS:
-                    raise UserError(f"rules: an answer of {len(text):,} characters takes more than {MOST_ITEMS:,} steps to read:"
-                                    " the grammar reads it in too many ways; make it less ambiguous, or set `longest`")
+                    raise UserError(f"rules: an answer of {len(text):,} characters takes more than {MOST_ITEMS:,} steps to "
+                                    "read: the grammar reads it in too many ways; make it less ambiguous, or set `longest`")
                 item = todo.pop()
                 rule, number, dot, began = item
                 choice = self._choices[rule][number]

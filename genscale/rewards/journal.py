@@ -71,8 +71,8 @@ class Journal:
         if known and content not in known and not self._has_warned:
             self._has_warned = True
             log.warning("%s: the answer recorded of step %d, sample %s, answer %d is another one, as of a run on another "
-                        "number of processes; what differs is judged anew", self._path.name, address.step, f"{address.sample:,}",
-                        address.member)
+                        "number of processes; what differs is judged anew", self._path.name, address.step,
+                        f"{address.sample:,}", address.member)
         return known.get(content)
 
     def keep(self, name: str, judged: Sequence[tuple[Address, str, float]]) -> None:
