@@ -21,7 +21,7 @@ SETTINGS = {
     "model.family": "reward", "model.from": "scratch", "model.preset": "llama", "model.layers": 2, "model.heads": 4,
     "model.width": 64, "model.positions": 32, "model.init_std": 0.05, "data.source": "PROMPTS", "data.columns": "[answer]",
     "data.prompt_tokens": 12, "data.row_bytes": 96, "data.validation_prompts": 6, "data.lanes": 4, "objective.tokens": 12,
-    "objective.group": 4, "objective.rewards": '[{"name": "length", "target": 3}]', "objective.beta": 0.05,
+    "objective.group": 4, "objective.rewards": '[{"name": "regex", "pattern": "[ -~]{2}", "where": "anywhere"}]', "objective.beta": 0.05,
     "train.steps": STEPS, "train.global_batch_size": 8, "train.checkpoint_every": 4, "train.evaluate_every": 4,
     "optimizer.name": "sgd", "optimizer.lr": 0.01, "run.trace": True, "train.precision": "fp32", "train.log_every": 1,
     "tracking.wandb": "disabled",

@@ -38,7 +38,7 @@ def asked(prompts: Path) -> dict[str, Any]:
     return {
         "model.family": "reward", "data.source": prompts, "data.columns": "[answer]", "data.prompt_tokens": 16,
         "data.row_bytes": 96, "data.validation_prompts": 5, "data.lanes": 4, "objective.tokens": 8, "objective.group": 4,
-        "objective.rewards": '[{"name": "length", "target": 5}, {"name": "exact", "weight": 0.5}]', "objective.beta": 0.1,
+        "objective.rewards": '[{"name": "length", "target": 8}, {"name": "exact", "weight": 0.5}]', "objective.beta": 0.1,
         "train.steps": 4, "train.global_batch_size": 4, "train.precision": "fp32", "train.log_every": 1,
         "train.checkpoint_every": 2, "train.evaluate_every": 2, "optimizer.lr": 1e-3, "tracking.wandb": "disabled",
         "run.trace": True,
