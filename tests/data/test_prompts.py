@@ -66,7 +66,9 @@ def test_a_lane_goes_on_right_after_any_prompt(data: Any) -> None:
 def test_filters_and_mixtures(data: Any, tmp_path: Path) -> None:
     even = data(ROWS, filters={"kind": "even"})
     assert {read(sample)[1]["kind"] for sample, _ in islice(even.open_lane(0), 30)} == {"even"}
-    entries = [{"source": str(tmp_path / "rows.jsonl"), "weight": 3}, {"source": "sums", "prompt_column": "prompt"}]
+    (tmp_path / "others.jsonl").write_text("".join(json.dumps({"asked": f"{n}!", "answer": n}) + "\n" for n in range(60)))
+    entries = [{"source": str(tmp_path / "rows.jsonl"), "weight": 3},
+               {"source": str(tmp_path / "others.jsonl"), "prompt_column": "asked"}]
     mixed = PromptData(PromptDataSettings(sources=entries, prompt_column="question", columns=["answer"], lanes=3), seed=1)
     asked = [read(sample)[0] for sample, _ in islice(mixed.open_lane(0), 400)]
     assert np.mean([prompt.endswith("?") for prompt in asked]) == pytest.approx(0.75, abs=0.07)

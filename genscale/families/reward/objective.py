@@ -98,8 +98,8 @@ class RewardTuning(Objective):
         # Only its gradient means something: as a number the loss is what it makes small, which the evaluations show too.
         loss = terms["loss"] - terms["loss"].detach() + self.settings.beta * terms["divergence"] - terms["reward"]
         cut = (~answers.ended).float().sum()
-        return {**terms, "loss": loss, **dict(zip(self.parts, parts.sum(0), strict=True)), "length": answers.mask.float().sum(), "cut": cut,
-                "entropy": entropy(logits.detach(), answers).sum()}
+        return {**terms, "loss": loss, **dict(zip(self.parts, parts.sum(0), strict=True)), "cut": cut,
+                "length": answers.mask.float().sum(), "entropy": entropy(logits.detach(), answers).sum()}
 
     def _judged(self, batch: Batch, answers: Answers, scope: str) -> tuple[Tensor, Tensor]:
         """The parts `(answers, rewards)` and the sum `(answers,)` of the rewards."""
