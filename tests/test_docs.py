@@ -37,7 +37,7 @@ from genscale.verbs.trained import take_run
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-TUTORIALS = ("gpt", "gan", "resume", "slurm", "own-network")
+TUTORIALS = ("gpt", "gan", "reward", "resume", "slurm", "own-network")
 ON_THE_CLUSTER = "# on the cluster"
 """The first line of a block of a tutorial that is parsed and not run."""
 TRUSTED = {"cat", "source", "$EDITOR", "pip", "wandb", ".venv/bin/ruff", ".venv/bin/pytest", ".venv/bin/mkdocs"}

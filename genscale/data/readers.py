@@ -26,6 +26,7 @@ from genscale.data.locations import (
     is_silence,
     open_hub,
 )
+from genscale.data.made_sums import SUMS, sums
 from genscale.data.python_texts import TEXTS
 from genscale.data.row_source import SourceShard, open_installed, shard_names
 from genscale.data.shard import Shard, ShardOfTables
@@ -35,20 +36,22 @@ from genscale.data.web import AGAIN
 from genscale.errors import SourceLost, UserError, as_utf8, nearest
 from genscale.masking import masked
 
-__all__ = ["PythonShard", "Shard", "SourceShard", "Spec", "TableShard", "damaged", "find_shards", "in_parts", "known_size",
+__all__ = ["MadeShard", "Shard", "SourceShard", "Spec", "TableShard", "damaged", "find_shards", "in_parts", "known_size",
            "parted_shards", "place", "split"]
 
 
 @dataclass(frozen=True)
-class PythonShard(ShardOfTables):
-    """A text that every Python brings, one document a topic or module."""
+class MadeShard(ShardOfTables):
+    """What needs no file: a text that every Python brings, one document a topic or module; or made sums."""
 
     name: str
     spec: Spec
     size: int = 0
+    held_out: bool = False
 
     def _tables(self, start: int, at: At | None) -> Iterator[Rows]:
-        yield Rows(0, None, text_values(TEXTS[self.spec.name]()))
+        made = self.spec.name
+        yield Rows(0, None, text_values(TEXTS[made]()) if made in TEXTS else sums(self.held_out))
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,9 @@ def _url_shards(spec: Spec, urls: Sequence[str]) -> list[Shard]:
 
 def _shards(spec: Spec) -> tuple[list[Shard], list[Shard]]:
     if spec.name in TEXTS:
-        return [PythonShard(spec.name, spec)], []
+        return [MadeShard(spec.name, spec)], []
+    if spec.name == SUMS:
+        return [MadeShard(SUMS, spec)], [MadeShard(f"{SUMS}-held-out", spec, held_out=True)]
     if (source := open_installed(spec)) is not None:
         training, validation = shard_names(source, spec)
         return [SourceShard(name, spec, source) for name in training], [SourceShard(name, spec, source) for name in validation]
@@ -183,7 +188,7 @@ def _shards(spec: Spec) -> tuple[list[Shard], list[Shard]]:
     if builder_of(path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", spec.name):
         near = nearest(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
         raise UserError(f"{spec.key}={spec.name}: there is no such file or folder{near}; give an existing one, a URL "
-                        "(https://...), a hub name, python-stdlib or python-docs")
+                        "(https://...), a hub name, python-stdlib, python-docs or sums")
     spec = replace(spec, revision=hub_revision(spec))
     return [TableShard(f"{spec.name}@{spec.revision}", 0, spec)], []
 
@@ -218,8 +223,8 @@ def _file_shards(spec: Spec, root: Path, files: Sequence[File]) -> list[Shard]:
 def place(shard: Shard) -> Any:
     """The same for shards that are read from one file, by whatever path; or from one URL, or one split of a hub dataset."""
     file = getattr(shard, "file", None)
-    if isinstance(shard, PythonShard):
-        return shard.spec.name
+    if isinstance(shard, MadeShard):
+        return shard.spec.name, shard.held_out
     if isinstance(shard, SourceShard):
         return shard.spec.name, repr(shard.source), shard.name
     if file is None:

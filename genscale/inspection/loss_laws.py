@@ -14,6 +14,7 @@ from torch import Tensor
 
 from genscale.families import family
 from genscale.inspection.audit_probe import buffers_kept, terms_of
+from genscale.interop.starting import complete_from, weights_from
 from genscale.objectives.base import Objective, Phase
 from genscale.parallel.engine import Engine
 from genscale.parallel.materialise import named_state
@@ -62,7 +63,8 @@ def look_at_losses(config: Config) -> LossFindings:
     processes = Processes(need_group=plan.needs_group)
     data = loader = None
     try:
-        data = family(config.model.family).build_data(config.data, config.run.seed)
+        config, data_settings = complete_from(config)
+        data = family(config.model.family).build_data(data_settings, config.run.seed)
         objective = open_objective(config, processes, plan, data)
         found = LossFindings(type(objective).__name__, bool(objective.averaged), objective.couples_samples)
         _look_at_weights(objective, found)
@@ -71,7 +73,7 @@ def look_at_losses(config: Config) -> LossFindings:
         engine = build_engine(plan, processes, config.parallel, config.train.precision, config.train.clip, micro_batch_size,
                               accumulation)
         averaged = averaged_networks(config.train.ema_half_life, config.model.family, objective)
-        prepare(engine, objective, config.optimizer, averaged, None, None)
+        prepare(engine, objective, config.optimizer, averaged, None, weights_from(config.model))
         loader = open_loader(data, config.data, config.train.global_batch_size, micro_batch_size, processes)
         batch = loader.next_batch()[0]
         for phase in objective.phases:

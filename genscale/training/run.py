@@ -136,7 +136,7 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
            supervision: Supervision, added: Mapping[str, Hook] | None = None) -> RunResult:
     micro_batch_size, accumulation = shape
     config, data = processes.all_do(partial(open_data, config, folder))
-    loader = None
+    loader = objective = None
     try:
         objective = open_objective(config, processes, plan, data)
         sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in objective.networks.items()}
@@ -155,7 +155,7 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
         engine = build_engine(plan, processes, config.parallel, config.train.precision, config.train.clip,
                               micro_batch_size, accumulation)
         pretrained = None if checkpoint else processes.all_do(lambda: weights_from(config.model))
-        frozen, reads = keep_frozen(objective, folder, checkpoint, processes)
+        frozen, reads = keep_frozen(objective, folder, checkpoint, processes, pretrained)
         prepare(engine, objective, config.optimizer, averaged, checkpoint, pretrained, reads)
         state = checkpoint.state() if checkpoint else {}
         loader = open_loader(data, config.data, config.train.global_batch_size, micro_batch_size, processes, state)
@@ -170,6 +170,8 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
             log.info("%s: %s parameters%s, %s, %d process%s on %s, %s, accumulation %d", folder, f"{parameters:,}", beside,
                      plan.strategy,
                      processes.world_size, "es" if processes.world_size > 1 else "", kind, config.train.precision, accumulation)
+        if objective.rewards is not None:
+            objective.rewards.open(folder, processes.rank, state.get("step", 0), processes.note)
         hooks = RunHooks(config, folder, engine, objective, data, loader, state, supervision.stop,
                          supervision.owner.check if supervision.owner else None, added, frozen)
         return _loop(config, folder, engine, objective, loader, hooks, checkpoint, supervision)
@@ -179,6 +181,8 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
     finally:
         if loader is not None:
             loader.close()
+        if objective is not None and objective.rewards is not None:
+            objective.rewards.close()
         data.close()
 
 

@@ -122,12 +122,12 @@ def prepare(engine: Engine, objective: Objective, optimizer: OptimizerSettings, 
     Args:
         averaged: the networks to keep an average of.
         pretrained: reads the weights to start from; None: they are drawn.
-        frozen: reads the weights of the frozen networks; None: they are those that the objective gives.
+        frozen: reads the weights of the frozen networks; None: they begin as the others do.
     """
     weights: dict[str, Read] = {}
     for name in objective.networks:
         if name in objective.frozen:
-            weights[name] = frozen[name] if frozen is not None else objective.initial_weights(name)
+            weights[name] = frozen[name] if frozen is not None else pretrained or objective.initial_weights(name)
         elif checkpoint is not None:
             weights[name] = checkpoint.tensors("networks", name)
         else:
