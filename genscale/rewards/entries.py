@@ -79,8 +79,6 @@ def completed(entries: Any, key: str = KEY) -> list[dict[str, Any]]:
 
 
 def _settings(entry: Entry) -> dict[str, Any]:
-    if entry.asked is None:
-        return dict(entry.given)
-    if not dataclasses.is_dataclass(entry.asked):
-        return {}
-    return {as_key(name): value for name, value in dataclasses.asdict(entry.asked).items()}  # type: ignore[arg-type]
+    own = entry.given if entry.asked is None else \
+        dataclasses.asdict(entry.asked) if dataclasses.is_dataclass(entry.asked) else {}  # type: ignore[arg-type]
+    return {as_key(name): value for name, value in own.items()}

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -62,6 +63,23 @@ def build(config: genscale.Config, data: Any) -> JudgedObjective:
 
 def restore(config: genscale.Config, folder: Path | None = None) -> JudgedObjective:
     return JudgedObjective(toy.network_of(config), config.data.noise, config.run.seed)
+
+
+@dataclass(frozen=True)
+class WordySettings:
+    """What is wordy."""
+
+    most: int = 5
+    """Words."""
+
+
+class Wordy(genscale.TextReward):
+    """0 up to so many words, else -1."""
+
+    settings = WordySettings
+
+    def judge(self, answers: Sequence[Answer]) -> list[float]:
+        return [-float(len(each.text.split()) > self.asked.most) for each in answers]
 
 
 def mine(answers: list[Answer]) -> list[float]:

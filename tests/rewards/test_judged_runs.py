@@ -93,6 +93,15 @@ def test_the_resolved_config_has_the_defaults_and_the_checkpoint_says_whose_rewa
     assert about["plugins"]["genscale.rewards"]["mine"]["name"] == "mine"
 
 
+def test_defaults_of_a_scripts_own_class_stand_in_the_resolved_config_too(judged, tmp_path):
+    config = judged.config_of(str(tmp_path), [{"name": "wordy"}], 1)
+    assert config.objective.rewards == [{"name": "wordy", "weight": 1.0}]
+    folder = library.train(config, rewards={"wordy": judged.Wordy}).folder
+    written = yaml.safe_load((folder / "config.yaml").read_text())["objective"]["rewards"]
+    assert written == [{"name": "wordy", "weight": 1.0, "most": 5}]
+    assert not list(folder.glob("rewards-*")), "a class is repeatable unless it says otherwise"
+
+
 @pytest.mark.parametrize(("fault", "why"), [("nan", "gave nan, for number 1 of 4"), ("error", "KeyError: 'no such judge' in")])
 def test_a_judge_that_fails_ends_the_run_by_name(train, judged, tmp_path, monkeypatch, fault, why):
     monkeypatch.setenv("MINE", fault)
