@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -44,11 +45,11 @@ def test_the_file_of_a_site_is_one(tmp_path, monkeypatch):
     allowed.check_address("https://judge.example.org/v1/score")
 
 
-def test_the_python_of_the_page_judges():
-    functions, package = blocks("python")
-    names: dict[str, object] = {"__name__": "page"}
-    exec(functions + package, names)  # of our own page
-    with REWARDS.knowing({name: names[name] for name in ("short", "Polite", "left_is_bright")}):
+def test_the_python_of_the_page_judges(tmp_path, monkeypatch):
+    (tmp_path / "our_rewards.py").write_text("".join(blocks("python")))
+    monkeypatch.syspath_prepend(tmp_path)
+    page = importlib.import_module("our_rewards")
+    with REWARDS.knowing({name: getattr(page, name) for name in ("short", "Polite", "left_is_bright")}):
         rewards = build_rewards([{"name": "short"}, {"name": "Polite", "word": "thanks", "weight": 2}], "text")
         assert rewards.score(1, [Answer("hello?", "no thanks", {}, True, 0, 0)])[1].item() == pytest.approx(3)
         images = torch.cat([torch.ones(1, 1, 4, 2), torch.zeros(1, 1, 4, 2)], 3)
