@@ -8,6 +8,8 @@ import math
 import pkgutil
 import random
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -157,6 +159,13 @@ def test_every_default_is_written_out_and_stands_as_it_is():
     assert once == [{"name": "length", "weight": 1.0, "target": 3, "tolerance": 0, "unit": "characters"},
                     {"name": "somebody's", "weight": 1.0, "x": 1}]
     assert entries.completed(once) == once
+
+
+def test_a_config_is_read_without_torch():
+    script = ("import sys; from genscale.rewards.entries import completed; from genscale.verbs.rewards import main; "
+              "completed([{'name': 'exact'}, {'name': 'classifier', 'run': 'r', 'label': '3'}]); main([]); "
+              "sys.exit('torch' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60).returncode == 0
 
 
 def test_parts_are_named_weighed_and_alike_whatever_stands_beside():
