@@ -26,7 +26,7 @@ class ClassifiedSettings:
 
     run: str
     """Run folder of a VAE or GAN on images with labels: a small classifier of its images, which `genscale evaluate` uses too,
-    is trained once in a minute and kept beside the run folder."""
+    is trained once in a minute and kept beside the run folder. A family may keep it with its own frozen networks."""
     label: str
     """The class that is wished for, by its name in the data."""
     what: Literal["is", "probability"] = "is"

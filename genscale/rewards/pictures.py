@@ -38,18 +38,26 @@ class Classified(ImageReward):
         super().__init__(asked)
         self._network: Any
         self._network, names = image_classifier(asked.run)
+        self._choose(names)
+
+    def _choose(self, names: list[str]) -> None:
+        asked = self.asked
         if asked.label not in names:
             raise UserError(f"label: '{asked.label}' is no class of the images of {asked.run}{nearest(asked.label, names)}; "
                             f"its classes are {', '.join(names[:20])}")
         self._class = names.index(asked.label)
+
+    def scores(self, images: Tensor) -> Tensor:
+        """Logits of the classes, `(batch, classes)`."""
+        self._network.to(images.device)
+        return self._network.head(self._network(images.float()))
 
     def judge(self, images: Tensor) -> Tensor:
         """From 0 to 1."""
         import torch
 
         with torch.no_grad():
-            self._network.to(images.device)
-            scores = self._network.head(self._network(images.float()))
+            scores = self.scores(images)
         if self.asked.what == "is":
             return (scores.argmax(1) == self._class).double()
         return scores.double().softmax(1)[:, self._class]
