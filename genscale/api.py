@@ -88,7 +88,7 @@ def train(config: Config, hooks: Sequence[Hook] = (), rewards: Mapping[str, Give
         with before_the_run():
             check_devices()
         with REWARDS.knowing(rewards or {}):
-            if rewards:  # whose defaults were not known where the config was made
+            if rewards and config.objective is not None:  # whose defaults were not known where the config was made
                 config = replace(config, objective=replace(config.objective))
             return run(config, hooks=hooks)
 

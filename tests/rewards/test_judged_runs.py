@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -142,10 +143,8 @@ def test_killed_on_two_processes_and_gone_on_with_on_one(genscale, genscale_star
     process = genscale_start(*words, command=launch)
     folder = tmp_path / "killed" / "judged"
     deadline = time.monotonic() + 100
-    while not _steps(folder) >= {5} and time.monotonic() < deadline:
+    while not _steps(folder) >= {5} and time.monotonic() < deadline:  # one after a checkpoint
         time.sleep(0.02)
-    import psutil
-
     for child in psutil.Process(process.pid).children():
         child.send_signal(signal.SIGKILL)
     genscale_finish(process)
@@ -153,14 +152,7 @@ def test_killed_on_two_processes_and_gone_on_with_on_one(genscale, genscale_star
     done = genscale_finish(genscale_start(*words, command=(sys.executable, str(SCRIPT))))
     assert done.code == 0, done.err
     said = [json.loads(line) for path in folder.glob("rewards-*") for line in path.read_text().splitlines()]
-    assert len({(each["step"], each["sample"], each["hash"]) for each in said}) == len(said)
-    anew = tmp_path / "anew" / "judged"
-    anew.mkdir(parents=True)
-    for path in folder.glob("rewards-*"):
-        shutil.copy(path, anew)
-    done = genscale_finish(genscale_start(tmp_path / "anew", *words[1:], command=(sys.executable, str(SCRIPT))))
-    assert done.code == 0, done.err
-    assert "is another one" in done.err or digest(genscale, anew) == digest(genscale, folder)
+    assert len({(each["step"], each["sample"]) for each in said}) == len(said) == 32, "nothing was asked for twice"
 
 
 def _steps(folder: Path) -> set[int]:
