@@ -140,7 +140,7 @@ def test_a_pattern_that_backtracks_for_ever_ends_the_run_by_name(refused):
 def test_killed_on_two_processes_and_gone_on_with_on_one(genscale, genscale_start, genscale_finish, tmp_path):
     launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT))
     words = [tmp_path / "killed", json.dumps(ANY), 8]
-    process = genscale_start(*words, command=launch)
+    process = genscale_start(*words, command=launch, MINE="slow")
     folder = tmp_path / "killed" / "judged"
     deadline = time.monotonic() + 100
     while not _steps(folder) >= {5} and time.monotonic() < deadline:  # one after a checkpoint
