@@ -20,7 +20,7 @@ from genscale.data.images.settings import PackedImageDataSettings
 from genscale.data.lanes import Sample
 from genscale.data.order import LaneReader
 from genscale.errors import UserError
-from genscale.evaluation.classifier import Classifier, trained_classifier
+from genscale.evaluation.classifier import Classifier, as_they_are, trained_classifier
 from genscale.evaluation.image_generation import as_uint8, decoded, latents, maker_of_images
 from genscale.evaluation.inception import InceptionFeatures
 from genscale.evaluation.settings import ImageScoring
@@ -88,8 +88,7 @@ def score_images(run: TrainedRun, settings: ImageScoring) -> dict[str, Any]:
 def _data_and_kind(run: TrainedRun, settings: ImageScoring) -> tuple[ImagesInLanes, str]:
     """The run's images as they are, with labels where the classifier is to know them, and the name of the features."""
     kind, names = _chosen_features(run, settings), maker_of_images(run).class_names
-    crop = "none" if run.config.data.crop == "none" else "center"
-    plain = dataclasses.replace(run.config.data, flip=False, crop=crop)
+    plain = as_they_are(run.config.data)
     # The seed is no run's: images and classifier are the same for all seeds, so that their scores compare.
     if kind in (None, "classifier"):
         try:

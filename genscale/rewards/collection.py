@@ -29,6 +29,7 @@ class Rewards:
     Attributes:
         names: of the parts, for metrics `reward_<name>`; of several of one name the later ones are numbered.
         weights: of the parts.
+        judges: the rewards themselves.
         columns: those of a prompt's row that any of them reads.
 
     Example:
@@ -46,6 +47,7 @@ class Rewards:
         self.weights = [entry.weight for entry, _ in parts]
         self.columns = tuple(dict.fromkeys(column for _, reward in parts if isinstance(reward, TextReward)
                                            for column in reward.columns))
+        self.judges = [reward for _, reward in parts]
         self._note: Callable[[str], None] = lambda doing: None
 
     def open(self, folder: Path, rank: int, step: int, note: Callable[[str], None]) -> None:

@@ -21,6 +21,7 @@ GROUP = "genscale.rewards"
 BUILT_IN = {
     "exact": "texts:Exact", "one_of": "texts:OneOf", "numeric": "texts:Numeric", "length": "texts:Length",
     "repetition": "texts:Repetition", "regex": "patterns:Pattern",
+    "brightness": "images:Brightness", "classifier": "images:WantedClass",
 }  # fmt: skip
 """By name, the module of this room and the class in it."""
 Given: TypeAlias = type[Reward] | Callable[..., Any]
