@@ -112,6 +112,7 @@ class Family:
         scoring: what `genscale evaluate` reports beyond the validation metrics.
         capabilities: what the objective can do besides what sampler and scorer need.
         tiny: settings by key of the smallest run that still is one, `{"model.width": 8}`, for `genscale check-family`.
+        tiny_from: the family whose tiny run is trained first, to stand in `model.from` of this one's.
 
     Raises:
         UserError: settings that are none.
@@ -140,6 +141,7 @@ class Family:
     scoring: Scoring | None = None
     capabilities: tuple[type, ...] = ()
     tiny: Mapping[str, Any] = field(default_factory=dict)
+    tiny_from: str | None = None
 
     def __post_init__(self) -> None:
         sections = {"model_settings": self.model_settings, "data_settings": self.data_settings,

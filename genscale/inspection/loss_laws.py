@@ -14,6 +14,7 @@ from torch import Tensor
 
 from genscale.families import family
 from genscale.inspection.audit_probe import buffers_kept, terms_of
+from genscale.interop.starting import complete_from
 from genscale.objectives.base import Objective, Phase
 from genscale.parallel.engine import Engine
 from genscale.parallel.materialise import named_state
@@ -62,7 +63,8 @@ def look_at_losses(config: Config) -> LossFindings:
     processes = Processes(need_group=plan.needs_group)
     data = loader = None
     try:
-        data = family(config.model.family).build_data(config.data, config.run.seed)
+        config, data_settings = complete_from(config)
+        data = family(config.model.family).build_data(data_settings, config.run.seed)
         objective = open_objective(config, processes, plan, data)
         found = LossFindings(type(objective).__name__, bool(objective.averaged), objective.couples_samples)
         _look_at_weights(objective, found)

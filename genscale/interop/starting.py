@@ -16,6 +16,7 @@ from torch import Tensor
 from genscale.data.text.tokenizers import load_tokenizer
 from genscale.errors import UserError
 from genscale.interop.huggingface import TOKENIZER, find_folder, open_huggingface, read_settings
+from genscale.interop.source_runs import begins_from_run, with_source
 from genscale.interop.tokenizer_files import GENERATION_CONFIG
 from genscale.interop.weights import Read
 from genscale.reading import Unreadable, read_yaml
@@ -39,6 +40,8 @@ def complete_from(config: Config, recorded: Path | None = None) -> tuple[Config,
     Raises:
         UserError: the model cannot be read, model.* settings contradict it, or it has fewer rows than the tokenizer has ids.
     """
+    if begins_from_run(config):
+        return with_source(config, recorded), config.data
     name = getattr(config.model, "from_", None)
     if name is None:
         return config, config.data
@@ -115,6 +118,8 @@ def weights_from(config: Config) -> Read | None:
     Raises:
         UserError: as of `open_huggingface`.
     """
+    if begins_from_run(config):  # whose objective asks for them itself
+        return None
     if getattr(config.model, "from_", None) is None:
         return None
     _, source = open_huggingface(config.model.from_)

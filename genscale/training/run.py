@@ -22,6 +22,7 @@ from genscale.data.loader import StepLoader
 from genscale.errors import UserError, nearest_divisors
 from genscale.families import FAMILIES, family
 from genscale.hook import Hook, hooks_by_name
+from genscale.interop.source_runs import give_source
 from genscale.interop.starting import keep_for_export, weights_from
 from genscale.objectives.base import Objective
 from genscale.parallel.determinism import deterministic
@@ -222,6 +223,7 @@ def open_objective(config: Config, processes: Processes, plan: ParallelPlan, dat
     """What the run minimises, checked against its data and the way it is spread. Raises UserError."""
     processes.main_does(lambda: data.check(config.train.global_batch_size))
     objective = processes.all_do(lambda: family(config.model.family).build_objective(config, data))
+    give_source(objective, config)
     check_objective(plan, config.parallel, objective)
     check_learning_rates(config, objective)
     return objective
