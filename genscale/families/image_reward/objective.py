@@ -42,7 +42,7 @@ class ImagePolicy(Objective):
 
     Args:
         policy: what draws pictures.
-        rewards: judge them.
+        rewards: judge them; or why nobody can, who only wants to draw.
         settings: the `objective` section.
         image_shape: `(channels, size, size)`.
         seed: the run's.
@@ -59,19 +59,20 @@ class ImagePolicy(Objective):
     averaged = ("policy",)
     class_names = None
 
-    def __init__(self, policy: PicturePolicy, rewards: Rewards, settings: ImageRewardObjectiveSettings, *,
+    def __init__(self, policy: PicturePolicy, rewards: Rewards | UserError, settings: ImageRewardObjectiveSettings, *,
                  image_shape: tuple[int, int, int], seed: int, origin: str,
                  classifier: FrozenClassifier | None = None) -> None:
-        self.policy, self.rewards, self.settings, self.image_shape, self.seed = policy, rewards, settings, image_shape, seed
+        self.policy, self.settings, self.image_shape, self.seed = policy, settings, image_shape, seed
+        self.rewards, self._unjudged = (rewards, None) if isinstance(rewards, Rewards) else (None, rewards)
         self.networks, self.latent_shape = dict(policy.networks), policy.latent_shape
         if classifier is not None:
             self.networks["classifier"] = classifier
         self.frozen = {name: classifier.origin if name == "classifier" and classifier else origin
                        for name in self.networks if name != "policy"}
-        self._wanting = [judge for judge in rewards.judges if isinstance(judge, WantedClass)]
+        self._wanting = [judge for judge in (self.rewards.judges if self.rewards else []) if isinstance(judge, WantedClass)]
         self.units_per_sample = settings.group
         self.source: Callable[[str], Callable[[str], Tensor]] = _no_source
-        self._parts = [f"reward_{name}" for name in rewards.names]
+        self._parts = [f"reward_{name}" for name in (self.rewards.names if self.rewards else [])]
         self.phases = [Phase("policy", "policy", self.loss, self.count, statistics=STATISTICS | set(self._parts))]
 
     def initial_weights(self, name: str) -> Callable[[str], Tensor]:
@@ -96,6 +97,8 @@ class ImagePolicy(Objective):
     def _judged(self, networks: Networks, step: int, images: Tensor, samples: Tensor,
                 scope: str) -> tuple[dict[str, Tensor], Tensor]:
         """The parts by name and the reward, each `(batch, group)`, of images `(batch, group, ...)`."""
+        if self.rewards is None:
+            raise self._unjudged or LookupError("no rewards")
         for judge in self._wanting:
             judge.classify = networks["classifier"]
         shape = images.shape[:2]
@@ -170,11 +173,19 @@ def build(config: ImageRewardConfig, data: DrawnData) -> ImagePolicy:
     if config.train.precision not in PRECISIONS:
         raise UserError(f"train.precision: {config.train.precision} is too coarse for the density of what is drawn; use bf16 "
                         "or fp32")
-    return restore(config, None)
+    return _build(config, build_rewards(config.objective.rewards, "images"))
 
 
-def restore(config: ImageRewardConfig, folder: Path | None) -> ImagePolicy:
-    """The objective of a run, trained or not.
+def restore(config: ImageRewardConfig, folder: Path) -> ImagePolicy:
+    """The objective of a trained run, also where its rewards are not known here: it may only be to draw."""
+    try:
+        return _build(config, build_rewards(config.objective.rewards, "images"))
+    except UserError as error:
+        return _build(config, error)
+
+
+def _build(config: ImageRewardConfig, rewards: Rewards | UserError) -> ImagePolicy:
+    """Networks and objective.
 
     Raises:
         UserError: a run that makes no pictures to begin from, or that has no such policy; settings that are none.
@@ -186,7 +197,6 @@ def restore(config: ImageRewardConfig, folder: Path | None) -> ImagePolicy:
         raise UserError(f"model.from: names no run; give the folder of a trained {', '.join(SOURCES)}")
     run = _config_of(model)
     maker = _maker(run, model.started["classes"])
-    rewards = build_rewards(objective.rewards, "images")
     return ImagePolicy(_policy(config, maker, run.model.family), rewards, objective, image_shape=maker.image_shape,
                        seed=config.run.seed, origin=f"{model.from_}, step {model.started['step']:,}",
                        classifier=_classifier(rewards, model, run))
@@ -214,8 +224,10 @@ def _maker(run: Config[Any, Any, Any], classes: list[str] | None) -> Any:
     return maker
 
 
-def _classifier(rewards: Rewards, model: ImageRewardSettings, run: Config[Any, Any, Any]) -> FrozenClassifier | None:
-    asking = [(number, judge) for number, judge in enumerate(rewards.judges) if isinstance(judge, WantedClass)]
+def _classifier(rewards: Rewards | UserError, model: ImageRewardSettings,
+                run: Config[Any, Any, Any]) -> FrozenClassifier | None:
+    judges = rewards.judges if isinstance(rewards, Rewards) else []
+    asking = [(number, judge) for number, judge in enumerate(judges) if isinstance(judge, WantedClass)]
     names = (model.started or {}).get("labels")
     if not asking or names is None or model.from_ is None:
         return None
