@@ -5,8 +5,8 @@ make threes, and a Bernoulli decoder whose pixels are paid for.
 
 The latent policies are those of configs/reward/digits-threes.yaml. With reward 1 for a three and else 0, and a share p of
 threes in the prior's pictures, the best policy has Z = 1 - p + p exp(1 / beta), and a share p exp(1 / beta) / Z; p is counted
-in pictures that no training has seen. The gap is log Z - (share / beta - KL), in nats. The decoder's reward is a sum over pixels,
-so that the best logits are the reference's plus weight / beta, exactly.
+in pictures that no training has seen. The gap is log Z - (share / beta - KL), in nats. The decoder's reward is a sum over
+pixels, so that the best logits are the reference's plus weight / beta, exactly.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def drawn(run: Any, pictures: int) -> dict[str, Tensor]:
 def latent(source: str, seed: int, folder: Path, pictures: int) -> dict[str, Any]:
     """One latent policy beside the best one."""
     result, seconds = train("reward/digits-threes", folder, f"{source}-threes-{seed}",
-                            {"model.from": str(folder / source), "run.seed": seed})
+                            {"model.from": str(folder / source), "run.seed": seed,
+                             "objective.rewards": [{"name": "classifier", "run": str(folder / source), "label": "3"}]})
     run = genscale.load(result.folder)
     found, beta = drawn(run, pictures), run.config.objective.beta
     before = found["reward"][1].mean().item()

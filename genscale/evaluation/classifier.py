@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -18,10 +17,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from genscale.data.images.data import ImageData, ImageDataSettings
 from genscale.data.lanes import Data, Sample
 from genscale.data.loader import StepLoader
-from genscale.errors import UserError
 from genscale.rng import torch_generator
 from genscale.writing import write_whole
 
@@ -77,22 +74,6 @@ class Classifier(nn.Module):
             labels = torch.tensor([int(sample["label"]) for sample in part], device=device)
             right += (self.head(self(images)).argmax(1) == labels).sum().item()
         return right / len(samples)
-
-
-def as_they_are(settings: ImageDataSettings) -> ImageDataSettings:
-    """The same images without chance in how they are cut."""
-    return dataclasses.replace(settings, flip=False, crop="none" if settings.crop == "none" else "center")
-
-
-def labelled(settings: ImageDataSettings) -> ImageData:
-    """The same images with their labels, as the classifier is trained on them.
-
-    Raises:
-        UserError: they have none, or several in an image.
-    """
-    if getattr(settings, "stack", 1) > 1:
-        raise UserError("data.stack: a classifier finds one class in an image, and these have several")
-    return ImageData(dataclasses.replace(as_they_are(settings), labels=True), 0)
 
 
 def trained_classifier(data: Data, classes: int, folder: Path, device: torch.device) -> Classifier:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import torch
 
 from genscale.checkpoint.checkpoints import Checkpoint, find_checkpoints
 from genscale.errors import UserError
-from genscale.evaluation.classifier import labelled
+from genscale.evaluation.image_scores import labels_of
+from genscale.evaluation.trained_run import TrainedRun
 from genscale.families import FAMILIES, family
 from genscale.interop.weights import Read
 from genscale.objectives.base import Objective
@@ -29,49 +32,48 @@ def begins_from_run(config: Config) -> bool:
 
 
 def with_source(config: Config, recorded: Path | None) -> Config:
-    """The config with `model.started`.
+    """The config with `model.started`, what the run is that it begins from: `config`, its sections; `step`, that of its latest
+    whole checkpoint; `classes` that it is conditional on; `judges`, by the run of each classifier that `objective.rewards`
+    names, the classes of its images.
 
     Args:
         recorded: a checkpoint that the run goes on from. If it began from the same run, that is not looked at any more.
 
     Raises:
-        UserError: no whole checkpoint is there.
+        UserError: no whole checkpoint is there; or no images with labels for a classifier.
     """
     name = config.model.from_  # type: ignore[attr-defined]
     if name is None:
         return config
-    judges = [entry.get("name") for entry in getattr(config.objective, "rewards", [])]
-    started = _recorded(recorded, name) or description(name, with_labels="classifier" in judges)
+    started = _recorded(recorded, name)
+    if started is None:
+        checkpoint = _checkpoint(name)
+        started = {"config": checkpoint.config(), "step": checkpoint.step, "classes": _classes(checkpoint),
+                   "judges": _judges(config)}
     return dataclasses.replace(config, model=dataclasses.replace(config.model, started=started))  # type: ignore[type-var]
 
 
-def description(name: str, with_labels: bool = False) -> dict[str, Any]:
-    """What a run is: `config`, its sections; `step` of its latest whole checkpoint; `classes`, where it is conditional on some;
-    `labels`, the classes of the images that it was trained on, where they are asked for.
-
-    Raises:
-        UserError: no whole checkpoint is there; or no labels, or no images any more.
-    """
-    checkpoint = _checkpoint(name)
-    about: dict[str, Any] = {"config": checkpoint.config(), "step": checkpoint.step, "classes": None, "labels": None}
-    entry = family(about["config"].get("model", {}).get("family", ""))
-    if entry.can(GeneratesImages):
-        config = load_config(FAMILIES, checkpoint.path / "config.yaml")
-        about["classes"] = entry.restore(config, checkpoint.path.resolve().parents[1]).class_names  # type: ignore[attr-defined]
-        if with_labels:
-            about["labels"] = _labels(config, name)
-    return about
+def _classes(checkpoint: Checkpoint) -> list[str] | None:
+    entry = family(checkpoint.config().get("model", {}).get("family", ""))
+    return cast(GeneratesImages, _opened(checkpoint).objective).class_names if entry.can(GeneratesImages) else None
 
 
-def _labels(config: Config, name: str) -> list[str]:
-    try:
-        images = labelled(config.data)  # type: ignore[arg-type]
-    except UserError as error:
-        raise UserError(f"objective.rewards: classifier needs the images of {name}, and their labels: {error}") from None
-    try:
-        return list(images.classes or [])
-    finally:
-        images.close()
+def _judges(config: Config) -> dict[str, list[str]]:
+    rewards: list[dict[str, Any]] = getattr(config.objective, "rewards", [])
+    found: dict[str, list[str]] = {}
+    for number, entry in enumerate(rewards):
+        if entry["name"] == "classifier" and entry["run"] not in found:
+            try:
+                found[entry["run"]] = labels_of(_opened(_checkpoint(entry["run"])))
+            except UserError as error:
+                raise UserError(f"objective.rewards[{number}].run: {str(error).removeprefix('model.from: ')}") from None
+    return found
+
+
+def _opened(checkpoint: Checkpoint) -> TrainedRun:
+    """A run without its weights."""
+    config, folder = load_config(FAMILIES, checkpoint.path / "config.yaml"), checkpoint.path.resolve().parents[1]
+    return TrainedRun(family(config.model.family).restore(config, folder), config, folder, torch.device("cpu"))
 
 
 def give_source(objective: Objective, config: Config) -> None:

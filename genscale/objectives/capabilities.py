@@ -76,8 +76,8 @@ class MeasuresLikelihood(Protocol):
 
 
 class BeginsFromRun(Protocol):
-    """It begins from a trained run, which `model.from` names. What that was, `interop.source_runs.description` of it, stands in
-    `model.started` when the objective is built.
+    """It begins from a trained run, which `model.from` names. What that is stands in `model.started` when the objective is
+    built (`genscale.interop.source_runs`).
 
     Attributes:
         source: reads the weights of a network of that run, fp32 tensors by name; for `initial_weights`. A run puts it there,

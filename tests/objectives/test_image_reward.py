@@ -43,7 +43,7 @@ def built(run: str, **settings: Any) -> Any:
         config = {key: value for key, value in config.items() if key not in ("model.layers", "model.width")} | settings
     words = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in config.items()]
     parsed = parse_config(FAMILIES, words)
-    started = {"config": {"model": MODELS[run], "data": DIGITS}, "step": 7, "labels": None,
+    started = {"config": {"model": MODELS[run], "data": DIGITS}, "step": 7, "judges": {},
                "classes": CLASSES if MODELS[run].get("classes") else None}
     parsed = dataclasses.replace(parsed, model=dataclasses.replace(parsed.model, started=started))
     objective: Any = family("image_reward").build_objective(parsed, None)
@@ -190,13 +190,14 @@ def test_threes_are_found_by_a_classifier_of_the_images(genscale: Callable[..., 
     own = {"run.dir": tmp_path, "tracking.wandb": "disabled", "train.precision": "fp32"}
     assert genscale("train", "--config", "configs/dcgan/digits.yaml", *words({**own, "train.steps": 300})).code == 0
     done = genscale("train", "--config", "configs/reward/digits-threes.yaml",
-                    *words({**own, "model.from": tmp_path / "dcgan-digits", "train.steps": 100}))
+                    *words({**own, "model.from": tmp_path / "dcgan-digits", "train.steps": 100,
+                            "objective.rewards": f"[{{name: classifier, run: {tmp_path}/dcgan-digits, label: '3'}}]"}))
     assert done.code == 0, done.err
     report = json.loads(genscale("evaluate", tmp_path / "digits-threes").out)
     assert report["reward_classifier"] > 0.6 > 0.3 > report["reward_before"]
     last = list(find_checkpoints(tmp_path / "digits-threes"))[-1]
-    assert set(last.state()["frozen"]) == {"generator", "classifier"}
-    assert "no class of the pictures" in genscale(
+    assert set(last.state()["frozen"]) == {"generator", "classifier_1"}
+    assert "objective.rewards[0].label: 'three' is no class of the images" in genscale(
         "train", "--config", "configs/reward/digits-threes.yaml",
         *words({**own, "model.from": tmp_path / "dcgan-digits", "run.name": "x",
-                "objective.rewards": "[{name: classifier, label: three}]"})).message_of_run()
+                "objective.rewards": f"[{{name: classifier, run: {tmp_path}/dcgan-digits, label: three}}]"})).message_of_run()

@@ -1,30 +1,28 @@
-"""The classifier that a reward asks, as a frozen network: the one that `genscale evaluate` knows the run's images by."""
+"""The reward `classifier` of a policy over pictures: its network is one of the objective's own, frozen."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from genscale.data.images.data import ImageDataSettings
-from genscale.evaluation.classifier import Classifier, labelled, trained_classifier
+from genscale.evaluation.classifier import Classifier
+from genscale.rewards.base import ImageReward
+from genscale.rewards.pictures import Classified, ClassifiedSettings
+from genscale.rewards.runs import image_classifier
 
 
 class FrozenClassifier(nn.Module):
     """Logits fp32 `(batch, classes)` of images in [0, 1].
 
     Args:
-        names: of the classes.
-        images: that the run was trained on.
-        run: its folder, or a checkpoint's; the classifier is kept beside it, or trained anew in a minute.
+        run: whose images it knows.
+        classes: how many they have.
     """
 
-    def __init__(self, names: list[str], images: ImageDataSettings, run: str) -> None:
+    def __init__(self, run: str, classes: int) -> None:
         super().__init__()
-        self.names, self.images, self.run = names, images, run
-        self.classifier = Classifier(len(names))
+        self.run, self.classifier = run, Classifier(classes)
 
     @property
     def origin(self) -> str:
@@ -35,18 +33,31 @@ class FrozenClassifier(nn.Module):
         return self.classifier.head(self.classifier(images.to(self.classifier.head.weight.dtype))).float()
 
     def trained(self) -> Callable[[str], Tensor]:
-        """Its weights, from the file beside the run where it was trained before. Raises UserError where the images are gone."""
-        data = labelled(self.images)
-        try:
-            network = trained_classifier(data, len(self.names), _beside(Path(self.run)), torch.device("cpu"))
-        finally:
-            data.close()
-        state = network.state_dict()
-        return lambda name: state[name.removeprefix("classifier.")]
+        """Its weights: those kept beside the run, or trained now. Raises UserError where the run or its images are gone."""
+        state = image_classifier(self.run)[0].state_dict()
+        return lambda name: state[name.removeprefix("classifier.")].cpu()
 
 
-def _beside(run: Path) -> Path:
-    """The folder of classifiers beside a run folder, from it or a folder in it."""
-    run = run.expanduser().resolve()
-    folder = next((each for each in (run, *run.parents) if (each / "checkpoints").is_dir()), run)
-    return folder.parent / "classifiers"
+class HeldClassified(Classified):
+    """The reward `classifier`, which asks a network of the objective.
+
+    Args:
+        names: of the classes.
+
+    Attributes:
+        network: the objective puts it there, as it is spread.
+
+    Raises:
+        UserError: the wished class is none of them.
+    """
+
+    network: nn.Module
+
+    def __init__(self, asked: ClassifiedSettings, names: list[str]) -> None:
+        ImageReward.__init__(self, asked)
+        self._choose(names)
+
+    def scores(self, images: Tensor) -> Tensor:
+        """Logits of the classes, `(batch, classes)`."""
+        logits: Tensor = self.network(images)
+        return logits

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from genscale.errors import UserError, refuse_unheeded
 from genscale.families import dcgan, vae, vae_gan
 from genscale.families.entry import Family
 from genscale.families.image_reward.data import DrawnData
-from genscale.families.image_reward.judge import FrozenClassifier
+from genscale.families.image_reward.judge import FrozenClassifier, HeldClassified
 from genscale.families.image_reward.policies import DecoderPolicy, LatentPolicy, PicturePolicy, Written
 from genscale.families.image_reward.settings import DrawnDataSettings, ImageRewardObjectiveSettings, ImageRewardSettings
 from genscale.models.image_grid import grid_of_rows
@@ -24,7 +24,6 @@ from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.objectives.policy_gradient import STATISTICS, gap_to_optimum, policy_loss
 from genscale.reading import dump_yaml
 from genscale.rewards.collection import Rewards, build_rewards
-from genscale.rewards.images import WantedClass
 from genscale.rng import Draws, torch_generator
 from genscale.settings.config import Config
 from genscale.settings.parser import load_config
@@ -47,7 +46,7 @@ class ImagePolicy(Objective):
         image_shape: `(channels, size, size)`.
         seed: the run's.
         origin: of the policy's frozen networks, in words.
-        classifier: of such pictures, where a reward asks one.
+        classifiers: that the rewards ask.
 
     Attributes:
         source: reads the networks of the run that this one begins from; a run puts it there.
@@ -61,15 +60,14 @@ class ImagePolicy(Objective):
 
     def __init__(self, policy: PicturePolicy, rewards: Rewards | UserError, settings: ImageRewardObjectiveSettings, *,
                  image_shape: tuple[int, int, int], seed: int, origin: str,
-                 classifier: FrozenClassifier | None = None) -> None:
+                 classifiers: Sequence[FrozenClassifier] = ()) -> None:
         self.policy, self.settings, self.image_shape, self.seed = policy, settings, image_shape, seed
         self.rewards, self._unjudged = (rewards, None) if isinstance(rewards, Rewards) else (None, rewards)
         self.networks, self.latent_shape = dict(policy.networks), policy.latent_shape
-        if classifier is not None:
-            self.networks["classifier"] = classifier
-        self.frozen = {name: classifier.origin if name == "classifier" and classifier else origin
-                       for name in self.networks if name != "policy"}
-        self._wanting = [judge for judge in (self.rewards.judges if self.rewards else []) if isinstance(judge, WantedClass)]
+        self.frozen = {name: origin for name in self.networks if name != "policy"}
+        self._judging = {each.run: f"classifier_{number}" for number, each in enumerate(classifiers, 1)}
+        for each in classifiers:
+            self.networks[self._judging[each.run]], self.frozen[self._judging[each.run]] = each, each.origin
         self.units_per_sample = settings.group
         self.source: Callable[[str], Callable[[str], Tensor]] = _no_source
         self._parts = [f"reward_{name}" for name in (self.rewards.names if self.rewards else [])]
@@ -99,8 +97,9 @@ class ImagePolicy(Objective):
         """The parts by name and the reward, each `(batch, group)`, of images `(batch, group, ...)`."""
         if self.rewards is None:
             raise self._unjudged or LookupError("no rewards")
-        for judge in self._wanting:
-            judge.classify = networks["classifier"]
+        for judge in self.rewards.judges:
+            if isinstance(judge, HeldClassified):
+                judge.network = networks[self._judging[judge.asked.run]]
         shape = images.shape[:2]
         members = torch.arange(shape[1]).expand(shape)
         parts, total = self.rewards.score(step, images.detach().flatten(0, 1), samples[:, None].expand(shape).flatten(),
@@ -173,13 +172,13 @@ def build(config: ImageRewardConfig, data: DrawnData) -> ImagePolicy:
     if config.train.precision not in PRECISIONS:
         raise UserError(f"train.precision: {config.train.precision} is too coarse for the density of what is drawn; use bf16 "
                         "or fp32")
-    return _build(config, build_rewards(config.objective.rewards, "images"))
+    return _build(config, _rewards(config))
 
 
 def restore(config: ImageRewardConfig, folder: Path) -> ImagePolicy:
     """The objective of a trained run, also where its rewards are not known here: it may only be to draw."""
     try:
-        return _build(config, build_rewards(config.objective.rewards, "images"))
+        return _build(config, _rewards(config))
     except UserError as error:
         return _build(config, error)
 
@@ -188,23 +187,35 @@ def _build(config: ImageRewardConfig, rewards: Rewards | UserError) -> ImagePoli
     """Networks and objective.
 
     Raises:
-        UserError: a run that makes no pictures to begin from, or that has no such policy; settings that are none.
+        UserError: a run that makes no pictures to begin from, or that has no such policy.
     """
-    model, objective = config.model, config.objective
-    if objective.group < 2:
-        raise UserError(f"objective.group: {objective.group} picture has no others to be compared with; set at least 2")
+    model, started = config.model, _started(config.model)
+    run = _config_of(model)
+    maker = _maker(run, started["classes"])
+    with torch.device("meta"):
+        classifiers = [FrozenClassifier(folder, len(names)) for folder, names in started["judges"].items()]
+    return ImagePolicy(_policy(config, maker, run.model.family), rewards, config.objective, image_shape=maker.image_shape,
+                       seed=config.run.seed, origin=f"{model.from_}, step {started['step']:,}", classifiers=classifiers)
+
+
+def _rewards(config: ImageRewardConfig) -> Rewards:
+    if config.objective.group < 2:
+        raise UserError(f"objective.group: {config.objective.group} picture has no others to be compared with; set at least 2")
+    judges = _started(config.model)["judges"]
+    return build_rewards(config.objective.rewards, "images",
+                         own={"classifier": lambda asked: HeldClassified(asked, judges[asked.run])})
+
+
+def _started(model: ImageRewardSettings) -> dict[str, Any]:
+    """What the run is that this one begins from. Raises UserError where there is none."""
     if model.from_ is None or model.started is None:
         raise UserError(f"model.from: names no run; give the folder of a trained {', '.join(SOURCES)}")
-    run = _config_of(model)
-    maker = _maker(run, model.started["classes"])
-    return ImagePolicy(_policy(config, maker, run.model.family), rewards, objective, image_shape=maker.image_shape,
-                       seed=config.run.seed, origin=f"{model.from_}, step {model.started['step']:,}",
-                       classifier=_classifier(rewards, model, run))
+    return model.started
 
 
 def _config_of(model: ImageRewardSettings) -> Config[Any, Any, Any]:
     """The config of the run that this one begins from."""
-    sections = (model.started or {})["config"]
+    sections = _started(model)["config"]
     name = sections.get("model", {}).get("family")
     if name not in SOURCES:
         advice = "to tune a GPT, set model.family reward" if name in ("gpt", "reward") else f"take a {', '.join(SOURCES)}"
@@ -222,19 +233,6 @@ def _maker(run: Config[Any, Any, Any], classes: list[str] | None) -> Any:
         maker: Any = SOURCES[run.model.family].restore(run, Path(empty))
     maker.class_names = classes
     return maker
-
-
-def _classifier(rewards: Rewards | UserError, model: ImageRewardSettings,
-                run: Config[Any, Any, Any]) -> FrozenClassifier | None:
-    judges = rewards.judges if isinstance(rewards, Rewards) else []
-    asking = [(number, judge) for number, judge in enumerate(judges) if isinstance(judge, WantedClass)]
-    names = (model.started or {}).get("labels")
-    if not asking or names is None or model.from_ is None:
-        return None
-    for number, judge in asking:
-        judge.begin(names, f"objective.rewards[{number}].label")
-    with torch.device("meta"):
-        return FrozenClassifier(names, run.data, model.from_)
 
 
 def _policy(config: ImageRewardConfig, maker: Any, name: str) -> PicturePolicy:
