@@ -57,6 +57,8 @@ class ImagePolicy(Objective):
     higher_is_better = frozenset({"reward"})
     averaged = ("policy",)
     class_names = None
+    _step = 0
+    """The last one that was trained here: rewards are recorded by it."""
 
     def __init__(self, policy: PicturePolicy, rewards: Rewards | UserError, settings: ImageRewardObjectiveSettings, *,
                  image_shape: tuple[int, int, int], seed: int, origin: str,
@@ -87,13 +89,13 @@ class ImagePolicy(Objective):
     def loss(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
         """`policy_loss` over the pictures; statistics besides are the parts of the reward."""
         written = self.policy.write(networks, draws, self.settings.group, self.generating)
-        parts, reward = self._judged(networks, draws.step, written.images, batch["sample"], "train")
+        self._step = draws.step
+        parts, reward = self._judged(networks, written.images, batch["sample"], "train")
         terms = policy_loss(written.log_p, written.log_reference, reward, self.settings.beta)
         return terms | {name: part.sum() for name, part in parts.items()}
 
     @torch.no_grad()
-    def _judged(self, networks: Networks, step: int, images: Tensor, samples: Tensor,
-                scope: str) -> tuple[dict[str, Tensor], Tensor]:
+    def _judged(self, networks: Networks, images: Tensor, samples: Tensor, scope: str) -> tuple[dict[str, Tensor], Tensor]:
         """The parts by name and the reward, each `(batch, group)`, of images `(batch, group, ...)`."""
         if self.rewards is None:
             raise self._unjudged or LookupError("no rewards")
@@ -102,7 +104,7 @@ class ImagePolicy(Objective):
                 judge.network = networks[self._judging[judge.asked.run]]
         shape = images.shape[:2]
         members = torch.arange(shape[1]).expand(shape)
-        parts, total = self.rewards.score(step, images.detach().flatten(0, 1), samples[:, None].expand(shape).flatten(),
+        parts, total = self.rewards.score(self._step, images.detach().flatten(0, 1), samples[:, None].expand(shape).flatten(),
                                           members.flatten(), scope)
         named = {name: part.view(shape) for name, part in zip(self._parts, parts.unbind(1), strict=True)}
         return named, total.view(shape)
@@ -114,7 +116,7 @@ class ImagePolicy(Objective):
         draws, group = Draws(self.seed, "validation", 0, batch["sample"], device), self.settings.group
         both = [self.policy.write(networks, draws, group, self.generating), self.policy.write_reference(networks, draws, group)]
         written = Written(*(torch.cat([getattr(each, name) for each in both], 1) for name in Written.__dataclass_fields__))
-        parts, reward = self._judged(networks, 0, written.images, batch["sample"], "validation")
+        parts, reward = self._judged(networks, written.images, batch["sample"], "validation")
         return {"log_p": written.log_p, "log_reference": written.log_reference, "reward": reward, **parts}
 
     def summarise(self, totals: Mapping[str, Any]) -> dict[str, float]:
