@@ -185,19 +185,28 @@ def words(settings: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_threes_are_found_by_a_classifier_of_the_images(genscale: Callable[..., Any], tmp_path: Path) -> None:
-    own = {"run.dir": tmp_path, "tracking.wandb": "disabled", "train.precision": "fp32"}
-    assert genscale("train", "--config", "configs/dcgan/digits.yaml", *words({**own, "train.steps": 300})).code == 0
-    done = genscale("train", "--config", "configs/reward/digits-threes.yaml",
-                    *words({**own, "model.from": tmp_path / "dcgan-digits", "train.steps": 100,
-                            "objective.rewards": f"[{{name: classifier, run: {tmp_path}/dcgan-digits, label: '3'}}]"}))
+@pytest.mark.timeout(900)
+def test_threes_are_found_by_a_classifier_of_the_images(genscale: Callable[..., Any], genscale_process: Callable[..., Any],
+                                                        tmp_path: Path) -> None:
+    own = {"run.dir": tmp_path, "tracking.wandb": "disabled", "train.precision": "fp32", "train.log_every": 1}
+    source = {**own, "train.steps": 300, "train.checkpoint_every": 0}
+    assert genscale("train", "--config", "configs/dcgan/digits.yaml", *words(source)).code == 0
+    judge = f"[{{name: classifier, run: {tmp_path}/dcgan-digits, label: '3'}}]"
+    policy = ["--config", "configs/reward/digits-threes.yaml", *words({**own, "model.from": tmp_path / "dcgan-digits"})]
+    done = genscale("train", *policy, *words({"train.steps": 100, "objective.rewards": judge}))
     assert done.code == 0, done.err
     report = json.loads(genscale("evaluate", tmp_path / "digits-threes").out)
     assert report["reward_classifier"] > 0.6 > 0.3 > report["reward_before"]
     last = list(find_checkpoints(tmp_path / "digits-threes"))[-1]
-    assert set(last.state()["frozen"]) == {"generator", "classifier_1"}
-    assert "objective.rewards[0].label: 'three' is no class of the images" in genscale(
-        "train", "--config", "configs/reward/digits-threes.yaml",
-        *words({**own, "model.from": tmp_path / "dcgan-digits", "run.name": "x",
-                "objective.rewards": f"[{{name: classifier, run: {tmp_path}/dcgan-digits, label: three}}]"})).message_of_run()
+    assert set(last.state()["frozen"]) == {"generator", "classifier_1"} and last.networks() == ["policy"]
+
+    few = words({"train.steps": 4, "objective.rewards": judge, "data.validation_groups": 4, "optimizer.name": "sgd"})
+    assert genscale("train", *policy, *few, "--run.name", "one").code == 0
+    done = genscale_process("train", "--processes", 2, *policy, *few, "--run.name", "two", "--parallel.strategy", "fsdp2")
+    assert done.code == 0, done.err
+    one, two = ([line["reward"] for line in map(json.loads, (tmp_path / name / "metrics.jsonl").open()) if "reward" in line]
+                for name in ("one", "two"))
+    assert len(one) == 4 and one == pytest.approx(two, rel=1e-5)
+
+    wrong = words({"run.name": "x", "objective.rewards": judge.replace("'3'", "three")})
+    assert "objective.rewards[0].label: 'three' is no class of the images" in genscale("train", *policy, *wrong).message_of_run()
