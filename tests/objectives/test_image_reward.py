@@ -52,6 +52,9 @@ def built(run: str, **settings: Any) -> Any:
         network.to_empty(device="cpu").eval()
         for tensor in network.state_dict().values():
             tensor.copy_(0.4 * torch.randn(tensor.shape, generator=generator))
+        for name, tensor in network.named_buffers():
+            if name.endswith("running_var"):
+                tensor.fill_(1.0)
     return objective
 
 
