@@ -15,7 +15,6 @@ import torch
 
 from genscale.checkpoint.checkpoints import Checkpoint, find_checkpoints
 from genscale.errors import UserError
-from genscale.evaluation.image_scores import labels_of
 from genscale.evaluation.trained_run import TrainedRun
 from genscale.families import FAMILIES, family
 from genscale.interop.weights import Read
@@ -59,6 +58,8 @@ def _classes(checkpoint: Checkpoint) -> list[str] | None:
 
 
 def _judges(config: Config) -> dict[str, list[str]]:
+    from genscale.evaluation.image_scores import labels_of  # a run of texts loads no images
+
     rewards: list[dict[str, Any]] = getattr(config.objective, "rewards", [])
     found: dict[str, list[str]] = {}
     for number, entry in enumerate(rewards):
