@@ -96,6 +96,15 @@ def classifier_of(run: TrainedRun) -> tuple[Classifier, list[str]]:
         data.close()
 
 
+def labels_of(run: TrainedRun) -> list[str]:
+    """The names of those classes; nothing is trained. Raises UserError as `classifier_of`."""
+    data, _ = _data_and_kind(run, ImageScoring(features="classifier"))
+    try:
+        return list(data.classes or [])
+    finally:
+        data.close()
+
+
 def _data_and_kind(run: TrainedRun, settings: ImageScoring) -> tuple[ImagesInLanes, str]:
     """The run's images as they are, with labels where the classifier is to know them, and the name of the features."""
     kind, names = _chosen_features(run, settings), maker_of_images(run).class_names

@@ -113,6 +113,7 @@ class Family:
         capabilities: what the objective can do besides what sampler and scorer need.
         tiny: settings by key of the smallest run that still is one, `{"model.width": 8}`, for `genscale check-family`, which
             else takes the defaults.
+        tiny_from: the family whose tiny run is trained first, to stand in `model.from` of this one's.
 
     Raises:
         UserError: settings that are none.
@@ -141,6 +142,7 @@ class Family:
     scoring: Scoring | None = None
     capabilities: tuple[type, ...] = ()
     tiny: Mapping[str, Any] = field(default_factory=dict)
+    tiny_from: str | None = None
 
     def __post_init__(self) -> None:
         sections = {"model_settings": self.model_settings, "data_settings": self.data_settings,

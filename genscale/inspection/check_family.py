@@ -73,7 +73,11 @@ def check_family(name: str, config: Path | str | None = None, settings: Mapping[
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="genscale-family-")))
         if folder is not None and folder.exists() and any(folder.iterdir()):
             raise UserError(f"--folder: {folder} is not empty; give a new one")
-        for check in _Runs(name, words, place).checks():
+        runs = _Runs(name, words, place)
+        source = family(name).tiny_from
+        if config is None and source is not None:
+            runs.train_source(_words(source, None, {}))
+        for check in runs.checks():
             checks.append(check)
             show(check)
     return FamilyReport(name, checks, time.monotonic() - began)
@@ -97,6 +101,13 @@ class _Runs:
     def __init__(self, name: str, words: list[str], folder: Path) -> None:
         self.name, self.entry, self.words, self.folder = name, family(name), words, folder
         self.script = FAMILIES.script if FAMILIES.is_registered(name) else None  # others do not know it
+
+    def train_source(self, words: list[str]) -> None:
+        """The run that the others begin from. Raises UserError where it cannot be trained."""
+        done = run("train", *words, f"--run.dir={self.folder}", "--run.name=source", timeout=TIMEOUT)
+        if done.code:
+            raise UserError(f"family {self.name}: the run that its tiny run begins from cannot be trained: {done.error}")
+        self.words.append(f"--model.from={self.folder / 'source'}")
 
     def checks(self) -> Iterator[Check]:
         """Row after row; what could not be measured without the one that failed is not asked."""

@@ -17,6 +17,7 @@ from genscale.data.text.tokenizers import load_tokenizer
 from genscale.errors import UserError
 from genscale.interop.huggingface import TOKENIZER, find_folder, open_huggingface, read_settings
 from genscale.interop.own_runs import find_run, folder_of_run, settings_of_run, weights_of_run
+from genscale.interop.source_runs import begins_from_run, with_source
 from genscale.interop.tokenizer_files import GENERATION_CONFIG
 from genscale.interop.weights import Read
 from genscale.reading import Unreadable, read_yaml
@@ -56,6 +57,8 @@ def complete_from(config: Config, recorded: Path | None = None) -> tuple[Config,
     Raises:
         UserError: the model cannot be read, model.* settings contradict it, or it has fewer rows than the tokenizer has ids.
     """
+    if begins_from_run(config):
+        return with_source(config, recorded), config.data
     name = getattr(config.model, "from_", None)
     if name in (None, SCRATCH):
         return config, config.data

@@ -6,6 +6,7 @@ they are looked for when the objective is built, before the first step. What a f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:  # a registry entry names these, and must not wait for torch
@@ -74,6 +75,18 @@ class MeasuresLikelihood(Protocol):
 
     def measures_of(self, images: Tensor) -> Measures:
         """What sums of nats are called, of these uint8 images."""
+
+
+class BeginsFromRun(Protocol):
+    """It begins from a trained run, which `model.from` names. What that is stands in `model.started` when the objective is
+    built (`genscale.interop.source_runs`).
+
+    Attributes:
+        source: reads the weights of a network of that run, fp32 tensors by name; for `initial_weights`. A run puts it there,
+            and only one that begins asks it.
+    """
+
+    source: Callable[[str], Callable[[str], Tensor]]
 
 
 def missing_members(capability: type, objective: Any) -> list[str]:

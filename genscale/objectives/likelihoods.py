@@ -52,8 +52,16 @@ class Likelihood(ABC):
         """Minus log p(pixels | location, scale) of each pixel; the three broadcast against each other."""
 
     @abstractmethod
+    def drawn(self, uniforms: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
+        """Pixels by their quantiles, uniform on [0, 1) in steps of 2**-24; the three broadcast against each other."""
+
+    def shown(self, pixels: Tensor) -> Tensor:
+        """Pixels as an image in [0, 1]."""
+        return ((pixels + 1) / 2).clamp(0, 1)
+
     def mean(self, location: Tensor) -> Tensor:
         """The expected image, in [0, 1]."""
+        return self.shown(location)
 
 
 class Bernoulli(Likelihood):
@@ -68,6 +76,12 @@ class Bernoulli(Likelihood):
     def nats(self, pixels: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
         # max(l, 0) - l x + log(1 + exp(-|l|))
         return F.softplus(location) - location * pixels
+
+    def drawn(self, uniforms: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
+        return (uniforms < location.sigmoid()).float()
+
+    def shown(self, pixels: Tensor) -> Tensor:
+        return pixels
 
     def mean(self, location: Tensor) -> Tensor:
         return location.sigmoid()
@@ -87,8 +101,8 @@ class Gaussian(Likelihood):
     def nats(self, pixels: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
         return 0.5 * ((pixels - location) * (-log_scale).exp()).square() + (log_scale + 0.9189385332046727)  # log(2 pi) / 2
 
-    def mean(self, location: Tensor) -> Tensor:
-        return ((location + 1) / 2).clamp(0, 1)
+    def drawn(self, uniforms: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
+        return location + log_scale.exp() * torch.special.ndtri(_inside(uniforms)).float()
 
 
 class DiscretisedLogistic(Likelihood):
@@ -111,8 +125,14 @@ class DiscretisedLogistic(Likelihood):
         return (torch.where(last, zero, F.softplus(-above)) + torch.where(first, zero, F.softplus(below))
                 - torch.where(first | last, zero, width))
 
-    def mean(self, location: Tensor) -> Tensor:
-        return ((location + 1) / 2).clamp(0, 1)
+    def drawn(self, uniforms: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
+        values = location + log_scale.exp() * torch.logit(_inside(uniforms)).float()
+        return to_signed(((values + 1) * 127.5).round().clamp(0, 255).byte())
+
+
+def _inside(uniforms: Tensor) -> Tensor:
+    """fp64, in the middle of their steps: neither 0 nor 1, whose quantiles are infinite."""
+    return uniforms.double() + 2.0**-25
 
 
 BLACK_AND_WHITE = Likelihood.measures

@@ -20,6 +20,7 @@ from genscale.data.order import times_read
 from genscale.data.source_file import is_url
 from genscale.errors import UserError, nearest_divisors
 from genscale.families import family
+from genscale.interop.source_runs import give_source
 from genscale.objectives.base import Objective
 from genscale.parallel.engine import Engine, Read, named_state
 from genscale.parallel.materialise import begin_alike
@@ -83,6 +84,7 @@ def open_objective(config: Config, processes: Processes, plan: ParallelPlan, dat
     """What the run minimises, checked against its data and the way it is spread. Raises UserError."""
     processes.main_does(lambda: data.check(config.train.global_batch_size))
     objective = processes.all_do(lambda: family(config.model.family).build_objective(config, data))
+    give_source(objective, config)
     check_objective(plan, config.parallel, objective)
     check_learning_rates(config.optimizer, config.model.family, objective)
     return objective

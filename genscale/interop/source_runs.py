@@ -1,0 +1,115 @@
+"""`model.from` of the families that begin from a trained run of genscale (`capabilities.BeginsFromRun`).
+
+Only the start needs that run: what it was goes into the config, as `model.started`, and its networks, frozen or trained on, go
+into the new run's folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from genscale.checkpoint.checkpoints import Checkpoint, find_checkpoints
+from genscale.errors import UserError
+from genscale.evaluation.trained_run import TrainedRun
+from genscale.families import FAMILIES, family
+from genscale.interop.weights import Read
+from genscale.objectives.base import Objective
+from genscale.objectives.capabilities import BeginsFromRun, GeneratesImages
+from genscale.reading import Unreadable, read_yaml
+from genscale.settings.config import Config
+from genscale.settings.parser import load_config
+
+
+def begins_from_run(config: Config) -> bool:
+    """Whether `model.from` is a run of genscale, opened here."""
+    return family(config.model.family).can(BeginsFromRun)
+
+
+def with_source(config: Config, recorded: Path | None) -> Config:
+    """The config with `model.started`, what the run is that it begins from: `config`, its sections; `step`, that of its latest
+    whole checkpoint; `classes` that it is conditional on; `judges`, by the run of each classifier that `objective.rewards`
+    names, the classes of its images.
+
+    Args:
+        recorded: a checkpoint that the run goes on from. If it began from the same run, that is not looked at any more.
+
+    Raises:
+        UserError: no whole checkpoint is there; or no images with labels for a classifier.
+    """
+    name = config.model.from_  # type: ignore[attr-defined]
+    if name is None:
+        return config
+    started = _recorded(recorded, name)
+    if started is None:
+        checkpoint = _checkpoint(name)
+        started = {"config": checkpoint.config(), "step": checkpoint.step, "classes": _classes(checkpoint),
+                   "judges": _judges(config)}
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, started=started))  # type: ignore[type-var]
+
+
+def _classes(checkpoint: Checkpoint) -> list[str] | None:
+    entry = family(checkpoint.config().get("model", {}).get("family", ""))
+    return cast(GeneratesImages, _opened(checkpoint).objective).class_names if entry.can(GeneratesImages) else None
+
+
+def _judges(config: Config) -> dict[str, list[str]]:
+    from genscale.evaluation.image_scores import labels_of  # a run of texts loads no images
+
+    rewards: list[dict[str, Any]] = getattr(config.objective, "rewards", [])
+    found: dict[str, list[str]] = {}
+    for number, entry in enumerate(rewards):
+        if entry["name"] == "classifier" and entry["run"] not in found:
+            try:
+                found[entry["run"]] = labels_of(_opened(_checkpoint(entry["run"])))
+            except UserError as error:
+                raise UserError(f"objective.rewards[{number}].run: {str(error).removeprefix('model.from: ')}") from None
+    return found
+
+
+def _opened(checkpoint: Checkpoint) -> TrainedRun:
+    """A run without its weights."""
+    config, folder = load_config(FAMILIES, checkpoint.path / "config.yaml"), checkpoint.path.resolve().parents[1]
+    return TrainedRun(family(config.model.family).restore(config, folder), config, folder, torch.device("cpu"))
+
+
+def give_source(objective: Objective, config: Config) -> None:
+    """Let an objective that begins from a run read its networks."""
+    if begins_from_run(config):
+        objective.source = partial(_network, config.model)  # type: ignore[attr-defined]
+
+
+def _network(model: Any, name: str) -> Read:
+    """The weights of a network of the run: averages where it has kept some, as its samples are made with."""
+    checkpoint = _checkpoint(model.from_, model.started["step"])
+    return checkpoint.weights(name, averaged=True)
+
+
+def _recorded(recorded: Path | None, name: str) -> dict[str, Any] | None:
+    if recorded is None:
+        return None
+    try:
+        model = read_yaml(recorded / "config.yaml")["model"]
+        return model["started"] if model["from"] == name else None
+    except (OSError, Unreadable, KeyError, TypeError):
+        return None
+
+
+def _checkpoint(name: str, step: int | None = None) -> Checkpoint:
+    """The latest whole checkpoint of a run folder (or that of this step), or the one that is named. Raises UserError."""
+    try:
+        found = [each for each in find_checkpoints(Path(name).expanduser()) if step in (None, each.step)]
+    except UserError as error:
+        raise UserError(f"model.from: {error}") from None
+    problem = f"it has none of step {step}"
+    for checkpoint in reversed(found):
+        problem = f"{checkpoint.path.name} is damaged ({checkpoint.problem()})"
+        if checkpoint.problem() is None:
+            return checkpoint
+    raise UserError(f"model.from: {name} holds no whole checkpoint: {problem}; copy it again, or begin from another run")
+
+

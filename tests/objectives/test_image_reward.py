@@ -1,0 +1,216 @@
+"""Pictures by reward: the densities are exact, the gradient is that of what is maximised, and what a run began from is needed
+once only."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from genscale.checkpoint.checkpoints import find_checkpoints
+from genscale.errors import UserError
+from genscale.families import FAMILIES, family
+from genscale.families.image_reward.flow import LatentFlow, drawn_class, log_normal
+from genscale.objectives.likelihoods import LIKELIHOODS
+from genscale.rng import Draws
+from genscale.settings.parser import parse_config
+
+DIGITS = {"source": "digits", "size": 8, "channels": 1}
+MODELS: dict[str, dict[str, Any]] = {
+    "vae": {"family": "vae", "architecture": "mlp", "hidden_width": 8, "hidden_layers": 1, "latents": 3,
+            "likelihood": "bernoulli"},
+    "grey": {"family": "vae", "width": 4, "multipliers": [1, 2], "latents": 2, "latent": "spatial"},
+    "vae_gan": {"family": "vae_gan", "width": 4, "multipliers": [1, 2], "latents": 4, "discriminator_width": 4},
+    "dcgan": {"family": "dcgan", "architecture": "mlp", "width": 8, "latent": 5, "classes": 10},
+    "gpt": {"family": "gpt"},
+}  # fmt: skip
+CLASSES = [str(digit) for digit in range(10)]
+
+
+def built(run: str, **settings: Any) -> Any:
+    """The objective of a run that begins from one of `MODELS`, its weights drawn by a fixed seed."""
+    config = {"model.family": "image_reward", "model.from": run, "objective.rewards": [{"name": "brightness"}],
+              "model.layers": 4, "model.width": 8, **settings}
+    if settings.get("model.policy") == "decoder":
+        config = {key: value for key, value in config.items() if key not in ("model.layers", "model.width")} | settings
+    words = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in config.items()]
+    parsed = parse_config(FAMILIES, words)
+    started = {"config": {"model": MODELS[run], "data": DIGITS}, "step": 7, "judges": {},
+               "classes": CLASSES if MODELS[run].get("classes") else None}
+    parsed = dataclasses.replace(parsed, model=dataclasses.replace(parsed.model, started=started))
+    objective: Any = family("image_reward").build_objective(parsed, None)
+    generator = torch.Generator().manual_seed(3)
+    for network in objective.networks.values():
+        network.to_empty(device="cpu").eval()
+        for tensor in network.state_dict().values():
+            tensor.copy_(0.4 * torch.randn(tensor.shape, generator=generator))
+        for name, tensor in network.named_buffers():
+            if name.endswith("running_var"):
+                tensor.fill_(1.0)
+    return objective
+
+
+@pytest.mark.parametrize(("size", "classes"), [(5, 0), (4, 3)])
+def test_the_density_of_a_flow_is_that_of_what_it_draws(size: int, classes: int) -> None:
+    flow, generator = LatentFlow(size, layers=3, width=8, classes=classes), torch.Generator().manual_seed(1)
+    noise = torch.randn(6, size + bool(classes), generator=generator)
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    latents, labels = flow(noise)
+    found = flow(latents=latents, labels=labels)
+    for row in range(len(noise)):
+        head, own = noise[row : row + 1, : bool(classes)], noise[row, int(bool(classes)) :]
+        jacobian = torch.autograd.functional.jacobian(lambda e, head=head: flow(torch.cat([head[0], e])[None])[0][0], own)
+        true = log_normal(own[None])[0] - torch.linalg.slogdet(jacobian)[1]
+        if flow.class_logits is not None:
+            true = true + flow.class_logits().log_softmax(0)[labels[row]]
+        torch.testing.assert_close(found[row], true)
+
+
+def test_classes_are_drawn_by_their_probabilities() -> None:
+    quantiles = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    logits = torch.tensor([0.3, -2.0, 1.0])
+    shares = drawn_class(torch.special.ndtri(quantiles), logits).bincount() / 100_000
+    torch.testing.assert_close(shares, logits.softmax(0), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["bernoulli", "logistic"])
+def test_pixels_are_drawn_as_likely_as_the_likelihood_says(name: str) -> None:
+    likelihood, count = LIKELIHOODS[name], 2**20
+    location, log_scale = torch.tensor(-0.9), torch.tensor(-1.5)
+    drawn = likelihood.drawn(torch.arange(count) / count, location, log_scale)
+    values, counts = drawn.unique(return_counts=True)
+    torch.testing.assert_close(counts / count, (-likelihood.nats(values, location, log_scale)).exp(), atol=3e-6, rtol=0)
+    assert likelihood.shown(values).min() >= 0 and likelihood.shown(values).max() <= 1
+
+
+def test_gaussian_pixels_have_its_mean_and_deviation() -> None:
+    drawn = LIKELIHOODS["gaussian"].drawn(torch.arange(2**20) / 2**20, torch.tensor(0.25), torch.tensor(-1.0))
+    assert drawn.isfinite().all()
+    torch.testing.assert_close(torch.stack([drawn.mean(), drawn.std()]), torch.tensor([0.25, math.exp(-1)]), atol=1e-4, rtol=0)
+
+
+def test_the_gradient_is_that_of_reward_minus_divergence() -> None:
+    """Of a Bernoulli decoder, where both are known of every pixel."""
+    objective = built("vae", **{"model.policy": "decoder", "objective.group": 8000, "objective.beta": 0.01})
+    networks, batch = objective.networks, {"sample": torch.arange(2)}
+    bias: Tensor = networks["policy"].head.bias
+    objective.loss(networks, batch, Draws(1, "policy", 1, batch["sample"]))["loss"].div(2 * 8000).backward()
+    found, bias.grad = bias.grad, None
+    latents = Draws(1, "policy", 1, batch["sample"]).normal("latent", 3)
+    logits, reference = (networks[name](latents)[0].flatten(1) for name in ("policy", "reference"))
+    lit = logits.sigmoid()
+    divergence = lit * (torch.nn.functional.logsigmoid(logits) - torch.nn.functional.logsigmoid(reference)) \
+        + (1 - lit) * (torch.nn.functional.logsigmoid(-logits) - torch.nn.functional.logsigmoid(-reference))
+    (0.01 * divergence.sum(1) - lit.mean(1)).mean().backward()
+    true = bias.grad
+    assert found is not None and true is not None and bias.grad is not None
+    assert torch.nn.functional.cosine_similarity(found, true, dim=0) > 0.95 and abs(found.norm() / true.norm() - 1) < 0.1
+
+
+@pytest.mark.parametrize(("run", "settings", "latent_shape"), [
+    ("vae", {}, (3,)), ("grey", {}, (2, 4, 4)), ("vae_gan", {}, (4,)), ("dcgan", {}, (6,)),
+    ("dcgan", {"model.label": "3"}, (5,)), ("vae", {"model.policy": "decoder"}, (3,)),
+    ("grey", {"model.policy": "decoder"}, (2, 4, 4)),
+])  # fmt: skip
+def test_every_generator_makes_pictures_of_any_latent(run: str, settings: dict[str, Any],
+                                                      latent_shape: tuple[int, ...]) -> None:
+    objective = built(run, **settings)
+    assert objective.latent_shape == latent_shape and objective.class_names is None
+    batch = {"sample": torch.arange(3)}
+    terms = objective.loss(objective.networks, batch, Draws(1, "policy", 1, batch["sample"]))
+    assert objective.count(batch) == 24 and terms["loss"].requires_grad and terms["loss"].isfinite()
+    images = objective.generate(objective.networks, torch.randn(5, *latent_shape))
+    assert images.shape == (5, 1, 8, 8) and images.min() >= 0 and images.max() <= 1
+    with torch.no_grad():
+        found = objective.summarise(objective.evaluate(objective.networks, batch))
+    assert math.isfinite(found["gap"]) and found["reward"] == found["reward_brightness"]
+    assert objective.preview(objective.networks, 1, torch.device("cpu")).dtype.name == "uint8"
+
+
+@pytest.mark.parametrize(("run", "settings", "message"), [
+    ("dcgan", {"model.policy": "decoder"}, "model.policy: decoder .* generator of dcgan .* has none; use model.policy latent"),
+    ("vae_gan", {"model.policy": "decoder"}, "model.policy: decoder .* use model.policy latent"),
+    ("gpt", {}, "model.from: gpt is a run of model.family gpt, .* set model.family reward"),
+    ("vae", {"objective.group": 1}, "objective.group: 1 picture .* at least 2"),
+    ("vae", {"model.label": "3"}, "model.label: 3, but vae is not conditional"),
+    ("dcgan", {"model.label": "33"}, r"model.label: '33' is no class of dcgan \(did you mean '3'\?\)"),
+    ("vae", {"train.precision": "fp16"}, "train.precision: fp16 is too coarse"),
+    ("vae", {"model.policy": "decoder", "model.layers": 3}, "model.layers: 3 has no effect with model.policy decoder"),
+    ("vae", {"objective.rewards": [{"name": "exact"}]}, r"objective.rewards\[0\].name: 'exact' does not judge pictures"),
+    ("vae", {"objective.rewards": []}, "objective.rewards: names no reward"),
+])  # fmt: skip
+def test_what_has_no_density_or_no_meaning_is_refused(run: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match="^" + message):
+        built(run, **settings)
+
+
+def test_a_run_needs_the_one_it_began_from_only_once(genscale: Callable[..., Any], tmp_path: Path) -> None:
+    own = {"run.dir": tmp_path, "tracking.wandb": "disabled", "train.precision": "fp32", "train.log_every": 1}
+    source = {**{f"model.{key}": value for key, value in MODELS["vae"].items()},
+              **{f"data.{key}": value for key, value in DIGITS.items()},
+              "run.name": "vae", "train.steps": 1, "train.ema_half_life": 10, "data.validation_images": 8, **own}
+    assert genscale("train", *words(source)).code == 0
+    policy = {"model.family": "image_reward", "model.from": tmp_path / "vae", "objective.rewards": "[{name: brightness}]",
+              "model.layers": 2, "data.validation_groups": 4, "train.global_batch_size": 4, "train.steps": 4,
+              "train.checkpoint_every": 2, "run.name": "bright", **own}
+    done = genscale("train", *words(policy))
+    assert done.code == 0, done.err
+    run = tmp_path / "bright"
+    *_, last = find_checkpoints(run)
+    digest, frozen = last.digest(), last.state()["frozen"]
+    assert frozen["vae"]["origin"] == f"{tmp_path / 'vae'}, step 1" and last.networks() == ["policy"]
+    shutil.rmtree(last.path)
+    shutil.rmtree(tmp_path / "vae")
+    done = genscale("train", *words(policy))
+    assert done.code == 0, done.err
+    assert list(find_checkpoints(run))[-1].digest() == digest
+    assert genscale("sample", run, "--count", 4, "--out", tmp_path / "bright.png").code == 0
+    assert (tmp_path / "bright.png").is_file()
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    report = json.loads(genscale("evaluate", run).out)
+    assert report["gap"] == pytest.approx([line["validation_gap"] for line in logged if "validation_gap" in line][-1], rel=1e-4)
+    assert {"reward_brightness", "divergence", "flat_groups"} <= logged[0].keys()
+    message = genscale("train", *words({**policy, "run.name": "again"})).message_of_run()
+    assert message.startswith("model.from: ") and "no checkpoint here" in message
+
+
+def words(settings: dict[str, Any]) -> list[str]:
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_threes_are_found_by_a_classifier_of_the_images(genscale: Callable[..., Any], genscale_process: Callable[..., Any],
+                                                        tmp_path: Path) -> None:
+    own = {"run.dir": tmp_path, "tracking.wandb": "disabled", "train.precision": "fp32", "train.log_every": 1}
+    source = {**own, "train.steps": 300, "train.checkpoint_every": 0}
+    assert genscale("train", "--config", "configs/dcgan/digits.yaml", *words(source)).code == 0
+    judge = f"[{{name: classifier, run: {tmp_path}/dcgan-digits, label: '3'}}]"
+    policy = ["--config", "configs/reward/digits-threes.yaml", *words({**own, "model.from": tmp_path / "dcgan-digits"})]
+    done = genscale("train", *policy, *words({"train.steps": 100, "objective.rewards": judge}))
+    assert done.code == 0, done.err
+    report = json.loads(genscale("evaluate", tmp_path / "digits-threes").out)
+    assert report["reward_classifier"] > 0.6 > 0.3 > report["reward_before"]
+    last = list(find_checkpoints(tmp_path / "digits-threes"))[-1]
+    assert set(last.state()["frozen"]) == {"generator", "classifier_1"} and last.networks() == ["policy"]
+
+    few = words({"train.steps": 4, "objective.rewards": judge, "data.validation_groups": 4, "optimizer.name": "sgd"})
+    assert genscale("train", *policy, *few, "--run.name", "one").code == 0
+    done = genscale_process("train", "--processes", 2, *policy, *few, "--run.name", "two", "--parallel.strategy", "fsdp2")
+    assert done.code == 0, done.err
+    one, two = ([line["reward"] for line in map(json.loads, (tmp_path / name / "metrics.jsonl").open()) if "reward" in line]
+                for name in ("one", "two"))
+    assert len(one) == 4 and one == pytest.approx(two, rel=1e-5)
+
+    wrong = words({"run.name": "x", "objective.rewards": judge.replace("'3'", "three")})
+    message = genscale("train", *policy, *wrong).message_of_run()
+    assert message.startswith("objective.rewards[0].label: 'three' is no class of the images")
