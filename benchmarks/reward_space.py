@@ -1,7 +1,7 @@
 """All texts of a small space, so that the best possible policy is known exactly: p*(y) ~ p_ref(y) exp(r(y) / beta).
 
-Three letters and the end of text, at most five tokens: 364 texts; those of five letters are cut. Of four prompts each asks for as
-many a's as its number says (reward 1, else 0).
+Three letters and the end of text, at most five tokens: 364 texts; those of five letters are cut. Each of four prompts asks
+for as many a's as its number says: reward 1, else 0.
 """
 
 from __future__ import annotations
