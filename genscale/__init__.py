@@ -17,6 +17,7 @@ _HOMES = {"config": "genscale.api", "train": "genscale.api", "load": "genscale.a
           "StepReport": "genscale.hook", "RunResult": "genscale.training.run",
           "Family": "genscale.families.entry", "Sampling": "genscale.families.entry", "Scoring": "genscale.families.entry",
           "Objective": "genscale.objectives.base", "Phase": "genscale.objectives.base", "Data": "genscale.data.lanes",
+          "Answer": "genscale.rewards.base", "TextReward": "genscale.rewards.base", "ImageReward": "genscale.rewards.base",
           "MovingState": "genscale.models.moving_state",
           "MapData": "genscale.data.map_data", "ShardData": "genscale.data.shard_data",
           "LoaderSettings": "genscale.data.loader_settings", "SimpleObjective": "genscale.families.own",

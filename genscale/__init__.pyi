@@ -21,6 +21,9 @@ from genscale.hook import every as every
 from genscale.models.moving_state import MovingState as MovingState
 from genscale.objectives.base import Objective as Objective
 from genscale.objectives.base import Phase as Phase
+from genscale.rewards.base import Answer as Answer
+from genscale.rewards.base import ImageReward as ImageReward
+from genscale.rewards.base import TextReward as TextReward
 from genscale.settings.config import Config as Config
 from genscale.training.run import RunResult as RunResult
 

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from genscale.errors import UserError, nearest
 from genscale.families import FAMILIES
+from genscale.rewards.registry import REWARDS
 from genscale.settings.config import Config
 from genscale.settings.parser import parse_config
 
 if TYPE_CHECKING:
     from genscale.evaluation.trained_run import TrainedRun
     from genscale.hook import Hook
+    from genscale.rewards.registry import Given
     from genscale.training.run import RunResult
 
 
@@ -53,7 +55,7 @@ def read_config(path: str | Path, settings: Mapping[str, Any] | None = None) -> 
     return parse_config(FAMILIES, [f"--config={os.fspath(path)}", *_flags(settings or {})], prog="genscale")
 
 
-def train(config: Config, hooks: Sequence[Hook] = ()) -> RunResult:
+def train(config: Config, hooks: Sequence[Hook] = (), rewards: Mapping[str, Given] | None = None) -> RunResult:
     """Train as the config says, like `genscale train`: from the run folder's latest checkpoint, if there is one.
 
     In a script that `accelerate launch`, torchrun or srun starts in several processes it is one run of all of them, under the
@@ -64,6 +66,10 @@ def train(config: Config, hooks: Sequence[Hook] = ()) -> RunResult:
     Args:
         config: from `genscale.config` or `genscale.Config.from_yaml`; it is not changed.
         hooks: what else to do every so many steps: `genscale.every(50, f)`, or a `genscale.Hook`.
+        rewards: by the name that `objective.rewards` calls it, a function that judges: of a list of `genscale.Answer`, it gives
+            a number each; of images `(batch, channels, height, width)` in [0, 1], a tensor `(batch,)`. Or a class that inherits
+            from `genscale.TextReward` or `genscale.ImageReward`. What a function says is kept in the run folder, so that a run
+            that goes on need not ask again; a class may say that it is `repeatable`.
 
     Raises:
         UserError: a mistake in the settings, before the first step, or a run that has gone wrong.
@@ -80,7 +86,8 @@ def train(config: Config, hooks: Sequence[Hook] = ()) -> RunResult:
         follow_launcher(starting=True)
         with before_the_run():
             check_devices()
-        return run(config, hooks=hooks)
+        with REWARDS.knowing(rewards or {}):
+            return run(config, hooks=hooks)
 
 
 def load(path: str | Path, step: int | None = None, *, device: str | None = None, averaged: bool = True) -> TrainedRun:

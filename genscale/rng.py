@@ -142,8 +142,15 @@ class Draws:
         device: where the numbers are wanted. They are drawn on the CPU, so that every device sees the same ones.
     """
 
+    rehearsal: bool = False
+    """This is the dry batch: what is longer or shorter by chance is to be as long as it can be, and is made for nobody."""
+
     def __init__(self, seed: int, scope: str, step: int, samples: torch.Tensor, device: str | torch.device = "cpu") -> None:
         self.seed, self.scope, self.step, self.samples, self.device = seed, scope, step, samples, device
+
+    def made(self, what: str, tokens: torch.Tensor) -> None:
+        """Tell a run's trace what was made of the draws: tokens `(batch, ...)`, -1 where there is none, so that `genscale
+        compare` names the first that another run has otherwise."""
 
     def normal(self, stream: str, *shape: int) -> torch.Tensor:
         """Standard normal draws of shape `(batch, *shape)` in fp32 for the named stream."""

@@ -55,7 +55,7 @@ def test_a_family_without_a_sampler_writes_its_preview(monkeypatch, genscale, tm
 
 
 def test_every_family_is_found_by_its_name_and_has_what_its_entry_promises():
-    assert [family(name).name for name in FAMILIES] == list(FAMILIES) == ["gpt", "dcgan", "points", "vae", "vae_gan"]
+    assert [family(name).name for name in FAMILIES] == list(FAMILIES) == ["gpt", "dcgan", "points", "vae", "vae_gan", "reward"]
     with pytest.raises(UserError, match="model.family: 'vae-gan' is not one of gpt, dcgan, .* 'vae_gan'"):
         family("vae-gan")
     for name in FAMILIES:

@@ -12,9 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # A row may import itself and the rows below it. The package's own __init__ stands at the foot: importing any room runs it.
 ORDER = [
     {"cli", "__main__", "verbs", "api"}, {"cluster"}, {"planning"}, {"inspection"}, {"testing"}, {"training"}, {"supervise"},
-    {"checkpoint"}, {"tracking"}, {"interop"}, {"parallel"}, {"families"}, {"evaluation"}, {"objectives"}, {"data"}, {"models"},
-    {"hook"}, {"settings"}, {"rng"}, {"errors", "exit_codes", "reading", "writing"}, {"masking", "printable"},
-    {"__init__"}, {"process_settings"},
+    {"interop"}, {"checkpoint"}, {"tracking"}, {"parallel"}, {"families"}, {"evaluation"}, {"objectives"}, {"rewards"},
+    {"data"}, {"models"}, {"hook"}, {"settings"}, {"rng"}, {"errors", "exit_codes", "reading", "writing"},
+    {"masking", "printable"}, {"__init__"}, {"process_settings"},
 ]  # fmt: skip
 STRATEGIES = {"single", "ddp", "zero1", "zero2", "zero3", "fsdp2"}
 SPREADING = ("accelerate", "deepspeed", "torch.distributed.fsdp", "torch.distributed._composable", "torch.nn.parallel")

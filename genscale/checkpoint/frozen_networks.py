@@ -26,9 +26,12 @@ def copy_in(folder: Path, name: str) -> Path:
     return folder / FOLDER / f"{name}.safetensors"
 
 
-def keep_frozen(objective: Objective, folder: Path, checkpoint: Checkpoint | None, processes: Processes) \
-        -> tuple[Recorded, dict[str, Read]]:
+def keep_frozen(objective: Objective, folder: Path, checkpoint: Checkpoint | None, processes: Processes,
+                pretrained: Read | None = None) -> tuple[Recorded, dict[str, Read]]:
     """Write the run folder's copies where the run begins, or check them where it goes on from a checkpoint. Collective.
+
+    Args:
+        pretrained: reads the weights that the run starts from; None: those that the objective gives.
 
     Returns:
         what the checkpoints of the run say of the frozen networks, and what reads the weights of each.
@@ -36,15 +39,15 @@ def keep_frozen(objective: Objective, folder: Path, checkpoint: Checkpoint | Non
     Raises:
         UserError: a copy is missing, or is not the one that the checkpoint was trained with, or cannot be written.
     """
-    recorded = processes.main_does(lambda: _kept(objective, folder, checkpoint)) if objective.frozen else {}
+    recorded = processes.main_does(lambda: _kept(objective, folder, checkpoint, pretrained)) if objective.frozen else {}
     return recorded, {name: TensorFiles([copy_in(folder, name)]) for name in objective.frozen}
 
 
-def _kept(objective: Objective, folder: Path, checkpoint: Checkpoint | None) -> Recorded:
+def _kept(objective: Objective, folder: Path, checkpoint: Checkpoint | None, pretrained: Read | None) -> Recorded:
     try:
         make_folder(folder / FOLDER)
         if checkpoint is None:
-            return {name: _write(objective, folder, name) for name in objective.frozen}
+            return {name: _write(objective, folder, name, pretrained) for name in objective.frozen}
         recorded = recorded_in(checkpoint)
         if recorded.keys() != objective.frozen.keys():
             raise UserError(f"run.resume: the checkpoint {checkpoint.path} was trained with "
@@ -61,10 +64,10 @@ def _kept(objective: Objective, folder: Path, checkpoint: Checkpoint | None) -> 
                         "another folder") from None
 
 
-def _write(objective: Objective, folder: Path, name: str) -> dict[str, str]:
+def _write(objective: Objective, folder: Path, name: str, pretrained: Read | None) -> dict[str, str]:
     file = copy_in(folder, name)
     with drafted(file) as draft:
-        write_tensors(draft, objective.initial_weights(name), _entries(objective.networks[name]))
+        write_tensors(draft, pretrained or objective.initial_weights(name), _entries(objective.networks[name]))
         digest = sha256_of(draft)
     return {"sha256": digest, "origin": objective.frozen[name]}
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from genscale.data.conversations import conversations, read_document, said
 from genscale.data.json_values import Values, shown
+from genscale.data.prompts import prompts
 from genscale.data.spec import Filter, Spec
 from genscale.errors import UserError
 
@@ -52,7 +53,11 @@ def documents(table: Any, spec: Spec, where: str, first: int, start: int, step: 
     names = table.names if isinstance(table, Values) else table.column_names
     contents = {column: _content(rows[column], f"{spec.setting(setting)}={column}", setting, where, names, row_of)
                 for setting, column in wanted.items()}
-    if spec.pairs:
+    if spec.beside is not None:
+        beside = {column: _content(rows[column], f"{spec.setting('columns')}={column}", "columns", where, names, row_of)
+                  for column in spec.beside}
+        texts = prompts(next(iter(contents.values())), beside, spec, kept, row_of)
+    elif spec.pairs:
         try:
             texts = conversations(contents, spec, kept, row_of)
         except UserError as error:

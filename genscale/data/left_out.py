@@ -1,4 +1,4 @@
-"""Conversations that cannot be learnt from: counted, named, and too many of them an error."""
+"""Conversations that cannot be learnt from, and prompts that cannot be asked: counted, named, and too many of them an error."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class LeftOut:
         source: as `key=value`, for messages.
         bad_share: see `TextDataSettings`.
         answer_roles: the roles that answer, as `key=value`.
+        fault: what is read, and what is wrong with it, in words.
 
     Attributes:
         read, written: conversations that were read, and that the template was given (others are read ahead).
@@ -31,8 +32,9 @@ class LeftOut:
         whole: the source is being read from front to back.
     """
 
-    def __init__(self, source: str, bad_share: float, answer_roles: str) -> None:
-        self._source, self._bad_share, self._answer_roles = source, bad_share, answer_roles
+    def __init__(self, source: str, bad_share: float, answer_roles: str,
+                 fault: str = "conversations cannot be learnt from") -> None:
+        self._source, self._bad_share, self._answer_roles, self._fault = source, bad_share, answer_roles, fault
         self.read = self.written = self.unanswered = 0
         self._unreadable = self._refused = 0
         self.first: UserError | None = None
@@ -41,7 +43,7 @@ class LeftOut:
         self._names: list[str] = []
 
     def __reduce__(self) -> tuple:
-        return LeftOut, (self._source, self._bad_share, self._answer_roles)  # each process counts for itself
+        return LeftOut, (self._source, self._bad_share, self._answer_roles, self._fault)  # each process counts for itself
 
     @property
     def bad(self) -> int:
@@ -87,7 +89,7 @@ class LeftOut:
         self._judge()
         if self._names:
             more = f"; and {self.bad - len(self._names)} more" if self.bad > len(self._names) else ""
-            log.warning("%s: %d of %d conversations are left out: %s%s", self._source, self.bad, self.read,
+            log.warning("%s: %d of %d %s are left out: %s%s", self._source, self.bad, self.read, self._fault.split()[0],
                         "; ".join(self._names), more)
             self._names = []
         if 0 < self.unanswered < self.read:  # of no conversation at all an error says it
@@ -101,7 +103,7 @@ class LeftOut:
         for bad, count in ((self._unreadable, self.read), (self._refused, self.written)):
             if count >= least and bad > self._bad_share * count:
                 advice = f", or set data.bad_share above {bad / count:.3g} (also for a run that goes on)" if bad < count else ""
-                raise UserError(f"{self.first}; {bad} of {count} conversations cannot be learnt from, more than data.bad_share="
+                raise UserError(f"{self.first}; {bad} of {count} {self._fault}, more than data.bad_share="
                                 f"{self._bad_share}: mend or remove them{advice}")
 
     def _nobody(self) -> str:

@@ -28,6 +28,7 @@ from genscale.data.locations import (
     is_silence,
     open_hub,
 )
+from genscale.data.made_sums import SUMS, sums
 from genscale.data.python_texts import TEXTS
 from genscale.data.source_file import SourceFile, TooLarge, is_url
 from genscale.data.spec import TOOLS, Spec
@@ -35,7 +36,7 @@ from genscale.data.web import AGAIN
 from genscale.errors import SourceLost, UserError, as_utf8, nearest
 from genscale.masking import masked
 
-__all__ = ["PythonShard", "Shard", "Spec", "TableShard", "damaged", "find_shards", "in_parts", "known_size", "parted_shards",
+__all__ = ["MadeShard", "Shard", "Spec", "TableShard", "damaged", "find_shards", "in_parts", "known_size", "parted_shards",
            "place", "split"]
 
 
@@ -74,17 +75,19 @@ class Shard(ABC):
 
 
 @dataclass(frozen=True)
-class PythonShard(Shard):
-    """A text that every Python brings, one document a topic or module."""
+class MadeShard(Shard):
+    """What needs no file: a text that every Python brings, one document a topic or module; or made sums."""
 
     name: str
     spec: Spec
     size: int = 0
+    held_out: bool = False
 
     def rows(self, start: int = 0, residue: int = 0, modulus: int = 1, at: At | None = None) -> Iterator[Row]:
-        texts = text_values(TEXTS[self.spec.name]())
+        made = self.spec.name
+        values = text_values(TEXTS[made]()) if made in TEXTS else sums(self.held_out)
         wanted = start + (residue - start) % modulus
-        for row, text in zip(range(wanted, len(texts), modulus), documents(texts, self.spec, self.name, 0, wanted, modulus),
+        for row, text in zip(range(wanted, len(values), modulus), documents(values, self.spec, self.name, 0, wanted, modulus),
                              strict=True):
             if text is not None:
                 yield Row(row, text, None)
@@ -225,7 +228,9 @@ def _url_shards(spec: Spec, urls: Sequence[str]) -> list[Shard]:
 
 def _shards(spec: Spec) -> tuple[list[Shard], list[Shard]]:
     if spec.name in TEXTS:
-        return [PythonShard(spec.name, spec)], []
+        return [MadeShard(spec.name, spec)], []
+    if spec.name == SUMS:
+        return [MadeShard(SUMS, spec)], [MadeShard(f"{SUMS}-held-out", spec, held_out=True)]
     path = Path(spec.name).expanduser()
     if path.is_dir():
         return _folder_shards(spec, path)
@@ -234,7 +239,7 @@ def _shards(spec: Spec) -> tuple[list[Shard], list[Shard]]:
     if builder_of(path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", spec.name):
         near = nearest(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
         raise UserError(f"{spec.key}={spec.name}: there is no such file or folder{near}; give an existing one, a URL "
-                        "(https://...), a hub name, python-stdlib or python-docs")
+                        "(https://...), a hub name, python-stdlib, python-docs or sums")
     spec = replace(spec, revision=hub_revision(spec))
     return [TableShard(f"{spec.name}@{spec.revision}", 0, spec)], []
 
@@ -269,8 +274,8 @@ def _file_shards(spec: Spec, root: Path, files: Sequence[File]) -> list[Shard]:
 def place(shard: Shard) -> Any:
     """The same for shards that are read from one file, by whatever path; or from one URL, or one split of a hub dataset."""
     file = getattr(shard, "file", None)
-    if isinstance(shard, PythonShard):
-        return shard.spec.name
+    if isinstance(shard, MadeShard):
+        return shard.spec.name, shard.held_out
     if file is None:
         return shard.name, shard.spec.subset, shard.spec.split
     return file.path if is_url(file.path) else identity(file.path)

@@ -42,6 +42,7 @@ class Spec:
         prompt, answer, messages: columns of prompt/answer pairs, in the place of `column`.
         answer_roles: roles of messages that are answers.
         tools: column of the tools of a conversation, in which the name `TOOLS` need not be there.
+        beside: columns that travel with a prompt whose answer is not in the data; None where documents are no such prompts.
         bad_share: see `TextDataSettings`.
         shortest, longest: characters of the documents that are read.
         retry_minutes: how long a server that fails is tried again.
@@ -63,6 +64,7 @@ class Spec:
     messages: str | None = None
     answer_roles: tuple[str, ...] = ANSWER_ROLES
     tools: str | None = None
+    beside: tuple[str, ...] | None = None
     bad_share: float = 0.01
     shortest: int = 0
     longest: int | None = None
@@ -75,7 +77,8 @@ class Spec:
     def __post_init__(self) -> None:
         if self.left_out is None:  # one that is made of another counts with it
             roles = f"{self.setting('answer_roles')}={list(self.answer_roles)}"
-            object.__setattr__(self, "left_out", LeftOut(f"{self.key}={self.name}", self.bad_share, roles))
+            kind = "conversations cannot be learnt from" if self.beside is None else "prompts cannot be asked"
+            object.__setattr__(self, "left_out", LeftOut(f"{self.key}={self.name}", self.bad_share, roles, kind))
 
     def setting(self, name: str) -> str:
         """Full key of another setting of the same entry."""
@@ -83,14 +86,16 @@ class Spec:
 
     @property
     def pairs(self) -> bool:
-        """Whether the documents are prompt/answer pairs: a JSON list of messages each, never to be cut."""
-        return bool(self.messages or self.prompt)
+        """Whether the documents are prompts, or prompt/answer pairs: JSON each, never to be cut."""
+        return bool(self.messages or self.prompt or self.beside is not None)
 
     @property
     def content(self) -> dict[str, str]:
         """Setting -> column of what a document is made of."""
         if self.messages:
             return {"messages_column": self.messages}
+        if self.beside is not None:
+            return {"prompt_column": self.prompt or self.column}
         if not self.prompt:
             return {"column": self.column}
         return {"prompt_column": self.prompt, "answer_column": cast(str, self.answer)}
@@ -99,19 +104,21 @@ class Spec:
     def columns(self) -> list[str]:
         """Every column that is looked at; that of the tools only where it is there."""
         tools = [self.tools] if self.messages and self.tools else []
-        return list(dict.fromkeys([*self.content.values(), *(rule.column for rule in self.filters), *tools]))
+        return list(dict.fromkeys([*self.content.values(), *(self.beside or ()), *(rule.column for rule in self.filters),
+                                   *tools]))
 
     def unknown_columns(self, where: str, columns: Sequence[str]) -> UserError | None:
         """The error for a column that `where` does not have, or that several have the name of."""
         tools = {"tools_column": self.tools} if self.messages and self.tools not in (None, TOOLS) else {}
-        named = [*self.content.items(), *tools.items(), *((f"filters.{rule.column}", rule.column) for rule in self.filters)]
+        named = [*self.content.items(), *(("columns", column) for column in self.beside or ()), *tools.items(),
+                 *((f"filters.{rule.column}", rule.column) for rule in self.filters)]
         for setting, column in named:
             if columns.count(column) > 1:
                 return UserError(f"{self.setting(setting)}={column}: {where} of {self.key}={self.name} has "
                                  f"{columns.count(column)} columns of that name; rename them, or name another column")
             if column not in columns:
-                purpose = {"filters": "of the filter", "tools_column": "of the tools"}.get(setting.partition(".")[0],
-                                                                                           "that holds the text")
+                purposes = {"filters": "of the filter", "tools_column": "of the tools", "columns": "that rewards read"}
+                purpose = purposes.get(setting.partition(".")[0], "that holds the text")
                 return UserError(f"{self.setting(setting)}={column}: {where} of {self.key}={self.name} has the columns "
                                  f"{', '.join(columns)}{nearest(column, columns)}; set {self.setting(setting)} to the one "
                                  f"{purpose}")

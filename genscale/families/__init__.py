@@ -4,11 +4,11 @@ one that the running script registers (`genscale.families.registry`)."""
 from __future__ import annotations
 
 from genscale.errors import UserError, nearest
-from genscale.families import dcgan, gpt, points, vae, vae_gan
+from genscale.families import dcgan, gpt, points, reward, vae, vae_gan
 from genscale.families.entry import Family
 from genscale.families.registry import Families
 
-FAMILIES = Families({entry.FAMILY.name: entry.FAMILY for entry in (gpt, dcgan, points, vae, vae_gan)})
+FAMILIES = Families({entry.FAMILY.name: entry.FAMILY for entry in (gpt, dcgan, points, vae, vae_gan, reward)})
 """All by name; the first built-in one is that of a run without `model.family`."""
 
 

@@ -7,6 +7,7 @@ import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ PLACES = ("run.name", "run.dir", "run.resume", "run.trace")
 """Settings that say where a run lies and what is kept of it, not what it is."""
 ROUNDING = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-2, "fp8": 1e-1}
 """Largest relative difference of a loss or a gradient that the order of sums explains, by precision."""
+NO_TOKEN = -1
+"""What stands in the trace where a text has ended."""
 ROUNDING_OF_UPDATES = 1e-6
 """The same of weights after equal gradients: updates are made in fp32 at every precision."""
 Records = dict[int, dict[str, Any]]
@@ -169,6 +172,10 @@ def _malformed(record: dict[str, Any], is_trace: bool) -> str | None:
         return None
     if not isinstance(record.get("metrics", {}), dict):
         return "metrics"
+    made = record.get("made", {})
+    if not (isinstance(made, dict) and all(isinstance(samples, dict) and all(map(_is_made, samples.items()))
+                                           for samples in made.values())):
+        return "made"
     for kind in ("gradients", "weights"):
         networks = record.get(kind, {})
         if not isinstance(networks, dict) or not all(isinstance(tensors, dict) for tensors in networks.values()):
@@ -178,6 +185,12 @@ def _malformed(record: dict[str, Any], is_trace: bool) -> str | None:
                     value is None or _is_number(value) for value in values[1:]):
                 return f"{kind} {name}"
     return None
+
+
+def _is_made(sample: tuple[str, Any]) -> bool:
+    """Whether it is the number of a sample, and lists of tokens."""
+    return sample[0].isascii() and sample[0].isdigit() and isinstance(sample[1], list) and all(
+        isinstance(text, list) and all(type(token) is int for token in text) for text in sample[1])
 
 
 def _is_number(value: Any) -> bool:
@@ -231,6 +244,7 @@ def _in_step(step: int, a: dict[str, Any], b: dict[str, Any], limit: float, scal
         yield Difference(step, "batch (sample order or content)")
     if a.get("draws") != b.get("draws"):
         yield Difference(step, "draws (noise, dropout)")
+    yield from _made(step, a.get("made", {}), b.get("made", {}))
     norms = [name for name in names if name.endswith("grad_norm")]
     rates = [name for name in names if name.startswith("learning_rate")]
     for name in names:
@@ -243,6 +257,19 @@ def _in_step(step: int, a: dict[str, Any], b: dict[str, Any], limit: float, scal
         yield Difference(step, f"{name.replace('_', ' ').replace('/', ' of ')} {_shown(numbers[0][name])} and "
                                f"{_shown(numbers[1][name])}")
     yield from _networks(step, "weights", a, b, ROUNDING_OF_UPDATES)
+
+
+def _made(step: int, a: dict[str, Any], b: dict[str, Any]) -> Iterator[Difference]:
+    """The first token that is another one, where what was made is on record: from there on the runs see other texts."""
+    for name in sorted(a.keys() & b.keys()):
+        for sample in sorted(a[name].keys() & b[name].keys(), key=int):
+            for answer, pair in enumerate(zip(a[name][sample], b[name][sample], strict=False)):
+                texts = [[token for token in text if token != NO_TOKEN] for text in pair]
+                for place, tokens in enumerate(zip_longest(*texts)):
+                    if tokens[0] != tokens[1]:
+                        shown = " and ".join("none" if token is None else str(token) for token in tokens)
+                        yield Difference(step, f"sample {int(sample):,}, answer {answer}, token {place}: {shown} ({name})")
+                        return
 
 
 def _of_the_clock(name: str) -> bool:

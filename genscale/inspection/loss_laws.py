@@ -14,6 +14,7 @@ from torch import Tensor
 
 from genscale.families import family
 from genscale.inspection.audit_probe import buffers_kept, terms_of
+from genscale.interop.starting import complete_from, weights_from
 from genscale.objectives.base import Objective, Phase
 from genscale.parallel.engine import Engine
 from genscale.parallel.materialise import named_state
@@ -62,7 +63,8 @@ def look_at_losses(config: Config) -> LossFindings:
     processes = Processes(need_group=plan.needs_group)
     data = loader = None
     try:
-        data = family(config.model.family).build_data(config.data, config.run.seed)
+        config, data_settings = complete_from(config)
+        data = family(config.model.family).build_data(data_settings, config.run.seed)
         objective = open_objective(config, processes, plan, data)
         found = LossFindings(type(objective).__name__, bool(objective.averaged), objective.couples_samples)
         _look_at_weights(objective, found)
@@ -70,7 +72,7 @@ def look_at_losses(config: Config) -> LossFindings:
             return found
         engine = build_engine(plan, processes, config.parallel, config.train.precision, config.train.clip, micro_batch_size,
                               accumulation)
-        prepare(config, engine, objective, None, None)
+        prepare(config, engine, objective, None, weights_from(config))
         loader = open_loader(config, data, processes, micro_batch_size)
         batch = loader.next_batch()[0]
         for phase in objective.phases:

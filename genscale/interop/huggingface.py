@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ def find_folder(name: str) -> Path:
     if folder.exists() or not HUB_NAME.match(name):
         siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
         raise UserError(f"model.from: there is no folder {name}{nearest(folder.name, siblings)}; give a Hugging Face folder "
-                        "(config.json, *.safetensors, tokenizer.json) or the name of a model on the hub")
+                        "(config.json, *.safetensors, tokenizer.json), the name of a model on the hub, or a run folder")
     return _from_hub(name)
 
 
@@ -75,10 +74,8 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
     try:
         content = read_json(folder / CONFIG)
     except FileNotFoundError:
-        is_run = (folder / "checkpoints").is_dir() or (folder / "manifest.json").is_file()
-        advice = (f"it is a genscale run: write a Hugging Face folder with `genscale export {shlex.quote(name)} --out DIR` "
-                  "first" if is_run else "give the folder that transformers' save_pretrained wrote")
-        raise UserError(f"model.from: {name} holds no {CONFIG}; {advice}") from None
+        raise UserError(f"model.from: {name} holds no {CONFIG}; give the folder that transformers' save_pretrained wrote, or a "
+                        "run folder") from None
     except (OSError, Unreadable) as error:
         raise UserError(f"model.from: {name}: {CONFIG} cannot be read ({error}); copy the folder again") from None
     if not isinstance(content, dict):

@@ -1,4 +1,4 @@
-"""`model.from`: a run that starts from a Hugging Face model takes its shape, its tokenizer and its weights.
+"""`model.from`: a run that starts from a Hugging Face model or from another run takes its shape, tokenizer and weights.
 
 Only the start needs the model: the shape goes into the run's config.yaml, the weights into its checkpoints, and the tokenizer
 into its folder, from where a resumed run takes them.
@@ -16,12 +16,15 @@ from torch import Tensor
 from genscale.data.text.tokenizers import load_tokenizer
 from genscale.errors import UserError
 from genscale.interop.huggingface import TOKENIZER, find_folder, open_huggingface, read_settings
+from genscale.interop.own_runs import find_run, folder_of_run, settings_of_run, weights_of_run
 from genscale.interop.tokenizer_files import GENERATION_CONFIG
 from genscale.interop.weights import Read
 from genscale.reading import Unreadable, read_yaml
 from genscale.settings.config import Config
 from genscale.writing import write_whole
 
+SCRATCH = "scratch"
+"""A `model.from` that says there is nothing to start from."""
 FREE = {"family", "from_", "dropout", "attention_dropout", "loss_chunk", "init_std"}
 """Settings that are the run's own whatever it starts from."""
 
@@ -40,12 +43,11 @@ def complete_from(config: Config, recorded: Path | None = None) -> tuple[Config,
         UserError: the model cannot be read, model.* settings contradict it, or it has fewer rows than the tokenizer has ids.
     """
     name = getattr(config.model, "from_", None)
-    if name is None:
+    if name in (None, SCRATCH):
         return config, config.data
     shape = _recorded_shape(recorded, name)
     if shape is None or recorded is None:
-        folder = find_folder(name)
-        shape, tokenizer = read_settings(folder, name), folder / TOKENIZER
+        shape, tokenizer = _shape_and_tokenizer(name)
     else:
         tokenizer = recorded.resolve().parent.parent / TOKENIZER
     config = dataclasses.replace(config, model=_merged(config.model, shape, name))
@@ -58,6 +60,14 @@ def complete_from(config: Config, recorded: Path | None = None) -> tuple[Config,
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=name))
     _check_rows(config, str(tokenizer))
     return config, dataclasses.replace(config.data, tokenizer=str(tokenizer))
+
+
+def _shape_and_tokenizer(name: str) -> tuple[dict[str, Any], Path]:
+    run = find_run(name)
+    if run is not None:
+        return settings_of_run(run, name), folder_of_run(run) / TOKENIZER
+    folder = find_folder(name)
+    return read_settings(folder, name), folder / TOKENIZER
 
 
 def _recorded_shape(recorded: Path | None, name: str) -> dict[str, Any] | None:
@@ -115,9 +125,11 @@ def weights_from(config: Config) -> Read | None:
     Raises:
         UserError: as of `open_huggingface`.
     """
-    if getattr(config.model, "from_", None) is None:
+    name = getattr(config.model, "from_", None)
+    if name in (None, SCRATCH):
         return None
-    _, source = open_huggingface(config.model.from_)
+    run = find_run(name, read=True)
+    source: Read = weights_of_run(run) if run is not None else open_huggingface(name)[1]
     positions, rows = config.model.positions, config.model.vocab_size
 
     def read(name: str) -> Tensor:
@@ -133,6 +145,7 @@ def weights_from(config: Config) -> Read | None:
 
 def keep_for_export(config: Config, run: Path) -> None:
     """Copy the model's generation_config.json into the run folder, beside the tokenizer that it speaks of."""
-    file = find_folder(config.model.from_) / GENERATION_CONFIG
+    begun = find_run(config.model.from_)
+    file = (folder_of_run(begun) if begun else find_folder(config.model.from_)) / GENERATION_CONFIG
     if config.data.tokenizer == config.model.from_ and file.is_file():
         write_whole(run / GENERATION_CONFIG, file.read_bytes())

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from genscale.errors import UserError
 from genscale.rng import Draws
 from genscale.settings.config import Config
+
+if TYPE_CHECKING:
+    from genscale.rewards.collection import Rewards
 
 Networks = Mapping[str, nn.Module]
 Batch = Mapping[str, Tensor]
@@ -95,9 +98,12 @@ class Objective(ABC):
         averaged: networks that samples are made with: `train.ema_half_life` averages their weights.
         frozen: networks that no phase trains (a reference policy, a teacher, a tokenizer of images), and where the weights of
             each come from, as text for people. They are spread like the others, always compute as in evaluation, and have no
-            gradients, no optimizer and no average. `initial_weights` is asked for them when the run begins: the run folder then
-            keeps a copy (`frozen/<name>.safetensors`), and checkpoints hold its SHA-256. To build the objective again, for a
-            resume or to sample, must not need the place where they came from.
+            gradients, no optimizer and no average. When the run begins, their weights are those that `model.from` names, where
+            it names some, else those of `initial_weights`: the run folder then keeps a copy (`frozen/<name>.safetensors`), and
+            checkpoints hold its SHA-256. To build the objective again, for a resume or to sample, must not need the place where
+            they came from.
+        rewards: what judges what a policy has made, `build_rewards` of `genscale.rewards.collection`; a run gives it its folder
+            and its watchdog, and closes it. None where nothing is judged.
         couples_samples: a loss depends on which samples share a micro-batch (batch normalisation, packing): the number of
             micro-batches in a step is then part of the run.
     """
@@ -110,6 +116,7 @@ class Objective(ABC):
     higher_is_better: frozenset[str] = frozenset()
     averaged: Sequence[str] = ()
     frozen: Mapping[str, str] = {}
+    rewards: Rewards | None = None
     couples_samples: bool = False
 
     @abstractmethod

@@ -17,13 +17,15 @@ if TYPE_CHECKING:  # a registry entry names these, and must not wait for torch
 
 
 class WritesText(Protocol):
-    """Its network `gpt` continues text.
+    """One of its networks, a `GPT`, continues text.
 
     Attributes:
         tokenizer: what makes tokens of text, and text of tokens.
+        writes: name of the network.
     """
 
     tokenizer: Tokenizer
+    writes: str
 
 
 class Generates(Protocol):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
+if TYPE_CHECKING:  # a config is read, and rewards are listed, without waiting for torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -31,28 +32,53 @@ class Answer:
     member: int
 
 
-class Reward(ABC):
-    """What judges. It is built from typed settings (a dataclass), is called by every process for the samples it holds, and must
-    not depend on which stand together.
+@dataclass(frozen=True)
+class NoSettings:
+    """A reward that leaves nothing to choose."""
+
+
+class Reward:
+    """What judges. It is built from typed settings, is called by every process for the samples it holds, and must not depend on
+    which stand together.
+
+    Args:
+        asked: an instance of `settings`.
 
     Attributes:
-        settings: dataclass of what a config may say of it beside `name` and `weight`.
-        repeatable: whether it gives the same judgement whenever it is asked; one that may not is written down before it is used.
+        settings: dataclass of what a config may say of it beside `name` and `weight`; each field has a default, or must be
+            given, and a docstring. What is wrong with a value is a UserError of its `__post_init__`, "<field>: <why>".
+        repeatable: whether it judges the same whenever it is asked; what one says that may not is written down before use.
+        progress: tells the run's watchdog what a judge that takes its time is at; a run puts its own here.
+
+    Raises:
+        UserError: what it needs is not there; "<field>: <why>".
     """
 
-    settings: type
+    settings: ClassVar[type] = NoSettings
     repeatable: bool = True
 
+    def __init__(self, asked: Any) -> None:
+        self.asked = asked
+        self.progress: Callable[[str], None] = lambda doing: None
 
-class TextReward(Reward):
+    def close(self) -> None:
+        """End what it has started."""
+
+
+class TextReward(Reward, ABC):
     """A reward of texts."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of a prompt's row that it reads."""
+        return ()
 
     @abstractmethod
     def judge(self, answers: Sequence[Answer]) -> Sequence[float]:
         """What each answer is worth."""
 
 
-class ImageReward(Reward):
+class ImageReward(Reward, ABC):
     """A reward of pictures."""
 
     @abstractmethod

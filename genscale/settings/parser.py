@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from jsonargparse import (
     ActionConfigFile,
@@ -45,6 +45,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True, instantiate_subc
 COMMON_SECTIONS = {"run": RunSettings, "train": TrainSettings, "guards": GuardSettings, "optimizer": OptimizerSettings,
                    "schedule": ScheduleSettings, "parallel": ParallelSettings, "tracking": TrackingSettings}
 Families = Mapping[str, Any]
+T = TypeVar("T")
 
 
 def _load(text: str) -> Any:
@@ -155,6 +156,40 @@ def parse_settings(settings: type, arguments: Sequence[str], prog: str, descript
         elif value != field.default and (refusal := empty(f"--{field.name}", value)):  # an empty prompt is one
             raise refusal
     return parsed
+
+
+def settings_of(kind: type[T], given: Any, key: str) -> T:
+    """An instance of a dataclass of typed settings, as a plug-in brings one, from what a config has under `key`; a class that
+    is no dataclass has none.
+
+    Raises:
+        UserError: an unknown setting, one of another type, or one that is missing; in one line that begins with `key`.
+    """
+    if not isinstance(given or {}, Mapping):
+        raise UserError(f"{key}: must be a mapping of settings like {{a: 1, b: 2}}, not {given!r}")
+    values = dict(given or {})
+    fields = {as_key(field.name): field for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
+    for name in values:
+        if name not in fields:
+            there = f"the settings are {', '.join(fields)}" if fields else "it has no settings"
+            raise UserError(f"{key}.{name}: unknown key{nearest(str(name), fields)}; {there}")
+    for name, field in fields.items():
+        if name not in values and field.default is field.default_factory is dataclasses.MISSING:
+            raise UserError(f"{key}.{name}: must be set; it has no default")
+    if not fields:
+        return kind()
+    parser = RunParser()
+    parser.add_class_arguments(kind)
+    try:
+        check_numbers(values, numbers_of(kind))
+        parsed = parser.parse_object({as_field(name): value for name, value in values.items()})
+        made = kind(**vars(parser.instantiate(parsed)))
+        check_values(made, "")
+    except UserError as error:
+        raise UserError(f"{key}.{error}") from None
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise UserError(f"{key}.{one_line(str(error))}") from None
+    return made
 
 
 def split_flags(arguments: Sequence[str], belongs: Callable[[str], bool]) -> tuple[list[str], list[str]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 PATHS = ("run.resume", "model.from", "data.source", "data.sources", "data.validation_source", "data.tokenizer")
 """All of them; of `data.sources` the `source` of each entry."""
-WORDS = {"auto", "never", "bytes", "digits", "grid", "python-docs", "python-stdlib", "ring"}
+WORDS = {"auto", "never", "bytes", "digits", "grid", "python-docs", "python-stdlib", "ring", "scratch", "sums"}
 """Values of theirs that are no paths."""
 
 

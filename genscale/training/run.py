@@ -157,7 +157,7 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
            supervision: Supervision, added: Mapping[str, Hook] | None = None) -> RunResult:
     micro_batch_size, accumulation = shape
     config, data = processes.all_do(partial(open_data, config, folder))
-    loader = None
+    loader = objective = None
     try:
         objective = open_objective(config, processes, plan, data)
         sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in objective.networks.items()}
@@ -175,7 +175,7 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
         engine = build_engine(plan, processes, config.parallel, config.train.precision, config.train.clip,
                               micro_batch_size, accumulation)
         pretrained = None if checkpoint else processes.all_do(lambda: weights_from(config))
-        frozen, reads = keep_frozen(objective, folder, checkpoint, processes)
+        frozen, reads = keep_frozen(objective, folder, checkpoint, processes, pretrained)
         prepare(config, engine, objective, checkpoint, pretrained, reads)
         state = checkpoint.state() if checkpoint else {}
         loader = open_loader(config, data, processes, micro_batch_size, state)
@@ -190,6 +190,8 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
             log.info("%s: %s parameters%s, %s, %d process%s on %s, %s, accumulation %d", folder, f"{parameters:,}", beside,
                      plan.strategy,
                      processes.world_size, "es" if processes.world_size > 1 else "", kind, config.train.precision, accumulation)
+        if objective.rewards is not None:
+            objective.rewards.open(folder, processes.rank, state.get("step", 0), processes.note)
         hooks = RunHooks(config, folder, engine, objective, data, loader, state, supervision.stop,
                          supervision.owner.check if supervision.owner else None, added, frozen)
         return _loop(config, folder, engine, objective, loader, hooks, checkpoint, supervision)
@@ -199,6 +201,8 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
     finally:
         if loader is not None:
             loader.close()
+        if objective is not None and objective.rewards is not None:
+            objective.rewards.close()
         data.close()
 
 
@@ -316,12 +320,12 @@ def prepare(config: Config, engine: Engine, objective: Objective, checkpoint: Ch
     """Networks with the checkpoint's weights, or those to start from, under the strategy; then the rest of the checkpoint.
 
     Args:
-        frozen: reads the weights of the frozen networks; None: they are those that the objective gives.
+        frozen: reads the weights of the frozen networks; None: they begin as the others do.
     """
     weights: dict[str, Read] = {}
     for name in objective.networks:
         if name in objective.frozen:
-            weights[name] = frozen[name] if frozen is not None else objective.initial_weights(name)
+            weights[name] = frozen[name] if frozen is not None else pretrained or objective.initial_weights(name)
         elif checkpoint is not None:
             weights[name] = checkpoint.tensors("networks", name)
         else:

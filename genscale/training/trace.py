@@ -5,6 +5,7 @@ One JSON object a step, the same at any sharding wherever the numbers are equal 
     step        0 is the state before the first step, with `weights` alone
     batch       digest of the step's global samples (the ledger)
     draws       digest of all random numbers drawn for it
+    made        what was made of them, where a phase says so (`Draws.made`): by name and sample, the tokens
     metrics     losses, gradient norms and learning rates, as in metrics.jsonl
     gradients   by network (and update, where a step has several): after the reduction, before clipping
     weights     by network, after the step
@@ -47,6 +48,7 @@ class Trace(Hook):
     def __init__(self, folder: Path, engine: Engine, done: int, writes: Writes) -> None:
         self.engine, self.processes, self._writes = engine, engine.processes, writes
         self._draws, self._drawn = 0, set[tuple[str, int]]()
+        self._made: dict[str, dict[int, list[Any]]] = {}
         self._gradients: dict[str, Fingerprints] = {}
         if self.processes.is_main:
             self.file = MetricsFile(folder / NAME)
@@ -68,12 +70,13 @@ class Trace(Hook):
 
     def _record(self, report: StepReport) -> None:
         (draws,) = self.processes.sum_of_numbers(self._draws)
+        made = merged(self.processes.gather(self._made)) if self._made else {}
         gradients = {label: _as_json(prints.total(self.processes)) for label, prints in self._gradients.items()}
         weights = self._weights()
         self._forget()
         if self.processes.is_main:
-            self.file.append(report.step, {"batch": _hex(report.data_digest), "draws": _hex(draws), "metrics": report.metrics,
-                                           "gradients": gradients, "weights": weights})
+            self.file.append(report.step, {"batch": _hex(report.data_digest), "draws": _hex(draws), **made,
+                                           "metrics": report.metrics, "gradients": gradients, "weights": weights})
 
     def rolled_back(self, step: int) -> None:
         """The run goes on from that step: what follows it will be written again."""
@@ -96,6 +99,10 @@ class Trace(Hook):
             total = self._draws + int(digest_of(f"{stream}/{sample}/{numbers.numel()}", 0, numbers))
             self._draws = (total + 2**63) % 2**64 - 2**63  # as int64 wraps
 
+    def note_made(self, what: str, sample: int, tokens: Tensor) -> None:
+        """Tokens that were made for a sample."""
+        self._made.setdefault(what, {})[sample] = tokens.tolist()
+
     def _note_gradients(self, network: str, pieces: Iterable[Piece]) -> None:
         """By the engine, in the middle of a step."""
         label, update = network, 1
@@ -115,6 +122,7 @@ class Trace(Hook):
     def _forget(self) -> None:
         self._draws = 0
         self._drawn.clear()
+        self._made = {}
         self._gradients.clear()
 
 
@@ -132,10 +140,21 @@ class _NotedDraws(Draws):
     def keys(self, stream: str) -> Tensor:
         return self._noted(stream, super().keys(stream))
 
+    def made(self, what: str, tokens: Tensor) -> None:
+        for sample, row in zip(self.samples.tolist(), tokens.cpu(), strict=True):
+            self._trace.note_made(f"{self.scope}/{what}", sample, row)
+
     def _noted(self, stream: str, numbers: Tensor) -> Tensor:
         for sample, row in zip(self.samples.tolist(), numbers.detach().cpu(), strict=True):
             self._trace.note_draws(f"{self.scope}/{stream}", sample, row)
         return numbers
+
+
+def merged(made: list[dict[str, dict[int, list[Any]]]]) -> dict[str, Any]:
+    """What all processes made, in the order of the samples."""
+    names = dict.fromkeys(name for each in made for name in each)
+    joined = {name: {number: tokens for each in made for number, tokens in each.get(name, {}).items()} for name in names}
+    return {"made": {name: {str(number): joined[name][number] for number in sorted(joined[name])} for name in names}}
 
 
 def _as_json(prints: dict[str, Fingerprint]) -> dict[str, list[Any]]:

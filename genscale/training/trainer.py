@@ -226,6 +226,7 @@ class Trainer:
         totals: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
             draws = make_draws(self.config.run.seed, phase.name, step, batch["sample"], processes.device)
+            draws.rehearsal = rehearsal
             batch = {key: value if key == "sample" else value.to(processes.device, non_blocking=True)
                      for key, value in batch.items()}
             with engine.micro_batch(phase.network, last=index == len(batches) - 1):

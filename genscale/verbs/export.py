@@ -47,9 +47,10 @@ def main(arguments: list[str]) -> int:
     config, checkpoint = find_trained(path, step)
     run, dtype = run_of(checkpoint), {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype]
     objective = family(config.model.family).restore(config, run)
-    network = objective.networks.get("gpt")
+    writes = getattr(objective, "writes", "")
+    network = objective.networks.get(writes)
     if not isinstance(network, GPT):
-        raise UserError(f"export: {path} is a {config.model.family}; only gpt has a Hugging Face class")
+        raise UserError(f"export: {path} is a {config.model.family}; only gpt and reward have a Hugging Face class")
 
     def logits_of(tokens: torch.Tensor) -> torch.Tensor:
         device = load_weights(objective, checkpoint)
@@ -59,7 +60,7 @@ def main(arguments: list[str]) -> int:
         network.to("meta")
         return logits
 
-    weights = checkpoint.weights("gpt", averaged=True)
+    weights = checkpoint.weights(writes, averaged=True)
     source = Source(network.settings, network.vocab_size, weights, cast(WritesText, objective).tokenizer, run)
     difference = export(source, out, dtype, logits_of)
     print(f"{out}: step {checkpoint.step}, {network.parameter_count():,} parameters in {settings.dtype}")

@@ -76,7 +76,8 @@ def task_results(config: Config, checkpoint: Checkpoint | Published, tasks: list
     from genscale.families.gpt.network import GPT
 
     run, precision = open_run(config, checkpoint), _precision(config)
-    model = GenscaleLM(cast(GPT, run.networks["gpt"]), cast(WritesText, run.objective).tokenizer,
+    objective = cast(WritesText, run.objective)
+    model = GenscaleLM(cast(GPT, run.networks[objective.writes]), objective.tokenizer,
                        autocast=partial(autocast, precision, run.device),
                        batch_size=config.train.micro_batch_size or BATCH_SIZE, seed=config.run.seed)
     results = evaluate_tasks(model, tasks, include_path, limit)

@@ -157,7 +157,7 @@ def test_a_cache_changes_nothing(settings: GPTSettings) -> None:
         parts = [network(tokens[:, a:b], documents=None if given is None else given[:, a:b], cache=cache)
                  for a, b in [(0, 7), (7, 12), *((i, i + 1) for i in range(12, 20))]]
         torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(network(tokens, last_only=True), network(tokens)[:, -1:], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(network(tokens, last=1), network(tokens)[:, -1:], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("settings", [SHAPES[1], ROTARY[1], ROTARY[4]], ids=["gpt2", "llama", "qwen3"])

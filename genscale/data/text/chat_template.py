@@ -112,6 +112,10 @@ class ChatTemplate:
         """
         return self._render(messages, tools).text
 
+    def asked(self, messages: Sequence[Message]) -> str:
+        """The conversation as text, up to where the assistant's answer to it begins. Raises Refusal."""
+        return self._render(messages, None, add_generation_prompt=True).text
+
     def answers(self, messages: Sequence[Message], tools: list[Any] | None = None) -> tuple[str, list[Span]]:
         """The conversation as text, and (start, stop) of the characters that the assistant writes.
 

@@ -54,10 +54,10 @@ class TextDataSettings:
     """Text to train on."""
 
     source: list[str] | str = DEFAULT_SOURCE
-    """python-stdlib (CPython's standard library, no download), python-docs (its language reference), a local file or folder of
-    .txt, .jsonl or .parquet (plain or compressed: .gz .zst .xz .bz2), the URL of such a file (https://..., streamed), the name
-    of a Hugging Face hub dataset, or a list of these, read one after the other. A large source is read fastest in as many files
-    as there are lanes."""
+    """python-stdlib (CPython's standard library, no download), python-docs (its language reference), sums (made sums in which
+    the carry is mostly forgotten), a local file or folder of .txt, .jsonl or .parquet (plain or compressed: .gz .zst .xz .bz2),
+    the URL of such a file (https://..., streamed), the name of a Hugging Face hub dataset, or a list of these, read one after
+    the other. A large source is read fastest in as many files as there are lanes."""
     sources: Any | None = None
     """Several sources mixed by weight, in the place of source: a list of entries {source: ..., weight: ..., column: ...}."""
     subset: str | None = None
@@ -136,15 +136,18 @@ OF_ALL = ("retry_minutes", "max_record_bytes", "bad_share")
 PLACE_OF_PAIRS = ("prompt_column", "answer_column", "messages_column")
 
 
-def readings(settings: TextDataSettings) -> list[Reading]:
+def readings(settings: TextDataSettings, beside: tuple[str, ...] | None = None) -> list[Reading]:
     """The sources that a data section names: one, or the entries of `data.sources` whose weight is above 0.
+
+    Args:
+        beside: of prompts without answers, the columns that travel with them.
 
     Raises:
         UserError: both or neither are named, a weight is negative or not finite, all are zero, or an entry contradicts itself.
     """
     if settings.sources is None:
         values = {name: getattr(settings, name) for name in (*ENTRY, *OF_ALL)}
-        spec = _spec("data.source", settings.source, values, settings)
+        spec = _spec("data.source", settings.source, values, settings, beside)
         return [Reading(_label(settings.source), 1.0, spec)]
     if settings.source != DEFAULT_SOURCE:
         raise UserError(f"data.source={settings.source}: data.sources is set too; make it an entry of data.sources, or leave "
@@ -165,7 +168,7 @@ def readings(settings: TextDataSettings) -> list[Reading]:
         values = {name: getattr(entry, name) if getattr(entry, name) is not None or (name in PLACE_OF_PAIRS
                   and (own or entry.column)) else getattr(settings, name) for name in ENTRY}
         values |= {name: getattr(settings, name) for name in OF_ALL}
-        spec = _spec(f"{prefix}.source", entry.source, values, settings)
+        spec = _spec(f"{prefix}.source", entry.source, values, settings, beside)
         label, taken = entry.name or _label(entry.source), {reading.label for reading in found}
         if label in taken and entry.name:
             raise UserError(f"{prefix}.name={label}: another entry has this name; give each its own")
@@ -193,14 +196,15 @@ def _entry(prefix: str, given: Any) -> SourceSettings:
     return SourceSettings(**given)
 
 
-def validation_reading(settings: TextDataSettings) -> Spec:
+def validation_reading(settings: TextDataSettings, beside: tuple[str, ...] | None = None) -> Spec:
     """What `data.validation_source` names."""
     values = {name: getattr(settings, name) for name in (*ENTRY, *OF_ALL)} | {"split": "validation", "filters": None}
     assert settings.validation_source is not None
-    return _spec("data.validation_source", settings.validation_source, values, None)
+    return _spec("data.validation_source", settings.validation_source, values, None, beside)
 
 
-def _spec(key: str, source: Sequence[str] | str, values: dict[str, Any], settings: TextDataSettings | None) -> Spec:
+def _spec(key: str, source: Sequence[str] | str, values: dict[str, Any], settings: TextDataSettings | None,
+          beside: tuple[str, ...] | None) -> Spec:
     locations = (source,) if isinstance(source, str) else tuple(source)
     if not locations:
         raise UserError(f"{key}=[]: is an empty list; give at least one path, URL or hub name")
@@ -209,7 +213,7 @@ def _spec(key: str, source: Sequence[str] | str, values: dict[str, Any], setting
                         "hub name")
     spec = Spec(key, locations[0])
     prompt, answer, messages = (values[name] for name in PLACE_OF_PAIRS)
-    if bool(prompt) != bool(answer):
+    if beside is None and bool(prompt) != bool(answer):
         there, missing = ("prompt_column", "answer_column") if prompt else ("answer_column", "prompt_column")
         raise UserError(f"{spec.setting(there)}={values[there]}: pairs need {spec.setting(missing)} too; set both, or neither")
     if prompt and messages:
@@ -226,7 +230,7 @@ def _spec(key: str, source: Sequence[str] | str, values: dict[str, Any], setting
     return Spec(key, f"{locations[0]} and {len(several) - 1} more" if several else locations[0], values["subset"],
                 values["split"], values["column"], values["document"], locations=several,
                 filters=parse_filters(spec.setting("filters"), values["filters"]), prompt=prompt, answer=answer,
-                messages=messages, answer_roles=tuple(values["answer_roles"]), tools=values["tools_column"],
+                messages=messages, answer_roles=tuple(values["answer_roles"]), tools=values["tools_column"], beside=beside,
                 bad_share=values["bad_share"], shortest=settings.min_characters if settings else 0, longest=longest,
                 retry_minutes=values["retry_minutes"], max_record_bytes=values["max_record_bytes"])
 

@@ -56,7 +56,8 @@ def no_text(spec: Spec) -> UserError:
     """The error for a source without a document."""
     if spec.pairs and spec.left_out.first:
         return spec.left_out.first
-    what = "no conversation with an answer in column" if spec.pairs else "no text in column"
+    what = "no prompt in column" if spec.beside is not None else \
+        "no conversation with an answer in column" if spec.pairs else "no text in column"
     kept = " that the filters keep" if spec.filters or spec.shortest or spec.longest is not None else ""
     columns = "', '".join(spec.content.values())
     why = spec.left_out.no_answer() or "; give one with text, python-stdlib or python-docs"

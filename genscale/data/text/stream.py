@@ -17,6 +17,7 @@ from genscale.data.readers import Shard, parted_shards
 from genscale.data.spec import Spec
 from genscale.data.text.encoded import open_encoded
 from genscale.data.text.pairs import PairEncoder, unpack
+from genscale.data.text.prompt_encoder import PromptEncoder
 from genscale.data.text.settings import Reading, TextDataSettings
 from genscale.data.text.sources import open_source
 from genscale.data.text.tokenizers import Tokenizer
@@ -51,7 +52,7 @@ class TextStream:
                             "cached; leave data.cache out")
         self._pairs = pair_encoder(self.spec, settings, tokenizer)
         self.shards, self._held = parted_shards(self.spec)
-        self.source = _open(self.spec, settings, seed, self.shards, self._held, self._pairs)
+        self.source = open_parted(self.spec, settings, seed, self.shards, self._held, self._pairs)
         if self._pairs:
             self._pairs.check(self.source.documents())
         self.encoded = None if self._pairs else open_encoded(self.source, tokenizer, cache)
@@ -104,11 +105,11 @@ class TextStream:
 def open_training_source(spec: Spec, settings: TextDataSettings, seed: int) -> Source:
     """The documents of a source to train on; where neither it nor the settings bring others to validate on, some are held out.
     Raises UserError."""
-    return _open(spec, settings, seed, *parted_shards(spec))
+    return open_parted(spec, settings, seed, *parted_shards(spec))
 
 
-def _open(spec: Spec, settings: TextDataSettings, seed: int, training: list[Shard], held: list[Shard],
-          pairs: PairEncoder | None = None) -> Source:
+def open_parted(spec: Spec, settings: TextDataSettings, seed: int, training: list[Shard], held: list[Shard],
+                pairs: PairEncoder | PromptEncoder | None = None) -> Source:
     """The same of shards that were found; `pairs` says which documents are left out."""
     fraction = 0.0 if held or settings.validation_source is not None else settings.validation_fraction
     return open_source(spec, fraction=fraction, window=settings.shuffle_window, seed=seed, lanes=settings.lanes,

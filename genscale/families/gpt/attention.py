@@ -36,6 +36,14 @@ class KeyValueCache:
             whole[:, :, self.length:end] = new
         return held[0][:, :, :end], held[1][:, :, :end]
 
+    def repeat(self, times: int) -> None:
+        """Each row so many times, one after the other: they go on from the same tokens."""
+        for layer, held in enumerate(self._held):
+            if held is not None:
+                self._held[layer] = (held[0].repeat_interleave(times, 0), held[1].repeat_interleave(times, 0))
+        if self.documents is not None:
+            self.documents = self.documents.repeat_interleave(times, 0)
+
 
 class Attention(nn.Module):
     """Causal multi-head self-attention (Vaswani et al. 2017): `(batch, time, width)` to the same.

@@ -84,7 +84,7 @@ class _Reader:
 
     def __init__(self, network: nn.Module, positions: int, layers: int | None, capacity: int) -> None:
         self.network, self.positions = network, positions
-        self.options = {} if layers is None else {"last_only": True}
+        self.options = {} if layers is None else {"last": 1}
         self.cache = None if layers is None else KeyValueCache(layers, min(capacity, positions))
         # Every turn has another shape: compiled blocks would be compiled anew, and slower ones be left behind for training.
         compiled = any(module._compiled_call_impl is not None for module in network.modules())

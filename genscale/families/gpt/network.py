@@ -95,7 +95,7 @@ class GPT(nn.Module):
         self._shapes = {name: parameter.shape for name, parameter in self.named_parameters()}
 
     def forward(self, tokens: Tensor, *, targets: Tensor | None = None, documents: Tensor | None = None,
-                dropout_keys: Tensor | None = None, cache: KeyValueCache | None = None, last_only: bool = False) -> Tensor:
+                dropout_keys: Tensor | None = None, cache: KeyValueCache | None = None, last: int | None = None) -> Tensor:
         """Next-token logits, or the loss of given targets.
 
         Args:
@@ -104,10 +104,10 @@ class GPT(nn.Module):
             documents: `(batch, time)` int: a token sees its own document alone, and positions count from its first token.
             dropout_keys: `(batch,)` int64, what dropout draws from, one a sample; None: no dropout.
             cache: holds the tokens before these, and takes these in.
-            last_only: logits of the last position alone.
+            last: logits of so many positions at the end alone.
 
         Returns:
-            Logits `(batch, time or 1, vocab_size)`, or the loss.
+            Logits `(batch, time or last, vocab_size)`, or the loss.
         """
         x, positions, mask = self._embed(tokens, documents, cache)
         if dropout_keys is not None and self.settings.dropout:
@@ -116,7 +116,7 @@ class GPT(nn.Module):
             x = block(x, positions, mask, dropout_keys, cache)
         if cache is not None:
             cache.length += tokens.shape[1]
-        x = self.final_norm(x[:, -1:] if last_only else x)
+        x = self.final_norm(x if last is None else x[:, -last:])
         # The tied weight is used by name rather than held by a second module, so that it stands once in a state dict.
         weight = self.token_embedding.weight if self.settings.tied else self.output.weight
         if targets is None:

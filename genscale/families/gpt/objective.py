@@ -52,6 +52,7 @@ class LanguageModel(Objective):
 
     unit = "tokens"
     averaged = ("gpt",)
+    writes = "gpt"
 
     def __init__(self, network: GPT, tokenizer: Tokenizer, sequence_length: int, *, separate_documents: bool = False,
                  weights: Callable[[str], Tensor] | None = None) -> None:
@@ -163,13 +164,26 @@ def _build(config: GPTConfig, tokenizer: Tokenizer) -> LanguageModel:
     if length > positions:
         raise UserError(f"data.sequence_length: {length} is longer than model.positions {positions}; "
                         f"set data.sequence_length to at most {positions}, or model.positions to at least {length}")
-    needed = tokenizer.vocab_size
-    rounded = -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    vocab_size = config.model.vocab_size or rounded
-    if vocab_size < needed:
-        raise UserError(f"model.vocab_size: {vocab_size} is smaller than the {needed} tokens of data.tokenizer "
-                        f"{config.data.tokenizer}; the nearest allowed value is {needed} (or leave it out: {rounded})")
+    vocab_size = rows_of_embedding(config.model, tokenizer, config.data.tokenizer)
     with torch.device("meta"):  # the engine fills the parameters, or its share of them, from `initial_weights`
         network = GPT(config.model, vocab_size)
     return LanguageModel(network, tokenizer, length, separate_documents=config.data.separate_documents,
                          weights=lambda name: network.initial_weight(name, config.run.seed))
+
+
+def rows_of_embedding(settings: GPTSettings, tokenizer: Tokenizer, name: str) -> int:
+    """Rows of the embedding table: `model.vocab_size`, or the tokenizer's vocabulary rounded up.
+
+    Args:
+        name: of the tokenizer, for the message.
+
+    Raises:
+        UserError: the tokens do not fit the vocabulary.
+    """
+    needed = tokenizer.vocab_size
+    rounded = -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    rows = settings.vocab_size or rounded
+    if rows < needed:
+        raise UserError(f"model.vocab_size: {rows} is smaller than the {needed} tokens of data.tokenizer "
+                        f"{name}; the nearest allowed value is {needed} (or leave it out: {rounded})")
+    return rows

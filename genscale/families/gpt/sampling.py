@@ -23,8 +23,8 @@ def sample_gpt(run: TrainedRun, settings: TextSampling) -> None:
     Raises:
         UserError: a setting out of range, or prompts that cannot be read.
     """
-    prompts, network = prompts_of(settings), cast(GPT, run.networks["gpt"])
-    tokenizer = cast(WritesText, run.objective).tokenizer  # for whose families this is called
+    objective = cast(WritesText, run.objective)  # for whose families this is called
+    prompts, network, tokenizer = prompts_of(settings), cast(GPT, run.networks[objective.writes]), objective.tokenizer
     started, shown, drawn, total = time.perf_counter(), -1, 0, len(prompts) * settings.count
     for piece in stream_texts(network, tokenizer, prompts, tokens=settings.tokens,
                               temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p,

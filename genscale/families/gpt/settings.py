@@ -32,8 +32,8 @@ class GPTSettings:
     family: Literal["gpt"] = "gpt"
     """Kind of model."""
     from_: str | None = None
-    """Start from the weights of a Hugging Face folder or hub name (GPT-2, Llama or Qwen3); its shape becomes the model's, and
-    its tokenizer the default of data.tokenizer."""
+    """Start from the weights of a Hugging Face folder or hub name (GPT-2, Llama or Qwen3), or of a run folder or a checkpoint
+    of genscale's own; its shape becomes the model's, and its tokenizer the default of data.tokenizer."""
     preset: Literal["gpt2", "llama", "qwen3"] = "gpt2"
     """Whose choices hold for what is left out below."""
     layers: PositiveInt = 6
