@@ -25,6 +25,7 @@ VERBS = {
     "evaluate": "loss and other scores of a trained run on a data set",
     "export": "write a trained run as a Hugging Face folder",
     "families": "what model.family can be: built in, and of installed packages",
+    "rewards": "what objective.rewards can name, with its settings",
     "tokenizer": "train a byte-level BPE tokenizer",
     "data": "fill the token cache ahead of a run, or see what a run would train on",
     "compare": "the first step at which two runs differ, and in what",
@@ -35,7 +36,7 @@ VERBS = {
     "doctor": "what is wrong with this machine, or with the nodes of a job, before a run finds out",
 }
 
-PRINTING = {"sample", "evaluate", "compare", "configs", "doctor", "families", "check-family", "checkpoint list",
+PRINTING = {"sample", "evaluate", "compare", "configs", "doctor", "families", "rewards", "check-family", "checkpoint list",
             "checkpoint verify", "checkpoint digest", "data inspect", "slurm render", "slurm status", "slurm logs"}
 """What is there for what it prints."""
 
@@ -120,6 +121,8 @@ def _verb(verb: str) -> Callable[[list[str]], int]:
         from genscale.verbs.export import main as run
     elif verb == "families":
         from genscale.verbs.families import main as run
+    elif verb == "rewards":
+        from genscale.verbs.rewards import main as run
     elif verb == "tokenizer":
         from genscale.verbs.tokenizer import main as run
     elif verb == "data":

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
     {"cli", "__main__", "verbs", "api"}, {"cluster"}, {"planning"}, {"inspection"}, {"testing"}, {"training"}, {"supervise"},
     {"interop"}, {"checkpoint"}, {"tracking"}, {"parallel"}, {"families"}, {"evaluation"}, {"objectives"}, {"rewards"},
-    {"data"}, {"models"}, {"hook"}, {"settings"}, {"rng"}, {"errors", "exit_codes", "reading", "writing"},
+    {"data"}, {"models"}, {"hook"}, {"settings"}, {"rng"}, {"plugins"}, {"errors", "exit_codes", "reading", "writing"},
     {"masking", "printable"}, {"__init__"}, {"process_settings"},
 ]  # fmt: skip
 STRATEGIES = {"single", "ddp", "zero1", "zero2", "zero3", "fsdp2"}

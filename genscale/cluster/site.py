@@ -19,6 +19,8 @@ from genscale.reading import Unreadable, read_yaml
 
 CONTAINER_KINDS = ("apptainer", "pyxis")
 OF_THE_REPOSITORY = Path("launch/site.yaml")
+OF_REWARDS = "rewards"
+"""A section that is no matter of jobs (`genscale.rewards.site`)."""
 # TOKENIZERS_PARALLELISM is none, and HF_TOKEN_PATH says only where one is.
 _SECRET_NAME = re.compile(rf"(?:{'|'.join(SECRET_VARIABLES)}|\w*(?:TOKEN(?!IZ)|SECRET|PASSW|API_?KEY)\w*)(?<!_PATH)(?<!_FILE)",
                           re.IGNORECASE)
@@ -123,6 +125,8 @@ def _read(path: Path) -> Site:
     kinds, defaults = get_type_hints(Site), {each.name: each for each in dataclasses.fields(Site)}
     settings = {}
     for key, value in (content or {}).items():
+        if key == OF_REWARDS:
+            continue
         if key not in defaults:
             raise UserError(f"site.{key}: unknown key in {path}{nearest(str(key), defaults)}")
         _check_has_no_secret(str(key), value, path)

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,16 @@ def score_images(run: TrainedRun, settings: ImageScoring) -> dict[str, Any]:
     return report
 
 
+def classifier_of(run: TrainedRun) -> tuple[Classifier, list[str]]:
+    """The classifier of a run's images, the one that scores them, and the names of its classes. Raises UserError: it has no
+    labels."""
+    data, _ = _data_and_kind(run, ImageScoring(features="classifier"))
+    try:
+        return trained_classifier(data, len(data.classes or []), _kept_beside(run), run.device), list(data.classes or [])
+    finally:
+        data.close()
+
+
 def _data_and_kind(run: TrainedRun, settings: ImageScoring) -> tuple[ImagesInLanes, str]:
     """The run's images as they are, with labels where the classifier is to know them, and the name of the features."""
     kind, names = _chosen_features(run, settings), maker_of_images(run).class_names
@@ -131,9 +142,13 @@ def _chosen_features(run: TrainedRun, settings: ImageScoring) -> str | None:
     return "random" if kind is None and stack > 1 else kind
 
 
+def _kept_beside(run: TrainedRun) -> Path:
+    return run.folder.resolve().parent / "classifiers"
+
+
 def _network(kind: str, data: ImagesInLanes, run: TrainedRun, settings: ImageScoring) -> FeatureNetwork:
     if kind == "classifier":
-        return trained_classifier(data, len(data.classes or []), run.folder.resolve().parent / "classifiers", run.device)
+        return trained_classifier(data, len(data.classes or []), _kept_beside(run), run.device)
     if kind == "random":
         return RandomFeatures().to(run.device)
     assert settings.inception is not None  # or `_chosen_features` has refused

@@ -57,7 +57,7 @@ class Reward:
     settings: ClassVar[type] = NoSettings
     repeatable: bool = True
 
-    def __init__(self, asked: Any) -> None:
+    def __init__(self, asked: Any = None) -> None:
         self.asked = asked
         self.progress: Callable[[str], None] = lambda doing: None
 

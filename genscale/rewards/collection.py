@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-import math
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from genscale.errors import UserError, nearest
+from genscale.rewards.asking import insist, numbers
 from genscale.rewards.base import Answer, ImageReward, Reward, TextReward
 from genscale.rewards.entries import KEY, Entry, read_entries
+from genscale.rewards.journal import Address, Journal, hash_of
 from genscale.rewards.registry import REWARDS, GivenReward, unknown
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-log = logging.getLogger("genscale")
-TRIES = 3
-"""How often a judge is asked that fails."""
 KINDS: dict[str, type[Reward]] = {"text": TextReward, "images": ImageReward}
 WORDS = {"text": "texts", "images": "pictures"}
 
@@ -47,17 +45,26 @@ class Rewards:
         self.columns = tuple(dict.fromkeys(column for _, reward in parts if isinstance(reward, TextReward)
                                            for column in reward.columns))
         self._note: Callable[[str], None] = lambda doing: None
+        self._journal: Journal | None = None
 
     def open(self, folder: Path, rank: int, step: int, note: Callable[[str], None]) -> None:
-        """A run begins, after `step`, with this folder; `note` tells its watchdog of progress. (Journal to follow.)"""
+        """A run begins, or goes on after `step`.
+
+        Args:
+            folder: the run folder, where what judges say that may say something else when asked again is written down.
+            rank: of this process.
+            note: tells the run's watchdog of progress.
+        """
         self._note = note
-        for _, reward in self._parts:
-            reward.progress = note
+        if not all(reward.repeatable for _, reward in self._parts):
+            self._journal = Journal(folder, rank, step)
 
     def close(self) -> None:
         """End what the rewards have started."""
         for _, reward in self._parts:
             reward.close()
+        if self._journal is not None:
+            self._journal.close()
 
     def score(self, step: int, judged: Sequence[Answer] | Tensor, samples: Sequence[int] | Tensor | None = None,
               members: Sequence[int] | Tensor | None = None, scope: str = "train") -> tuple[Tensor, Tensor]:
@@ -75,18 +82,63 @@ class Rewards:
             beside the images for images.
 
         Raises:
+            SourceLost: a server that judges does not answer.
             UserError: a judge has failed, also when it was asked again.
         """
         import torch
 
+        if self._journal is not None:
+            self._journal.at(step)
         columns = []
         for name, (entry, reward) in zip(self.names, self._parts, strict=True):
-            self._note(f"step {step}, reward {name}")
-            columns.append(_asked(entry, reward, judged))
+            doing = f"step {step}, reward {name}"
+            self._note(doing)
+            reward.progress = lambda at, doing=doing: self._note(f"{doing}, {at}")  # type: ignore[misc]
+            if reward.repeatable or self._journal is None:
+                columns.append(_asked(entry, reward, judged))
+            else:
+                content = _content(judged)
+                addresses = _addresses(step, judged, samples, members, scope)
+                columns.append(_recorded(self._journal, name, entry, reward, judged, addresses, content))
         parts = torch.tensor(columns, dtype=torch.float64).T.reshape(len(judged), len(columns))
         total = parts @ torch.tensor(self.weights, dtype=torch.float64)
         device = judged.device if isinstance(judged, torch.Tensor) else None
         return parts.float().to(device), total.float().to(device)
+
+
+def _asked(entry: Entry, reward: Reward, judged: Any) -> list[float]:
+    """What one reward says, each a finite number. Raises UserError."""
+    who = f"{entry.key} ({entry.name})"
+    try:
+        return insist(lambda: numbers(reward.judge(judged), len(judged)), who)  # type: ignore[attr-defined]
+    except UserError as error:
+        raise error if str(error).startswith(who) else type(error)(f"{who}: {error}") from error.__cause__
+
+
+def _recorded(journal: Journal, name: str, entry: Entry, reward: Reward, judged: Any, addresses: Sequence[Address],
+              content: Sequence[str]) -> list[float]:
+    """The same, as it was said before where that is written down, else asked for and written down."""
+    said = [journal.said(name, address, each) for address, each in zip(addresses, content, strict=True)]
+    missing = [index for index, reward_of in enumerate(said) if reward_of is None]
+    if missing:
+        asked = judged[missing] if hasattr(judged, "shape") else [judged[index] for index in missing]
+        found = _asked(entry, reward, asked)
+        journal.keep(name, [(addresses[index], content[index], value) for index, value in zip(missing, found, strict=True)])
+        for index, value in zip(missing, found, strict=True):
+            said[index] = value
+    return [value for value in said if value is not None]
+
+
+def _addresses(step: int, judged: Any, samples: Any, members: Any, scope: str) -> list[Address]:
+    if samples is None:
+        return [Address(scope, step, int(answer.sample), int(answer.member)) for answer in judged]
+    return [Address(scope, step, int(sample), int(member)) for sample, member in zip(samples, members, strict=True)]
+
+
+def _content(judged: Any) -> list[str]:
+    if not hasattr(judged, "shape"):
+        return [hash_of(answer) for answer in judged]
+    return [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).hexdigest() for image in judged.cpu().float().contiguous()]
 
 
 def build_rewards(entries: Any, reads: Literal["text", "images"], key: str = KEY) -> Rewards:
@@ -109,7 +161,7 @@ def build_rewards(entries: Any, reads: Literal["text", "images"], key: str = KEY
 def _built(entry: Entry, reads: Literal["text", "images"]) -> Reward:
     kind, fitting = KINDS[reads], names_of(reads)
     if entry.name not in REWARDS:
-        raise UserError(f"{entry.key}.name: {unknown(entry.name, fitting)}")
+        raise UserError(f"{entry.key}.{unknown(entry.name, fitting)}")
     if not issubclass(REWARDS[entry.name], (kind, GivenReward)):
         raise UserError(f"{entry.key}.name: '{entry.name}' does not judge {WORDS[reads]}, which this policy makes; choose one "
                         f"of {', '.join(fitting)}{nearest(entry.name, fitting)}")
@@ -132,46 +184,4 @@ def names_of(reads: str) -> list[str]:
 
 
 def _numbered(names: Sequence[str]) -> list[str]:
-    seen: dict[str, int] = {}
-    for name in names:
-        seen[name] = seen.get(name, 0) + 1
-    counts: dict[str, int] = {}
-    numbered = []
-    for name in names:
-        counts[name] = counts.get(name, 0) + 1
-        numbered.append(name if counts[name] == 1 else f"{name}_{counts[name]}")
-    return numbered
-
-
-def _asked(entry: Entry, reward: Reward, judged: Any) -> list[float]:
-    """What one reward says, each a finite number. Raises UserError."""
-    for attempt in range(1, TRIES + 1):
-        try:
-            return _numbers(reward.judge(judged), len(judged))
-        except UserError as error:
-            raise UserError(f"{entry.key} ({entry.name}): {error}") from None
-        except Exception as error:  # whatever it does
-            why = str(error) if isinstance(error, _WrongAnswer) else f"{type(error).__name__}: {error}"
-            if attempt == TRIES:
-                raise UserError(f"{entry.key} ({entry.name}): {why}; asked {TRIES} times; mend the reward, and start the run "
-                                "again: it goes on from its latest checkpoint") from error
-            log.warning("%s (%s): %s; asked again, %d of %d", entry.key, entry.name, why, attempt, TRIES - 1)
-    raise AssertionError
-
-
-class _WrongAnswer(ValueError):
-    """A judge gave what is no judgement."""
-
-
-def _numbers(values: Any, count: int) -> list[float]:
-    values = values.tolist() if hasattr(values, "tolist") else values
-    try:
-        numbers = [float(value) for value in values]
-    except (TypeError, ValueError):
-        raise _WrongAnswer(f"gave {values!r:.80}, and not a number for each of {count}") from None
-    if len(numbers) != count:
-        raise _WrongAnswer(f"gave {len(numbers)} numbers for {count}")
-    for index, number in enumerate(numbers):
-        if not math.isfinite(number):
-            raise _WrongAnswer(f"gave {number} for the answer at {index} of {count}")
-    return numbers
+    return [name if not (before := names[:index].count(name)) else f"{name}_{before + 1}" for index, name in enumerate(names)]

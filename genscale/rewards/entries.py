@@ -58,11 +58,13 @@ def _entry(entry: Any, key: str) -> Entry:
         raise UserError(f"{key}.name: must be the name of a reward, not {name!r:.80}; `genscale rewards` lists them")
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
         raise UserError(f"{key}.weight: must be a finite number, not {weight!r:.80}")
-    try:
-        known = name in REWARDS
-        asked = settings_of(REWARDS[name].settings, given, key) if known else None
-    except UserError as error:
-        raise error if str(error).startswith(key) else UserError(f"{key}.name: {error}") from None
+    asked = None
+    if name in REWARDS:
+        try:
+            kind = REWARDS[name].settings
+        except UserError as error:  # of a package
+            raise UserError(f"{key}.{error}") from None
+        asked = settings_of(kind, given, key)
     return Entry(key, name, float(weight), asked, given)
 
 

@@ -78,6 +78,6 @@ class Pattern(TextReward):
             return self._match(answer.text, timeout=self.asked.seconds) is not None
         except TimeoutError:
             raise UserError(f"pattern: {self.asked.pattern!r:.80} took more than {self.asked.seconds:g} seconds (seconds) for "
-                            f"an answer of {len(answer.text):,} characters (sample {answer.sample:,}, member {answer.member}): it "
-                            "backtracks; write it so that no part can match the same text in two ways, or with possessive "
+                            f"an answer of {len(answer.text):,} characters (sample {answer.sample:,}, answer {answer.member}): "
+                            "it backtracks; write it so that no part can match the same text in two ways, or with possessive "
                             "quantifiers (a++)") from None

@@ -11,16 +11,19 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeAlias
 
 from genscale.errors import UserError, nearest
+from genscale.plugins import Plugins
 from genscale.rewards.base import ImageReward, Reward, TextReward
 
-GROUP = "genscale.rewards"
+INSTALLED = Plugins("genscale.rewards", "name", "reward")
 BUILT_IN = {
-    "exact": "texts:Exact", "one_of": "texts:OneOf", "numeric": "texts:Numeric", "length": "texts:Length",
-    "repetition": "texts:Repetition", "regex": "patterns:Pattern",
+    "exact": "texts:Exact", "one_of": "texts:OneOf", "numeric": "texts:Numeric", "arithmetic": "arithmetic:Arithmetic",
+    "length": "texts:Length", "repetition": "texts:Repetition", "regex": "patterns:Pattern", "grammar": "grammar:Grammar",
+    "json": "structure:Json", "balanced": "structure:Balanced", "likelihood": "runs:Likelihood",
+    "program": "program:ProgramReward", "http": "web:WebReward", "brightness": "pictures:Brightness",
+    "classifier": "pictures:Classified",
 }  # fmt: skip
 """By name, the module of this room and the class in it."""
 Given: TypeAlias = type[Reward] | Callable[..., Any]
@@ -28,7 +31,7 @@ Given: TypeAlias = type[Reward] | Callable[..., Any]
 
 
 class RewardRegistry(Mapping[str, type[Reward]]):
-    """Reward classes by name: built-in ones, those that the running script gives, those of installed packages.
+    """Reward classes by name.
 
     Attributes:
         given: what `genscale.train(config, rewards={"mine": f})` has brought, while it runs.
@@ -46,38 +49,35 @@ class RewardRegistry(Mapping[str, type[Reward]]):
             module, _, kind = BUILT_IN[name].partition(":")
             found: type[Reward] = getattr(import_module(f"genscale.rewards.{module}"), kind)
             return found
-        points = self._installed().get(name)
-        if points is None:
+        if name not in INSTALLED:
             raise KeyError(name)
-        return _loaded(points)
+        return INSTALLED.load_class(name, Reward)
 
     def __iter__(self) -> Iterator[str]:
         yield from self.given
-        yield from (name for name in BUILT_IN if name not in self.given)
-        yield from (name for name in sorted(self._installed()) if name not in BUILT_IN and name not in self.given)
+        yield from BUILT_IN  # whose names no other may have
+        yield from (name for name in INSTALLED.names() if name not in BUILT_IN and name not in self.given)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.given or name in BUILT_IN or name in self._installed()
+        return name in self.given or name in BUILT_IN or name in INSTALLED  # which looks through all packages
 
     def make(self, name: str, asked: Any, reads: type[Reward]) -> Reward:
         """The reward of a name, with its settings; a function that a script gives judges what the policy makes, `reads`."""
         value = self.given.get(name)
         if value is not None and not isinstance(value, type):
-            return (GivenTextReward if reads is TextReward else GivenImageReward)(value, asked)
+            return GivenTextReward(value, asked) if reads is TextReward else GivenImageReward(value, asked)
         return self[name](asked)
 
     def origin(self, name: str) -> dict[str, str]:
         """Where a reward that is not built in comes from, as JSON; empty for the others."""
+        if name in BUILT_IN:
+            return {}
         if name in self.given:
             return {"name": name, "script": getattr(sys.modules["__main__"], "__file__", None) or "a session"}
-        if name in BUILT_IN or name not in self._installed():
-            return {}
-        distribution = self._installed()[name][0].dist
-        return {"name": name, "package": distribution.name if distribution else "unknown",
-                "version": distribution.version if distribution else "unknown"}
+        return INSTALLED.origin(name)
 
     @contextmanager
     def knowing(self, given: Mapping[str, Given]) -> Iterator[None]:
@@ -86,8 +86,7 @@ class RewardRegistry(Mapping[str, type[Reward]]):
         for name, value in given.items():
             if name in BUILT_IN:
                 raise UserError(f"rewards: '{name}' is a built-in reward; give yours another name")
-            is_class = isinstance(value, type)
-            if (is_class and not issubclass(value, Reward)) or not callable(value):
+            if not callable(value) or (isinstance(value, type) and not issubclass(value, (TextReward, ImageReward))):
                 raise UserError(f"rewards: '{name}' is {value!r:.80}; it must be a function of a list of answers (or of images)"
                                 ", or a class that inherits from TextReward or ImageReward")
         before, self.given = self.given, {**self.given, **given}
@@ -96,68 +95,42 @@ class RewardRegistry(Mapping[str, type[Reward]]):
         finally:
             self.given = before
 
-    def _installed(self) -> Mapping[str, list[EntryPoint]]:
-        found: dict[str, list[EntryPoint]] = {}
-        for point in entry_points(group=GROUP):
-            found.setdefault(point.name, []).append(point)
-        return found
-
-
-def _loaded(points: list[EntryPoint]) -> type[Reward]:
-    point = points[0]
-    if len(points) > 1:
-        raise UserError(f"'{point.name}' is offered by several packages; uninstall all but one")
-    package = f"{point.dist.name}=={point.dist.version}" if point.dist else "unknown"
-    try:
-        found = point.load()
-    except Exception as error:  # whatever the package does
-        raise UserError(f"'{point.name}' of package {package} cannot be loaded ({type(error).__name__}: {error}); mend or "
-                        "update the package, or choose another reward") from None
-    if not (isinstance(found, type) and issubclass(found, (TextReward, ImageReward))):
-        raise UserError(f"'{point.name}' of package {package} is no TextReward and no ImageReward ({point.value} is "
-                        f"{found!r:.80}); update the package, or choose another reward")
-    return found
-
 
 class GivenReward(Reward):
-    """A function that the running script gives; what it judges is known where the policy is."""
+    """A function that the running script gives. Nobody knows whether it says the same when it is asked again."""
 
     repeatable = False
 
 
-class GivenTextReward(TextReward):
-    """A function of answers that the running script gives. Nobody knows whether it answers the same when asked again."""
-
-    repeatable = False
+class GivenTextReward(GivenReward, TextReward):
+    """The same where the policy writes text."""
 
     def __init__(self, function: Callable[..., Any], asked: Any) -> None:
         super().__init__(asked)
-        self.judge = function  # type: ignore[method-assign]
+        self._function = function
 
     def judge(self, answers: Any) -> Any:
         """What the function says."""
+        return self._function(answers)
 
 
-class GivenImageReward(ImageReward):
-    """The same of pictures."""
-
-    repeatable = False
+class GivenImageReward(GivenReward, ImageReward):
+    """The same where it makes pictures."""
 
     def __init__(self, function: Callable[..., Any], asked: Any) -> None:
         super().__init__(asked)
-        self.judge = function  # type: ignore[method-assign]
+        self._function = function
 
     def judge(self, images: Any) -> Any:
         """What the function says."""
+        return self._function(images)
 
 
 REWARDS = RewardRegistry()
 """All by name."""
 
 
-def unknown(name: Any, names: list[str]) -> UserError:
-    """The error for a name that no reward has."""
-    return UserError(f"'{name}' is not one of {', '.join(names)}{nearest(str(name), names)}; a config names no code: give your "
-                     "own as genscale.train(config, rewards={...}), or as an installed package with an entry point "
-                     f"{GROUP}")
-
+def unknown(name: str, names: list[str]) -> str:
+    """What is wrong with a name that no reward has."""
+    return (f"name: '{name}' is not one of {', '.join(names)}{nearest(name, names)}; a config names no code: give your own as "
+            f"genscale.train(config, rewards={{...}}), or as an installed package with an entry point {INSTALLED.group}")
