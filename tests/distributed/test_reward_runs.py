@@ -1,0 +1,91 @@
+"""The family `reward` spread over processes: the same texts and rewards under every strategy; killed, and gone on to the same
+bits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from genscale.checkpoint.checkpoints import Checkpoint, latest_valid
+from genscale.inspection.comparison import compare_runs
+from genscale.testing.processes import run, start
+from genscale.tracking.metrics_file import read_metrics
+
+STEPS = 8
+SETTINGS = {
+    "model.family": "reward", "model.from": "scratch", "model.preset": "llama", "model.layers": 2, "model.heads": 4,
+    "model.width": 64, "model.positions": 32, "model.init_std": 0.05, "data.source": "PROMPTS", "data.columns": "[answer]",
+    "data.prompt_tokens": 12, "data.row_bytes": 96, "data.validation_prompts": 6, "data.lanes": 4, "objective.tokens": 12,
+    "objective.group": 4, "objective.rewards": '[{"name": "length", "target": 3}]', "objective.beta": 0.05,
+    "train.steps": STEPS, "train.global_batch_size": 8, "train.checkpoint_every": 4, "train.evaluate_every": 4,
+    "optimizer.name": "sgd", "optimizer.lr": 0.01, "run.trace": True, "train.precision": "fp32", "train.log_every": 1,
+    "tracking.wandb": "disabled",
+}  # fmt: skip
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    file = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "+".join("1" * (n % 5 + 1)), "answer": str(n)}) + "\n" for n in range(80)))
+    return {**SETTINGS, "data.source": file}
+
+
+def words(folder: Path, strategy: str, settings: dict[str, Any]) -> list[object]:
+    place = {"run.dir": folder.parent, "run.name": folder.name, "parallel.strategy": strategy}
+    spread = [] if strategy == "single" else ["--processes", 2]
+    return ["train", *spread, *(f"--{key}={value}" for key, value in {**settings, **place}.items())]
+
+
+def train(folder: Path, strategy: str, settings: dict[str, Any]) -> Path:
+    done = run(*words(folder, strategy, settings), timeout=400)
+    assert done.code == 0, done.error
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("alone") / "run", "single", settings)
+
+
+def rewards(run: Path) -> list[float]:
+    return [line["reward"] for line in read_metrics(run / "metrics.jsonl") if "reward" in line]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_same_texts_and_rewards(settings: dict[str, Any], alone: Path, tmp_path: Path, strategy: str) -> None:
+    spread = train(tmp_path / "run", strategy, {**settings, "train.micro_batch_size": 2})
+    assert rewards(spread) == pytest.approx(rewards(alone), rel=1e-6)
+    comparison = compare_runs(alone, spread)
+    assert comparison.beyond is None, comparison.verdict  # not one token is another
+    names = {file.name.split("-0")[0].removesuffix(".safetensors") for file in (spread / "checkpoints").rglob("*.safetensors")}
+    assert names == {"policy"}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_killed_and_gone_on(settings: dict[str, Any], tmp_path: Path, strategy: str) -> None:
+    whole, killed = train(tmp_path / "whole", strategy, settings), tmp_path / "killed"
+    begun = start(*words(killed, strategy, settings))
+    while begun.process.poll() is None and not list((killed / "checkpoints").glob("step-*/manifest.json")):
+        time.sleep(0.01)
+    begun.kill()
+    begun.finish()
+    assert latest_valid(killed / "checkpoints", lambda line: None) is not None
+    train(killed, strategy, settings)
+    last = f"step-{STEPS:08d}"
+    digests = [Checkpoint(folder / "checkpoints" / last).digest() for folder in (whole, killed)]
+    assert digests[0] == digests[1] and compare_runs(whole, killed).first is None
+
+
+def test_a_checkpoint_moves_to_another_number_of_processes(settings: dict[str, Any], alone: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(alone, tmp_path / "run"))
+    shutil.rmtree(moved / "checkpoints" / f"step-{STEPS:08d}")
+    train(moved, "fsdp2", settings)
+    assert rewards(moved) == pytest.approx(rewards(alone), rel=1e-6)
