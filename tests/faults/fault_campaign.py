@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 import signal
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 from fault_runs import SETTINGS, Life, Run, Shape, make_source, training_lines, wait_for
+from random_judge import judging_at_random
 
 from genscale.data.loader import StepLoader
 from genscale.families import FAMILIES, family
@@ -20,6 +22,8 @@ from genscale.settings.parser import parse_config
 
 MOMENTS = ("saving", "step", "start", "saving", "step")
 """When to strike: as a checkpoint is written, in a step, while libraries are loaded and the run is taken up again."""
+START_SECONDS = 10.0
+"""What a start takes, about, where no run has told it yet."""
 VICTIMS = ("one rank", "all ranks", "the launcher", "everything")
 
 
@@ -166,12 +170,26 @@ def survive(family: str, strategy: str, kills: int, seed: int, folder: Path) -> 
     """A campaign on two processes, from nothing to the verdict."""
     steps = 60 + 4 * kills  # so that no run ends before a busy machine comes to kill it
     settings = {**SETTINGS[family], "data.source": make_source(family, folder / "source"), "train.steps": steps}
-    shape = Shape(strategy, 2)
-    truth, run = Run(folder / "undisturbed", settings), Run(folder / "killed", settings)
-    start_seconds = truth.run_to_end(shape)
-    deaths = Campaign(run, plan_kills(seed, kills, steps), [shape], start_seconds).complete()
+    with judging_at_random(folder) if family == "reward-http" else nullcontext() as judge:
+        settings |= judge.settings if judge else {}
+        shape = Shape(strategy, 2)
+        truth, run = Run(folder / "undisturbed", settings), Run(folder / "killed", settings)
+        start_seconds = START_SECONDS if judge else truth.run_to_end(shape)
+        deaths = Campaign(run, plan_kills(seed, kills, steps), [shape], start_seconds).complete()
+        if judge:  # who would say something else now: the undisturbed run takes what was said
+            take_rewards(truth, run)
+            asked = judge.asked
+            truth.run_to_end(shape)
+            assert judge.asked == asked, f"{judge.asked - asked} answers had not been written down"
     check_same(run, truth)
     return deaths
+
+
+def take_rewards(run: Run, other: Run) -> None:
+    """Give a run that has not begun what judges have said to another."""
+    run.folder.mkdir(parents=True)
+    for path in sorted(other.folder.glob("rewards-*.jsonl")):
+        shutil.copy(path, run.folder)
 
 
 # --- the number of processes changes between kills -----------------------------------------------------------------------

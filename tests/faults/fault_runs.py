@@ -32,18 +32,30 @@ COMMON: dict[str, Any] = {
     "train.checkpoint_keep": 2, "train.evaluate_every": 10, "train.precision": "fp32", "optimizer.lr": 1e-3,
     "tracking.wandb": "disabled",
 }  # fmt: skip
+REWARD: dict[str, Any] = {
+    **COMMON, "train.micro_batch_size": 2, "model.family": "reward", "model.from": "scratch", "model.layers": 2,
+    "model.heads": 2, "model.width": 32, "model.positions": 32, "data.prompt_tokens": 16, "data.row_bytes": 64,
+    "data.validation_prompts": 2, "objective.tokens": 8, "objective.group": 4,
+}  # fmt: skip
 IMAGES: dict[str, Any] = {**COMMON, "data.size": 16, "data.channels": 1, "train.ema_half_life": 100}
 SETTINGS: dict[str, dict[str, Any]] = {
     "gpt": {**COMMON, "train.micro_batch_size": 2, "model.layers": 2, "model.heads": 2, "model.width": 32,
             "model.positions": 32, "data.sequence_length": 32, "data.validation_blocks": 2},
     "dcgan": {**IMAGES, "model.family": "dcgan", "model.width": 4, "model.latent": 8, "train.clip": 0},
     "vae": {**IMAGES, "model.family": "vae", "model.width": 8, "model.multipliers": "[1,2]", "model.latents": 4},
+    "reward": {**REWARD, "objective.rewards": '[{"name": "length", "target": 5}]'},
+    "reward-http": REWARD,  # with what random_judge.py says of a server
 }  # fmt: skip
 
 
 def make_source(family: str, folder: Path) -> Path:
-    """What the family trains on, in a new `folder`: 8 kB of text, or 84 images that are all different; a few steps an epoch."""
+    """What the family trains on, in a new `folder`: 8 kB of text, 60 prompts, or 84 images that are all different; a few
+    steps an epoch."""
     folder.mkdir(parents=True)
+    if family.startswith("reward"):
+        path = folder / "prompts.jsonl"
+        path.write_text("".join(json.dumps({"prompt": f"prompt {number}"}) + "\n" for number in range(60)))
+        return path
     if family == "gpt":
         from pydoc_data.topics import topics
 

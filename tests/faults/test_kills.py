@@ -1,15 +1,18 @@
 """Killed at any moment, as often as you like, a run ends as the run that was never killed. Full size:
-python benchmarks/fault_table.py --only kills --kills 100."""
+python benchmarks/fault_table.py --only kills --kills 100, and for rewards: --families reward,reward-http --strategies
+ddp,zero2,zero3,fsdp2 --kills 80."""
 
 from __future__ import annotations
 
 import pytest
 
-IN_CI = {("gpt", "ddp"): 10, ("dcgan", "fsdp2"): 3, ("vae", "zero2"): 2}
+IN_CI = {("gpt", "ddp"): 10, ("dcgan", "fsdp2"): 3, ("vae", "zero2"): 2, ("reward", "zero3"): 2, ("reward-http", "ddp"): 2}
 """Kills of each family in CI, each under another strategy; the whole table takes five times as long."""
+THREE, FOUR = ("ddp", "zero2", "fsdp2"), ("ddp", "zero2", "zero3", "fsdp2")
 CELLS = [pytest.param(family, strategy, IN_CI.get((family, strategy), 10),
                       marks=() if (family, strategy) in IN_CI else pytest.mark.matrix)
-         for family in ("gpt", "dcgan", "vae") for strategy in ("ddp", "zero2", "fsdp2")]
+         for family, strategies in (("gpt", THREE), ("dcgan", THREE), ("vae", THREE), ("reward", FOUR), ("reward-http", FOUR))
+         for strategy in strategies]
 
 
 @pytest.mark.slow
