@@ -27,7 +27,10 @@ class ClassifiedSettings:
     run: str
     """Run folder of a VAE or GAN on images with labels: a small classifier of its images, which `genscale evaluate` uses too,
     is trained once in a minute and kept beside the run folder. A family may keep it with its own frozen networks."""
-    label: str
+    label: str | int
     """The class that is wished for, by its name in the data."""
     what: Literal["is", "probability"] = "is"
     """is: 1 where the class is the most likely one, else 0; probability: that of the class."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "label", str(self.label))  # what looks like a number in a list comes as one
