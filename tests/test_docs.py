@@ -27,6 +27,7 @@ from genscale.cluster.submission import print_script
 from genscale.errors import UserError
 from genscale.families import FAMILIES
 from genscale.families.registry import INSTALLED
+from genscale.hook import HOOKS
 from genscale.settings.parser import config_parser, parse, parse_config, parse_settings, split_flags, take_number, take_text
 from genscale.verbs import check_family, checkpoint, compare, slurm, sync
 from genscale.verbs.data import ACTIONS, BuildSettings, InspectSettings
@@ -294,7 +295,7 @@ def test_every_file_that_is_named_is_there():
 def test_every_python_name_that_is_named_is_there():
     named = {name for page in PAGES for name in re.findall(r"`(genscale(?:\.\w+)+)", page.read_text())}
     assert len(named) > 10
-    assert not [name for name in named if not is_there(name)]
+    assert not [name for name in named - {HOOKS.group} if not is_there(name)]
 
 
 def is_there(name: str) -> bool:

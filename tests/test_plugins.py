@@ -34,10 +34,10 @@ train: {{steps: 4, global_batch_size: 8, log_every: 1, precision: fp32, checkpoi
 tracking: {{wandb: disabled}}
 """
 
-SUMS = """
-run: {{name: sums, dir: "{folder}"}}
+ADDITIONS = """
+run: {{name: run, dir: "{folder}"}}
 model: {{family: gpt, layers: 1, heads: 1, width: 8, positions: 16}}
-data: {{source: sums, options: {{most: 19}}, filters: {{even: true}}, sequence_length: 16, lanes: 4, workers: 0}}
+data: {{source: additions, options: {{most: 19}}, filters: {{even: true}}, sequence_length: 16, lanes: 4, workers: 0}}
 train: {{steps: 4, global_batch_size: 8, log_every: 1, precision: fp32, checkpoint_every: 2}}
 hooks: {{patience: {{every: 2, looks: 50}}}}
 tracking: {{wandb: disabled}}
@@ -70,7 +70,7 @@ def config(tmp_path) -> Path:
 
 
 def test_a_packages_family_is_trained_recorded_and_named_where_it_is_missing(seen, config, tmp_path, genscale, monkeypatch):
-    listed = {line.split()[0]: line for line in genscale("families").out.splitlines()}
+    listed = {line.split()[0]: line for line in genscale("families").out.splitlines() if line}
     assert "genscale-rings  1.2.0" in listed["rings"] and listed["rings"].endswith("A flow that learns points on a ring")
     assert "cannot be loaded (ModuleNotFoundError: No module named 'no_such_library')" in listed["broken_rings"]
     assert "Width of the hidden layer." in genscale("train", "--model.family", "rings", "--help").out
@@ -96,9 +96,9 @@ def test_a_packages_family_is_trained_recorded_and_named_where_it_is_missing(see
 
 
 @pytest.fixture
-def sums(tmp_path) -> Path:
-    (tmp_path / "sums.yaml").write_text(SUMS.format(folder=tmp_path))
-    return tmp_path / "sums.yaml"
+def additions(tmp_path) -> Path:
+    (tmp_path / "additions.yaml").write_text(ADDITIONS.format(folder=tmp_path))
+    return tmp_path / "additions.yaml"
 
 
 def about(run: Path, step: int) -> dict:
@@ -106,30 +106,30 @@ def about(run: Path, step: int) -> dict:
 
 
 def test_a_packages_data_and_hook_are_chosen_by_a_config_recorded_and_named_where_they_are_missing(
-        seen, sums, tmp_path, genscale, monkeypatch):  # fmt: skip
-    run = tmp_path / "sums"
+        seen, additions, tmp_path, genscale, monkeypatch):  # fmt: skip
+    run = tmp_path / "run"
     listed = genscale("families").out
     assert listed.index("\ndata.source:\n") < listed.index("\nhooks:\n")
     rows = {line.split()[0]: line for line in listed.splitlines() if line}
-    assert rows["sums"].endswith("1.2.0  Sums of two numbers, a shard for each first one. Settings: most, edition.")
+    assert rows["additions"].endswith("1.2.0  Sums of two numbers, a shard for each first one. Settings: most, edition.")
     assert "genscale-rings" in rows["patience"] and "is no Hook" in rows["no-hook"]
-    shown = genscale("data", "inspect", "--config", sums, "--blocks", 1)
+    shown = genscale("data", "inspect", "--config", additions, "--blocks", 1)
     assert " = " in shown.out and shown.code == 0, shown.err
 
-    check_config(load_config(FAMILIES, sums), 4)  # as `genscale slurm submit` does
-    assert genscale("train", "--config", sums).code == 0
+    check_config(load_config(FAMILIES, additions), 4)  # as `genscale slurm submit` does
+    assert genscale("train", "--config", additions).code == 0
     origin = {"package": "genscale-rings", "version": "1.2.0"}
-    assert about(run, 4)["plugins"] == {"genscale.data": {"sums": {"name": "sums", **origin}},
+    assert about(run, 4)["plugins"] == {"genscale.data": {"additions": {"name": "additions", **origin}},
                                         "genscale.hooks": {"patience": {"name": "patience", **origin}}}
     assert genscale("evaluate", run).code == 0
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
     state = json.loads((run / "checkpoints" / "step-00000004" / "state.json").read_text())
     assert state["hooks"] == {"Patience": {"best": min(losses[1], losses[3]), "since": int(losses[3] >= losses[1])}}
 
-    ended = genscale("train", "--config", sums, "--train.steps", 20, "--hooks", "{patience: {every: 1, looks: 3, by: 100}}")
+    ended = genscale("train", "--config", additions, "--train.steps", 20, "--hooks", "{patience: {every: 1, looks: 3, by: 100}}")
     assert ended.code == 0, ended.err
     assert about(run, 7 - state["hooks"]["Patience"]["since"])["plugins"], "it goes on counting, and ends the run"
-    other = genscale("train", "--config", sums, "--data.options", "{most: 18}").message()
+    other = genscale("train", "--config", additions, "--data.options", "{most: 18}").message()
     assert "data.options.most (was 19, now 18)" in other
     for hooks, wrong in (("{patiense: {}}", "hooks: 'patiense' is not one of no-hook, patience (did you mean 'patience'?)"),
                          ("{patience: {looks: 0}}", "hooks.patience.looks: must be a whole number of at least 1, not 0"),
@@ -137,31 +137,31 @@ def test_a_packages_data_and_hook_are_chosen_by_a_config_recorded_and_named_wher
                          ("{patience: {look: 2}}", "hooks.patience.look: unknown key (did you mean 'looks'?)"),
                          ("{patience: 3}", "hooks.patience: must be a mapping of settings like {a: 1, b: 2}, not 3"),
                          ("{no-hook: {}}", "hooks: 'no-hook' of package genscale-rings==1.2.0 is no Hook (genscale_rings.")):
-        assert genscale("train", "--config", sums, "--hooks", hooks).message().startswith(wrong)
+        assert genscale("train", "--config", additions, "--hooks", hooks).message().startswith(wrong)
 
-    part = genscale("train", "--config", sums, "--hooks.patience.every", 5).message()
+    part = genscale("train", "--config", additions, "--hooks.patience.every", 5).message()
     assert part == "--hooks.patience.every: --hooks is given as a whole, as in --hooks '{patience: {every: VALUE}}'"
 
     monkeypatch.undo()  # the package is gone
     install = "was made with that of package genscale-rings==1.2.0: pip install genscale-rings==1.2.0"
-    again = ["train", "--config", sums, "--train.steps", 20]
+    again = ["train", "--config", additions, "--train.steps", 20]
     message = genscale(*again).message()
     assert message.startswith("hooks: 'patience' is not installed, ") and message.endswith(install), message
     for words in ([*again, "--hooks", "{}"], ["evaluate", run]):
         message = genscale(*words).message()
-        assert message.startswith("data.source: 'sums' is not installed, ") and message.endswith(install), message
+        assert message.startswith("data.source: 'additions' is not installed, ") and message.endswith(install), message
 
 
 @pytest.mark.parametrize("limit", [2**20, 0], ids=["in memory", "streamed"])
 def test_rows_of_a_source_are_the_samples_that_the_same_rows_in_files_are(seen, tmp_path, monkeypatch, limit):
     monkeypatch.setattr("genscale.data.text.sources.MEMORY_LIMIT", limit)
-    from genscale_rings.sums import Sums
+    from genscale_rings.additions import Additions
 
-    source = Sums(most=19)
+    source = Additions(most=19)
     for shard in source.shards():
         (tmp_path / f"{shard}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in source.rows(shard)))
     settings = {"filters": {"even": True}, "sequence_length": 16, "lanes": 4, "shuffle_window": 8}
-    ours = TextData(TextDataSettings(source="sums", options={"most": 19}, **settings), 1)
+    ours = TextData(TextDataSettings(source="additions", options={"most": 19}, **settings), 1)
     files = TextData(TextDataSettings(source=str(tmp_path), **settings), 1)
     for lane in (0, 3):
         expected = list(islice(files.open_lane(lane), 90))  # more than an epoch
@@ -170,7 +170,7 @@ def test_rows_of_a_source_are_the_samples_that_the_same_rows_in_files_are(seen, 
         resumed, _ = next(ours.open_lane(lane, json.loads(json.dumps(found[40][1]))))
         assert np.array_equal(resumed["tokens"], expected[41][0]["tokens"])
     assert [one["tokens"].tolist() for one in ours.validation()] == [one["tokens"].tolist() for one in files.validation()]
-    same, other, later = (TextData(TextDataSettings(source="sums", options={"most": 19, **more}, **settings), 1).plan()
+    same, other, later = (TextData(TextDataSettings(source="additions", options={"most": 19, **more}, **settings), 1).plan()
                           for more in ({}, {"most": 18}, {"edition": "2"}))
     assert same == ours.plan() and other["source_content"] != same["source_content"]
     assert limit or later["source_fingerprint"] != same["source_fingerprint"]
@@ -198,33 +198,33 @@ def test_pictures_of_a_source_are_those_of_the_same_rows_in_parquet(seen, tmp_pa
 @pytest.mark.parametrize(("settings", "refused"), [
     ({"options": {"mots": 9}}, "data.options.mots: unknown key (did you mean 'most'?); the settings are most, edition"),
     ({"options": {"most": 0}}, "data.options.most: must be a whole number of at least 1, not 0"),
-    ({"column": "txt"}, "data.column=txt: shard 'sums-000' of data.source=sums has the columns text, even"),
-    ({"source": "smus", "options": {}}, "data.options: {} are for a source of an installed package (data.source: 'smus' is not "
-                                        "one of dots, drawn, sums (did you mean 'sums'?))"),
+    ({"column": "txt"}, "data.column=txt: shard 'additions-000' of data.source=additions has the columns text, even"),
+    ({"source": "adition", "options": {}}, "data.options: {} are for a source of an installed package (data.source: 'adition' is not "
+                                        "one of additions, dots, drawn (did you mean 'additions'?))"),
     ({"source": "python-docs", "options": {"most": 9}}, "data.options: {'most': 9} are for a source of an installed package"),
     ({"source": "drawn"}, "data.source: 'drawn' of package genscale-rings==1.2.0 has other rows whenever shard 'all' is read"),
 ])  # fmt: skip
 def test_what_is_wrong_with_a_source_is_said_in_a_line(seen, tmp_path, monkeypatch, settings, refused):
     with pytest.raises(UserError) as error:
-        TextData(TextDataSettings(**{"source": "sums", **settings}), 1)
+        TextData(TextDataSettings(**{"source": "additions", **settings}), 1)
     assert str(error.value).startswith(refused)
 
 
 def test_a_path_of_the_same_name_is_not_taken_for_the_source(seen, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "sums").mkdir()
-    with pytest.raises(UserError, match="and a path here; give ./sums for the path"):
-        TextData(TextDataSettings(source="sums"), 1)
+    (tmp_path / "additions").mkdir()
+    with pytest.raises(UserError, match="and a path here; give ./additions for the path"):
+        TextData(TextDataSettings(source="additions"), 1)
 
 
 @pytest.mark.slow
 def test_two_processes_killed_and_gone_on_with_are_the_undisturbed_run(
-        installed, sums, tmp_path, genscale_process, genscale_start, genscale_finish, genscale):  # fmt: skip
+        installed, additions, tmp_path, genscale_process, genscale_start, genscale_finish, genscale):  # fmt: skip
     path = f"{ROOT}:{installed}"
-    words = ["train", "--processes", 2, "--config", sums, "--train.steps", 60, "--train.checkpoint_every", 5,
+    words = ["train", "--processes", 2, "--config", additions, "--train.steps", 60, "--train.checkpoint_every", 5,
              "--data.workers", 1]
     running = genscale_start(*words, PYTHONPATH=path)
-    metrics, deadline = tmp_path / "sums" / "metrics.jsonl", time.monotonic() + 200
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < 13:
         assert running.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
@@ -236,9 +236,9 @@ def test_two_processes_killed_and_gone_on_with_are_the_undisturbed_run(
     assert done.code == 0 and "continuing from" in done.err, done.err
     undisturbed = genscale_process(*words, "--run.name", "undisturbed", PYTHONPATH=path)
     assert undisturbed.code == 0, undisturbed.err
-    digests = [genscale("checkpoint", "digest", tmp_path / name).out for name in ("sums", "undisturbed")]
+    digests = [genscale("checkpoint", "digest", tmp_path / name).out for name in ("run", "undisturbed")]
     assert digests[0] == digests[1] != ""
-    assert json.loads((tmp_path / "sums/checkpoints/step-00000060/state.json").read_text())["hooks"]["Patience"]["best"] < 10
+    assert json.loads((tmp_path / "run/checkpoints/step-00000060/state.json").read_text())["hooks"]["Patience"]["best"] < 10
 
 
 @pytest.mark.slow

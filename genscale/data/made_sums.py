@@ -9,7 +9,6 @@ from __future__ import annotations
 from functools import lru_cache
 
 from genscale.data.json_values import Values
-from genscale.rng import numpy_generator, permutation
 
 SUMS = "sums"
 """What `data.source` calls it."""
@@ -27,6 +26,8 @@ def sums(held_out: bool) -> Values:
     Columns: `prompt` ("07+95="), `answer` (the sum, its units first: "201" is 102), `written` (what the text has for it, now
     and then the answer) and `text`, prompt and what is written.
     """
+    from genscale.rng import numpy_generator, permutation  # loads torch, for which what reads settings need not wait
+
     order = permutation(ALL, 0, SUMS)
     numbers = order[:HELD_OUT] if held_out else order[HELD_OUT:].repeat(COPIES)
     forgets = numpy_generator(0, SUMS, "carry", int(held_out)).random(len(numbers)) < FORGOTTEN

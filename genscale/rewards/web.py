@@ -21,7 +21,7 @@ from genscale.rewards.program import BEAT_SECONDS, asked_of
 from genscale.rewards.site import read_reward_site
 
 MOST_BYTES = 2**24
-"""Of a reply."""
+"""Bytes of a reply."""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 """Seconds between tries; each is twice the one before."""
 TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}

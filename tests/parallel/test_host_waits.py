@@ -45,8 +45,9 @@ def plain(name: str, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize(("name", "settings"), [
-    *((name, {}) for name in FAMILIES), *VARIANTS.items()])
+    *((name, {}) for name in FAMILIES if "reward" not in name), *VARIANTS.items()])
 def test_no_loss_waits_for_the_device(name, settings):
+    """But for those that are rewarded: who judges what was written must read it."""
     config = plain(name, **settings)
     data = family(name).build_data(config.data, config.run.seed)
     try:

@@ -8,7 +8,7 @@ import genscale
 
 
 @dataclass
-class Sums(genscale.RowSource):
+class Additions(genscale.RowSource):
     """Sums of two numbers, a shard for each first one."""
 
     most: PositiveInt = 29
@@ -17,10 +17,10 @@ class Sums(genscale.RowSource):
     """What tells these sums from other ones."""
 
     def shards(self):
-        return [f"sums-{number:03}" for number in range(self.most + 1)]
+        return [f"additions-{number:03}" for number in range(self.most + 1)]
 
     def rows(self, shard):
-        one = int(shard.removeprefix("sums-"))
+        one = int(shard.removeprefix("additions-"))
         for other in range(self.most + 1):
             yield {"text": f"{one} + {other} = {one + other}", "even": (one + other) % 2 == 0}
 
