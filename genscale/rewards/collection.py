@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +12,7 @@ from genscale.rewards.asking import insist, numbers
 from genscale.rewards.base import Answer, ImageReward, Reward, TextReward
 from genscale.rewards.entries import KEY, Entry, read_entries
 from genscale.rewards.journal import Address, Journal, hash_of
-from genscale.rewards.registry import REWARDS, GivenReward, unknown
+from genscale.rewards.registry import INSTALLED, REWARDS, GivenReward, unknown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +27,7 @@ class Rewards:
     Attributes:
         names: of the parts, for metrics `reward_<name>`; of several of one name the later ones are numbered.
         weights: of the parts.
+        judges: the rewards themselves.
         columns: those of a prompt's row that any of them reads.
 
     Example:
@@ -44,6 +45,7 @@ class Rewards:
         self.weights = [entry.weight for entry, _ in parts]
         self.columns = tuple(dict.fromkeys(column for _, reward in parts if isinstance(reward, TextReward)
                                            for column in reward.columns))
+        self.judges = [reward for _, reward in parts]
         self._note: Callable[[str], None] = lambda doing: None
         self._journal: Journal | None = None
 
@@ -65,6 +67,14 @@ class Rewards:
             reward.close()
         if self._journal is not None:
             self._journal.close()
+
+    def origins(self) -> dict[str, dict[str, str]]:
+        """Where those that are not built in come from, by name, for a checkpoint."""
+        return {entry.name: origin for entry, _ in self._parts if (origin := REWARDS.origin(entry.name))}
+
+    def other_versions(self, checkpoint: Path) -> list[str]:
+        """Packages that a checkpoint was made with in another version than is used here."""
+        return [other for name in self.origins() if (other := INSTALLED.other_version(name, checkpoint))]
 
     def score(self, step: int, judged: Sequence[Answer] | Tensor, samples: Sequence[int] | Tensor | None = None,
               members: Sequence[int] | Tensor | None = None, scope: str = "train") -> tuple[Tensor, Tensor]:
@@ -141,13 +151,15 @@ def _content(judged: Any) -> list[str]:
     return [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).hexdigest() for image in judged.cpu().float().contiguous()]
 
 
-def build_rewards(entries: Any, reads: Literal["text", "images"], key: str = KEY) -> Rewards:
+def build_rewards(entries: Any, reads: Literal["text", "images"], key: str = KEY,
+                  own: Mapping[str, Callable[[Any], Reward]] | None = None) -> Rewards:
     """The rewards that a config asks for, ready to judge.
 
     Args:
         entries: of the config, as `completed` gives them.
         reads: what the policy makes.
         key: where they stand in the config.
+        own: by name, what makes those whose networks the objective has among its own, of their settings.
 
     Raises:
         UserError: there is none of that name, it judges something else, or lacks what it needs; in one line, with the key.
@@ -155,10 +167,10 @@ def build_rewards(entries: Any, reads: Literal["text", "images"], key: str = KEY
     found = read_entries(entries, key)
     if not found:
         raise UserError(f"{key}: names no reward; give one, as [{{name: exact}}] (`genscale rewards` lists them)")
-    return Rewards([(entry, _built(entry, reads)) for entry in found])
+    return Rewards([(entry, _built(entry, reads, own or {})) for entry in found])
 
 
-def _built(entry: Entry, reads: Literal["text", "images"]) -> Reward:
+def _built(entry: Entry, reads: Literal["text", "images"], own: Mapping[str, Callable[[Any], Reward]]) -> Reward:
     kind, fitting = KINDS[reads], names_of(reads)
     if entry.name not in REWARDS:
         raise UserError(f"{entry.key}.{unknown(entry.name, fitting)}")
@@ -166,7 +178,7 @@ def _built(entry: Entry, reads: Literal["text", "images"]) -> Reward:
         raise UserError(f"{entry.key}.name: '{entry.name}' does not judge {WORDS[reads]}, which this policy makes; choose one "
                         f"of {', '.join(fitting)}{nearest(entry.name, fitting)}")
     try:
-        return REWARDS.make(entry.name, entry.asked, kind)
+        return own[entry.name](entry.asked) if entry.name in own else REWARDS.make(entry.name, entry.asked, kind)
     except UserError as error:
         raise UserError(f"{entry.key}.{error}") from None
 
