@@ -24,7 +24,8 @@ PLACES = ("run.name", "run.dir", "run.resume", "run.trace")
 """Settings that say where a run lies and what is kept of it, not what it is."""
 ROUNDING = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-2, "fp8": 1e-1}
 """Largest relative difference of a loss or a gradient that the order of sums explains, by precision."""
-DIFFERENCE_OF = {"divergence": "entropy"}
+DIFFERENCE_OF = {"divergence": "entropy", "validation_divergence": "validation_entropy",
+                 "validation_gap": "validation_entropy"}
 """Numbers that are small differences of large ones, and what is as large as these: their rounding is that of the large ones."""
 NO_TOKEN = -1
 """What stands in the trace where a text has ended."""

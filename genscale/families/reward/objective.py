@@ -136,8 +136,8 @@ class RewardTuning(Objective):
         reward = torch.cat([total.view(-1, group).double() for _, _, total in judged], 1)
         sums = {"greedy_reward": self._judged(batch, greedy, "greedy")[1].double().sum(),
                 "reward": reward[:, :group].mean(1).sum(), "divergence": (log_p - reference)[:, :group].mean(1).sum(),
-                "length": own.mask.double().sum() / group, "cut": (~own.ended).double().sum() / group,
-                "prompts": torch.tensor(float(len(reward)), dtype=torch.float64)}
+                "entropy": -log_p[:, :group].mean(1).sum(), "length": own.mask.double().sum() / group,
+                "cut": (~own.ended).double().sum() / group, "prompts": torch.tensor(float(len(reward)), dtype=torch.float64)}
         sums |= dict(zip(self.parts, judged[0][1].double().sum(0) / group, strict=True))
         return sums | ({"gap": gap_to_optimum(log_p, reference, reward, beta).sum()} if beta > 0 else {})
 
