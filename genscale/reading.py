@@ -86,10 +86,14 @@ def read_json(path: str | Path) -> Any:
     return parse_json(read_text(path, MAX_JSON_BYTES))
 
 
-def parse_json(text: str) -> Any:
-    """What a JSON text says. Raises Unreadable: it is no JSON, nested too deep, or gives a key two values."""
+def parse_json(text: str, strictly: bool = False) -> Any:
+    """What a JSON text says. Raises Unreadable: it is no JSON, nested too deep, or gives a key two values.
+
+    Args:
+        strictly: NaN and Infinity, which Python reads and writes, are no JSON.
+    """
     try:
-        content = json.loads(text, object_pairs_hook=_unique)
+        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number if strictly else None)
     except RecursionError:
         raise Unreadable(_too_deep()) from None
     except Unreadable:
@@ -110,6 +114,10 @@ def deeper(value: Any, limit: int) -> bool:
         if not level:
             return False
     return True
+
+
+def _no_number(word: str) -> Any:
+    raise Unreadable(f"is not valid JSON: {word} is no number")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -233,6 +233,7 @@ VERBS: dict[str, Callable[[list[str]], object]] = {
     "doctor": doctor, "slurm": on_slurm, "compare": lambda words: parse(compare.parser(), words),
     "checkpoint": lambda words: parse(checkpoint.parser(), words), "sync": lambda words: parse(sync.parser(), words),
     "check-family": lambda words: parse(check_family.parser(), words), "families": no_words, "configs": no_words,
+    "rewards": no_words,
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from genscale.rewards.asking import insist, numbers
 from genscale.rewards.base import Answer, ImageReward, Reward, TextReward
 from genscale.rewards.entries import KEY, Entry, read_entries
 from genscale.rewards.journal import Address, Journal, hash_of
-from genscale.rewards.registry import REWARDS, GivenReward, unknown
+from genscale.rewards.registry import INSTALLED, REWARDS, GivenReward, unknown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +67,14 @@ class Rewards:
             reward.close()
         if self._journal is not None:
             self._journal.close()
+
+    def origins(self) -> dict[str, dict[str, str]]:
+        """Where those that are not built in come from, by name, for a checkpoint."""
+        return {entry.name: origin for entry, _ in self._parts if (origin := REWARDS.origin(entry.name))}
+
+    def other_versions(self, checkpoint: Path) -> list[str]:
+        """Packages that a checkpoint was made with in another version than is used here."""
+        return [other for name in self.origins() if (other := INSTALLED.other_version(name, checkpoint))]
 
     def score(self, step: int, judged: Sequence[Answer] | Tensor, samples: Sequence[int] | Tensor | None = None,
               members: Sequence[int] | Tensor | None = None, scope: str = "train") -> tuple[Tensor, Tensor]:

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from genscale.errors import UserError, nearest
 from genscale.rewards.base import ImageReward
+from genscale.rewards.picture_settings import BrightnessSettings, ClassifiedSettings
 from genscale.rewards.runs import image_classifier
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@dataclass(frozen=True)
-class BrightnessSettings:
-    """Which brightness is wished for."""
-
-    target: float | None = None
-    """Mean of all pixels that is best, from 0 to 1 (default: the brighter the better)."""
-
-    def __post_init__(self) -> None:
-        if self.target is not None and not 0 <= self.target <= 1:
-            raise UserError(f"target: must be from 0 to 1, not {self.target:g}")
 
 
 class Brightness(ImageReward):
@@ -39,22 +27,6 @@ class Brightness(ImageReward):
         """From 0 to 1; with a target from -1 to 0."""
         mean = images.double().flatten(1).mean(1)
         return mean if self.asked.target is None else -(mean - self.asked.target).abs()
-
-
-@dataclass(frozen=True)
-class ClassifiedSettings:
-    """Which class is wished for, and whose."""
-
-    run: str
-    """Run folder of a VAE or GAN on images with labels: a small classifier of its images, which `genscale evaluate` uses too,
-    is trained once in a minute and kept beside the run folder. A family may keep it with its own frozen networks."""
-    label: str | int
-    """The class that is wished for, by its name in the data."""
-    what: Literal["is", "probability"] = "is"
-    """is: 1 where the class is the most likely one, else 0; probability: that of the class."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "label", str(self.label))  # a list's entries come as numbers where they look like some
 
 
 class Classified(ImageReward):

@@ -39,7 +39,7 @@ class Json(TextReward):
 
     def _is_right(self, text: str) -> bool:
         try:
-            return fits(parse_json(text), self.asked.schema)
+            return fits(parse_json(text, strictly=True), self.asked.schema)
         except Unreadable:
             return False
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import http.client
 import json
+import netrc
+import os
 import queue
 import threading
 import time
@@ -48,7 +52,10 @@ class _Unanswered(Exception):
 
 
 class WebReward(TextReward):
-    """What a server says of answers: {"answers": [...]} is posted to it, and {"rewards": [a number each]} is its reply."""
+    """What a server says of answers: {"answers": [...]} is posted to it, and {"rewards": [a number each]} is its reply.
+
+    Where it asks for a name and a password, they are those of `~/.netrc` for its host.
+    """
 
     settings = WebSettings
     repeatable = False
@@ -98,6 +105,14 @@ class WebReward(TextReward):
             self.progress(doing)
             time.sleep(min(left, BEAT_SECONDS))
 
+    def _headers(self) -> dict[str, str]:
+        headers = {"Content-Type": "application/json", "User-Agent": "genscale"}
+        with contextlib.suppress(OSError, netrc.NetrcParseError):
+            found = netrc.netrc(os.environ.get("NETRC")).authenticators(self._address.hostname or "")
+            if found:
+                headers["Authorization"] = "Basic " + base64.b64encode(f"{found[0]}:{found[2]}".encode()).decode()
+        return headers
+
     def _request(self, body: bytes) -> bytes:
         """One request, in a thread: a server that sends a byte now and then would never meet a socket's own deadline."""
         outcome: queue.Queue[tuple[int, bytes] | Exception] = queue.Queue()
@@ -107,7 +122,7 @@ class WebReward(TextReward):
 
         def work() -> None:
             try:
-                connection.request("POST", path, body, {"Content-Type": "application/json", "User-Agent": "genscale"})
+                connection.request("POST", path, body, self._headers())
                 response = connection.getresponse()
                 outcome.put((response.status, response.read(MOST_BYTES + 1)))
             except Exception as error:  # to be raised where it is waited for

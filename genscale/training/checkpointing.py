@@ -18,6 +18,7 @@ from genscale.data.order import merge_states
 from genscale.hook import Hook, Order, StepReport
 from genscale.objectives.base import Objective
 from genscale.parallel.engine import Engine
+from genscale.rewards.registry import INSTALLED as REWARDS
 from genscale.settings.config import Config
 from genscale.supervise.run_folder import config_yaml
 from genscale.training.evaluating import Evaluate
@@ -97,6 +98,8 @@ class KeepCheckpoints(Hook):
             state["frozen"] = self.frozen
         position = position_in_words(data["batches"] * self.config.train.global_batch_size, self.data.samples_of_epoch())
         about = provenance(self.processes.world_size, self.engine.strategy, position, self.config.model.family)
+        if self.objective.rewards is not None and (origins := self.objective.rewards.origins()):
+            about.setdefault("plugins", {})[REWARDS.group] = origins
         self.saver.start(pieces, Contents(report.step, state, config_yaml(self.config), about,
                                           best_step=best["step"] if best else None, last=report.last))
         self._best_in_flight = best

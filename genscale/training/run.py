@@ -294,6 +294,9 @@ def _resume_point(config: Config, processes: Processes, folder: Path, data: Data
         if other := FAMILIES.other_version(config.model.family, found.path):
             log.warning("%s was made with package %s: the run may go on otherwise than it would have", found.path, other)
         set_later_checkpoints_aside(folder, found.step, log.warning)
+        for other in objective.rewards.other_versions(found.path) if objective.rewards is not None else ():
+            log.warning("%s was made with a reward of package %s: the run may go on otherwise than it would have", found.path,
+                        other)
         log.info("continuing from %s%s", found.path, f" with {'; '.join(changed)}" if changed else "")
         return found
 
