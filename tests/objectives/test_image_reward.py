@@ -63,7 +63,7 @@ def test_the_density_of_a_flow_is_that_of_what_it_draws(size: int, classes: int)
     flow, generator = LatentFlow(size, layers=3, width=8, classes=classes), torch.Generator().manual_seed(1)
     noise = torch.randn(6, size + bool(classes), generator=generator)
     for parameter in flow.parameters():
-        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+        torch.nn.init.normal_(parameter, std=0.15, generator=generator)
     latents, labels = flow(noise)
     found = flow(latents=latents, labels=labels)
     for row in range(len(noise)):

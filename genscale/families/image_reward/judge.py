@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from genscale.evaluation.classifier import Classifier
 from genscale.rewards.base import ImageReward
-from genscale.rewards.pictures import Classified, ClassifiedSettings
+from genscale.rewards.picture_settings import ClassifiedSettings
+from genscale.rewards.pictures import Classified
 from genscale.rewards.runs import image_classifier
 
 

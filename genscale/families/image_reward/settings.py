@@ -23,7 +23,7 @@ class ImageRewardSettings:
     """latent: a flow draws latents, of which the frozen decoder or generator makes pictures; the reference is the normal
     distribution. decoder: the decoder of a vae is trained; the reference is the decoder as it was, frozen."""
     layers: PositiveInt = 8
-    """latent: coupling layers of the flow (Dinh et al. 2017, RealNVP)."""
+    """latent: coupling layers of the flow (Durkan et al. 2019, neural spline flows)."""
     width: PositiveInt = 64
     """latent: units in the hidden layers of a coupling layer."""
     label: str | None = None
