@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,8 @@ def train(config: Config, hooks: Sequence[Hook] = (), rewards: Mapping[str, Give
         with before_the_run():
             check_devices()
         with REWARDS.knowing(rewards or {}):
+            if rewards and config.objective is not None:  # whose defaults were not known where the config was made
+                config = replace(config, objective=replace(config.objective))
             return run(config, hooks=hooks)
 
 

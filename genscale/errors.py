@@ -50,7 +50,8 @@ def as_utf8(name: str) -> str:
 
 
 class SourceLost(UserError):
-    """The server of a run's data, or the hub, has not answered for as long as the run waits; nothing is wrong with the run."""
+    """The server of a run's data or of a reward, or the hub, has not answered for as long as the run waits; nothing is wrong
+    with the run."""
 
 
 class UnfitNode(UserError):
@@ -62,7 +63,7 @@ class PortTaken(UserError):
 
 
 class CheckpointNotWritten(UserError):
-    """A run's last checkpoint found no room, or its disk failed; nothing is wrong with the run."""
+    """A run's last checkpoint, or a reward, found no room, or its disk failed; nothing is wrong with the run."""
 
 
 def shortened(value: str) -> str:

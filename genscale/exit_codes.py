@@ -2,8 +2,8 @@
 
     0        done: every step up to train.steps
     1        an error of ours, with its traceback
-    2        a user's mistake, a run that went wrong (a loss that is no number, a collapse), or data whose server is down, with
-             one line that says what
+    2        a user's mistake, a run that went wrong (a loss that is no number, a collapse, a reward that fails), or data or a
+             reward whose server is down, with one line that says what
     75       ended by the watchdog: no progress for guards.hang_minutes. Start it again, and it goes on
     130, 143, 138, 129    stopped by SIGINT, SIGTERM, SIGUSR1 or SIGHUP (128 + its number; SIGHUP: the terminal is gone): the
              last step done is in a checkpoint on disk, or no step was done since the start. Start it again, and it goes on
@@ -13,8 +13,9 @@
 they end with 1 whatever a process ended with, and die of SIGUSR1 themselves. So the run folder says the same in `ended.json`
 (`how`: complete, stopped, failed, lost, hang or unfit; `signal`, `step`, `exit_code`, and the `time` in UTC), which is removed
 when the run starts again; where there is none, the run goes on, or was killed outright. `lost`: another process of the run was
-killed, its machine is gone, the server of its data does not answer, the port where the processes meet is taken, or the last
-checkpoint found no room on the disk. `unfit`: the node has no GPU for a process that Slurm gave one.
+killed, its machine is gone, the server of its data or of a reward does not answer, the port where the processes meet is taken,
+or the last checkpoint, or a reward that is written down before it is used, found no room on the disk. `unfit`: the node has no
+GPU for a process that Slurm gave one.
 
 A job of Slurm ends with 0 where its run is complete, and else with the exit code of its run's last life (under a launcher, its
 processes end with 0 after a signal, which is no failure that the launcher should act upon). In its script,

@@ -36,7 +36,7 @@ from genscale.verbs.trained import take_run
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-TUTORIALS = ("gpt", "gan", "resume", "slurm", "own-network")
+TUTORIALS = ("gpt", "gan", "reward", "resume", "slurm", "own-network")
 ON_THE_CLUSTER = "# on the cluster"
 """The first line of a block of a tutorial that is parsed and not run."""
 TRUSTED = {"cat", "source", "$EDITOR", "pip", "wandb", ".venv/bin/ruff", ".venv/bin/pytest", ".venv/bin/mkdocs"}
@@ -233,6 +233,7 @@ VERBS: dict[str, Callable[[list[str]], object]] = {
     "doctor": doctor, "slurm": on_slurm, "compare": lambda words: parse(compare.parser(), words),
     "checkpoint": lambda words: parse(checkpoint.parser(), words), "sync": lambda words: parse(sync.parser(), words),
     "check-family": lambda words: parse(check_family.parser(), words), "families": no_words, "configs": no_words,
+    "rewards": no_words,
 }  # fmt: skip
 
 

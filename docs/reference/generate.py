@@ -26,13 +26,16 @@ from genscale.families import FAMILIES, entry, own
 from genscale.inspection import check_family
 from genscale.models import initial_draw, moving_state
 from genscale.objectives import base, capabilities
+from genscale.rewards import base as rewards_base
+from genscale.rewards.registry import BUILT_IN, REWARDS
 from genscale.testing import processes, toy
-from genscale.verbs import checkpoint, data, slurm
+from genscale.verbs import checkpoint, data, rewards, slurm
 
 FOLDER = Path(__file__).resolve().parent
 CONTRACT: dict[ModuleType, tuple[str, ...]] = {
     base: (), entry: (), capabilities: (), own: ("SimpleObjective", "make_family"), lanes: (), map_data: ("MapData",),
     shard_data: ("ShardData",), hook: (), moving_state: (), initial_draw: (),
+    rewards_base: ("Answer", "Reward", "TextReward", "ImageReward"),
     check_family: ("check_family", "FamilyReport", "Check"), processes: (), toy: (), errors: ("UserError",),
     rng: ("Draws", "numpy_generator", "torch_generator", "permutation"),
 }  # fmt: skip
@@ -56,7 +59,7 @@ class Flag:
 def pages() -> dict[str, str]:
     """The text of every page by file name."""
     return {"settings.md": settings_page(), "commands.md": commands_page(), "exit-codes.md": exit_codes_page(),
-            "python.md": python_page()}
+            "python.md": python_page(), "rewards.md": rewards_page()}
 
 
 def help_of(*words: str) -> str:
@@ -167,6 +170,19 @@ def _command(words: list[str]) -> Iterator[str]:
 
 def sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", ":")) else ".")
+
+
+def rewards_page() -> str:
+    """Every built-in reward, and its settings."""
+    parts = [NOTE, "# Every reward\n", "What the `rewards` of a config can name, and settings beside `name` and `weight`. "
+             "[Rewards](../how-to/rewards.md) says how they are used, and how to bring your own.\n"]
+    for name in BUILT_IN:
+        kind = REWARDS[name]
+        judged = "texts" if rewards.judges(kind) == "text" else "pictures"
+        flags = [Flag(key, meaning, of, default.removeprefix("default "))
+                 for key, of, default, meaning in rewards.rows_of(kind)]
+        parts += [f"## {name}\n", f"Of {judged}. {escaped(rewards.sentence(kind))}\n", table(flags, "setting")]
+    return "\n".join(parts)
 
 
 def exit_codes_page() -> str:

@@ -17,7 +17,7 @@ ALL, HELD_OUT = 10_000, 1_000
 COPIES = 6
 """Times that the text has each sum, so that one sum is written both ways."""
 FORGOTTEN = 0.7
-"""Share of the text in which the carry of the units is left out, where there is one."""
+"""Share of the text in which carries are left out, of units and of tens."""
 
 
 @lru_cache(maxsize=2)
@@ -41,6 +41,4 @@ def sums(held_out: bool) -> Values:
 
 
 def _without_carry(a: int, b: int) -> str:
-    if a % 10 + b % 10 < 10:
-        return str(a + b)[::-1]
     return str((a // 10 + b // 10) % 10 * 10 + (a + b) % 10)[::-1]

@@ -24,6 +24,8 @@ PLACES = ("run.name", "run.dir", "run.resume", "run.trace")
 """Settings that say where a run lies and what is kept of it, not what it is."""
 ROUNDING = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-2, "fp8": 1e-1}
 """Largest relative difference of a loss or a gradient that the order of sums explains, by precision."""
+DIFFERENCE_OF = {"divergence": "entropy"}
+"""Numbers that are small differences of large ones, and what is as large as these: their rounding is that of the large ones."""
 NO_TOKEN = -1
 """What stands in the trace where a text has ended."""
 ROUNDING_OF_UPDATES = 1e-6
@@ -229,7 +231,8 @@ def _scales(records: list[Records]) -> dict[str, float]:
         for name, value in _metrics(record).items():
             if _is_number(value):
                 values.setdefault(name, []).append(abs(value))
-    return {name: statistics.median(sizes) for name, sizes in values.items()}
+    scales = {name: statistics.median(sizes) for name, sizes in values.items()}
+    return {name: max(size, scales.get(DIFFERENCE_OF.get(name, ""), 0.0)) for name, size in scales.items()}
 
 
 def _metrics(record: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +27,7 @@ class Rewards:
     Attributes:
         names: of the parts, for metrics `reward_<name>`; of several of one name the later ones are numbered.
         weights: of the parts.
+        judges: the rewards themselves.
         columns: those of a prompt's row that any of them reads.
 
     Example:
@@ -44,6 +45,7 @@ class Rewards:
         self.weights = [entry.weight for entry, _ in parts]
         self.columns = tuple(dict.fromkeys(column for _, reward in parts if isinstance(reward, TextReward)
                                            for column in reward.columns))
+        self.judges = [reward for _, reward in parts]
         self._note: Callable[[str], None] = lambda doing: None
         self._journal: Journal | None = None
 
@@ -149,13 +151,15 @@ def _content(judged: Any) -> list[str]:
     return [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).hexdigest() for image in judged.cpu().float().contiguous()]
 
 
-def build_rewards(entries: Any, reads: Literal["text", "images"], key: str = KEY) -> Rewards:
+def build_rewards(entries: Any, reads: Literal["text", "images"], key: str = KEY,
+                  own: Mapping[str, Callable[[Any], Reward]] | None = None) -> Rewards:
     """The rewards that a config asks for, ready to judge.
 
     Args:
         entries: of the config, as `completed` gives them.
         reads: what the policy makes.
         key: where they stand in the config.
+        own: by name, what makes those whose networks the objective has among its own, of their settings.
 
     Raises:
         UserError: there is none of that name, it judges something else, or lacks what it needs; in one line, with the key.
@@ -163,10 +167,10 @@ def build_rewards(entries: Any, reads: Literal["text", "images"], key: str = KEY
     found = read_entries(entries, key)
     if not found:
         raise UserError(f"{key}: names no reward; give one, as [{{name: exact}}] (`genscale rewards` lists them)")
-    return Rewards([(entry, _built(entry, reads)) for entry in found])
+    return Rewards([(entry, _built(entry, reads, own or {})) for entry in found])
 
 
-def _built(entry: Entry, reads: Literal["text", "images"]) -> Reward:
+def _built(entry: Entry, reads: Literal["text", "images"], own: Mapping[str, Callable[[Any], Reward]]) -> Reward:
     kind, fitting = KINDS[reads], names_of(reads)
     if entry.name not in REWARDS:
         raise UserError(f"{entry.key}.{unknown(entry.name, fitting)}")
@@ -174,7 +178,7 @@ def _built(entry: Entry, reads: Literal["text", "images"]) -> Reward:
         raise UserError(f"{entry.key}.name: '{entry.name}' does not judge {WORDS[reads]}, which this policy makes; choose one "
                         f"of {', '.join(fitting)}{nearest(entry.name, fitting)}")
     try:
-        return REWARDS.make(entry.name, entry.asked, kind)
+        return own[entry.name](entry.asked) if entry.name in own else REWARDS.make(entry.name, entry.asked, kind)
     except UserError as error:
         raise UserError(f"{entry.key}.{error}") from None
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from genscale.errors import UserError
 from genscale.rewards.registry import REWARDS
-from genscale.settings.keys import as_field, as_key
+from genscale.settings.keys import as_key
 from genscale.settings.parser import settings_of
 
 KEY = "objective.rewards"
@@ -52,7 +52,7 @@ def read_entries(entries: Any, key: str = KEY) -> list[Entry]:
 def _entry(entry: Any, key: str) -> Entry:
     if not isinstance(entry, Mapping):
         raise UserError(f"{key}: must be a mapping like {{name: exact, weight: 1}}, not {entry!r:.80}")
-    given = {as_field(str(name)): value for name, value in entry.items() if name not in ("name", "weight")}
+    given = {str(name): value for name, value in entry.items() if name not in ("name", "weight")}
     name, weight = entry.get("name"), entry.get("weight", 1.0)
     if not isinstance(name, str) or not name.strip():
         raise UserError(f"{key}.name: must be the name of a reward, not {name!r:.80}; `genscale rewards` lists them")
@@ -81,6 +81,5 @@ def completed(entries: Any, key: str = KEY) -> list[dict[str, Any]]:
 def _settings(entry: Entry) -> dict[str, Any]:
     if entry.asked is None:
         return dict(entry.given)
-    if not dataclasses.is_dataclass(entry.asked):
-        return {}
-    return {as_key(name): value for name, value in dataclasses.asdict(entry.asked).items()}  # type: ignore[arg-type]
+    own = dataclasses.asdict(entry.asked) if dataclasses.is_dataclass(entry.asked) else {}  # type: ignore[arg-type]
+    return {as_key(name): value for name, value in own.items()}

@@ -35,7 +35,7 @@ class Address(NamedTuple):
 
 
 def hash_of(answer: Answer) -> str:
-    """Of what was asked and answered."""
+    """The hash of what was asked and answered."""
     words = json.dumps([answer.prompt, answer.text, answer.ended], ensure_ascii=True)
     return hashlib.blake2b(words.encode(), digest_size=16).hexdigest()
 

@@ -86,7 +86,7 @@ class Likelihood(TextReward):
         said = said[-(len(ids) - 1):]
         tokens = torch.tensor([ids], device=self._device)
         with torch.no_grad():
-            logits = self._network(tokens[:, :-1])[0, -len(said):, :tokenizer.vocab_size].float()
+            logits = self._network(tokens[:, :-1])[0, -len(said):].float()
         nats = torch.log_softmax(logits, -1).gather(1, tokens[0, -len(said):, None])
         return nats.double().mean().item()
 

@@ -10,8 +10,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-PATHS = ("run.resume", "model.from", "data.source", "data.sources", "data.validation_source", "data.tokenizer")
-"""All of them; of `data.sources` the `source` of each entry."""
+PATHS = ("run.resume", "model.from", "data.source", "data.sources", "data.validation_source", "data.tokenizer",
+         "objective.rewards")
+"""All of them; of `data.sources` the `source` of each entry, of `objective.rewards` the `run`."""
 WORDS = {"auto", "never", "bytes", "digits", "grid", "python-docs", "python-stdlib", "ring", "scratch", "sums"}
 """Values of theirs that are no paths."""
 
@@ -26,8 +27,8 @@ def beside(file: str, value: Any) -> Any:
         return found if os.path.exists(found) else value
     if isinstance(value, list):
         return [beside(file, each) for each in value]
-    if isinstance(value, dict) and "source" in value:  # an entry of data.sources
-        return {**value, "source": beside(file, value["source"])}
+    if isinstance(value, dict):  # an entry of data.sources, or of objective.rewards
+        return {**value, **{key: beside(file, value[key]) for key in ("source", "run") if key in value}}
     return value
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from jsonargparse.typing import PositiveInt
 
 from genscale.data.images.settings import ImageDataSettings
+from genscale.data.text.prompt_settings import PromptDataSettings
 from genscale.data.text.settings import TextDataSettings
 from genscale.errors import UserError, nearest
 from genscale.families import FAMILIES
@@ -69,13 +70,17 @@ def _inspect_run(arguments: list[str]) -> int:
     config = parse_config(FAMILIES, rest, "genscale data inspect", ACTIONS["inspect"])
     from genscale.verbs.data_inspect import inspect
     from genscale.verbs.image_inspect import inspect_images
+    from genscale.verbs.prompt_inspect import inspect_prompts
 
     with _notes_on_stderr():
         if isinstance(config.data, TextDataSettings):
             return inspect(config.data, config.run.seed, blocks or InspectSettings.blocks)
+        if isinstance(config.data, PromptDataSettings):
+            return inspect_prompts(config.data, config.run.seed, blocks or InspectSettings.blocks)
         if isinstance(config.data, ImageDataSettings):
             return inspect_images(config.data, config.run.seed)
-    raise UserError(f"model.family={config.model.family}: only text and images can be inspected, and its data is neither")
+    raise UserError(f"model.family={config.model.family}: only text, prompts and images can be inspected, and its data is none "
+                    "of these")
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 from genscale import exit_codes
 from genscale.errors import UserError
@@ -40,8 +41,13 @@ def described(name: str, width: int = 0) -> list[str]:
         return [f"{name:<{width}}  {str(error).removeprefix('name: ')}"]
     package = INSTALLED.package(name)
     of = f" ({package})" if package else ""
-    sentence = " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
-    return [f"{name:<{width}}  {judges(kind):<6}  {sentence}{of}", *(f"{'':<{width}}    {line}" for line in settings_of(kind))]
+    settings = [f"{'':<{width}}    {key} ({of_kind}, {default}): {meaning}" for key, of_kind, default, meaning in rows_of(kind)]
+    return [f"{name:<{width}}  {judges(kind):<6}  {sentence(kind)}{of}", *settings]
+
+
+def sentence(kind: type[Reward]) -> str:
+    """What it is worth."""
+    return " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
 
 
 def judges(kind: type[Reward]) -> str:
@@ -49,15 +55,16 @@ def judges(kind: type[Reward]) -> str:
     return "text" if issubclass(kind, TextReward) else "images" if issubclass(kind, ImageReward) else "either"
 
 
-def settings_of(kind: type[Reward]) -> list[str]:
-    """A line for each of its settings: name, type, default, meaning."""
-    parser, lines = RunParser(), []
-    parser.add_class_arguments(kind.settings)
+def rows_of(kind: type[Reward]) -> list[tuple[str, str, str, str]]:
+    """Of each of its settings: name, type, default, meaning."""
+    parser, rows = RunParser(), []
+    if dataclasses.is_dataclass(kind.settings) and dataclasses.fields(kind.settings):
+        parser.add_class_arguments(kind.settings)
     kinds = get_type_hints(kind.settings)
     for action in parser._actions:
         if action.dest in kinds:
-            of = getattr(kinds[action.dest], "__name__", "") if not hasattr(kinds[action.dest], "__args__") else \
-                str(kinds[action.dest]).replace("typing.", "")
+            named = kinds[action.dest]
+            of = str(named).replace("typing.", "").replace("jsonargparse.", "") if get_args(named) else named.__name__
             default = "required" if action.required else f"default {action.default!r}"
-            lines.append(f"{as_key(action.dest)} ({of}, {default}): {' '.join((action.help or '').split())}")
-    return lines
+            rows.append((as_key(action.dest), of, default, " ".join((action.help or "").split())))
+    return rows

@@ -143,8 +143,6 @@ def test_folders_that_are_not_whole(model_named, saved, tmp_path: Path) -> None:
     refused(folder, "not an object")
     (folder / "config.json").unlink()
     refused(folder, "no config.json", "save_pretrained")
-    (folder / "checkpoints").mkdir()
-    refused(folder, "genscale export")
     refused(tmp_path / "modle", "no folder", "'model'")
     refused(tmp_path / "model" / "tokenizer.json", "no folder")
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from genscale.checkpoint.checkpoints import Checkpoint
 from genscale.data.text.data import TextData, TextDataSettings
 from genscale.data.text.tokenizers import load_tokenizer, train_bpe
 from genscale.errors import UserError
@@ -219,3 +220,13 @@ def test_a_config_with_the_fields_name_is_told_the_key(tiny_config: Path, refuse
     content["model"]["from_"] = "x"
     tiny_config.write_text(yaml.safe_dump(content))
     assert "model.from_: unknown key" in refuse(config=tiny_config) and "'model.from'" in refuse(config=tiny_config)
+
+
+def test_a_run_of_our_own_is_a_start_like_any_other(trained: Path) -> None:
+    latest = Checkpoint(trained / "checkpoints" / "step-00000006")
+    for name in (trained, latest.path):
+        config, data = complete_from(config_of(name))
+        assert (config.model.layers, config.model.width, config.model.vocab_size) == (2, 32, 320)
+        assert data.tokenizer == str(trained / "tokenizer.json")
+        read, stored = weights_from(config), latest.tensors("networks", "gpt")
+        assert read is not None and all(torch.equal(read(key), stored(key)) for key in stored.shapes())

@@ -37,8 +37,9 @@ def asked(prompts: Path) -> dict[str, Any]:
     """Settings of a run of four steps on prompts of many lengths."""
     return {
         "model.family": "reward", "data.source": prompts, "data.columns": "[answer]", "data.prompt_tokens": 16,
-        "data.row_bytes": 96, "data.validation_prompts": 5, "data.lanes": 4, "objective.tokens": 8, "objective.group": 4,
-        "objective.rewards": '[{"name": "length", "target": 5}, {"name": "exact", "weight": 0.5}]', "objective.beta": 0.1,
+        "data.row_bytes": 96, "data.validation_prompts": 5, "data.validation_fraction": 0.3,
+        "data.lanes": 4, "objective.tokens": 8, "objective.group": 4,
+        "objective.rewards": '[{"name": "length", "target": 8}, {"name": "exact", "weight": 0.5}]', "objective.beta": 0.1,
         "train.steps": 4, "train.global_batch_size": 4, "train.precision": "fp32", "train.log_every": 1,
         "train.checkpoint_every": 2, "train.evaluate_every": 2, "optimizer.lr": 1e-3, "tracking.wandb": "disabled",
         "run.trace": True,
@@ -188,11 +189,13 @@ def test_what_is_refused(tune: Train, tmp_path: Path, settings: dict[str, Any], 
     assert why in tune(tmp_path / "refused", **settings).message()
 
 
-def test_what_a_run_cannot_start_from(tune: Train, whole: Path, tmp_path: Path) -> None:
+def test_what_a_run_can_and_cannot_start_from(tune: Train, whole: Path, tmp_path: Path, genscale: Train) -> None:
     assert tune(tmp_path / "again", **{"model.from": last(whole).path, "train.steps": 1}).code == 0  # one of its own kind
     other = tmp_path / "other"
     (other / "checkpoints").mkdir(parents=True)
     assert f"model.from: {other}: no checkpoint here" in tune(tmp_path / "none", **{"model.from": other}).message()
-    picture = Path(shutil.copytree(last(whole).path, other / "checkpoints" / "step-00000004"))
-    (picture / "config.yaml").write_text((picture / "config.yaml").read_text().replace("family: reward", "family: vae"))
-    assert "set model.family: image_reward" in tune(tmp_path / "none", **{"model.from": other}).message()
+    points = {"model.family": "points", "train.steps": 1, "run.dir": tmp_path, "run.name": "points",
+              "tracking.wandb": "disabled"}
+    assert genscale("train", *(f"--{key}={value}" for key, value in points.items())).code == 0
+    message = tune(tmp_path / "none", **{"model.from": tmp_path / "points"}).message()
+    assert "a run of model.family points, which writes no text" in message and "set model.family: image_reward" in message

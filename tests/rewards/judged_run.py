@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -64,6 +65,23 @@ def restore(config: genscale.Config, folder: Path | None = None) -> JudgedObject
     return JudgedObjective(toy.network_of(config), config.data.noise, config.run.seed)
 
 
+@dataclass(frozen=True)
+class WordySettings:
+    """What is wordy."""
+
+    most: int = 5
+    """Words."""
+
+
+class Wordy(genscale.TextReward):
+    """0 up to so many words, else -1."""
+
+    settings = WordySettings
+
+    def judge(self, answers: Sequence[Answer]) -> list[float]:
+        return [-float(len(each.text.split()) > self.asked.most) for each in answers]
+
+
 def mine(answers: list[Answer]) -> list[float]:
     fault = os.environ.get("MINE", "")
     if fault == "nan":
@@ -72,8 +90,8 @@ def mine(answers: list[Answer]) -> list[float]:
         return [0.5] * (len(answers) - 1)
     if fault == "error":
         raise KeyError("no such judge")
-    if fault == "hang":
-        time.sleep(1000)
+    if fault in ("slow", "hang"):
+        time.sleep(0.3 if fault == "slow" else 1000)
     return [int.from_bytes(os.urandom(2)) / 2**16 for _ in answers]
 
 

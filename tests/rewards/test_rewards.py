@@ -8,6 +8,8 @@ import math
 import pkgutil
 import random
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -159,6 +161,13 @@ def test_every_default_is_written_out_and_stands_as_it_is():
     assert entries.completed(once) == once
 
 
+def test_a_config_is_read_without_torch():
+    script = ("import sys; from genscale.rewards.entries import completed; from genscale.verbs.rewards import main; "
+              "completed([{'name': 'exact'}, {'name': 'classifier', 'run': 'r', 'label': '3'}]); main([]); "
+              "sys.exit('torch' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60).returncode == 0
+
+
 def test_parts_are_named_weighed_and_alike_whatever_stands_beside():
     rewards = build_rewards([{"name": "exact"}, {"name": "regex", "pattern": "a+", "weight": 0.5},
                              {"name": "regex", "pattern": "b+", "weight": -2}], "text")
@@ -226,3 +235,26 @@ def test_the_verb_lists_them_with_their_settings(genscale):
     assert all((cls := REWARDS[name]).__doc__ and settings_of and cls.settings.__doc__ for name in REWARDS)
     assert "has none" in genscale("rewards", "exact").message()
     assert collection.names_of("images") == ["brightness", "classifier"]
+
+
+def test_an_installed_packages_reward_is_chosen_by_its_name(tmp_path, monkeypatch):
+    about = tmp_path / "polite-0.3.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: polite\nVersion: 0.3\nSummary: Politeness\n")
+    points = "[genscale.rewards]\npolite = polite:Polite\nrude = polite:rude\ngone = gone:Gone\n"
+    (about / "entry_points.txt").write_text(points)
+    (tmp_path / "polite.py").write_text(
+        "from dataclasses import dataclass\nfrom genscale import TextReward\n"
+        "@dataclass\nclass Settings:\n    '''What is polite.'''\n    word: str = 'please'\n    '''The word.'''\n"
+        "class Polite(TextReward):\n    '''1 where a word is there.'''\n    settings = Settings\n"
+        "    def judge(self, answers):\n        return [float(self.asked.word in each.text) for each in answers]\n"
+        "rude = 7\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert entries.completed([{"name": "polite"}]) == [{"name": "polite", "weight": 1.0, "word": "please"}]
+    rewards = build_rewards([{"name": "polite", "word": "thanks"}], "text")
+    assert rewards.score(1, [answer("no thanks")])[1].item() == 1
+    assert rewards.origins() == {"polite": {"name": "polite", "package": "polite", "version": "0.3"}}
+    for name, why in (("rude", "is no Reward"), ("gone", "cannot be loaded .ModuleNotFoundError")):
+        with pytest.raises(UserError, match=rf"objective.rewards\[0\].name: '{name}' of package polite==0.3 {why}"):
+            entries.completed([{"name": name}])
+    assert "polite" in collection.names_of("text") and "gone" not in collection.names_of("text")

@@ -28,5 +28,6 @@ FAMILY = Family(
     sampling=Sampling(TextSampling, _sampler, needs=(WritesText,), example="--prompt '07+95=' --tokens 4"),
     tiny={"model.from": "scratch", "model.layers": 2, "model.heads": 2, "model.width": 32, "model.positions": 16,
           "data.source": "sums", "data.prompt_tokens": 8, "data.row_bytes": 64, "data.validation_prompts": 4,
-          "objective.tokens": 6, "objective.group": 4, "objective.rewards": [{"name": "length", "target": 2}]},
+          "objective.tokens": 6, "objective.group": 4,
+          "objective.rewards": [{"name": "regex", "pattern": "[ -~]{2}", "where": "anywhere"}]},
 )  # fmt: skip

@@ -95,9 +95,11 @@ class RewardTuning(Objective):
         logits = self.writer.logits(networks["policy"], asked, answers)
         log_p = log_probability(logits, answers)
         terms = policy_loss(*(values.view(-1, group) for values in (log_p, reference, reward)), self.settings.beta)
+        # Only its gradient means something: as a number the loss is what it makes small, which the evaluations show too.
+        loss = terms["loss"] - terms["loss"].detach() + self.settings.beta * terms["divergence"] - terms["reward"]
         cut = (~answers.ended).float().sum()
-        return {**terms, **dict(zip(self.parts, parts.sum(0), strict=True)), "length": answers.mask.float().sum(), "cut": cut,
-                "entropy": entropy(logits.detach(), answers).sum()}
+        return {**terms, "loss": loss, **dict(zip(self.parts, parts.sum(0), strict=True)), "cut": cut,
+                "length": answers.mask.float().sum(), "entropy": entropy(logits.detach(), answers).sum()}
 
     def _judged(self, batch: Batch, answers: Answers, scope: str) -> tuple[Tensor, Tensor]:
         """The parts `(answers, rewards)` and the sum `(answers,)` of the rewards."""
