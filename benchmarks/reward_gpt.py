@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import genscale
+from genscale.rewards.registry import REWARDS
 from genscale.tracking.metrics_file import read_metrics
 from reward_space import BETA, LONGEST, MASK, REWARD, TEXTS, TOKENS, optimum, total_variation
 from reward_tabular import by_seed, gaps
@@ -21,11 +22,11 @@ ASKED = ["aa", "ab", "ac", "ba"]
 TOKENS_OF = {"a": 0, "b": 1, "c": 2, "<|endoftext|>": 3}
 SETTINGS: dict[str, Any] = {
     "model.from": "scratch", "model.preset": "llama", "model.layers": 2, "model.heads": 2, "model.width": 48,
-    "model.positions": 8, "model.init_std": 0.35, "data.prompt_tokens": 2, "data.row_bytes": 64, "data.lanes": 4,
+    "model.positions": 8, "model.init_std": 0.2, "data.prompt_tokens": 2, "data.row_bytes": 64, "data.lanes": 4,
     "objective.rewards": [{"name": "as_many"}], "objective.tokens": LONGEST, "objective.beta": BETA,
-    "objective.group": 512, "train.global_batch_size": 4, "train.steps": 1200, "train.precision": "fp32",
+    "objective.group": 64, "train.global_batch_size": 4, "train.steps": 3000, "train.precision": "fp32",
     "train.log_every": 100,
-    "optimizer.lr": 4e-3, "optimizer.betas": [0.9, 0.99], "optimizer.weight_decay": 0, "schedule.warmup_steps": 50,
+    "optimizer.lr": 3e-3, "optimizer.betas": [0.9, 0.99], "optimizer.weight_decay": 0, "schedule.warmup_steps": 50,
     "schedule.final_share": 0, "tracking.wandb": "disabled",
 }  # fmt: skip
 """A batch is each prompt once, with a large group. Weights drawn wide: a reference that prefers some texts to others."""
@@ -47,7 +48,8 @@ def measure(seed: int, folder: Path, settings: dict[str, Any]) -> dict[str, Any]
     began, cpu_began = time.perf_counter(), time.process_time()
     run = genscale.train(config, rewards={"as_many": AsMany})
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
-    networks = genscale.load(run.folder).networks
+    with REWARDS.knowing({"as_many": AsMany}):
+        networks = genscale.load(run.folder).networks
     policy, reference = (log_texts(networks[name]) for name in ("policy", "reference"))
     best = optimum(reference, REWARD)
     logged = [line["validation_gap"] for line in read_metrics(run.folder / "metrics.jsonl") if "validation_gap" in line]

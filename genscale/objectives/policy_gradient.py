@@ -20,6 +20,8 @@ from genscale.objectives.base import Terms
 
 STATISTICS = frozenset({"reward", "divergence", "flat_groups"})
 """Terms of `policy_loss` that are no part of the loss, of one answer each on average."""
+MOST_SHIFT = 0.9
+"""The smaller share of a mixture is a twentieth at least."""
 
 
 def leave_one_out(values: Tensor) -> Tensor:
@@ -56,9 +58,11 @@ def policy_loss(log_p: Tensor, log_reference: Tensor, reward: Tensor, beta: floa
 def gap_to_optimum(log_p: Tensor, log_reference: Tensor, reward: Tensor, beta: float) -> Tensor:
     """KL(p || p*) in nats of each prompt, fp64 `(batch,)`, estimated from answers of the policy and as many of the reference.
 
-    log Z is that of the mean weight under the mixture of both (Veach and Guibas 1995, the balance heuristic), which is bounded
-    by 2 exp(r / beta) and, at the optimum, by 2 Z; a jackknife takes the first-order bias off the logarithm. An estimate may be
-    a little below 0.
+    log Z is that of the mean weight under a mixture of both, so that no weight is without bound. Their shares in it are those
+    under which the policy's own probabilities, weighted so, sum to 1, as they are known to (Tan 2004, "On a likelihood approach
+    for Monte Carlo integration"): the nearer the policy is to the optimum, the more a weight is its probability times Z, and
+    the less is left of the error; at the optimum the gap is 0 whatever was drawn. The first-order bias of the logarithm is
+    taken off. An estimate may be a little below 0.
 
     Args:
         log_p, log_reference, reward: `(batch, 2 x n)`, the policy's n answers first, the reference's after them.
@@ -67,12 +71,24 @@ def gap_to_optimum(log_p: Tensor, log_reference: Tensor, reward: Tensor, beta: f
         raise ValueError(f"beta {beta}: without a price on divergence there is no optimum to be near to")
     log_p, log_reference, scaled = log_p.double(), log_reference.double(), reward.double() / beta
     count = log_p.shape[1]
-    half = count // 2
-    mixture = torch.logaddexp(log_p, log_reference) - math.log(2)
-    log_weight = log_reference + scaled - mixture
-    total = log_weight.logsumexp(1, keepdim=True)
-    # log(total - weight), kept finite where one weight is all there is
-    others = total + torch.log1p(-(log_weight - total).exp().clamp(max=1 - 1e-12))
-    log_z = total[:, 0] - math.log(count)
-    log_z = count * log_z - (count - 1) * (others - math.log(count - 1)).mean(1)
-    return log_z - (scaled - log_p + log_reference)[:, :half].mean(1)
+    log_mixture = torch.logaddexp(log_p, log_reference) - math.log(2)
+    excess = (log_p - log_mixture).exp() - 1  # of the policy's probability, from -1 to 1: 0 in expectation
+    share = 1 + _shift(excess) * excess
+    excess = excess / share
+    log_weight = log_reference + scaled - log_mixture - share.log()
+    log_z = log_weight.logsumexp(1, keepdim=True) - math.log(count)
+    weight = (log_weight - log_z).exp()
+    slope = (weight * excess).sum(1, keepdim=True) / excess.square().sum(1, keepdim=True).clamp(min=1e-30)
+    variance = (weight - 1 - slope * excess).square().sum(1) / (count - 1)
+    return log_z[:, 0] + variance / (2 * count) - (scaled - log_p + log_reference)[:, : count // 2].mean(1)
+
+
+def _shift(excess: Tensor) -> Tensor:
+    """By how much `(batch, 1)` the shares of a mixture differ, so that sum(excess / (1 + shift x excess)) is 0; not so far that
+    one of them is next to nothing. The sum falls as the shift grows: bisection."""
+    low, high = torch.full_like(excess[:, :1], -MOST_SHIFT), torch.full_like(excess[:, :1], MOST_SHIFT)
+    for _ in range(60):
+        middle = (low + high) / 2
+        is_above = (excess / (1 + middle * excess)).sum(1, keepdim=True) > 0
+        low, high = torch.where(is_above, middle, low), torch.where(is_above, high, middle)
+    return (low + high) / 2
