@@ -126,7 +126,8 @@ def test_a_packages_data_and_hook_are_chosen_by_a_config_recorded_and_named_wher
     state = json.loads((run / "checkpoints" / "step-00000004" / "state.json").read_text())
     assert state["hooks"] == {"Patience": {"best": min(losses[1], losses[3]), "since": int(losses[3] >= losses[1])}}
 
-    ended = genscale("train", "--config", additions, "--train.steps", 20, "--hooks", "{patience: {every: 1, looks: 3, by: 100}}")
+    hooks = "{patience: {every: 1, looks: 3, by: 100}}"
+    ended = genscale("train", "--config", additions, "--train.steps", 20, "--hooks", hooks)
     assert ended.code == 0, ended.err
     assert about(run, 7 - state["hooks"]["Patience"]["since"])["plugins"], "it goes on counting, and ends the run"
     other = genscale("train", "--config", additions, "--data.options", "{most: 18}").message()
@@ -199,8 +200,9 @@ def test_pictures_of_a_source_are_those_of_the_same_rows_in_parquet(seen, tmp_pa
     ({"options": {"mots": 9}}, "data.options.mots: unknown key (did you mean 'most'?); the settings are most, edition"),
     ({"options": {"most": 0}}, "data.options.most: must be a whole number of at least 1, not 0"),
     ({"column": "txt"}, "data.column=txt: shard 'additions-000' of data.source=additions has the columns text, even"),
-    ({"source": "adition", "options": {}}, "data.options: {} are for a source of an installed package (data.source: 'adition' is not "
-                                        "one of additions, dots, drawn (did you mean 'additions'?))"),
+    ({"source": "adition", "options": {}},
+     "data.options: {} are for a source of an installed package (data.source: 'adition' is not one of additions, dots, drawn "
+     "(did you mean 'additions'?))"),
     ({"source": "python-docs", "options": {"most": 9}}, "data.options: {'most': 9} are for a source of an installed package"),
     ({"source": "drawn"}, "data.source: 'drawn' of package genscale-rings==1.2.0 has other rows whenever shard 'all' is read"),
 ])  # fmt: skip

@@ -58,7 +58,7 @@ def _entry(entry: Any, key: str) -> Entry:
         raise UserError(f"{key}.name: must be the name of a reward, not {name!r:.80}; `genscale rewards` lists them")
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
         raise UserError(f"{key}.weight: must be a finite number, not {weight!r:.80}")
-    asked = None
+    asked: Any = None
     if name in REWARDS:
         try:
             kind = REWARDS[name].settings

@@ -64,7 +64,7 @@ class ChatTemplate:
 
     def asked(self, messages: Sequence[Message]) -> str:
         """The conversation as text, up to where the assistant's answer to it begins. Raises Refusal."""
-        return self._render(messages, None, add_generation_prompt=True).text
+        return self._renderer.render(messages, None, add_generation_prompt=True).text
 
     def answers(self, messages: Sequence[Message], tools: list[Any] | None = None) -> tuple[str, list[Span]]:
         """The conversation as text, and (start, stop) of the characters that the assistant writes.

@@ -69,8 +69,8 @@ AS_TEXT = ("subset", "split", "filters", "bad_share", "max_record_bytes", "valid
 
 def as_text(settings: PromptDataSettings) -> TextDataSettings:
     """The same for what reads texts: which rows of which files, in which order."""
-    alone = {} if settings.sources is not None and settings.source == SUMS else {"source": settings.source}
-    column = {"messages_column": settings.messages_column} if settings.messages_column else \
-        {"prompt_column": settings.prompt_column}
-    return TextDataSettings(**{name: getattr(settings, name) for name in AS_TEXT}, **alone, **column, sources=settings.sources,
-                            tools_column=None)
+    same: dict[str, Any] = {name: getattr(settings, name) for name in AS_TEXT}
+    if settings.sources is None or settings.source != SUMS:
+        same["source"] = settings.source
+    column = "messages_column" if settings.messages_column else "prompt_column"
+    return TextDataSettings(**same, **{column: getattr(settings, column)}, sources=settings.sources, tools_column=None)

@@ -64,7 +64,8 @@ class ImagePolicy(Objective):
                  image_shape: tuple[int, int, int], seed: int, origin: str,
                  classifiers: Sequence[FrozenClassifier] = ()) -> None:
         self.policy, self.settings, self.image_shape, self.seed = policy, settings, image_shape, seed
-        self.rewards, self._unjudged = (rewards, None) if isinstance(rewards, Rewards) else (None, rewards)
+        self.rewards = rewards if isinstance(rewards, Rewards) else None
+        self._unjudged = None if isinstance(rewards, Rewards) else rewards
         self.networks, self.latent_shape = dict(policy.networks), policy.latent_shape
         self.frozen = {name: origin for name in self.networks if name != "policy"}
         self._judging = {each.run: f"classifier_{number}" for number, each in enumerate(classifiers, 1)}

@@ -60,7 +60,9 @@ class RewardTuning(Objective):
                  *, seed: int, origin: str, shown: Sequence[Sample] = ()) -> None:
         self.networks = {"policy": policy, "reference": reference}
         self.frozen = {"reference": origin}
-        self.tokenizer, self.settings, self.rewards, self.seed, self.shown = tokenizer, settings, rewards, seed, list(shown)
+        self.tokenizer, self.settings, self.seed, self.shown = tokenizer, settings, seed, list(shown)
+        self.rewards = self._judges = rewards
+        self.reward_columns = rewards.columns
         self.parts = [f"reward_{name}" for name in rewards.names]
         self.phases = [Phase("policy", "policy", self.loss, self.count,
                              statistics=STATISTICS | {"length", "cut", "entropy", *self.parts})]
@@ -94,7 +96,7 @@ class RewardTuning(Objective):
             reference = log_probability(self.writer.logits(networks["reference"], asked, answers), answers)
         logits = self.writer.logits(networks["policy"], asked, answers)
         log_p = log_probability(logits, answers)
-        terms = policy_loss(*(values.view(-1, group) for values in (log_p, reference, reward)), self.settings.beta)
+        terms = policy_loss(log_p.view(-1, group), reference.view(-1, group), reward.view(-1, group), self.settings.beta)
         # Only its gradient means something: as a number the loss is what it makes small, which the evaluations show too.
         loss = terms["loss"] - terms["loss"].detach() + self.settings.beta * terms["divergence"] - terms["reward"]
         cut = (~answers.ended).float().sum()
@@ -112,7 +114,7 @@ class RewardTuning(Objective):
             place, member = divmod(number, group)
             text = self.tokenizer.decode(row[: length - done])
             judged.append(Answer(told[place][0], text, told[place][1], done, samples[place], member))
-        parts, total = self.rewards.score(self._step, judged, scope=scope)
+        parts, total = self._judges.score(self._step, judged, scope=scope)
         return parts.to(answers.tokens.device), total.to(answers.tokens.device)
 
     def evaluate(self, networks: Networks, batch: Batch) -> Terms:
@@ -197,7 +199,7 @@ def build(config: RewardConfig, data: PromptData) -> RewardTuning:
         raise UserError(f"train.precision: {config.train.precision} rounds the log-probabilities of answers too coarsely to "
                         "compare a policy with its reference; nearest allowed: bf16")
     objective = _build(config, data.tokenizer, data.validation()[:PREVIEWED])
-    for column in objective.rewards.columns:
+    for column in objective.reward_columns:
         if column not in config.data.columns:
             raise UserError(f"data.columns: {config.data.columns} has not '{column}', which objective.rewards read; set "
                             f"data.columns to {[*config.data.columns, column]}")
