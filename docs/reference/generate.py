@@ -26,14 +26,15 @@ from genscale.families import FAMILIES, entry, own
 from genscale.inspection import check_family
 from genscale.models import initial_draw, moving_state
 from genscale.objectives import base, capabilities
-from genscale.testing import processes, toy
+from genscale.testing import objectives, processes, runs, toy, training, workers
 from genscale.verbs import checkpoint, data, slurm
 
 FOLDER = Path(__file__).resolve().parent
 CONTRACT: dict[ModuleType, tuple[str, ...]] = {
     base: (), entry: (), capabilities: (), own: ("SimpleObjective", "make_family"), lanes: (), map_data: ("MapData",),
     shard_data: ("ShardData",), hook: (), moving_state: (), initial_draw: (),
-    check_family: ("check_family", "FamilyReport", "Check"), processes: (), toy: (), errors: ("UserError",),
+    check_family: ("check_family", "FamilyReport", "Check"), processes: (), runs: (), training: (), workers: (),
+    toy: (), objectives: (), errors: ("UserError",),
     rng: ("Draws", "numpy_generator", "torch_generator", "permutation"),
 }  # fmt: skip
 """The modules that a family of one's own is written against, and the names meant for it where those are not all."""
