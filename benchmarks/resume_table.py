@@ -11,19 +11,16 @@ one process, accumulation 2 and 4 (law 1: within 1e-5, or within three times tha
 from __future__ import annotations
 
 import argparse
-import gc
-import json
-import logging
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from genscale.testing.runs import Run
+from genscale.testing.workers import train_many
 from report import ROOT, circumstances, write
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -64,54 +61,23 @@ class Cell:
 
 def run_cells(processes: int, cells: list[Cell], folder: Path) -> None:
     """All of them in one group of processes; each leaves its run folder at `folder`/<name>."""
+    variants = {}
     for cell in cells:
         if cell.start:  # its checkpoint and its metrics, as a kill would leave them
             shutil.copytree(folder / cell.start, folder / cell.name, ignore=shutil.ignore_patterns("logs", "samples", "plots"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone", __file__,
-               "--worker", json.dumps([asdict(cell) for cell in cells]), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
-    subprocess.run(command, check=True, env=environment, stdout=sys.stderr)
-
-
-def work(cells: list[Cell], folder: Path) -> None:
-    """One process of the group."""
-    from genscale.families import FAMILIES
-    from genscale.parallel.launch_request import clear_launch_environment
-    from genscale.parallel.processes import Processes
-    from genscale.parallel.strategies import plan_parallel
-    from genscale.settings.parser import parse_config
-    from genscale.supervise.signals import StopSignal
-    from genscale.supervise.supervision import Supervision
-    from genscale.training.run import _train
-    from genscale.training.setup import derive_accumulation
-
-    jobs = []
-    for cell in cells:
-        settings = {**SETTINGS[cell.family], "run.dir": folder, "run.name": cell.name, "train.steps": cell.steps,
-                    "parallel.strategy": cell.strategy}
+        settings = {**SETTINGS[cell.family], "train.steps": cell.steps, "parallel.strategy": cell.strategy}
         if cell.micro_batch_size:
             settings["train.micro_batch_size"] = cell.micro_batch_size
-        config = parse_config(FAMILIES, [word for key, value in settings.items() for word in (f"--{key}", str(value))])
-        jobs.append((config, plan_parallel(config.parallel, config.train.precision)))
-    clear_launch_environment()
-    processes = Processes(need_group=True)
-    logging.getLogger("genscale").addHandler(logging.NullHandler())
-    for config, plan in jobs:
-        config = plan.settled(config)
-        run = folder / config.run.name
-        began = time.perf_counter()
-        with StopSignal() as stop, Supervision(config.guards.hang_minutes, run, processes, stop) as supervision:
-            _train(config, processes, plan, derive_accumulation(config.train, plan.world_size), run, supervision)
-        gc.collect()
-        if processes.is_main:
-            print(f"{config.run.name}: {time.perf_counter() - began:.1f} s", flush=True)
-    processes.close()
+        variants[cell.name] = {"settings": settings}
+    began = time.perf_counter()
+    train_many(variants, folder, processes, timeout=7200, environment={"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"})
+    print(f"{len(cells)} runs of {processes} processes: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
 
 
 def losses(run: Path) -> dict[int, dict[str, float]]:
     """By step: the losses of its phases, and that of its evaluation (with the averaged weights, where there is an average)."""
     found: dict[int, dict[str, float]] = {}
-    for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+    for line in Run(run).metrics():
         wanted = {name: value for name, value in line.items() if name in ("loss", "validation_loss") or name.endswith("/loss")}
         found.setdefault(line["step"], {}).update(wanted)
     return found
@@ -162,12 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--families", default="gpt,dcgan,vae")
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.worker:
-        from genscale.parallel.exit_together import run_and_leave
-
-        run_and_leave(lambda: work([Cell(**cell) for cell in json.loads(arguments.worker[0])], Path(arguments.worker[1])))
     result = circumstances(["torch", "accelerate", "deepspeed"]) | {"steps_before": HALF, "steps_after": HALF, "families": {}}
     with tempfile.TemporaryDirectory() as folder:
         for family in arguments.families.split(","):

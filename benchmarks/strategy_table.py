@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from genscale.testing.runs import Run, flags
 from report import ROOT, circumstances, write
 
 import psutil
@@ -76,7 +77,7 @@ class Runner:
         settings = {**settings, "parallel.strategy": strategy, "run.dir": folder.parent, "run.name": folder.name}
         command = [sys.executable, "-m", "genscale", "train"]
         command += ["--processes", str(PROCESSES)] if strategy != "single" else []
-        command += [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+        command += flags(settings)
         started = time.perf_counter()
         with (self.scratch / "output.txt").open("w+") as output:
             process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
@@ -84,9 +85,8 @@ class Runner:
             if process.returncode:
                 output.seek(0)
                 raise SystemExit(f"failed with {process.returncode}: {' '.join(command)}\n{output.read()[-3000:]}")
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         print(f"  {folder.name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-        return Outcome(folder, {line["step"]: line for line in lines if "loss" in line}, peak)
+        return Outcome(folder, {line["step"]: line for line in Run(folder).metrics() if "loss" in line}, peak)
 
 
 def _watch_memory(process: subprocess.Popen, limit_seconds: float) -> float:

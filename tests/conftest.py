@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,51 +17,17 @@ import torch
 import yaml
 
 from genscale.cli import main
+from genscale.testing import processes
+from genscale.testing.processes import GENSCALE, Outcome, Running
+from genscale.testing.runs import Run
 
 ROOT = Path(__file__).resolve().parents[1]
-GENSCALE = (sys.executable, "-m", "genscale")
-# Nothing of a launcher, of another run or of this shell may reach a run under test.
-FOREIGN = ("ACCELERATE_", "FSDP_", "MASTER_", "TORCHELASTIC_", "WANDB_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     # Quick tests are those that are not slow: a cell of the matrix alone would be one of them.
     if item.get_closest_marker("matrix") and not item.get_closest_marker("slow"):
         raise pytest.UsageError(f"{item.nodeid} is marked matrix and must be marked slow too")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command did."""
-
-    code: int
-    out: str
-    err: str
-
-    def message(self) -> str:
-        """The one line that a user's mistake comes to, after `error: `."""
-        assert self.code == 2, f"exit code {self.code}\n{self.out}\n{self.err}"
-        lines = self.err.splitlines()
-        assert "Traceback" not in self.out + self.err, self.err
-        assert len(lines) == 1 and lines[0].startswith("error: "), self.err
-        return lines[0].removeprefix("error: ")
-
-    def message_of_run(self) -> str:
-        """The same of a run that had begun: its own lines stand before it."""
-        assert self.code == 2, f"exit code {self.code}\n{self.out}\n{self.err}"
-        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
-        assert "Traceback" not in self.out + self.err, self.err
-        assert len(lines) == 1, self.err
-        return lines[0].removeprefix("error: ")
-
-    def one_error(self) -> str:
-        """The one `error: ` line of several processes, whatever their launcher adds; no traceback of ours."""
-        assert self.code != 0, self.err
-        text = self.out + self.err
-        lines = [line for line in text.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1 and text.count(lines[0]) == 1, text
-        assert not [line for line in text.splitlines() if line.lstrip().startswith(f'File "{ROOT / "genscale"}/')], text
-        return lines[0]
 
 
 def run_here(*arguments: object) -> Outcome:
@@ -90,52 +51,18 @@ def run_here(*arguments: object) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
-def _not_deaf() -> None:
-    # What a shell starts in the background ignores Ctrl-C, under nohup the end of the terminal, and so would its children.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
-def start(*arguments: object, command: tuple[str, ...] = GENSCALE, cwd: Path = ROOT,
-          **variables: str) -> subprocess.Popen:
+def start(*arguments: object, command: tuple[str, ...] = GENSCALE, cwd: Path = ROOT, **variables: str) -> Running:
     """`genscale <arguments>` (or another command) in a process and a session of its own."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.Popen([*command, *(str(argument) for argument in arguments)], cwd=cwd, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=_not_deaf)
+    return processes.start(*arguments, command=command, folder=cwd,
+                           environment={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables})
 
 
-def finish(process: subprocess.Popen, timeout: float = 120) -> Outcome:
+def finish(running: Running, timeout: float = 120) -> Outcome:
     """Wait for the end. A process that hangs, or a child of it that stays behind, fails the test (and is killed)."""
-    import psutil
-
-    seen: set[psutil.Process] = set()
-    watched = psutil.Process(process.pid) if process.poll() is None else None
-    deadline, reader = time.monotonic() + timeout, _reader(process)
-    try:
-        while process.poll() is None:
-            assert time.monotonic() < deadline, f"still running after {timeout} s"
-            with contextlib.suppress(psutil.NoSuchProcess):
-                seen |= set(watched.children(recursive=True))
-            time.sleep(0.1)
-        out, err = reader(10)
-        _, left = psutil.wait_procs(seen, timeout=5)
-        assert not left, f"left behind: {left}"
-    finally:
-        for straggler in [*seen, *([watched] if watched else [])]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                straggler.kill()
-    return Outcome(process.returncode, out, err)
-
-
-def _reader(process: subprocess.Popen) -> Callable[[float], tuple[str, str]]:
-    """Reads both pipes in the background, so that a full pipe blocks nobody."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    pool = ThreadPoolExecutor(2)
-    texts = [pool.submit(pipe.read) for pipe in (process.stdout, process.stderr)]
-    pool.shutdown(wait=False)
-    return lambda timeout: (texts[0].result(timeout), texts[1].result(timeout))
+    done = running.finish(timeout)
+    assert done.code is not None, f"still running after {timeout} s\n{done.err}"
+    assert not done.left_behind, f"left behind: {done.left_behind}"
+    return done
 
 
 def run_apart(*arguments: object, timeout: float = 120, **options: Any) -> Outcome:
@@ -156,7 +83,7 @@ def genscale_process() -> Callable[..., Outcome]:
 
 
 @pytest.fixture(scope="session")
-def genscale_start() -> Callable[..., subprocess.Popen]:
+def genscale_start() -> Callable[..., Running]:
     """Starts it and returns at once, for what happens meanwhile; end with `genscale_finish`."""
     return start
 
@@ -164,6 +91,18 @@ def genscale_start() -> Callable[..., subprocess.Popen]:
 @pytest.fixture(scope="session")
 def genscale_finish() -> Callable[..., Outcome]:
     return finish
+
+
+@pytest.fixture(scope="session")
+def python_process() -> Callable[..., str]:
+    """`python_process(code, *words)`: what Python code prints in a process of its own, which must end well."""
+
+    def run(code: str, *words: object, **options: Any) -> str:
+        done = run_apart(*words, command=(sys.executable, "-c", code), **options)
+        assert done.code == 0, done.err
+        return done.out
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -238,16 +177,10 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", "--lazy", str(folder)], check=False, timeout=20)
 
 
-def steps_of(run: Path) -> list[int]:
-    """Steps of the training lines of metrics.jsonl, in file order; empty where there is none."""
-    file = run / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [record["step"] for record in map(json.loads, lines) if "loss" in record]
-
-
 @pytest.fixture(scope="session")
 def logged_steps() -> Callable[[Path], list[int]]:
-    return steps_of
+    """Steps of the training lines of metrics.jsonl, in file order; empty where there is none."""
+    return lambda run: [line["step"] for line in Run(run).metrics() if "loss" in line]
 
 
 @pytest.fixture

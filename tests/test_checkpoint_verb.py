@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from genscale.checkpoint.checkpoints import Checkpoint
 from genscale.checkpoint.code_version import ROOT, commit
 from genscale.checkpoint.provenance import position_in_words
+from genscale.testing.runs import Run
 
 SETTINGS = {"train.steps": 10, "train.checkpoint_every": 2, "train.evaluate_every": 4, "train.checkpoint_keep": 1,
             "train.checkpoint_keep_every": 8, "train.checkpoint_best": "fd", "train.ema_half_life": 100,
@@ -40,8 +41,7 @@ def gan_run(genscale, tmp_path_factory) -> Path:
 
 def scores_of(run: Path, metric: str) -> dict[int, float]:
     """By step, from the run's own metrics."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line[f"validation_{metric}"] for line in lines if f"validation_{metric}" in line}
+    return {line["step"]: line[f"validation_{metric}"] for line in Run(run).metrics() if f"validation_{metric}" in line}
 
 
 def listed(genscale, path: Path) -> list[dict]:
@@ -148,8 +148,7 @@ def test_checkpoints_by_the_clock(minutes, steps, genscale, tiny_config, tiny_ru
     assert [row["step"] for row in listed(genscale, tiny_run)] == steps
     last = Path("checkpoints") / "step-00000006"
     assert Checkpoint(tiny_run / last).digest() == Checkpoint(trained / last).digest()
-    lines = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()]
-    held_up = [line["step"] for line in lines if line.get("checkpoint_hold_up_seconds", 0) > 0]
+    held_up = [line["step"] for line in Run(tiny_run).metrics() if line.get("checkpoint_hold_up_seconds", 0) > 0]
     assert held_up == [step + 1 for step in steps[:-1]], "each is told of on the next line of metrics"
 
 

@@ -18,6 +18,7 @@ from genscale.data.text.tokenizers import ByteTokenizer, load_tokenizer
 from genscale.families import FAMILIES, family
 from genscale.families.gpt.network import GPT
 from genscale.settings.parser import load_config
+from genscale.testing.runs import Run
 from genscale.training.run import RunResult
 from genscale.verbs.train import farewell
 
@@ -50,7 +51,7 @@ def test_the_config_in_the_run_folder_gives_the_same_run(genscale, trained, tmp_
 def test_the_run_folder_holds_what_it_should(trained):
     parts = {"config.yaml", "metrics.jsonl", "checkpoints", "samples", "plots", "logs"}
     assert {path.name for path in trained.iterdir()} >= parts
-    records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    records = Run(trained).metrics()
     training = [record for record in records if "loss" in record]
     assert [record["step"] for record in training] == [1, 2, 3, 4, 5, 6]
     keys = {"step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "data_wait_seconds"}
@@ -157,7 +158,7 @@ def network_of(checkpoint: Path) -> GPT:
 
 
 def test_evaluate_is_the_runs_own_validation(genscale, trained):
-    own = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()][-1]
+    own = Run(trained).metrics()[-1]
     report = json.loads(done(genscale("evaluate", trained, "--train.micro_batch_size", 4)))
     assert report["step"] == 6 and report["samples"] == 8
     assert {f"validation_{name}": report[name] for name in ("loss", "perplexity", "bits_per_byte")} == {
@@ -206,7 +207,7 @@ def test_a_tokenizer_is_trained_and_trained_with(genscale, tiny_config, tiny_run
     # The run is whole in its folder: the tokenizer file itself is no longer needed.
     path.unlink()
     assert done(genscale("sample", tiny_run, "--prompt", words, "--tokens", 5)).startswith(words)
-    own = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()][-1]
+    own = Run(tiny_run).metrics()[-1]
     report = json.loads(done(genscale("evaluate", tiny_run)))
     assert report["loss"] == pytest.approx(own["validation_loss"], rel=1e-6)
 

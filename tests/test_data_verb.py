@@ -13,6 +13,7 @@ import pytest
 
 from genscale.data.text import sources
 from genscale.data.text.sources import HASHES, text_hash
+from genscale.testing.runs import Run
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_a_run_from_the_cache_is_the_run_without(genscale: Callable, tiny_config
     def run(name: str, *extra: object) -> list[Any]:
         done = genscale("train", "--config", tiny_config, "--run.name", name, *extra)
         assert done.code == 0, done.err
-        records = map(json.loads, (tiny_run.parent / name / "metrics.jsonl").read_text().splitlines())
+        records = Run(tiny_run.parent / name).metrics()
         return [(record["loss"], record.get("data_digest")) for record in records if "loss" in record]
 
     plain = run("plain")

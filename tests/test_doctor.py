@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.server
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -134,14 +133,11 @@ def test_a_mixture_and_pictures_are_asked_source_by_source(genscale, tmp_path):
         assert data["state"] == state, data
 
 
-def test_wandb(web, tmp_path):
+def test_wandb(web, tmp_path, python_process):
     code = ("import os\nfrom genscale.errors import UserError\nfrom genscale.tracking.wandb_server import check_server\n"
             "try: check_server()\nexcept UserError as error: print(error)\n"
             "os.environ['WANDB_API_KEY'] = '0' * 40\nprint(check_server())\n")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    environment = {**kept, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "WANDB_BASE_URL": web}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True)
-    without, with_key = done.stdout.splitlines()
+    without, with_key = python_process(code, HOME=str(tmp_path), WANDB_BASE_URL=web).splitlines()
     assert "there is no key for it" in without and with_key == web
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -48,12 +46,10 @@ def test_an_export_can_be_started_from(trained: Path, tiny_config: Path, tiny_ru
     assert json.loads(genscale("evaluate", tiny_run).out)["loss"] == pytest.approx(score, rel=1e-3)
 
 
-def test_without_transformers_it_says_that_nothing_was_checked(trained: Path, tmp_path: Path) -> None:
+def test_without_transformers_it_says_that_nothing_was_checked(trained: Path, tmp_path: Path, python_process) -> None:
     hidden = "import sys; sys.modules['transformers'] = None; from genscale.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", hidden, "export", str(trained), "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "not checked: transformers is not installed" in done.stdout
+    said = python_process(hidden, "export", trained, "--out", tmp_path / "out")
+    assert "not checked: transformers is not installed" in said
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 

@@ -160,7 +160,8 @@ def test_a_loss_that_is_no_number_on_one_rank_only(strategy, genscale_process, t
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--parallel.strategy", "single"], ["parallel.strategy", "single", "one process", "ddp"]),
+    pytest.param(["--parallel.strategy", "single"], ["parallel.strategy", "single", "one process", "ddp"],
+                 marks=pytest.mark.slow),
     pytest.param(["--data.source", "nowhere.txt"], ["data.source=nowhere.txt", "no such file"], marks=MATRIX),
     (["--train.global_batch_size", 4096], ["train.global_batch_size=4096", "less than one global batch"]),
     pytest.param(["--model.heads", 3], ["model.heads", "3"], marks=MATRIX),

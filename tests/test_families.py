@@ -136,7 +136,9 @@ def test_a_family_of_one_file_trains_samples_and_is_evaluated(monkeypatch, gensc
     assert "--count" in genscale("sample", "--help").out
 
 
-@pytest.mark.parametrize("name", ["genscale.families", "genscale.families.entry", "genscale.testing.processes"])
+@pytest.mark.parametrize("name", [
+    "genscale.families", "genscale.families.entry", *(f"genscale.testing.{name}" for name in (
+        "processes", "runs", "training", "toy", "objectives")), pytest.param("genscale.testing", marks=pytest.mark.slow)])
 def test_examples_run(name):
     found = doctest.testmod(importlib.import_module(name))
     assert found.attempted and not found.failed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from genscale.checkpoint.checkpoints import Checkpoint
 from genscale.evaluation.validation import evaluating
 from genscale.families import FAMILIES, family
 from genscale.settings.parser import load_config
+from genscale.testing.runs import Run
 from genscale.verbs.trained import load_weights
 
 SETTINGS: dict[str, Any] = {
@@ -40,10 +40,6 @@ def finished(genscale, tmp_path_factory) -> tuple[Path, Any]:
     return folder / "tiny", done
 
 
-def lines(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_the_sample_is_a_picture_of_the_averaged_weights(finished) -> None:
     run, _ = finished
     checkpoint = Checkpoint(run / "checkpoints" / "step-00000004")
@@ -60,7 +56,7 @@ def test_the_sample_is_a_picture_of_the_averaged_weights(finished) -> None:
 
 def test_validation_scores_the_averaged_weights(finished, genscale) -> None:
     run, _ = finished
-    validation = {line["step"]: line for line in lines(run) if "validation_loss" in line}
+    validation = {line["step"]: line for line in Run(run).metrics() if "validation_loss" in line}
     assert list(validation) == [2, 4] and validation[4]["validation_fd"] == validation[4]["validation_loss"]
     checkpoint = Checkpoint(run / "checkpoints" / "step-00000004")
     average, weights = (checkpoint.weights("generator", averaged) for averaged in (True, False))
@@ -77,7 +73,7 @@ def test_what_is_said_fits_pictures_and_several_phases(finished) -> None:
     run, done = finished
     assert f"\nsample: {run}/samples/step-00000004.png\n" in done.out and "  |" not in done.out
     assert f"genscale sample {run} --count 64 --out grid.png\n" in done.out
-    logged = [line for line in lines(run) if "generator/loss" in line]
+    logged = [line for line in Run(run).metrics() if "generator/loss" in line]
     assert [line["images"] for line in logged] == [16, 32, 48, 64], "two batches of 8 a step, one for each discriminator step"
     assert all(line["images_per_second"] * line["step_seconds"] == pytest.approx(16) for line in logged)
     *_, last = [line for line in done.err.splitlines() if line.startswith("step 4/4")]

@@ -18,6 +18,8 @@ import psutil
 import pytest
 import yaml
 
+from genscale.testing.runs import Run
+
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/cpu.yaml")
 STEPS = 30
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGHUP: 129}
@@ -73,10 +75,8 @@ def digest(genscale, run: Path) -> str:
 
 def metrics(run: Path) -> list[dict]:
     """What the training lines of metrics.jsonl say, but for the times."""
-    file = run / "metrics.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     keys = ("step", "loss", "learning_rate", "grad_norm", "tokens", "data_digest")
-    return [{key: line[key] for key in keys} for line in lines if "loss" in line]
+    return [{key: line[key] for key in keys} for line in Run(run).lines()]
 
 
 def whole_lines(run: Path) -> int:
@@ -87,7 +87,7 @@ def whole_lines(run: Path) -> int:
 def wait_for(condition: Callable[[], bool], process, seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.printed()
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
@@ -133,7 +133,7 @@ def test_a_signal_stops_within_a_step_and_the_run_goes_on(processes, number, gen
     # What is printed is typed.
     words = shlex.split(again)
     assert words[0] == "genscale"
-    done = genscale_process(*words[1:])
+    done = (genscale if processes == 1 else genscale_process)(*words[1:])
     assert done.code == 0, done.err
     assert "continuing from" in done.err
     check_same(genscale, run, undisturbed(processes))
@@ -221,7 +221,7 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(genscale, genscale_
     genscale_finish(killed, 60)
     done = genscale("train", *arguments)
     assert done.code == 0, done.err
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = Run(run).metrics()
     assert [line["step"] for line in lines if "validation_loss" in line] == [10, 20, 30], "the cut one is made up, once"
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
 
@@ -233,20 +233,13 @@ def test_killed_outright_the_run_goes_on_from_the_last_checkpoint(processes, gen
     arguments = command_line(config, processes)
     process = genscale_start(*arguments)
     wait_for(lambda: whole_lines(run) >= 13, process)
-    kill_all(process)
+    process.kill()
     genscale_finish(process)
     assert len(metrics(run)) >= 13
-    done = genscale_process(*arguments)
+    done = (genscale if processes == 1 else genscale_process)(*arguments)
     assert done.code == 0, done.err
     assert f"continuing from {run / 'checkpoints' / 'step-00000010'}" in done.err
     check_same(genscale, run, undisturbed(processes))
-
-
-def kill_all(process) -> None:
-    """SIGKILL to the launcher and to every worker: power off."""
-    launcher = psutil.Process(process.pid)
-    for each in [launcher, *launcher.children(recursive=True)]:
-        each.kill()
 
 
 @pytest.mark.slow
@@ -259,7 +252,7 @@ def test_killed_again_and_again_while_checkpoints_are_written(genscale, genscale
         process = genscale_start(*arguments)
         wait_for(lambda goal=6 * (kill + 1): len(metrics(run)) >= goal, process)
         time.sleep(0.007 * kill)
-        kill_all(process)
+        process.kill()
         genscale_finish(process)
         assert genscale("checkpoint", "verify", run).code == 0
     done = genscale_finish(genscale_start(*arguments))
@@ -276,11 +269,11 @@ def test_workers_whose_launcher_was_killed_save_and_end(genscale, genscale_start
     process = genscale_start(*arguments)
     wait_for(lambda: whole_lines(run) >= 8, process)
     workers = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
+    process.process.kill()
     _, left = psutil.wait_procs(workers, timeout=30)
     for worker in left:
         worker.kill()
-    process.communicate(timeout=10)
+    process.process.wait(10)
     assert not left
     assert list((run / "checkpoints").glob("step-*"))
     done = genscale_process(*arguments)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import runpy
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from genscale.checkpoint.checkpoints import Checkpoint
 from genscale.families import FAMILIES
+from genscale.testing.processes import Running
+from genscale.testing.runs import Run, flags
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
@@ -32,33 +31,23 @@ def words(name: str, folder: Path, processes: int, **settings: Any) -> list[str]
     """The arguments of a run of an example."""
     several = ["--processes", str(processes)] if processes > 1 else []
     settings = {"model.family": name, "run.dir": folder, "run.name": "run", **SETTINGS, **settings}
-    return ["train", *several, *(word for key, value in settings.items() for word in (f"--{key}", str(value)))]
-
-
-def metrics(folder: Path) -> dict[int, dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line for line in lines if "data_digest" in line}
+    return ["train", *several, *flags(settings)]
 
 
 def same_run(folder: Path, other: Path) -> None:
-    ours, theirs = metrics(folder), metrics(other)
-    assert ours.keys() == theirs.keys()
-    for step, line in ours.items():
-        assert line["data_digest"] == theirs[step]["data_digest"]
-        assert line["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-5)
+    ours, theirs = Run(folder / "run"), Run(other / "run")
+    assert [line["step"] for line in ours.lines()] == [line["step"] for line in theirs.lines()]
+    assert ours.order() == theirs.order()
+    assert ours.losses() == pytest.approx(theirs.losses(), rel=1e-5)
 
 
-def kill_after_checkpoint(process: subprocess.Popen, folder: Path) -> None:
+def kill_after_checkpoint(process: Running, folder: Path) -> None:
     """SIGKILL for the program and all that it has started, as soon as there is a first checkpoint."""
     deadline = time.monotonic() + 120
     while not (folder / "run" / "checkpoints" / "step-00000010").is_dir():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for each in family:
-        each.kill()
-    psutil.wait_procs(family, timeout=30)
-    process.communicate()
+    process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +77,7 @@ def test_an_example_is_the_same_run_on_two_processes_and_after_a_kill(name, stra
     outcome = genscale_process(*words(name, tmp_path / "straight", 2, **asked), command=example)
     assert outcome.code == 0, outcome.err
     same_run(tmp_path / "straight", alone(name))
-    losses = [line["loss"] for line in metrics(tmp_path / "straight").values()]
+    losses = Run(tmp_path / "straight" / "run").losses()
     assert losses[-1] < 0.95 * losses[0]
 
     resumed = words(name, tmp_path / "killed", 2, **asked)

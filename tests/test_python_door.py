@@ -11,10 +11,10 @@ import logging
 import os
 import runpy
 import signal
-import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import yaml
 import genscale
 from genscale.checkpoint.checkpoints import Checkpoint, list_checkpoints
 from genscale.families import FAMILIES
+from genscale.testing.processes import torchrun
 
 ROOT = Path(__file__).resolve().parents[1]
 TWELVE = """
@@ -81,13 +82,11 @@ def test_twelve_lines_train_sample_and_look(tmp_path, monkeypatch, capfd) -> Non
     assert found["picture"].dtype == np.uint8 and found["picture"].shape[2] == 3
 
 
-def test_importing_genscale_loads_neither_torch_nor_the_families() -> None:
+def test_importing_genscale_loads_neither_torch_nor_the_families(python_process) -> None:
     code = ("import sys, genscale; dir(genscale); genscale.Hook, genscale.every(5, print), genscale.UserError\n"
             "print(sorted({'torch', 'numpy', 'jsonargparse', 'genscale.objectives'} & sys.modules.keys()))\n"
             "genscale.config('gpt', {'train.steps': 5}); print('torch' in sys.modules)")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=100)
-    assert done.stdout.split("\n")[:2] == ["[]", "False"], done.stderr
+    assert python_process(code).split("\n")[:2] == ["[]", "False"]
 
 
 def test_the_process_is_left_as_it_was_found(tmp_path, capfd) -> None:
@@ -239,28 +238,32 @@ else:
 """
 
 
-def launched(tmp_path: Path, *launcher: str) -> str:
+@pytest.fixture
+def launched(tmp_path, genscale_process) -> Callable[..., str]:
+    """What the script says under a launcher."""
     script = tmp_path / "my_script.py"
     script.write_text(GROUP)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run([sys.executable, "-m", *launcher, str(script)], cwd=tmp_path, env=environment, text=True,
-                          capture_output=True, timeout=250)
-    assert done.returncode == 0, done.stderr
-    assert "looks 3 world 2" in done.stdout, done.stdout
-    return done.stderr
+
+    def launch(*launcher: str) -> str:
+        done = genscale_process(script, command=launcher, cwd=tmp_path, DS_ACCELERATOR="cpu", timeout=250)
+        assert done.code == 0, done.err
+        assert "looks 3 world 2" in done.out, done.out
+        return done.err
+
+    return launch
 
 
 @pytest.mark.slow
-def test_a_script_under_torchrun_is_the_run_of_the_command_line(tmp_path) -> None:
+def test_a_script_under_torchrun_is_the_run_of_the_command_line(launched) -> None:
     """And another run follows it in the same processes."""
-    assert ", ddp, 2 processes" in launched(tmp_path, "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    assert ", ddp, 2 processes" in launched(*torchrun(2))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["zero2", "fsdp2", *(pytest.param(name, marks=pytest.mark.matrix)
                                                           for name in ("ddp", "zero1", "zero3"))])
-def test_a_script_under_accelerate_launch_is_the_run_of_the_command_line(strategy, tmp_path) -> None:
+def test_a_script_under_accelerate_launch_is_the_run_of_the_command_line(strategy, launched) -> None:
     """The launcher's wish holds for both runs: its variables are there again after the first."""
     file = ROOT / "launch" / f"{strategy}.yaml"
-    launcher = ["accelerate.commands.launch", "--config_file", str(file), "--main_process_port", "0"]
-    assert launched(tmp_path, *launcher).count(f", {strategy}, 2 processes") == 2
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), "--main_process_port", "0"]
+    assert launched(*launcher).count(f", {strategy}, 2 processes") == 2

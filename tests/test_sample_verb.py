@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import re
+import subprocess
 import threading
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from genscale.cli import main
 from genscale.errors import UserError
 from genscale.families.gpt.sampling import TextSampling, prompts_of
+from genscale.testing.processes import GENSCALE, clean_environment
 
 
 def done(outcome) -> str:
@@ -42,9 +44,10 @@ def test_the_speed_is_told_beside_the_text(genscale, trained):
     assert "tokens/s" not in outcome.out
 
 
-def test_text_shows_before_the_next_token_is_drawn(genscale_start, trained):
+def test_text_shows_before_the_next_token_is_drawn(trained):
     """A reader that hangs up after some characters ends the run long before it has drawn a million tokens."""
-    process = genscale_start("sample", trained, "--prompt", "The ", "--tokens", 1_000_000, "--temperature", 0)
+    command = [*GENSCALE, "sample", str(trained), "--prompt", "The ", "--tokens", "1000000", "--temperature", "0"]
+    process = subprocess.Popen(command, env=clean_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         assert process.stdout.read(8).startswith("The ")
         process.stdout.close()

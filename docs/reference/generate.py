@@ -28,7 +28,7 @@ from genscale.models import initial_draw, initial_weights, moving_state
 from genscale.objectives import base, capabilities
 from genscale.rewards import base as rewards_base
 from genscale.rewards.registry import BUILT_IN, REWARDS
-from genscale.testing import processes, toy
+from genscale.testing import objectives, processes, runs, toy, training, workers
 from genscale.verbs import checkpoint, data, rewards, slurm
 
 FOLDER = Path(__file__).resolve().parent
@@ -36,7 +36,8 @@ CONTRACT: dict[ModuleType, tuple[str, ...]] = {
     base: (), entry: (), capabilities: (), own: ("SimpleObjective", "make_family"), lanes: (), map_data: ("MapData",),
     shard_data: ("ShardData",), row_source: ("RowSource",), hook: (), moving_state: (), initial_weights: ("InitialWeights",),
     initial_draw: (), rewards_base: ("Answer", "Reward", "TextReward", "ImageReward"), check_family: ("check_family",),
-    family_report: ("FamilyReport", "Check"), processes: (), toy: (), errors: ("UserError",),
+    family_report: ("FamilyReport", "Check"), processes: (), runs: (), training: (), workers: (), toy: (), objectives: (),
+    errors: ("UserError",),
     rng: ("Draws", "numpy_generator", "torch_generator", "permutation"),
 }  # fmt: skip
 """The modules that a family of one's own is written against, and the names meant for it where those are not all."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -27,7 +28,7 @@ from genscale.inspection.loss_laws import LossFindings, look_at_losses
 from genscale.settings.config import Config, Strategy
 from genscale.settings.keys import as_key
 from genscale.settings.parser import parse_config
-from genscale.testing.processes import Outcome, run, start
+from genscale.testing.processes import GENSCALE, Outcome, run, start
 
 STEPS, CHECKPOINT_EVERY, BATCH = 8, 4, 8
 ENDLESS = 100_000
@@ -100,7 +101,8 @@ class _Runs:
 
     def __init__(self, name: str, words: list[str], folder: Path) -> None:
         self.name, self.entry, self.words, self.folder = name, family(name), words, folder
-        self.script = FAMILIES.script if FAMILIES.is_registered(name) else None  # others do not know it
+        script = FAMILIES.script if FAMILIES.is_registered(name) else None  # others do not know it
+        self.program = (sys.executable, script) if script else GENSCALE
 
     def train_source(self, words: list[str]) -> None:
         """The run that the others begin from. Raises UserError where it cannot be trained."""
@@ -148,7 +150,7 @@ class _Runs:
         return self._run(*self._command(name, processes), *own)
 
     def _run(self, *words: object) -> Outcome:
-        return run(*words, timeout=TIMEOUT, script=self.script)
+        return run(*words, timeout=TIMEOUT, command=self.program)
 
     def _command(self, name: str, processes: int) -> list[object]:
         place = [f"--run.dir={self.folder}", f"--run.name={name}"]
@@ -201,7 +203,7 @@ class _Runs:
     def _kill(self) -> tuple[Outcome, Checkpoint | None]:
         """Start a run, and kill all its processes when it has a checkpoint; what it said, and the checkpoint it will go on
         from."""
-        begun = start(*self._command("killed", 2), "--train.steps", ENDLESS, script=self.script)
+        begun = start(*self._command("killed", 2), "--train.steps", ENDLESS, command=self.program)
         checkpoints, deadline = self.folder / "killed" / "checkpoints", time.monotonic() + TIMEOUT
         while begun.process.poll() is None and time.monotonic() < deadline and not list_checkpoints(checkpoints):
             time.sleep(0.01)

@@ -8,11 +8,22 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    import psutil
+
+GENSCALE = (sys.executable, "-m", "genscale")
+PACKAGE = Path(__file__).resolve().parents[1]
 FOREIGN = ("ACCELERATE_", "FSDP_", "MASTER_", "TORCHELASTIC_", "WANDB_", "GENSCALE_", "SLURM_", "RANK", "WORLD_SIZE",
-           "LOCAL_RANK", "DS_ACCELERATOR")
+           "LOCAL_RANK", "LOCAL_WORLD_SIZE", "DS_ACCELERATOR")
 """Variables of a launcher, of another run or of this shell, none of which may reach a run that is looked at."""
+LINGER = 5.0
+"""Seconds that the children of a command may outlive it."""
 
 
 @dataclass(frozen=True)
@@ -22,18 +33,56 @@ class Outcome:
     Attributes:
         code: its exit code; negative for the signal that ended it, None where it was killed for taking too long.
         out, err: what it printed.
+        left_behind: its children that lived on, and were killed.
     """
 
     code: int | None
     out: str
     err: str
+    left_behind: tuple[str, ...] = ()
 
     @property
     def error(self) -> str:
         """The line that a user's mistake comes to, or the last line that it printed of what went wrong."""
+        said = self.errors()
         lines = [line for line in (self.out + self.err).splitlines() if line.strip()]
-        said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         return said[0] if said else "hung" if self.code is None else lines[-1] if lines else f"exit code {self.code}"
+
+    def errors(self) -> list[str]:
+        """What its lines `error: ...` say."""
+        return [line.removeprefix("error: ") for line in (self.out + self.err).splitlines() if line.startswith("error: ")]
+
+    def message(self) -> str:
+        """The one line that a user's mistake comes to, after `error: `, with nothing beside it.
+
+        Raises:
+            AssertionError: it ended otherwise.
+        """
+        assert len(self.err.splitlines()) == 1 and self.err.startswith("error: "), self._whole()
+        return self.message_of_run()
+
+    def message_of_run(self) -> str:
+        """The same of a run that had begun: its own lines stand before it.
+
+        Raises:
+            AssertionError: it ended otherwise.
+        """
+        assert self.code == 2 and len(self.errors()) == 1 and "Traceback" not in self.out + self.err, self._whole()
+        return self.errors()[0]
+
+    def one_error(self) -> str:
+        """The one `error: ` line of several processes, whatever their launcher adds; no traceback of genscale.
+
+        Raises:
+            AssertionError: they ended well, or said something else.
+        """
+        text, said = self.out + self.err, self.errors()
+        assert self.code != 0 and len(said) == 1 and text.count(f"error: {said[0]}") == 1, self._whole()
+        assert not [line for line in text.splitlines() if line.lstrip().startswith(f'File "{PACKAGE}/')], self._whole()
+        return f"error: {said[0]}"
+
+    def _whole(self) -> str:
+        return f"exit code {self.code}\n{self.out}\n{self.err}"
 
 
 @dataclass(frozen=True)
@@ -48,60 +97,107 @@ class Running:
     process: subprocess.Popen[bytes]
     out: tempfile._TemporaryFileWrapper[bytes]
     err: tempfile._TemporaryFileWrapper[bytes]
+    _family: set[psutil.Process] = field(default_factory=set)
+
+    @property
+    def pid(self) -> int:
+        """The number of its process."""
+        return self.process.pid
+
+    def poll(self) -> int | None:
+        """Its exit code, None while it runs."""
+        return self.process.poll()
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to its process alone."""
+        self.process.send_signal(number)
+
+    def printed(self) -> str:
+        """What it has printed until now, errors last."""
+        return "".join(Path(file.name).read_text(errors="replace") for file in (self.out, self.err))
+
+    def _remember_children(self) -> None:
+        # Who has lost its parent is found no more.
+        import psutil
+
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self._family.update(psutil.Process(self.pid).children(recursive=True))
 
     def kill(self) -> None:
         """Send SIGKILL to it and all its descendants."""
         import psutil
 
-        with contextlib.suppress(psutil.NoSuchProcess):
-            parent = psutil.Process(self.process.pid)
-            family = [*parent.children(recursive=True), parent]
-            for process in family:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            psutil.wait_procs(family[:-1], timeout=30)
+        if self.poll() is None:
+            self._remember_children()
+            self.process.kill()
+        for process in self._family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(self._family, timeout=30)
         self.process.wait()
 
     def finish(self, timeout: float = 300) -> Outcome:
-        """Wait for its end; after so many seconds it is killed."""
+        """Wait for its end; after so many seconds it is killed. So are children that outlive it by five seconds."""
+        import psutil
+
+        deadline, left = time.monotonic() + timeout, []
         try:
-            code: int | None = self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            code = None
+            while self.poll() is None and time.monotonic() < deadline:
+                self._remember_children()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(0.1)
+            code = self.poll()
+            if code is not None:
+                left = psutil.wait_procs(self._family, timeout=LINGER)[1]
         finally:
             self.kill()
-        texts = []
-        for file in (self.out, self.err):
-            file.seek(0)
-            texts.append(file.read().decode(errors="replace"))
-            file.close()
-        return Outcome(code, *texts)
+        out, err = (Path(file.name).read_text(errors="replace") for file in (self.out, self.err))
+        self.out.close()
+        self.err.close()
+        return Outcome(code, out, err, tuple(map(str, left)))
 
 
-def start(*words: object, environment: dict[str, str] | None = None, script: str | None = None) -> Running:
+def clean_environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's environment without what a launcher or another run has left in it, with `variables` added; one thread a
+    process, where it does not say how many."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
+    return {"OMP_NUM_THREADS": "1", **kept, **(variables or {})}
+
+
+def torchrun(processes: int) -> tuple[str, ...]:
+    """The command that starts a script in so many processes, for `start` and `run`."""
+    return (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
+
+
+def start(*words: object, command: tuple[str, ...] = GENSCALE, environment: Mapping[str, str] | None = None,
+          folder: Path | None = None) -> Running:
     """Start `genscale <words>` and return at once.
 
     Args:
+        command: another command than `genscale`, to which the words are given.
         environment: variables besides those of this process.
-        script: the program to start in genscale's place: one that registers a family of its own, and calls `genscale.start`.
+        folder: to start it in; without one, the current folder.
+
+    Example:
+        >>> running = start("--version")
+        >>> running.finish().code
+        0
     """
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
-    variables = {"OMP_NUM_THREADS": "1", **kept, **(environment or {})}
     out, err = tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()  # noqa: SIM115 - closed by `finish`
-    program = [script] if script else ["-m", "genscale"]
-    process = subprocess.Popen([sys.executable, *program, *map(str, words)], env=variables, stdin=subprocess.DEVNULL,
-                               stdout=out, stderr=err, start_new_session=True, preexec_fn=_not_deaf)
+    process = subprocess.Popen([*command, *map(str, words)], env=clean_environment(environment), stdin=subprocess.DEVNULL,
+                               stdout=out, stderr=err, cwd=folder, start_new_session=True, preexec_fn=_not_deaf)
     return Running(process, out, err)
 
 
-def run(*words: object, timeout: float = 300, environment: dict[str, str] | None = None, script: str | None = None) -> Outcome:
-    """Run `genscale <words>` to its end; see `start`.
+def run(*words: object, timeout: float = 300, command: tuple[str, ...] = GENSCALE,
+        environment: Mapping[str, str] | None = None, folder: Path | None = None) -> Outcome:
+    """Run `genscale <words>`, or another command, to its end; see `start`.
 
     Example:
         >>> run("--version").code
         0
     """
-    return start(*words, environment=environment, script=script).finish(timeout)
+    return start(*words, command=command, environment=environment, folder=folder).finish(timeout)
 
 
 def _not_deaf() -> None:

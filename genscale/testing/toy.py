@@ -66,19 +66,30 @@ class ToySampling:
 
 
 class ToyData(Data):
-    """Samples `{"wave": float32 (16,)}`; wave g is a function of g alone."""
+    """Endless samples, of which number g is a function of g alone.
 
-    def __init__(self, settings: ToyDataSettings) -> None:
-        self.settings, self.lane_count = settings, settings.lanes
+    Args:
+        sample: makes a sample of its number, those of validation of numbers below 0.
+        lanes: parallel streams that make up the order.
+
+    Example:
+        >>> from genscale.testing.toy import ToyData
+        >>> sample, cursor = next(ToyData(lanes=4).open_lane(1))
+        >>> sample["wave"].shape, cursor
+        ((16,), {'position': 1})
+    """
+
+    def __init__(self, sample: Callable[[int], Sample] | None = None, lanes: int = 12) -> None:
+        self.sample, self.lane_count = sample or wave_sample, lanes
 
     def open_lane(self, lane: int, cursor: Cursor | None = None) -> Iterator[tuple[Sample, Cursor]]:
         position = 0 if cursor is None else cursor["position"]
         while True:
-            yield {"wave": wave(position * self.lane_count + lane)}, {"position": position + 1}
+            yield self.sample(position * self.lane_count + lane), {"position": position + 1}
             position += 1
 
     def validation(self) -> list[Sample]:
-        return [{"wave": wave(-1 - number)} for number in range(8)]
+        return [self.sample(-1 - number) for number in range(8)]
 
     def check(self, global_batch_size: int) -> None:
         """There are always enough."""
@@ -88,6 +99,11 @@ class ToyData(Data):
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+def wave_sample(number: int) -> Sample:
+    """The sample of a number, `{"wave": float32 (16,)}`."""
+    return {"wave": wave(number)}
 
 
 def wave(number: int) -> np.ndarray:
@@ -148,11 +164,11 @@ class ToyObjective(Objective):
 
 
 def build_data(settings: ToyDataSettings, seed: int) -> ToyData:
-    return ToyData(settings)
+    return ToyData(lanes=settings.lanes)
 
 
 def validation(settings: ToyDataSettings, seed: int) -> list[Sample]:
-    return ToyData(settings).validation()
+    return ToyData().validation()
 
 
 def network_of(config: Config) -> nn.Module:

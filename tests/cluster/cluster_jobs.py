@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from fault_runs import FOREIGN, ROOT, SETTINGS, Run, make_source
+from fault_runs import ROOT, SETTINGS, Run, make_source
 
 from genscale.checkpoint.checkpoints import list_checkpoints
+from genscale.testing.processes import FOREIGN
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "mini-cluster.sh"
@@ -90,7 +91,7 @@ class Cluster:
 
     def variables(self, run: JobRun, planted: str = "") -> dict[str, str]:
         """The environment of whoever submits the run, as `Submit` takes it."""
-        variables = {name: "" for name in os.environ if name.startswith((*FOREIGN, "SLURM_", "SBATCH_"))}
+        variables = {name: "" for name in os.environ if name.startswith((*FOREIGN, "SBATCH_"))}
         paths = os.pathsep.join([str(HERE / "planted"), str(ROOT)])
         return variables | {"SLURM_CONF": self.environment["SLURM_CONF"], "OMP_NUM_THREADS": "1", "PLANTED": planted,
                             "PLANTED_FOLDER": str(run.planted), "PYTHONPATH": paths}

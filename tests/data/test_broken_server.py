@@ -27,6 +27,7 @@ from genscale.data.locations import find_urls
 from genscale.data.text import sources
 from genscale.data.text.data import TextData, TextDataSettings
 from genscale.errors import UserError
+from genscale.testing.runs import Run
 
 TEXTS = [f"document {i} " + random.Random(i).randbytes(40).hex() for i in range(600)]
 FAULTS = ["503", "reset", "none", "truncated", "429 0", "500", "none", "silent", "503 @1", "truncated", "reset"]
@@ -250,7 +251,7 @@ def test_a_run_goes_on_and_counts(folder: Path, broken_server, genscale, tmp_pat
         done = genscale("train", f"--run.dir={tmp_path}", f"--run.name={name}", *model, *data, "--train.steps=40",
                         "--train.global_batch_size=8", "--train.log_every=5", "--tracking.wandb=disabled")
         assert done.code == 0, done.err
-        found.append([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()])
+        found.append(Run(tmp_path / name).metrics())
     calm, stormy = ([(line["step"], line["loss"], line["data_digest"]) for line in lines if "data_digest" in line]
                     for lines in found)
     assert calm == stormy and len(calm) == 8

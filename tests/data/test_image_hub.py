@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -62,18 +59,15 @@ CASES: dict[str, dict[str, Any]] = {"splits": {}, "column": {"image_column": "im
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory, serve_hub: Callable[..., str]) -> dict[str, dict[str, Any]]:
+def found(tmp_path_factory: pytest.TempPathFactory, serve_hub: Callable[..., str],
+          python_process: Callable[..., str]) -> dict[str, dict[str, Any]]:
     """What one process reads with the settings of each case: the hub's address is fixed when its client is imported."""
     home = tmp_path_factory.mktemp("home")
-    environment = {**os.environ, "HF_ENDPOINT": serve_hub(NAME, FILES), "HF_HOME": str(home),
-                   "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment.pop("HF_HUB_OFFLINE", None)
     common = {"source": NAME, "size": 4, "channels": 1, "labels": True, "lanes": 4, "image_column": "img",
               "label_column": "kind"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps([{**common, **case} for case in CASES.values()])],
-                          env=environment, capture_output=True, text=True, timeout=240, cwd=home)
-    assert done.returncode == 0, done.stderr
-    return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
+    said = python_process(SCRIPT, json.dumps([{**common, **case} for case in CASES.values()]), HF_HUB_OFFLINE="0",
+                          HF_ENDPOINT=serve_hub(NAME, FILES), HF_HOME=str(home), timeout=240, cwd=home)
+    return dict(zip(CASES, map(json.loads, said.splitlines()), strict=True))
 
 
 def test_splits_and_classes_are_the_datasets_own(found: dict[str, dict[str, Any]]) -> None:

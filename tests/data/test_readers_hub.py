@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -57,17 +54,14 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory, serve_hub: Callable[..., str]) -> dict[str, dict[str, Any]]:
+def found(tmp_path_factory: pytest.TempPathFactory, serve_hub: Callable[..., str],
+          python_process: Callable[..., str]) -> dict[str, dict[str, Any]]:
     """What one process reads with the settings of each case: the hub's address is fixed when its client is imported."""
     home = tmp_path_factory.mktemp("home")
-    environment = {**os.environ, "HF_ENDPOINT": serve_hub(NAME, CONTENT), "HF_HOME": str(home),
-                   "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment.pop("HF_HUB_OFFLINE", None)
     settings = [{"source": NAME, "lanes": 4, "sequence_length": 16, "shuffle_window": 8, **case} for case in CASES.values()]
-    done = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(settings)], env=environment, capture_output=True, text=True,
-                          timeout=240, cwd=home)
-    assert done.returncode == 0, done.stderr
-    return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
+    said = python_process(SCRIPT, json.dumps(settings), HF_ENDPOINT=serve_hub(NAME, CONTENT), HF_HOME=str(home),
+                          HF_HUB_OFFLINE="0", timeout=240, cwd=home)
+    return dict(zip(CASES, map(json.loads, said.splitlines()), strict=True))
 
 
 def test_a_hub_dataset_is_streamed_by_split(found: dict[str, dict[str, Any]]) -> None:

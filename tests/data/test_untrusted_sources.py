@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import http.server
 import io
-import os
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -127,13 +124,9 @@ def test_a_table_of_the_hub_stays_in_its_dataset(tmp_path: Path, path: str) -> N
                                         "which is not in the hub dataset someone/pictures")
 
 
-def test_a_table_of_the_hub_names_files_of_its_dataset(tmp_path: Path, serve_hub) -> None:
+def test_a_table_of_the_hub_names_files_of_its_dataset(tmp_path: Path, serve_hub, python_process) -> None:
     own = [f"hf://datasets/someone/pictures@{'c' * 40}/{name}" for name in ("0.png", "images/1.png")]
     files = {"train-0.parquet": table_of(*own), "0.png": png(0), "images/1.png": png(1)}
-    environment = {**os.environ, "HF_ENDPOINT": serve_hub("someone/pictures", files), "HF_HOME": str(tmp_path),
-                   "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment.pop("HF_HUB_OFFLINE", None)
-    done = subprocess.run([sys.executable, "-c", HUB_SCRIPT], env=environment, capture_output=True, text=True, timeout=120,
-                          cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert [bytes.fromhex(line) for line in done.stdout.split()] == [png(0), png(1)]
+    said = python_process(HUB_SCRIPT, HF_ENDPOINT=serve_hub("someone/pictures", files), HF_HOME=str(tmp_path),
+                          HF_HUB_OFFLINE="0", cwd=tmp_path)
+    assert [bytes.fromhex(line) for line in said.split()] == [png(0), png(1)]

@@ -1,37 +1,33 @@
-"""One process of an engine test, started by torchrun: trains small networks through Trainer.run_phase and reports as JSON.
+"""What a process of an engine test does: trains small networks through Trainer.run_phase; see genscale/testing/workers.py.
 
-    python -m torch.distributed.run --nproc_per_node 2 engine_worker.py '{"name": {"strategy": "zero2", ...}}' results.json
-
-What it trains on comes from `token_batch`, `two_network_batch` and `networks_of`, which the tests import to compute the truth.
+What it trains on comes from `token_batch`, `point_batch` and `text_network`, which the tests import to compute the truth.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import json
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genscale.families.gpt.network import GPT, GPTSettings
 from genscale.families.gpt.objective import LanguageModel
-from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
+from genscale.objectives.base import Objective
 from genscale.parallel.averages import local
-from genscale.parallel.engine import Engine, Read
-from genscale.parallel.exit_together import run_and_leave
-from genscale.parallel.launch_request import clear_launch_environment
+from genscale.parallel.engine import Engine
 from genscale.parallel.pieces import tensor_bytes
 from genscale.parallel.processes import Processes
-from genscale.parallel.strategies import build_engine, plan_parallel
-from genscale.rng import Draws, torch_generator
-from genscale.settings.config import Config, OptimizerSettings, ParallelSettings
+from genscale.parallel.strategies import ParallelPlan
+from genscale.rng import torch_generator
+from genscale.settings.config import Config, OptimizerSettings, ParallelSettings, TrainSettings
+from genscale.testing.objectives import NOISE, ToyGAN
+from genscale.testing.training import Training
+from genscale.testing.workers import serve
 from genscale.training.optimizers import make_optimizer
-from genscale.training.trainer import Trainer
 
 GLOBAL_BATCH, TIME, VOCABULARY = 8, 32, 64
 DEFAULTS = {"strategy": "ddp", "task": "text", "steps": 4, "accumulation": 1, "precision": "fp32", "clip": 0.0,
@@ -51,25 +47,36 @@ def token_batch(step: int, ragged: bool) -> Tensor:
     return tokens
 
 
-def two_network_batch(step: int) -> Tensor:
+def point_batch(step: int) -> Tensor:
     """Points `(GLOBAL_BATCH, 2)` that the generator is to imitate."""
     return torch.randn(GLOBAL_BATCH, 2, generator=torch_generator(0, "points", step)) + 2.0
 
 
-def networks_of(task: str, layers: int = 2, width: int = 32, meta: bool = False,
-                tied_modules: bool = False) -> dict[str, nn.Module]:
-    """The networks with their initial weights, the same in every process; or a text's on the meta device."""
-    if task == "text":
-        with torch.device("meta" if meta else "cpu"):
-            network = GPT(GPTSettings(layers=layers, heads=2, width=width, positions=TIME, tied=not tied_modules), VOCABULARY)
-        if tied_modules:  # the same network, its one embedding table held by two modules
-            network.output.weight = network.token_embedding.weight
-        if not meta:
-            network.initialise(0)
-        return {"gpt": network}
-    torch.manual_seed(0)
-    return {"generator": nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 2)),
-            "discriminator": nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 1))}
+def text_network(layers: int = 2, width: int = 32, meta: bool = False, tied_modules: bool = False) -> GPT:
+    """With its initial weights, the same in every process; or on the meta device."""
+    with torch.device("meta" if meta else "cpu"):
+        network = GPT(GPTSettings(layers=layers, heads=2, width=width, positions=TIME, tied=not tied_modules), VOCABULARY)
+    if tied_modules:  # the same network, its one embedding table held by two modules
+        network.output.weight = network.token_embedding.weight
+    if not meta:
+        network.initialise(0)
+    return network
+
+
+def train_plainly(optimizer: dict[str, Any], steps: int = 4, clip: float = 0.0, **shape: Any) -> tuple[list[float], ...]:
+    """Losses and gradient norms of a text's training in plain PyTorch, in this process."""
+    network = text_network(**shape)
+    made = make_optimizer(network, OptimizerSettings(**optimizer))
+    losses, norms = [], []
+    for step in range(steps):
+        tokens = token_batch(step, ragged=False)
+        loss = F.cross_entropy(network(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        norms.append(nn.utils.clip_grad_norm_(network.parameters(), clip or float("inf")).item())
+        made.step()
+        made.zero_grad()
+        losses.append(loss.item())
+    return losses, norms
 
 
 class NoTokenizer:
@@ -79,48 +86,13 @@ class NoTokenizer:
         return None
 
 
-class TwoNetworks(Objective):
-    """A non-saturating GAN on points: the least that has an opponent."""
-
-    def __init__(self) -> None:
-        self.networks = networks_of("points")
-        self.phases = [Phase("discriminator", "discriminator", self.discriminate, self.count),
-                       Phase("generator", "generator", self.generate, self.count)]
-
-    def count(self, batch: Batch) -> int:
-        return len(batch["points"])
-
-    def discriminate(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
-        # Not detached on purpose: that no gradient reaches the generator is the trainer's promise, not the objective's.
-        made = networks["generator"](draws.normal("noise", 4))
-        logits = networks["discriminator"](torch.cat([batch["points"], made]))
-        real, fake = logits.float().chunk(2)
-        return {"loss": nn.functional.softplus(-real).sum() + nn.functional.softplus(fake).sum()}
-
-    def generate(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
-        logits = networks["discriminator"](networks["generator"](draws.normal("noise", 4)))
-        return {"loss": nn.functional.softplus(-logits.float()).sum()}
-
-    def initial_weights(self, name: str) -> Read:
-        raise NotImplementedError
-
-    def evaluate(self, networks: Networks, batch: Batch) -> Terms:
-        raise NotImplementedError
-
-    def summarise(self, totals: Any) -> dict[str, float]:
-        raise NotImplementedError
-
-    def preview(self, networks: Networks, seed: int, device: torch.device) -> str:
-        raise NotImplementedError
-
-
 def micro_batches(variant: dict[str, Any], step: int, processes: Processes) -> list[dict[str, Tensor]]:
     """This process's share of a step: the samples that are its rank modulo the processes, as the loader deals them."""
     whole = {"sample": torch.arange(GLOBAL_BATCH)}
     if variant["task"] == "text":
         whole["tokens"] = token_batch(step, variant["ragged"])
     else:
-        whole["points"] = two_network_batch(step)
+        whole["x"] = point_batch(step)
     mine = {key: value[processes.rank::processes.world_size].chunk(variant["accumulation"]) for key, value in whole.items()}
     return [dict(zip(mine, parts, strict=True)) for parts in zip(*mine.values(), strict=True)]
 
@@ -161,20 +133,19 @@ def weigh_after_backward(engine: Engine, weighed: list[int]) -> None:
     engine.micro_batch = watched
 
 
-def run_variant(variant: dict[str, Any], processes: Processes, plan: Any) -> dict[str, Any]:
-    config = Config(optimizer=OptimizerSettings(**variant["optimizer"]))
-    settings = ParallelSettings(strategy=plan.strategy, offload=plan.offload, compile=variant["compile"],
+def answer(variant: dict[str, Any], processes: Processes, plan: ParallelPlan) -> dict[str, Any]:
+    text = variant["task"] == "text"
+    shape = {key: variant[key] for key in ("layers", "width", "meta", "tied_modules")}
+    objective: Objective = LanguageModel(text_network(**shape), NoTokenizer(), TIME) if text else ToyGAN(width=64)
+    train = TrainSettings(global_batch_size=GLOBAL_BATCH, clip=variant["clip"],
+                          micro_batch_size=GLOBAL_BATCH // processes.world_size // variant["accumulation"])
+    parallel = ParallelSettings(strategy=plan.strategy, offload=plan.offload, compile=variant["compile"],
                                 activation_checkpointing=variant["activation_checkpointing"],
                                 shard_size=variant["shard_size"], reduce_gradients=variant["reduce_gradients"])
-    shape = {key: variant[key] for key in ("layers", "width", "meta", "tied_modules")}
-    objective: Objective = LanguageModel(networks_of("text", **shape)["gpt"], NoTokenizer(), TIME) \
-        if variant["task"] == "text" else TwoNetworks()
-    micro = GLOBAL_BATCH // processes.world_size // variant["accumulation"]
-    engine = build_engine(plan, processes, settings, variant["precision"], variant["clip"], micro, variant["accumulation"])
-    reads = WatchedReads(objective.networks["gpt"]) if variant["meta"] else None
-    engine.prepare(objective.networks, lambda module: make_optimizer(module, config.optimizer, variant["precision"]),
-                   {"gpt": reads} if reads else None)
-    trainer = Trainer(config, objective, engine, loader=None, hooks=[], last_good=lambda: "none")
+    config = Config(train=train, optimizer=OptimizerSettings(**variant["optimizer"]), parallel=parallel)
+    reads = {"gpt": WatchedReads(objective.networks["gpt"])} if variant["meta"] else None
+    training = Training(objective, None, config, processes=processes, plan=plan, weights=reads)
+    engine, trainer = training.engine, training.trainer
     to_come = [each for name in engine.optimizers for each in engine.optimizer_state_to_come(name)]
     foreseen = engine.bytes_at_rest() + tensor_bytes(to_come)
     del to_come
@@ -182,50 +153,38 @@ def run_variant(variant: dict[str, Any], processes: Processes, plan: Any) -> dic
     if variant["weigh_gradients"]:
         weigh_after_backward(engine, weighed)
     steps, leaks = [], []
-    with torch.autograd.profiler.profile(enabled=variant["count_operations"]) as profile:
-        for step in range(variant["steps"]):
-            batches, metrics = micro_batches(variant, step, processes), {}
+    names: list[str] = []
+    for step in range(variant["steps"]):
+        batches, metrics = micro_batches(variant, step, processes), {}
+        with torch.autograd.profiler.profile(enabled=variant["count_operations"] and step == 0) as profile:
             for phase in objective.phases:
                 watched = [name for name in engine.modules if variant["watch"] and name != phase.network]
                 opponents = {name: state_of(engine, name) for name in watched}
                 if variant["evaluate"]:  # between phases even, which no trainer does
                     networks = engine.view(None)
                     with torch.no_grad():
-                        networks["discriminator"](networks["generator"](torch.ones(2, 4)))
+                        networks["discriminator"](networks["generator"](torch.ones(2, NOISE)))
                 metrics.update(trainer.metrics_of(trainer.run_phase(phase, step, batches)))
                 for name, before in opponents.items():
                     after = state_of(engine, name)
                     changed = [key for key in before if not torch.equal(before[key], after[key])]
                     touched = [key for key, p in engine.modules[name].named_parameters() if p.grad is not None]
                     leaks += [f"step {step}, {phase.name}: {name}.{key}" for key in changed + touched]
-            steps.append(metrics)
-    names = [event.name for event in profile.function_events] if variant["count_operations"] else []
+        if variant["count_operations"] and step == 0:
+            names = [event.name for event in profile.function_events]
+        steps.append(metrics)
     wrapper = next(iter(engine.networks.values()))
     made = next(iter(engine.optimizers.values()))
     return {"steps": steps, "leaks": leaks, "bytes_at_rest": processes.gather(engine.bytes_at_rest()),
             "bytes_foreseen": processes.gather(foreseen),
             "gradient_bytes": processes.gather(weighed), "parameters": sum(p.numel() for p in wrapper.parameters()),
-            "bytes_while_filled": processes.gather(reads.most_bytes if reads else 0),
+            "bytes_while_filled": processes.gather(reads["gpt"].most_bytes if reads else 0),
             "wrapper": type(wrapper).__name__, "optimizer": type(getattr(made, "optimizer", made)).__name__,
             "stage": wrapper.zero_optimization_stage() if hasattr(wrapper, "zero_optimization_stage") else None,
             "matrix_products": names.count("aten::addmm"), "activations": names.count("aten::gelu"),
             "compiled_graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
-            "weights": {name: {key: value.tolist() for key, value in state_of(engine, name).items()} for name in engine.modules}
-            if variant["task"] == "points" else {}}
-
-
-def main(variants: dict[str, dict[str, Any]], out: Path) -> None:
-    # As `genscale train` does: the launcher is asked first, then its variables are removed, then the group is made.
-    variants = {name: {**DEFAULTS, **variant} for name, variant in variants.items()}
-    plans = {name: plan_parallel(ParallelSettings(strategy=it["strategy"], offload=it["offload"]), it["precision"],
-                                 it["optimizer"]["name"]) for name, it in variants.items()}
-    clear_launch_environment()
-    processes = Processes(need_group=True)
-    results = {name: run_variant(variant, processes, plans[name]) for name, variant in variants.items()}
-    if processes.is_main:
-        out.write_text(json.dumps(results))
-    processes.close()
+            "weights": {} if text else {name: state_of(engine, name) for name in engine.modules}}
 
 
 if __name__ == "__main__":
-    run_and_leave(lambda: main(json.loads(sys.argv[1]), Path(sys.argv[2])))
+    serve(answer, DEFAULTS)

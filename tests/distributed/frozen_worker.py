@@ -1,23 +1,17 @@
-"""One process of a test of frozen networks, started by torchrun: whole runs of a toy that is planted in the place of the points
-family. A student learns a teacher's answers where its own rollouts lead; their lengths, and so the forwards of a process,
-depend on the sample. Writes what came of several runs as JSON."""
+"""What a process of a test of frozen networks does; see genscale/testing/workers.py: whole runs of a toy whose student learns a
+teacher's answers where its own rollouts lead; their lengths, and so the forwards of a process, depend on the sample."""
 
 from __future__ import annotations
 
 import gc
-import json
-import shutil
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from genscale.checkpoint.checkpoints import list_checkpoints
 from genscale.data.lanes import Data
 from genscale.errors import UserError
 from genscale.families import FAMILIES
@@ -26,22 +20,20 @@ from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.parallel import engine as engine_room
 from genscale.parallel.averages import local
 from genscale.parallel.engine import Engine
-from genscale.parallel.exit_together import run_and_leave
-from genscale.parallel.launch_request import clear_launch_environment
 from genscale.parallel.pieces import tensor_bytes
 from genscale.parallel.processes import Processes
-from genscale.parallel.strategies import build_engine, plan_parallel
+from genscale.parallel.strategies import ParallelPlan, build_engine
 from genscale.rng import Draws
 from genscale.settings.config import Config
-from genscale.settings.parser import parse_config
-from genscale.supervise.signals import StopSignal
-from genscale.supervise.supervision import Supervision
-from genscale.tracking.metrics_file import read_metrics
+from genscale.testing import toy
+from genscale.testing.objectives import BareObjective, point
+from genscale.testing.runs import Run, train_in_group
+from genscale.testing.workers import run_of, serve
 from genscale.training import run as life
 
 GLOBAL_BATCH, WIDTH, STEPS = 8, 128, 6
 SETTINGS = {
-    "model.family": "points", "data.lanes": GLOBAL_BATCH, "data.validation_points": 20, "train.global_batch_size": GLOBAL_BATCH,
+    "model.family": "toy", "data.lanes": GLOBAL_BATCH, "train.global_batch_size": GLOBAL_BATCH,
     "train.steps": STEPS, "train.precision": "fp32", "train.log_every": 1, "train.checkpoint_every": 3,
     "train.evaluate_every": 3, "train.sample_every": 6, "train.checkpoint_keep": 9, "train.ema_half_life": 100,
     "train.ema_ramp_up": 0, "optimizer.name": "sgd", "optimizer.lr": 0.02, "tracking.wandb": "disabled", "run.trace": True,
@@ -64,7 +56,7 @@ class Network(nn.Module):
         return self.last(torch.tanh(self.between(self.hidden(torch.tanh(self.first(x))))))
 
 
-class Distilled(Objective):
+class Distilled(BareObjective):
     """Trains `student` to answer as `teacher` does.
 
     Attributes:
@@ -80,8 +72,8 @@ class Distilled(Objective):
 
     def __init__(self) -> None:
         with torch.device("meta"):
-            self.networks = {"student": Network(teaches=False), "teacher": Network(teaches=True)}
-        self.phases = [Phase("student", "student", self.terms, lambda batch: len(batch["point"]))]
+            networks = {"student": Network(teaches=False), "teacher": Network(teaches=True)}
+        super().__init__(networks, [Phase("student", "student", self.terms, self.count)])
 
     def initial_weights(self, name: str) -> Callable[[str], Tensor]:
         if name == "teacher" and self.teacher_is_gone:
@@ -108,16 +100,16 @@ class Distilled(Objective):
         return points
 
     def terms(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
-        led = self.rollout(batch["point"], batch["sample"] % 5)
+        led = self.rollout(batch["x"], batch["sample"] % 5)
         with torch.no_grad():
             wanted = networks["teacher"](led)
         answer = networks["student"](led)
         # The gradient of the second goes through the teacher.
         return {"distance": (answer - wanted).float().square().sum(),
-                "judged": 0.1 * (networks["teacher"](answer) - batch["point"]).float().square().sum()}
+                "judged": 0.1 * (networks["teacher"](answer) - batch["x"]).float().square().sum()}
 
     def evaluate(self, networks: Networks, batch: Batch) -> Terms:
-        led = self.rollout(batch["point"], batch["sample"] % 3)
+        led = self.rollout(batch["x"], batch["sample"] % 3)
         return {"error": (networks["student"](led) - networks["teacher"](led)).float().square().sum(1)}
 
     def summarise(self, totals: Mapping[str, Any]) -> dict[str, float]:
@@ -129,16 +121,17 @@ class Distilled(Objective):
 
 
 def plant(objective: type[Objective] = Distilled) -> None:
-    """The toy in the place of the points family."""
-    points = FAMILIES["points"]
-    functions: Any = points.module()
+    """The toy family, with another objective and other data."""
+
+    def data(settings: toy.ToyDataSettings, seed: int) -> toy.ToyData:
+        return toy.ToyData(point, settings.lanes)
 
     def build(config: Config, data: Data) -> Objective:
         return objective()
 
-    module = SimpleNamespace(__name__="toy", build_data=functions.build_data, validation=functions.validation, build=build,
+    module = SimpleNamespace(__name__="toy", build_data=data, validation=lambda *words: data(*words).validation(), build=build,
                              restore=build)
-    FAMILIES.registered["points"] = replace(points, module=lambda: module, sampling=None)
+    FAMILIES.registered["toy"] = replace(toy.FAMILY, module=lambda: module, sampling=None)
 
 
 def held_bytes(engine: Engine, name: str) -> int:
@@ -148,17 +141,9 @@ def held_bytes(engine: Engine, name: str) -> int:
     return tensor_bytes([local(parameter.detach()) for parameter in parameters]) + tensor_bytes(shards)
 
 
-def run(folder: Path, variant: dict[str, Any], processes: Processes) -> dict[str, Any]:
-    """One run; `again_from`: a copy of that run, cut after a checkpoint, goes on; `fits`: whether a gathered network may."""
-    folder = folder / variant["name"]
-    if processes.is_main and "again_from" in variant:
-        name, step = variant["again_from"]
-        shutil.copytree(folder.with_name(name), folder)
-        for checkpoint in list_checkpoints(folder / "checkpoints"):
-            if checkpoint.step > step:
-                shutil.rmtree(checkpoint.path)
-    settings = {**SETTINGS, "run.dir": str(folder.parent), "run.name": folder.name, **variant.get("settings", {})}
-    config = parse_config(FAMILIES, [f"--{key}={value}" for key, value in settings.items()], description="")
+def answer(variant: dict[str, Any], processes: Processes, plan: ParallelPlan) -> dict[str, Any]:
+    """One run; `fits`: whether a gathered network may."""
+    run = run_of(variant, processes)
     Distilled.teacher_is_gone = "again_from" in variant
     Distilled.calls = []
     made: list[Engine] = []
@@ -170,11 +155,8 @@ def run(folder: Path, variant: dict[str, Any], processes: Processes) -> dict[str
     life.build_engine = keep_engine
     kept, fits = engine_room.fits, variant.get("fits", True)
     engine_room.fits = lambda *arguments: fits and kept(*arguments)
-    plan = plan_parallel(config.parallel, config.train.precision)
     try:
-        with Supervision(config.guards.hang_minutes, folder, processes, StopSignal()) as supervision:
-            life._train(config, processes, replace(plan, world_size=processes.world_size),
-                        life.derive_accumulation(config.train, processes.world_size), folder, supervision)
+        train_in_group(run.folder, {**SETTINGS, **variant["settings"]}, processes)
     finally:
         engine_room.fits = kept
     engine = made[0]
@@ -182,27 +164,17 @@ def run(folder: Path, variant: dict[str, Any], processes: Processes) -> dict[str
     calls, bytes_held = processes.gather(Distilled.calls), processes.gather(held_bytes(engine, "teacher"))
     if not processes.is_main:
         return {}
-    found = list_checkpoints(folder / "checkpoints")[-1]
-    lines = list(read_metrics(folder / "metrics.jsonl"))
-    return {"numbers": numbers(lines), "digest": found.digest(), "frozen": found.state()["frozen"], "calls": calls,
+    found = run.latest()
+    return {"numbers": numbers(run), "digest": found.digest(), "frozen": found.state()["frozen"], "calls": calls,
             "bytes": bytes_held, "optimizers": list(engine.optimizers), "averages": list(engine.averages),
             "files": sorted(file.relative_to(found.path).as_posix() for file in found.path.rglob("*.safetensors"))}
 
 
-def numbers(lines: list[dict[str, Any]]) -> list[float]:
+def numbers(run: Run) -> list[float]:
     """What was logged of a run: losses, gradient norms and validation losses."""
-    return [line[key] for key in ("loss", "grad_norm", "validation_loss") for line in lines if key in line]
-
-
-def main(variants: list[dict[str, Any]], folder: Path) -> None:
-    plant()
-    clear_launch_environment()
-    processes = Processes(need_group=True)
-    results = {variant["name"]: run(folder, variant, processes) for variant in variants}
-    if processes.is_main:
-        (folder / "results.json").write_text(json.dumps(results))
-    processes.close()
+    return run.values("loss", "grad_norm", "validation_loss")
 
 
 if __name__ == "__main__":
-    run_and_leave(lambda: main(json.loads(sys.argv[1]), Path(sys.argv[2])))
+    plant()
+    serve(answer)

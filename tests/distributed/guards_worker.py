@@ -1,33 +1,23 @@
-"""One process of a test of the guards, started by torchrun: whole runs of the points family, from the data to the checkpoints,
-on data with points that are no numbers; several runs in one start of processes. Writes what came of them as JSON."""
+"""What a process of a test of the guards does; see genscale/testing/workers.py: whole runs of the points family, from the data
+to the checkpoints, on data with points that are no numbers."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
-import sys
 from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from genscale.checkpoint.checkpoints import list_checkpoints
 from genscale.data.lanes import Cursor, Sample
 from genscale.errors import UserError
-from genscale.families import FAMILIES, family
+from genscale.families import family
 from genscale.families.points.data import PointsData
-from genscale.parallel.exit_together import run_and_leave
-from genscale.parallel.launch_request import clear_launch_environment
 from genscale.parallel.processes import Processes
-from genscale.parallel.strategies import plan_parallel
-from genscale.settings.parser import parse_config
-from genscale.supervise.signals import StopSignal
-from genscale.supervise.supervision import Supervision
-from genscale.tracking.metrics_file import read_metrics
+from genscale.parallel.strategies import ParallelPlan
+from genscale.testing.runs import train_in_group
+from genscale.testing.workers import run_of, serve
 from genscale.training import run as life
 from genscale.training.trainer import Trainer
 
@@ -88,28 +78,15 @@ def tensors_of(checkpoint: Any) -> str:
     return total.hexdigest()
 
 
-def run(folder: Path, variant: dict[str, Any], processes: Processes) -> dict[str, Any]:
-    """One run; `again_from`: a copy of that run, cut after a checkpoint, goes on."""
-    folder = folder / variant["name"]
-    if processes.is_main and "again_from" in variant:
-        name, step = variant["again_from"]
-        shutil.copytree(folder.with_name(name), folder)
-        for checkpoint in list_checkpoints(folder / "checkpoints"):
-            if checkpoint.step > step:
-                shutil.rmtree(checkpoint.path)
-    settings = {**SETTINGS, "run.dir": str(folder.parent), "run.name": folder.name, **variant.get("settings", {})}
-    config = parse_config(FAMILIES, [f"--{key}={value}" for key, value in settings.items()], description="")
+def answer(variant: dict[str, Any], processes: Processes, plan: ParallelPlan) -> dict[str, Any]:
+    run = run_of(variant, processes)
     PlantedPoints.bad = frozenset(variant.get("bad", ()))
     PlantedPoints.absent = frozenset(variant.get("absent", ()))
     WithoutPhases.absent = frozenset((name, step) for name, step in variant.get("without", ()))
     life.Trainer = WithoutPhases if "without" in variant else Trainer
-    plan = plan_parallel(config.parallel, config.train.precision)
-    config = plan.settled(config)
     error = None
     try:
-        with Supervision(config.guards.hang_minutes, folder, processes, StopSignal()) as supervision:
-            life._train(config, processes, replace(plan, world_size=processes.world_size),
-                        life.derive_accumulation(config.train, processes.world_size), folder, supervision)
+        train_in_group(run.folder, {**SETTINGS, **variant["settings"]}, processes)
     except UserError as mistake:
         error = f"{type(mistake).__name__}: {mistake}"
     except SystemExit as end:  # another process speaks
@@ -117,22 +94,12 @@ def run(folder: Path, variant: dict[str, Any], processes: Processes) -> dict[str
     errors = processes.gather(error)
     if not processes.is_main:
         return {}
-    found = list_checkpoints(folder / "checkpoints")
-    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "data_digest" in line]
-    return {"errors": errors, "lines": lines, "steps": [checkpoint.step for checkpoint in found],
+    found = run.checkpoints()
+    return {"errors": errors, "lines": run.lines(), "steps": [checkpoint.step for checkpoint in found],
             "digest": found[-1].digest() if found else None, "tensors": tensors_of(found[-1]) if found else None,
             "guards": found[-1].state()["guards"] if found else None}
 
 
-def main(variants: list[dict[str, Any]], folder: Path) -> None:
-    family("points").module().build_data = PlantedPoints
-    clear_launch_environment()
-    processes = Processes(need_group=True)
-    results = {variant["name"]: run(folder, variant, processes) for variant in variants}
-    if processes.is_main:
-        (folder / "results.json").write_text(json.dumps(results))
-    processes.close()
-
-
 if __name__ == "__main__":
-    run_and_leave(lambda: main(json.loads(sys.argv[1]), Path(sys.argv[2])))
+    family("points").module().build_data = PlantedPoints
+    serve(answer)

@@ -1,15 +1,12 @@
-"""One process of an engine test with image networks, started by torchrun as engine_worker.py is.
+"""What a process of an engine test with image networks does; see genscale/testing/workers.py.
 
-Trains a small GAN of the real layers through Trainer.run_phase, and writes what came of it by torch.save. The networks stand on
-the meta device and are filled tensor by tensor, as in a run.
+Trains a small GAN of the real layers through Trainer.run_phase. The networks stand on the meta device and are filled tensor by
+tensor, as in a run.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,17 +15,14 @@ from torch import Tensor, nn
 from genscale.families.dcgan.networks import DCGANDiscriminator, DCGANGenerator
 from genscale.families.dcgan.settings import GANSettings
 from genscale.models.image_layers import InitialWeights
-from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
-from genscale.parallel.engine import Engine
-from genscale.parallel.exit_together import run_and_leave
-from genscale.parallel.launch_request import clear_launch_environment
-from genscale.parallel.pieces import Piece
+from genscale.objectives.base import Batch, Networks, Phase, Terms
 from genscale.parallel.processes import Processes
-from genscale.parallel.strategies import build_engine, check_objective, plan_parallel
+from genscale.parallel.strategies import ParallelPlan
 from genscale.rng import Draws, torch_generator
 from genscale.settings.config import Config, OptimizerSettings, ParallelSettings, TrainSettings
-from genscale.training.optimizers import make_optimizer
-from genscale.training.trainer import Trainer
+from genscale.testing.objectives import BareObjective
+from genscale.testing.training import State, Training, same
+from genscale.testing.workers import serve
 
 GLOBAL_BATCH, LATENT, SHAPE = 8, 8, (1, 16, 16)
 OPTIMIZER = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.0}
@@ -60,19 +54,19 @@ def networks_of(kind: str, device: str = "cpu") -> tuple[dict[str, nn.Module], d
     return networks, {name: InitialWeights(network, 0, 0.1) for name, network in networks.items()}
 
 
-class SmallGAN(Objective):
+class SmallGAN(BareObjective):
     """Phases of every kind that a GAN has."""
 
     averaged = ("generator",)
 
     def __init__(self, kind: str) -> None:
-        self.networks, self.reads = networks_of(kind, "meta")
-        phases = {"discriminator": Phase("discriminator", "discriminator", self.discriminate, len_of),
-                  "critic": Phase("critic", "discriminator", self.criticise, len_of, second_order=True,
+        networks, self.reads = networks_of(kind, "meta")
+        phases = {"discriminator": Phase("discriminator", "discriminator", self.discriminate, self.count),
+                  "critic": Phase("critic", "discriminator", self.criticise, self.count, second_order=True,
                                   statistics=frozenset(["slope"])),
-                  "r1": Phase("r1", "discriminator", self.r1, len_of, every=2, second_order=True),
-                  "generator": Phase("generator", "generator", self.generate, len_of)}
-        self.phases = [phases[name] for name in KINDS[kind][1]]
+                  "r1": Phase("r1", "discriminator", self.r1, self.count, every=2, second_order=True),
+                  "generator": Phase("generator", "generator", self.generate, self.count)}
+        super().__init__(networks, [phases[name] for name in KINDS[kind][1]])
 
     def discriminate(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
         # Two forwards before the backward, and the generator not detached: both must be harmless.
@@ -102,61 +96,23 @@ class SmallGAN(Objective):
     def initial_weights(self, name: str) -> Callable[[str], Tensor]:
         return self.reads[name]
 
-    def evaluate(self, networks: Networks, batch: Batch) -> Terms:
-        raise NotImplementedError
-
-    def summarise(self, totals: Any) -> dict[str, float]:
-        raise NotImplementedError
-
-    def preview(self, networks: Networks, seed: int, device: torch.device) -> str:
-        raise NotImplementedError
-
-
-def len_of(batch: Batch) -> int:
-    return len(batch["image"])
-
 
 def latents() -> Tensor:
     """What the averaged generator is asked for."""
     return torch.randn(4, LATENT, generator=torch_generator(0, "latents"))
 
 
-def put_together(pieces: Iterable[Piece]) -> dict[str, Tensor]:
-    """The tensors that the pieces of all processes make."""
-    made: dict[str, Tensor] = {}
-    for piece in pieces:
-        tensor = made.setdefault(piece.name, torch.full(piece.shape, -1, dtype=piece.values.dtype))
-        tensor.view(-1)[piece.first:piece.first + piece.values.numel()] = piece.values.reshape(-1)
-    return made
+class ImageTraining(Training):
+    """From initial weights, or from what another one had come to."""
 
-
-def full(state: Any) -> dict[str, Tensor]:
-    return {key: tensor.clone() for key, tensor in state}
-
-
-class Training:
-    """A trainer over an engine of its own, from initial weights or from what another one `saved`."""
-
-    def __init__(self, variant: dict[str, Any], processes: Processes, plan: Any, saved: dict[str, Any] | None = None) -> None:
-        self.variant, self.processes = variant, processes
-        self.objective = SmallGAN(variant["kind"])
-        train = TrainSettings(global_batch_size=GLOBAL_BATCH, ema_half_life=HALF_LIFE, steps=variant["steps"])
-        config = Config(optimizer=OptimizerSettings(**variant["optimizer"]), train=train)
-        settings = ParallelSettings(strategy=plan.strategy, activation_checkpointing=variant["activation_checkpointing"])
-        check_objective(plan, settings, self.objective)
-        micro = GLOBAL_BATCH // processes.world_size // variant["accumulation"]
-        engine = build_engine(plan, processes, settings, variant["precision"], 0.0, micro, variant["accumulation"])
-        weights = {name: saved["networks"][name].__getitem__ if saved else self.objective.initial_weights(name)
-                   for name in self.objective.networks}
-        engine.prepare(self.objective.networks, lambda module: make_optimizer(module, config.optimizer, variant["precision"]),
-                       weights, averaged=self.objective.averaged)
-        self.engine: Engine = engine
-        if saved:
-            for name, state in saved["optimizers"].items():
-                engine.load_optimizer_state(name, state, state.__getitem__)
-            for name, state in saved["averages"].items():
-                engine.load_average_state(name, state, state.__getitem__)
-        self.trainer = Trainer(config, self.objective, engine, loader=None, hooks=[], last_good=lambda: "none")
+    def __init__(self, variant: dict[str, Any], processes: Processes, plan: ParallelPlan, resume: State | None = None) -> None:
+        train = TrainSettings(global_batch_size=GLOBAL_BATCH, ema_half_life=HALF_LIFE, steps=variant["steps"], clip=0.0,
+                              micro_batch_size=GLOBAL_BATCH // processes.world_size // variant["accumulation"])
+        parallel = ParallelSettings(strategy=plan.strategy, activation_checkpointing=variant["activation_checkpointing"])
+        config = Config(optimizer=OptimizerSettings(**variant["optimizer"]), train=train, parallel=parallel)
+        super().__init__(SmallGAN(variant["kind"]), None, config, processes=processes, plan=plan,
+                         resume=(resume, None) if resume else None)
+        self.variant = variant
 
     def steps(self, first: int, last: int) -> list[dict[str, float]]:
         lines = []
@@ -176,15 +132,6 @@ class Training:
         parts = self.variant["accumulation"]
         return [{"sample": s, "image": i} for s, i in zip(samples.chunk(parts), batch.chunk(parts), strict=True)]
 
-    def state(self) -> dict[str, Any]:
-        names = list(self.objective.networks)
-        return {"networks": {name: full(self.engine.network_state(name)) for name in names},
-                "optimizers": {name: self.whole(self.engine.optimizer_pieces(name)) for name in names},
-                "averages": {name: self.whole(self.engine.average_pieces(name)) for name in self.objective.averaged}}
-
-    def whole(self, pieces: list[Piece]) -> dict[str, Tensor]:
-        return put_together(piece for of_process in self.processes.gather(pieces) for piece in of_process)
-
     def made_with_average(self) -> Tensor:
         generator = self.engine.view(None)["generator"].eval()
         with self.engine.averaged(), torch.no_grad():
@@ -192,7 +139,7 @@ class Training:
         generator.train()
         return made
 
-    def takes_back(self, saved: dict[str, Any]) -> bool:
+    def takes_back(self, saved: State) -> bool:
         """Whether the networks have the saved weights again, in their states and in what the generator makes."""
         for name, state in saved["networks"].items():
             self.engine.load_network_state(name, state.__getitem__)
@@ -201,24 +148,18 @@ class Training:
         generator = self.engine.view(None)["generator"].eval()
         with torch.no_grad():
             alike = torch.allclose(generator(latents()).float(), plain(latents()), rtol=1e-2, atol=3e-2)
-        return alike and same({name: full(self.engine.network_state(name)) for name in saved["networks"]}, saved["networks"])
+        return alike and same(self.state()["networks"], saved["networks"])
 
 
-def same(first: Any, second: Any) -> bool:
-    if isinstance(first, Tensor):
-        return torch.equal(first, second)
-    return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
-
-
-def run_variant(variant: dict[str, Any], processes: Processes, plan: Any) -> dict[str, Any]:
-    training = Training(variant, processes, plan)
+def answer(variant: dict[str, Any], processes: Processes, plan: ParallelPlan) -> dict[str, Any]:
+    training = ImageTraining(variant, processes, plan)
     saved_at, steps = variant["resume_at"] or variant["steps"], variant["steps"]
     lines = training.steps(1, saved_at)
     middle = training.state()
     made = training.made_with_average()
     result = {"untouched": same(middle, training.state())}
     if saved_at < steps:
-        resumed = Training(variant, processes, plan, middle)
+        resumed = ImageTraining(variant, processes, plan, middle)
         loaded = same(middle, resumed.state())
         lines += training.steps(saved_at + 1, steps)
         resumed.steps(saved_at + 1, steps)
@@ -233,17 +174,5 @@ def run_variant(variant: dict[str, Any], processes: Processes, plan: Any) -> dic
                                                   for average in training.engine.averages.values() for t in average.held()))}
 
 
-def main(variants: dict[str, dict[str, Any]], out: Path) -> None:
-    variants = {name: {**DEFAULTS, **variant} for name, variant in variants.items()}
-    plans = {name: plan_parallel(ParallelSettings(strategy=it["strategy"]), it["precision"], it["optimizer"]["name"])
-             for name, it in variants.items()}
-    clear_launch_environment()
-    processes = Processes(need_group=True)
-    results = {name: run_variant(variant, processes, plans[name]) for name, variant in variants.items()}
-    if processes.is_main:
-        torch.save(results, out)
-    processes.close()
-
-
 if __name__ == "__main__":
-    run_and_leave(lambda: main(json.loads(sys.argv[1]), Path(sys.argv[2])))
+    serve(answer, DEFAULTS)

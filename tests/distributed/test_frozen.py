@@ -16,7 +16,7 @@ from genscale.checkpoint.checkpoints import Checkpoint, find_checkpoints
 from genscale.errors import UserError
 from genscale.families import FAMILIES
 from genscale.objectives.base import Phase, check_networks
-from genscale.tracking.metrics_file import read_metrics
+from genscale.testing.runs import Run, flags
 
 SHARDED = ("zero3", "fsdp2")
 WHOLE_TEACHER = 4 * (3 * 128 + 129 * 128 + 2 * 128 + 129 * 2)
@@ -27,10 +27,10 @@ Train = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def toy(frozen_worker: ModuleType) -> Iterator[ModuleType]:
-    """The worker, with its toy in the place of the points family of this process."""
+    """The worker, with its toy among the families of this process."""
     frozen_worker.plant()
     yield frozen_worker
-    del FAMILIES.registered["points"]
+    del FAMILIES.registered["toy"]
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def train(toy: ModuleType, genscale: Train, tmp_path: Path) -> Iterator[Train]:
 
     def run(name: str, *verb: str, **settings: Any) -> Any:
         settings = {**toy.SETTINGS, "run.dir": tmp_path, "run.name": name, **settings}
-        return genscale("train", *verb, *(f"--{key}={value}" for key, value in settings.items()))
+        return genscale("train", *verb, *flags(settings))
 
     yield run
     toy.Distilled.teacher_is_gone = False
@@ -50,7 +50,7 @@ def alone(toy: ModuleType, genscale: Train, tmp_path_factory: pytest.TempPathFac
     """The folder of the run in one process. To be read only."""
     folder = tmp_path_factory.mktemp("alone")
     settings = {**toy.SETTINGS, "run.dir": folder, "run.name": "toy"}
-    done = genscale("train", *(f"--{key}={value}" for key, value in settings.items()))
+    done = genscale("train", *flags(settings))
     assert done.code == 0, done.err
     return folder / "toy"
 
@@ -65,35 +65,30 @@ def cut(alone: Path, tmp_path: Path, toy: ModuleType) -> Path:
     return copy
 
 
-def last(run: Path) -> Checkpoint:
-    return list(find_checkpoints(run))[-1]
-
-
 def check(runs: Runs, strategy: str, alone: Path, toy: ModuleType, difference: Callable[..., float]) -> None:
     run = runs[strategy]
-    assert difference(run["numbers"], toy.numbers(list(read_metrics(alone / "metrics.jsonl")))) < 1e-5
+    assert difference(run["numbers"], toy.numbers(Run(alone))) < 1e-5
     assert run["calls"][0] != run["calls"][1]  # the processes called the student's rollouts differently often
-    assert run["frozen"] == last(alone).state()["frozen"]
+    assert run["frozen"] == Run(alone).latest().state()["frozen"]
     assert run["optimizers"] == run["averages"] == ["student"]
     assert run["files"] and not [file for file in run["files"] if "teacher" in file]
     for held in run["bytes"]:
         assert held < 0.6 * WHOLE_TEACHER if strategy in SHARDED else held == WHOLE_TEACHER
 
 
-def variants_of(strategy: str) -> list[dict[str, Any]]:
+def variants_of(strategy: str) -> Runs:
     settings = {"parallel.strategy": strategy}
-    return [{"name": strategy, "settings": settings},
-            {"name": f"{strategy}-again", "again_from": [strategy, 3], "settings": settings}]
+    return {strategy: {"settings": settings}, f"{strategy}-again": {"again_from": [strategy, 3], "settings": settings}}
 
 
 def test_a_frozen_teacher_and_uneven_rollouts_under_fsdp2(frozen_runs: Any, alone: Path, toy: Any, difference: Any) -> None:
-    check(frozen_runs(variants_of("fsdp2")[:1]), "fsdp2", alone, toy, difference)
+    check(frozen_runs({"fsdp2": variants_of("fsdp2")["fsdp2"]}), "fsdp2", alone, toy, difference)
 
 
 @pytest.mark.slow
 def test_a_frozen_teacher_and_uneven_rollouts(frozen_runs: Any, alone: Path, toy: Any, difference: Any) -> None:
     strategies = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
-    runs = frozen_runs([variant for strategy in strategies for variant in variants_of(strategy)])
+    runs = frozen_runs({name: variant for each in strategies for name, variant in variants_of(each).items()})
     for strategy in strategies:
         check(runs, strategy, alone, toy, difference)
         assert runs[f"{strategy}-again"]["digest"] == runs[strategy]["digest"]
@@ -102,31 +97,30 @@ def test_a_frozen_teacher_and_uneven_rollouts(frozen_runs: Any, alone: Path, toy
 @pytest.mark.slow
 def test_where_a_network_does_not_fit_whole_all_processes_call_it_alike(frozen_runs: Any, alone: Path, toy: Any,
                                                                        difference: Any) -> None:
-    runs = frozen_runs([{"name": strategy, "fits": False, "settings": {"parallel.strategy": strategy}} for strategy in SHARDED])
+    runs = frozen_runs({strategy: {"fits": False, "settings": {"parallel.strategy": strategy}} for strategy in SHARDED})
     for run in runs.values():
-        assert difference(run["numbers"], toy.numbers(list(read_metrics(alone / "metrics.jsonl")))) < 1e-5
+        assert difference(run["numbers"], toy.numbers(Run(alone))) < 1e-5
         assert run["calls"][0] == run["calls"][1]
 
 
 @pytest.mark.slow
 def test_rollouts_in_bf16(frozen_runs: Any, alone: Path, toy: Any, difference: Any) -> None:
-    runs = frozen_runs([{"name": strategy, "settings": {"parallel.strategy": strategy, "train.precision": "bf16"}}
-                        for strategy in ("ddp", "zero2", "zero3", "fsdp2")])
+    runs = frozen_runs({strategy: {"settings": {"parallel.strategy": strategy, "train.precision": "bf16"}}
+                        for strategy in ("ddp", "zero2", "zero3", "fsdp2")})
     for run in runs.values():
-        assert difference(run["numbers"], toy.numbers(list(read_metrics(alone / "metrics.jsonl")))) < 0.1
+        assert difference(run["numbers"], toy.numbers(Run(alone))) < 0.1
 
 
 def test_micro_batches_do_not_matter(train: Train, alone: Path, toy: Any, tmp_path: Path, difference: Any) -> None:
     assert train("accumulated", **{"train.micro_batch_size": 4}).code == 0
-    found, true = (toy.numbers(list(read_metrics(run / "metrics.jsonl"))) for run in (tmp_path / "accumulated", alone))
+    found, true = (toy.numbers(Run(run)) for run in (tmp_path / "accumulated", alone))
     assert difference(found, true) < 1e-5
 
 
 def test_a_resumed_run_needs_the_copy_alone(cut: Path, train: Train, alone: Path, toy: Any, genscale: Train) -> None:
     assert train("toy").code == 0
-    assert last(cut).digest() == last(alone).digest()
-    validation = [line["validation_loss"] for line in read_metrics(cut / "metrics.jsonl") if "validation_loss" in line]
-    assert json.loads(genscale("evaluate", cut).out)["loss"] == validation[-1]
+    assert Run(cut).latest().digest() == Run(alone).latest().digest()
+    assert json.loads(genscale("evaluate", cut).out)["loss"] == Run(cut).values("validation_loss")[-1]
     assert genscale("checkpoint", "verify", cut).code == 0
     toy.Distilled.teacher_is_gone = False
     table = train("toy", "--audit=2").out
@@ -151,7 +145,7 @@ def test_another_teacher_is_another_run(alone: Path, tmp_path: Path, genscale: T
         state = json.loads((checkpoint.path / "state.json").read_text())
         state["frozen"]["teacher"]["sha256"] = "0" * 64
         rewrite(checkpoint, "state.json", json.dumps(state).encode())
-    assert last(other).problem() is None and last(other).digest() != last(alone).digest()
+    assert Run(other).latest().problem() is None and Run(other).latest().digest() != Run(alone).latest().digest()
     (other / "trace.jsonl").unlink()
     assert "teacher" in genscale("compare", alone, other).out
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import sys
@@ -11,16 +10,14 @@ from typing import Any
 
 import pytest
 
+from genscale.testing.processes import torchrun
+from genscale.testing.runs import Run
+
 ROOT = Path(__file__).resolve().parents[2]
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
 STRATEGY_OF = {"cpu": "ddp", "ddp": "ddp", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3", "zero3-offload": "zero3",
                "fsdp2": "fsdp2"}
 IN_CI = ("zero3-offload", "fsdp2")
-
-
-def losses(run: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
 
 
 def test_every_launch_file_is_tried() -> None:
@@ -34,15 +31,14 @@ def test_accelerate_launch(name: str, tiny_config: Path, tiny_run: Path, trained
     done = genscale_process("--config_file", f"launch/{name}.yaml", "train.py", "--config", tiny_config, command=ACCELERATE)
     assert done.code == 0, done.err
     assert f"{STRATEGY_OF[name]}, 2 processes" in done.err
-    assert losses(tiny_run) == pytest.approx(losses(trained), rel=1e-5)
+    assert Run(tiny_run).losses() == pytest.approx(Run(trained).losses(), rel=1e-5)
 
 
 @pytest.mark.slow
 def test_torchrun(tiny_config: Path, tiny_run: Path, trained: Path, genscale_process: Any) -> None:
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = genscale_process("train.py", "--config", tiny_config, "--parallel.strategy", "fsdp2", command=torchrun)
+    done = genscale_process("train.py", "--config", tiny_config, "--parallel.strategy", "fsdp2", command=torchrun(2))
     assert done.code == 0, done.err
-    assert losses(tiny_run) == pytest.approx(losses(trained), rel=1e-5)
+    assert Run(tiny_run).losses() == pytest.approx(Run(trained).losses(), rel=1e-5)
 
 
 def free_port() -> int:
@@ -65,7 +61,7 @@ def test_two_accelerate_launches_by_hand(name: str, tiny_config: Path, tiny_run:
     ends = [genscale_finish(process) for process in started]
     assert [done.code for done in ends] == [0, 0], ends[0].err + ends[1].err
     assert f"{STRATEGY_OF[name]}, 2 processes" in ends[0].err
-    assert losses(tiny_run) == pytest.approx(losses(trained), rel=1e-5)
+    assert Run(tiny_run).losses() == pytest.approx(Run(trained).losses(), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -76,7 +72,7 @@ def test_local_script(tiny_config: Path, tiny_run: Path, trained: Path, genscale
                             GENSCALE_VENV="/nonexistent")
     assert done.code == 0, done.err
     assert "2 processes on the CPU, zero1" in done.out and "zero1, 2 processes" in done.err
-    assert losses(tiny_run) == pytest.approx(losses(trained), rel=1e-5)
+    assert Run(tiny_run).losses() == pytest.approx(Run(trained).losses(), rel=1e-5)
 
 
 def test_local_script_names_the_strategies(genscale_process: Any) -> None:
@@ -90,10 +86,10 @@ def test_two_torchruns_by_hand(tiny_config: Path, tiny_run: Path, trained: Path,
     """As on two machines: one command a node, the first node's address and port given to both."""
     port, started = free_port(), []
     for node in range(2):
-        torchrun = (sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(node),
-                    "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", str(port))
-        started.append(genscale_start("train.py", "--config", tiny_config, command=torchrun, GLOO_SOCKET_IFNAME="lo"))
+        command = (sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(node),
+                   "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", str(port))
+        started.append(genscale_start("train.py", "--config", tiny_config, command=command, GLOO_SOCKET_IFNAME="lo"))
     for process in started:
         done = genscale_finish(process)
         assert done.code == 0, done.err
-    assert losses(tiny_run) == pytest.approx(losses(trained), rel=1e-5)
+    assert Run(tiny_run).losses() == pytest.approx(Run(trained).losses(), rel=1e-5)

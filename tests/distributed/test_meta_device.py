@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch.nn.functional as F
-
-from genscale.settings.config import OptimizerSettings
-from genscale.training.optimizers import make_optimizer
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 SHAPE = {"layers": 4, "width": 128}
@@ -26,17 +22,8 @@ def born_on_meta(engines):
 @pytest.fixture(scope="module")
 def alone(worker):
     """(losses of the same training in this process, bytes of the whole network, bytes of its largest tensor)."""
-    network = worker.networks_of("text", **SHAPE)["gpt"]
-    sizes = [p.numel() * p.element_size() for p in network.parameters()]
-    optimizer, losses = make_optimizer(network, OptimizerSettings(**ADAMW)), []
-    for step in range(STEPS):
-        tokens = worker.token_batch(step, ragged=False)
-        loss = F.cross_entropy(network(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses, sum(sizes), max(sizes)
+    sizes = [p.numel() * p.element_size() for p in worker.text_network(**SHAPE).parameters()]
+    return worker.train_plainly(ADAMW, STEPS, **SHAPE)[0], sum(sizes), max(sizes)
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "ddp tied", "zero3 tied", "fsdp2 tied"])

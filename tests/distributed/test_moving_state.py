@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import doctest
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +11,8 @@ import torch
 import genscale.models.moving_state
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import ParallelPlan
+from genscale.testing.processes import torchrun
+from genscale.testing.runs import flags
 
 WORKER = Path(__file__).with_name("moving_state_worker.py")
 SHARDED = ("zero1", "zero2", "zero3", "fsdp2")
@@ -32,37 +30,34 @@ SLOW = {
 
 
 @pytest.fixture(scope="module")
-def worker():
-    spec = importlib.util.spec_from_file_location(WORKER.stem, WORKER)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def worker(load_module):
+    return load_module(WORKER)
 
 
 @pytest.fixture(scope="module")
 def alone(worker):
     """What one process makes of it, in one forward a step."""
-    return worker.run_variant({}, Processes(), ParallelPlan("single", "none", "fp32", 1))
+    return worker.answer({}, Processes(), ParallelPlan("single", "none", "fp32", 1))
 
 
 @pytest.fixture(scope="module")
-def quick(torch_results):
-    return torch_results(WORKER, QUICK)
+def quick(answers):
+    return answers(WORKER, QUICK)
 
 
 @pytest.fixture(scope="module")
-def slow(torch_results):
-    return torch_results(WORKER, SLOW)
+def slow(answers):
+    return answers(WORKER, SLOW)
 
 
 def check_same(found, alone, difference) -> None:
     assert difference(found["losses"], alone["losses"]) < 1e-5
-    for kind in ("vae", "average"):
-        assert found[kind].keys() == alone[kind].keys()
-        for name, value in alone[kind].items():
-            torch.testing.assert_close(found[kind][name], value, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
-    state = {key.removeprefix("quantiser."): value for key, value in found["vae"].items()}
+    for kind in ("networks", "averages"):
+        assert found[kind]["vae"].keys() == alone[kind]["vae"].keys()
+        for name, value in alone[kind]["vae"].items():
+            torch.testing.assert_close(found[kind]["vae"][name], value, rtol=1e-5, atol=1e-6,
+                                       msg=lambda text, n=name: f"{n}: {text}")
+    state = {key.removeprefix("quantiser."): value for key, value in found["networks"]["vae"].items()}
     assert torch.equal(state["codes"], state["totals"] / state["uses"].clamp(min=1e-5)[:, None]), "copies of several processes"
     assert set(found["apart"]) == {""}
 
@@ -73,14 +68,15 @@ def test_a_declared_codebook_is_the_same_on_two_processes_and_after_a_resume(qui
 
 
 def test_and_in_two_micro_batches(worker, alone, difference) -> None:
-    found = worker.run_variant({"accumulation": 2}, Processes(), ParallelPlan("single", "none", "fp32", 1))
+    found = worker.answer({"accumulation": 2}, Processes(), ParallelPlan("single", "none", "fp32", 1))
     check_same(found, alone, difference)
 
 
 def test_the_average_takes_over_or_averages_as_the_layer_says(alone) -> None:
+    weights, average = alone["networks"]["vae"], alone["averages"]["vae"]
     for name in ("uses", "totals"):
-        assert torch.equal(alone["average"][f"quantiser.{name}"], alone["vae"][f"quantiser.{name}"])
-    assert not torch.equal(alone["average"]["quantiser.codes"], alone["vae"]["quantiser.codes"])
+        assert torch.equal(average[f"quantiser.{name}"], weights[f"quantiser.{name}"])
+    assert not torch.equal(average["quantiser.codes"], weights["quantiser.codes"])
 
 
 BY_THE_BOOK = ["network vae, tensor quantiser.codes (Tutorial)", "quantiser.uses", "quantiser.totals",
@@ -98,13 +94,13 @@ def test_what_nobody_declares_is_refused_before_the_first_step(name, words, quic
 
 
 def test_a_constant_needs_no_declaration(quick, worker) -> None:
-    read = worker.Quantised("Constant").weights
+    read = worker.Quantised("Constant").initial_weights("vae")
     for name in ("codes", "uses", "totals"):
-        assert torch.equal(quick["constant"]["vae"][f"quantiser.{name}"], read(f"quantiser.{name}"))
+        assert torch.equal(quick["constant"]["networks"]["vae"][f"quantiser.{name}"], read(f"quantiser.{name}"))
 
 
 def test_one_process_may_train_what_is_not_declared(worker) -> None:
-    found = worker.run_variant({"layer": "Tutorial"}, Processes(), ParallelPlan("single", "none", "fp32", 1))
+    found = worker.answer({"layer": "Tutorial"}, Processes(), ParallelPlan("single", "none", "fp32", 1))
     assert len(found["losses"]) == 5
 
 
@@ -135,16 +131,12 @@ def test_the_example_runs() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spread", [{"parallel.strategy": "ddp"}, {"parallel.strategy": "fsdp2", "parallel.shard_size": 1}])
-def test_a_run_whose_processes_come_apart_writes_no_checkpoint_of_it(spread, tmp_path) -> None:
+def test_a_run_whose_processes_come_apart_writes_no_checkpoint_of_it(spread, genscale_process, tmp_path) -> None:
     """Each looks at its own weights, and the checkpoint would hold some of each."""
     settings = {"model.family": "vae", "data.source": "digits", "data.size": 16, "data.channels": 1, "data.lanes": 12,
                 "data.validation_images": 80, "train.steps": 6, "train.global_batch_size": 12, "train.checkpoint_every": 2,
                 "train.precision": "fp32", "tracking.wandb": "disabled", "run.dir": tmp_path, "run.name": "run", **spread}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
-               str(WORKER.with_name("replicas_worker.py")), "train"]
-    root = WORKER.parents[2]
-    done = subprocess.run([*command, *(f"--{key}={value}" for key, value in settings.items())], cwd=root, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}, capture_output=True, timeout=200)
-    assert done.returncode != 0
-    assert "network vae.encoder.head.bias (process 1 against 0)" in done.stderr, done.stderr[-3000:]
+    done = genscale_process(WORKER.with_name("replicas_worker.py"), "train", *flags(settings), command=torchrun(2), timeout=200)
+    assert done.code != 0
+    assert "network vae.encoder.head.bias (process 1 against 0)" in done.err, done.err[-3000:]
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]

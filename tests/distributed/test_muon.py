@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch.nn.functional as F
-from torch.nn.utils import clip_grad_norm_
-
-from genscale.settings.config import OptimizerSettings
-from genscale.training.optimizers import make_optimizer
 
 MUON = {"name": "muon", "lr": 5e-3, "weight_decay": 0.1}
 STEPS = 6
@@ -24,17 +19,7 @@ def spread(engines):
 
 @pytest.fixture(scope="module")
 def alone(worker):
-    network = worker.networks_of("text")["gpt"]
-    optimizer, losses = make_optimizer(network, OptimizerSettings(**MUON)), []
-    for step in range(STEPS):
-        tokens = worker.token_batch(step, ragged=False)
-        loss = F.cross_entropy(network(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()
-        clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+    return worker.train_plainly(MUON, STEPS, clip=1.0)[0]
 
 
 @pytest.mark.parametrize("strategy", SHARES)
@@ -62,7 +47,7 @@ def test_each_process_makes_its_share_of_the_matrices_orthogonal(spread):
 def test_it_resumes_bit_for_bit(strategy, train, tmp_path):
     settings = {"optimizer.name": "muon", "train.checkpoint_every": 5, "train.micro_batch_size": 3}
     straight = train(tmp_path / "straight", strategy, **settings)
-    resumed = train(straight.cut_after(5), strategy, **settings)
+    resumed = train(straight.cut_after(5).folder, strategy, **settings)
     assert resumed.resumed_from() == ["step-00000005"]
     assert resumed.losses() == straight.losses()
     assert resumed.checkpoint(10).digest() == straight.checkpoint(10).digest()

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from genscale.rng import Draws
+from genscale.testing.objectives import NOISE, ToyGAN
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 LR = 0.1
@@ -35,7 +36,7 @@ def sgd_step(network):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_losses_are_normalised_by_the_global_count_of_valid_tokens(strategy, results, worker, difference):
     """Ranks and micro-batches have from 1 to 25 valid targets a sample: a mean of means would be another loss."""
-    network, losses, norms = worker.networks_of("text")["gpt"], [], []
+    network, losses, norms = worker.text_network(), [], []
     for step in range(5):
         tokens = worker.token_batch(step, ragged=True)
         logits = network(tokens[:, :-1].clamp(min=0))
@@ -51,17 +52,17 @@ def test_losses_are_normalised_by_the_global_count_of_valid_tokens(strategy, res
 @pytest.fixture(scope="module")
 def truth(worker):
     """Per step (discriminator loss, generator loss) of the two networks trained by hand, and their final weights."""
-    networks = worker.networks_of("points")
+    networks = ToyGAN(width=64).networks
     generator, discriminator = networks["generator"], networks["discriminator"]
     steps = []
     for step in range(5):
-        points, samples = worker.two_network_batch(step), torch.arange(worker.GLOBAL_BATCH)
-        noise = {phase: Draws(1337, phase, step, samples).normal("noise", 4) for phase in networks}
-        fake = discriminator(generator(noise["discriminator"]).detach())
+        points, samples = worker.point_batch(step), torch.arange(worker.GLOBAL_BATCH)
+        noise = {phase: Draws(1337, phase, step, samples).normal("noise", NOISE) for phase in ("discriminate", "generate")}
+        fake = discriminator(generator(noise["discriminate"]).detach())
         first = (F.softplus(-discriminator(points)) + F.softplus(fake)).mean()
         first.backward()
         sgd_step(discriminator)
-        second = F.softplus(-discriminator(generator(noise["generator"]))).mean()
+        second = F.softplus(-discriminator(generator(noise["generate"]))).mean()
         second.backward()
         discriminator.zero_grad()
         sgd_step(generator)
@@ -73,11 +74,11 @@ def truth(worker):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_networks_train_as_in_plain_pytorch(strategy, kind, results, truth, difference):
     found, (steps, weights) = results[f"{kind} {strategy}"], truth
-    for index, phase in enumerate(("discriminator", "generator")):
+    for index, phase in enumerate(("discriminate", "generate")):
         assert difference([step[f"{phase}/loss"] for step in found["steps"]], [step[index] for step in steps]) < 1e-5
     for name, parameters in weights.items():
         for key, parameter in parameters.items():
-            torch.testing.assert_close(torch.tensor(found["weights"][name][key]), parameter.detach(), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found["weights"][name][key], parameter.detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -28,7 +28,7 @@ def test_fp16_trains_and_its_scaler_survives_a_resume(train, difference, tmp_pat
     straight = train(tmp_path / "fp16", "ddp", **settings)
     assert 1e-7 < difference(straight.losses(), full.losses()) < 2e-3
 
-    resumed = train(straight.cut_after(3), "ddp", **settings)
+    resumed = train(straight.cut_after(3).folder, "ddp", **settings)
     assert resumed.resumed_from() == ["step-00000003"]
     # Steps without overflow since the scale last changed: a scaler that began anew would have counted three.
     assert resumed.checkpoint(6).state()["scalers"]["gpt"]["_growth_tracker"] == 6

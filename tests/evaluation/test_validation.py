@@ -13,23 +13,20 @@ from torch import Tensor, nn
 
 from genscale.evaluation.validation import validate
 from genscale.families import family
-from genscale.objectives.base import Objective
 from genscale.parallel.materialise import fill, materialise
 from genscale.settings.config import Config
+from genscale.testing.objectives import BareObjective
 
 CPU = torch.device("cpu")
 
 
-class MeanSquare(Objective):
+class MeanSquare(BareObjective):
     """Fits nothing: adds up squared errors of a network, and remembers what it was shown."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
-        self.networks = {"net": nn.Sequential(nn.Linear(3, 1), nn.Dropout(0.5))}
-        self.phases, self.seen = [], []
-
-    def initial_weights(self, name: str):
-        raise NotImplementedError  # the network is made with its weights
+        super().__init__({"net": nn.Sequential(nn.Linear(3, 1), nn.Dropout(0.5))})
+        self.seen = []
 
     def evaluate(self, networks, batch) -> dict[str, Tensor]:
         self.seen.append((batch["x"].clone(), networks["net"].training, torch.is_grad_enabled()))
@@ -40,9 +37,6 @@ class MeanSquare(Objective):
     def summarise(self, totals) -> dict[str, float]:
         self.totals = totals
         return {"loss": totals["square"] / totals["count"], "count": totals["count"]}
-
-    def preview(self, networks, seed, device) -> str:
-        return ""
 
 
 def samples(n: int) -> list[dict[str, np.ndarray]]:

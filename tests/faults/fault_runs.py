@@ -18,11 +18,11 @@ import numpy as np
 import psutil
 
 from genscale.checkpoint.checkpoints import Checkpoint, list_checkpoints
+from genscale.testing import runs
+from genscale.testing.processes import clean_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKER = "GENSCALE_FAULT_MARKER"
-# Nothing of a launcher, of another run or of this shell may reach a run under test.
-FOREIGN = ("ACCELERATE_", "FSDP_", "MASTER_", "TORCHELASTIC_", "WANDB_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR")
 PATIENCE = 240.0
 """Seconds that a life may go without a new step, and processes without ending: this machine may be busy."""
 TIMES = ("_seconds", "_per_second", "mfu", "data_wait_share", "retries")
@@ -161,7 +161,7 @@ class Run:
 
     def words(self) -> list[str]:
         """The settings as a command line has them."""
-        return [word for key, value in self.settings.items() for word in (f"--{key}", str(value))]
+        return runs.flags(self.settings)
 
     def start(self, shape: Shape, **variables: str) -> Life:
         """Start it, from nothing or from where it is."""
@@ -169,10 +169,9 @@ class Run:
         command = [sys.executable, "-m", "genscale", "train"]
         command += ["--processes", str(shape.processes)] if shape.processes > 1 else []
         command += [*self.words(), "--run.dir", str(self.home), "--parallel.strategy", shape.strategy]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
         # A launcher that is killed outright leaves its temporary folder behind.
-        environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(self.scratch / "tmp"), MARKER: marker}
-        environment |= variables
+        environment = clean_environment({"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+                                         "TMPDIR": str(self.scratch / "tmp"), MARKER: marker, **variables})
         with (self.scratch / f"output-{marker}.txt").open("w") as output:
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT,
                                        start_new_session=True)
@@ -193,8 +192,7 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The whole lines of metrics.jsonl, without times."""
-        text = self.metrics_file.read_text() if self.metrics_file.exists() else ""
-        lines = [json.loads(line) for line in text.split("\n")[:-1]]
+        lines = runs.Run(self.folder).metrics()
         return [{key: value for key, value in line.items() if not key.endswith(TIMES)} for line in lines]
 
     def metrics_version(self) -> tuple[int, int]:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -81,16 +78,12 @@ def hub(model_named, saved) -> Iterator[str]:
     server.server_close()
 
 
-def ask(address: str, cache: Path, *names: str, **variables: str) -> list[str]:
-    """One line for each name: what was found, or the message."""
-    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(cache), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-                   **variables}
-    done = subprocess.run([sys.executable, "-c", ASK, *names], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return [line for line in done.stdout.splitlines() if line]
+def test_a_name_on_the_hub(hub: str, tmp_path: Path, python_process: Callable[..., str]) -> None:
+    def ask(address: str, cache: Path, *names: str, **variables: str) -> list[str]:
+        """One line for each name: what was found, or the message."""
+        said = python_process(ASK, *names, HF_ENDPOINT=address, HF_HOME=str(cache), **variables)
+        return [line for line in said.splitlines() if line]
 
-
-def test_a_name_on_the_hub(hub: str, tmp_path: Path) -> None:
     found, gated, absent = ask(hub, tmp_path / "cache", "demo/llama", "demo/gated", "demo/nothing")
     assert found.startswith("['config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json'] ")
     assert "demo/gated asks for consent" in gated and "hf auth login" in gated

@@ -5,7 +5,6 @@ Needs its GGUF file in $GENSCALE_REAL_DATA/smollm2, and `pip install gguf` for t
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from genscale.families.gpt.decoding import generate
 from genscale.families.gpt.network import GPT, GPTSettings
 from genscale.interop.huggingface import open_huggingface
+from genscale.testing.runs import Run
 
 REAL = Path(os.environ.get("GENSCALE_REAL_DATA", "nowhere")) / "smollm2"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900),
@@ -67,8 +67,7 @@ def test_training_goes_on_and_comes_back(smollm2: Path, tiny_text: Path, tmp_pat
         "tracking": {"wandb": "disabled"}}))
     done = genscale("train", "--config", config)
     assert done.code == 0, done.err
-    losses = [record["loss"] for record in map(json.loads, (tmp_path / "on" / "metrics.jsonl").read_text().splitlines())
-              if "loss" in record]
+    losses = Run(tmp_path / "on").losses()
     assert 1 < losses[0] < 5  # a model that knows English; one that knows nothing has ln(49152) = 10.8
     done = genscale("export", tmp_path / "on", "--out", tmp_path / "out", "--dtype", "bf16")
     assert done.code == 0 and "same token ids" in done.out, done.err

@@ -22,6 +22,7 @@ from genscale.errors import UserError
 from genscale.families.gpt.network import GPT, GPTSettings
 from genscale.interop.starting import complete_from, weights_from
 from genscale.settings.config import Config
+from genscale.testing.runs import Run
 
 
 @pytest.fixture
@@ -43,11 +44,6 @@ def config_from(tiny_config: Path) -> Callable[..., Path]:
     return write
 
 
-def losses(run: Path) -> list[float]:
-    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [record["loss"] for record in records if "loss" in record]
-
-
 def first_batch(config: Path, tokenizer: Path) -> Tensor:
     """Tokens `(4, 33)` of the tiny run's first step."""
     content = yaml.safe_load(config.read_text())["data"] | {"tokenizer": str(tokenizer)}
@@ -63,7 +59,7 @@ def test_the_first_step_has_the_models_loss(folder: Path, config_from, tiny_run:
     tokens = first_batch(config, folder)
     logits = AutoModelForCausalLM.from_pretrained(folder)(tokens[:, :-1]).logits
     expected = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
-    assert losses(tiny_run)[0] == pytest.approx(expected, rel=1e-5)
+    assert Run(tiny_run).losses()[0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_run_that_has_begun_needs_the_folder_no_more(folder: Path, config_from, tiny_run: Path, genscale) -> None:
@@ -105,7 +101,7 @@ def test_every_rank_starts_from_it(folder: Path, config_from, tiny_run: Path, ge
     assert genscale("train", "--config", config, "--run.name", "alone").code == 0
     done = genscale_process("train", "--processes", 2, "--config", config, "--parallel.strategy", "fsdp2", timeout=240)
     assert done.code == 0, done.err
-    assert losses(tiny_run) == pytest.approx(losses(tiny_run.with_name("alone")), rel=1e-5)
+    assert Run(tiny_run).losses() == pytest.approx(Run(tiny_run.with_name("alone")).losses(), rel=1e-5)
 
 
 # --- the settings -----------------------------------------------------------------------------------------------------

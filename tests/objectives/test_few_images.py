@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import yaml
 from PIL import Image
 
 from genscale.objectives.sample_quality import distance, diversity, squared_discrepancy
+from genscale.testing.runs import Run
 
 MODELS = {"dcgan": {"family": "dcgan", "width": 4, "latent": 4}, "vae": {"family": "vae", "width": 4, "latents": 2},
           "vae_gan": {"family": "vae_gan", "width": 4, "latents": 2}}
@@ -29,8 +29,7 @@ def test_a_run_on_a_few_pictures(family, count, genscale, tmp_path: Path) -> Non
     (tmp_path / "few.yaml").write_text(yaml.safe_dump(settings))
     done = genscale("train", "--config", tmp_path / "few.yaml")
     assert done.code == 0, done.err
-    lines = [json.loads(line) for line in (tmp_path / "few" / "metrics.jsonl").read_text().splitlines()]
-    found = next(line for line in lines if "validation_loss" in line)
+    found = next(line for line in Run(tmp_path / "few").metrics() if "validation_loss" in line)
     assert np.isfinite(found["validation_loss"])
     if family != "vae":
         assert "validation_fd" not in found and found["validation_mmd"] == found["validation_loss"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from genscale.checkpoint.checkpoints import find_checkpoints
 from genscale.evaluation.validation import validate
 from genscale.families import FAMILIES
 from genscale.settings.parser import load_config
+from genscale.testing.runs import Run
 from genscale.verbs.trained import load_weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,8 +27,7 @@ def test_a_run_is_read_back_as_it_was_validated(family, genscale, tmp_path):
     done = genscale("train", "--config", ROOT / "configs" / family / "digits.yaml", "--run.dir", tmp_path, *small)
     assert done.code == 0, done.err
     (folder,) = tmp_path.iterdir()
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    logged = [line for line in lines if "validation_loss" in line][-1]
+    logged = [line for line in Run(folder).metrics() if "validation_loss" in line][-1]
     config = load_config(FAMILIES, folder / "config.yaml")
     objective = FAMILIES[family].restore(config, folder)
     device = load_weights(objective, list(find_checkpoints(folder))[-1])

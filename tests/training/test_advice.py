@@ -9,11 +9,12 @@ from genscale.data.text.settings import TextDataSettings
 from genscale.errors import UserError, nearest
 from genscale.families.gpt.settings import GPTSettings
 from genscale.families.points.settings import PointsGANSettings
-from genscale.objectives.base import Objective, Phase
+from genscale.objectives.base import Phase
 from genscale.parallel.precision import native_precision
 from genscale.parallel.strategies import ParallelPlan
 from genscale.settings.config import Config, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
 from genscale.supervise.run_folder import check_free_space
+from genscale.testing.objectives import BareObjective
 from genscale.training.non_finite import calmer
 from genscale.training.out_of_memory import smaller
 
@@ -39,22 +40,12 @@ class Stack(torch.nn.Module):
         return [self]
 
 
-class Plain(Objective):
-    unit = "samples"
-
-    def __init__(self, network: torch.nn.Module, second_order: bool = False) -> None:
-        self.networks = {"net": network}
-        self.phases = [Phase("net", "net", self.loss, self.count, second_order=second_order)]
-
-    def loss(self, *_): ...
-
-    def count(self, *_): ...
-
-    evaluate = summarise = preview = initial_weights = loss
+def plain(network: torch.nn.Module, second_order: bool = False) -> BareObjective:
+    return BareObjective({"net": network}, [Phase("net", "net", dict, len, second_order=second_order)])
 
 
 FULL = ParallelSettings(activation_checkpointing="full")
-BLOCKS, NONE = Plain(Stack()), Plain(torch.nn.Linear(1, 1))
+BLOCKS, NONE = plain(Stack()), plain(torch.nn.Linear(1, 1))
 FSDP = "parallel.strategy fsdp2 on more processes"
 
 
@@ -65,8 +56,8 @@ FSDP = "parallel.strategy fsdp2 on more processes"
     (BLOCKS, FULL, "fsdp2", "fp32", 1, ["more processes", "a smaller model"]),
     (NONE, ParallelSettings(), "ddp", "fp32", 15, ["train.micro_batch_size 5", FSDP, "a smaller model"]),
     (NONE, ParallelSettings(), "single", "fp16", 1, ["a smaller model"]),  # which fsdp2 refuses
-    (Plain(Stack(), True), FULL, "ddp", "bf16", 1, ["a smaller model"]),  # so it does a penalty in bf16
-    (Plain(Stack(), True), FULL, "ddp", "fp32", 1, [FSDP, "a smaller model"]),
+    (plain(Stack(), True), FULL, "ddp", "bf16", 1, ["a smaller model"]),  # so it does a penalty in bf16
+    (plain(Stack(), True), FULL, "ddp", "fp32", 1, [FSDP, "a smaller model"]),
 ])  # fmt: skip
 def test_a_run_too_large_for_memory_is_told_what_helps(objective, parallel, strategy, precision, size, expected):
     assert smaller(config(parallel=parallel), ParallelPlan(strategy, "none", precision, 1), size, objective) == expected

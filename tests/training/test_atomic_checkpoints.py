@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # Torch is imported once; each writer is a fork that writes, replaces and prunes until it is killed.
@@ -46,12 +45,8 @@ for trial in range(trials):
 """
 
 
-def test_a_killed_writer_leaves_only_whole_checkpoints(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-c", WRITERS, str(tmp_path), "25"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    trials = [json.loads(line) for line in done.stdout.splitlines()]
+def test_a_killed_writer_leaves_only_whole_checkpoints(tmp_path: Path, python_process: Callable[..., str]) -> None:
+    trials = [json.loads(line) for line in python_process(WRITERS, tmp_path, 25).splitlines()]
     assert len(trials) == 25 and all(trial["killed"] for trial in trials)
     for trial in trials:
         steps = [step for step, _ in trial["found"]]
@@ -101,12 +96,8 @@ for moment in range(1, 1000):
 """
 
 
-def test_a_kill_before_each_change_to_the_disk(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-c", CHANGES, str(tmp_path / "checkpoints")]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    states = [json.loads(line) for line in done.stdout.splitlines()]
+def test_a_kill_before_each_change_to_the_disk(tmp_path: Path, python_process: Callable[..., str]) -> None:
+    states = [json.loads(line) for line in python_process(CHANGES, tmp_path / "checkpoints").splitlines()]
     assert len(states) > 40, "too few moments: the changes were not seen"
     for found in states:
         assert not [problem for _, problem in found if problem], found

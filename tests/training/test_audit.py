@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,114 +13,49 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
-from genscale.data.lanes import Cursor, Data, Sample
-from genscale.data.loader import StepLoader
-from genscale.hook import Hook
+from genscale.data.lanes import Data
 from genscale.inspection.audit import AuditedTrainer
 from genscale.inspection.audit_probe import repeated
 from genscale.inspection.audit_report import AuditReport
 from genscale.models.image_layers import spectral_norm
-from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
-from genscale.parallel.processes import Processes
-from genscale.parallel.replicated import ReplicatedEngine
+from genscale.objectives.base import Batch, Networks, Objective, Terms
 from genscale.rng import Draws
-from genscale.settings.config import Config, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
-from genscale.training.optimizers import make_optimizer
-from genscale.training.trainer import Trainer
+from genscale.settings.config import Config, OptimizerSettings, ScheduleSettings, TrainSettings
+from genscale.testing.objectives import ToyGAN, point
+from genscale.testing.toy import ToyData
+from genscale.testing.training import Training
 
-GLOBAL, STEPS, NOISE = 6, 3, 3
-
-
-class Points(Data):
-    """Sample g is a point in the plane that only g decides; a broken one has the lanes in pairs."""
-
-    lane_count = 6
-
-    def __init__(self, broken: bool = False) -> None:
-        self.broken = broken
-
-    def open_lane(self, lane: int, cursor: Cursor | None = None) -> Iterator[tuple[Sample, Cursor]]:
-        position = 0 if cursor is None else cursor["position"]
-        while True:
-            g = position * self.lane_count + (lane // 2 if self.broken else lane)
-            yield {"x": np.array([math.sin(g), math.cos(2 * g)], np.float32)}, {"position": position + 1}
-            position += 1
-
-    def validation(self) -> list[Sample]:
-        return []
-
-    def check(self, global_batch_size: int) -> None: ...
-
-    def plan(self) -> dict[str, Any]:
-        return {}
-
-    def close(self) -> None: ...
+GLOBAL, STEPS = 6, 3
 
 
-class Adversaries(Objective):
-    """A small GAN with a regulariser every eighth step, and room for faults: `plant` is called in the generator's phase."""
+class Adversaries(ToyGAN):
+    """With a regulariser every eighth step, and room for faults: `plant` is called in the generator's phase."""
 
-    def __init__(self, plant: Callable[[Networks, Terms], None] | None = None) -> None:
-        torch.manual_seed(0)
-        self.networks = {"generator": nn.Sequential(nn.Linear(NOISE, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2)),
-                         "discriminator": nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))}
-        self.phases = [
-            Phase("discriminate", "discriminator", self.discriminate, self.count, repeats=2, statistics=frozenset({"logit"})),
-            Phase("regularise", "discriminator", self.regularise, self.count, every=8),
-            Phase("generate", "generator", self.generate, self.count),
-        ]
+    def __init__(self, plant: Callable[[Networks, Terms], None] | None = None, norm: Any = nn.BatchNorm1d) -> None:
+        super().__init__(norm=norm, repeats=2, regularise_every=8)
         self.plant = plant
 
-    def count(self, batch: Batch) -> int:
-        return len(batch["sample"])
-
-    def discriminate(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
-        networks["generator"].eval()  # a frozen network's statistics must not move
-        real, fake = (networks["discriminator"](x) for x in (batch["x"], networks["generator"](draws.normal("z", NOISE))))
-        return {"real": F.softplus(-real).sum(), "fake": F.softplus(fake).sum(), "logit": real.detach().sum()}
-
-    def regularise(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
-        return {"penalty": networks["discriminator"](batch["x"]).square().sum()}
-
     def generate(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
-        networks["discriminator"].eval()
-        made = networks["generator"](draws.normal("z", NOISE))
-        terms = {"fool": F.softplus(-networks["discriminator"](made)).sum(), "size": 0.1 * made.square().sum()}
+        terms = {"fool": super().generate(networks, batch, draws)["loss"],
+                 "size": 0.1 * self.made(networks, draws).square().sum()}
         if self.plant is not None:
             self.plant(networks, terms)
         return terms
-
-    def initial_weights(self, name: str) -> Callable[[str], Tensor]:
-        raise NotImplementedError
-
-    def evaluate(self, networks: Networks, batch: Batch) -> Terms:
-        raise NotImplementedError
-
-    def summarise(self, totals: Any) -> dict[str, float]:
-        raise NotImplementedError
-
-    def preview(self, networks: Networks, seed: int, device: torch.device) -> str:
-        raise NotImplementedError
 
 
 CONFIG = Config(train=TrainSettings(steps=STEPS, global_batch_size=GLOBAL, clip=0.5),
                 optimizer=OptimizerSettings(lr=1e-2), schedule=ScheduleSettings(name="constant"))
 
 
-def trained(objective: Objective, kind: Callable[..., Trainer], data: Data | None = None, micro: int = GLOBAL) -> Trainer:
-    engine = ReplicatedEngine(Processes(), ParallelSettings(), "fp32", CONFIG.train.clip, micro, GLOBAL // micro)
-    engine.prepare(objective.networks, lambda module: make_optimizer(module, CONFIG.optimizer))
-    loader = StepLoader(data or Points(), global_batch_size=GLOBAL, micro_batch_size=micro, rank=0, world_size=1, workers=0,
-                        prefetch_steps=2)
-    return kind(CONFIG, objective, engine, loader)
+def training(objective: Objective, data: Data | None = None, micro: int = GLOBAL, steps: int = STEPS) -> Training:
+    config = replace(CONFIG, train=replace(CONFIG.train, micro_batch_size=micro))
+    return Training(objective, data or ToyData(point, GLOBAL), config,
+                    trainer=lambda *args: AuditedTrainer(*args, steps, "single"))
 
 
 def audited(objective: Objective, data: Data | None = None, micro: int = GLOBAL) -> AuditReport:
-    trainer = trained(objective, lambda *args: AuditedTrainer(*args, STEPS, "single"), data, micro)
-    try:
-        return trainer.watch()
-    finally:
-        trainer.loader.close()
+    with training(objective, data, micro) as found:
+        return found.trainer.watch()
 
 
 def test_a_clean_run_has_no_fault_and_is_the_run_that_nobody_watched() -> None:
@@ -131,9 +65,7 @@ def test_a_clean_run_has_no_fault_and_is_the_run_that_nobody_watched() -> None:
     assert {name: findings.runs for name, findings in report.findings.items()} == \
         {"discriminate": 2 * STEPS, "regularise": 1, "generate": STEPS}
     twin.phases[1] = replace(twin.phases[1], every=STEPS)  # the audit makes it run within its steps
-    trainer = trained(twin, lambda *args: Trainer(*args, [Hook()], lambda: "none"))
-    trainer.run(1)
-    trainer.loader.close()
+    Training(twin, ToyData(point, GLOBAL), CONFIG).run()
     for name, network in objective.networks.items():
         for key, value in network.state_dict().items():
             assert torch.equal(value, twin.networks[name].state_dict()[key]), (name, key)
@@ -142,22 +74,18 @@ def test_a_clean_run_has_no_fault_and_is_the_run_that_nobody_watched() -> None:
 @pytest.mark.parametrize("micro", [2, GLOBAL])
 def test_the_norm_of_a_term_is_that_of_its_own_gradient(micro: int) -> None:
     """Of the first runs, by hand: each term alone, over the whole batch where no sample depends on another."""
-    objective, twin = Adversaries(), Adversaries()
-    for each in (objective, twin):
-        for network in each.networks.values():
-            network[1] = nn.Identity()
-    trainer = trained(objective, lambda *args: AuditedTrainer(*args, STEPS, "single"), micro=micro)
-    trainer.run_phase(objective.phases[0], 1, trainer.loader.next_batch())
-    trainer.loader.close()
+    objective, twin = (Adversaries(norm=lambda width: nn.Identity()) for _ in range(2))
+    with training(objective, micro=micro) as found:
+        found.trainer.run_phase(objective.phases[0], 1, found.loader.next_batch())
     numbers = torch.arange(GLOBAL)
     batch = {"sample": numbers, "x": torch.stack([torch.sin(numbers.float()), torch.cos(2 * numbers.float())], dim=1)}
     for term in ("real", "fake"):
         terms = twin.discriminate(twin.networks, batch, Draws(CONFIG.run.seed, "discriminate", 1, numbers))
         own = torch.autograd.grad(terms[term] / GLOBAL, list(twin.networks["discriminator"].parameters()))
         norm = torch.cat([gradient.flatten() for gradient in own]).norm().item()
-        found = trainer.report.findings["discriminate"].norms[term]
-        assert found == pytest.approx({"discriminator": norm, "generator": 0.0}, rel=1e-5)
-    text = trainer.report.text()
+        measured = found.trainer.report.findings["discriminate"].norms[term]
+        assert measured == pytest.approx({"discriminator": norm, "generator": 0.0}, rel=1e-5)
+    text = found.trainer.report.text()
     assert "phase discriminate trains discriminator" in text and "no part of the loss: logit" in text and "frozen" in text
 
 
@@ -178,9 +106,8 @@ def test_every_term_is_measured_with_the_singular_vectors_of_the_update() -> Non
         return terms
 
     objective.phases = [replace(objective.phases[0], loss=watched), objective.phases[2]]
-    trainer = trained(objective, lambda *args: AuditedTrainer(*args, 1, "single"), micro=3)
-    trainer.run_phase(objective.phases[0], 1, trainer.loader.next_batch())
-    trainer.loader.close()
+    with training(objective, micro=3, steps=1) as found:
+        found.trainer.run_phase(objective.phases[0], 1, found.loader.next_batch())
     assert len(seen) == 2 * 2 + 2  # terms and micro-batches, and the phase's own
     assert all(torch.equal(each, seen[0]) for each in seen)
 
@@ -241,20 +168,20 @@ def test_a_gradient_that_cancels_out_is_one() -> None:
 
     def cancelling(networks: Networks, batch: Batch, draws: Draws) -> Terms:
         networks["generator"].eval()
-        real, fake = (networks["discriminator"](x) for x in (batch["x"], networks["generator"](draws.normal("z", NOISE))))
+        real, fake = (0.1 * networks["discriminator"](x) for x in (batch["x"], objective.made(networks, draws)))
         return {"real": (1 - real).relu().sum() + (1 + fake).relu().sum()}
 
     objective.phases = [replace(objective.phases[0], loss=cancelling, statistics=frozenset()), objective.phases[2]]
-    trainer = trained(objective, lambda *args: AuditedTrainer(*args, 1, "single"))
-    batch = trainer.loader.next_batch()[0]
+    with training(objective) as found:
+        batch = found.loader.next_batch()[0]
     cancelling(objective.networks, batch, Draws(0, "", 1, batch["sample"]))["real"].backward()
     assert objective.networks["discriminator"][3].bias.grad == 0
-    trainer.loader.close()
     assert audited(objective).faults() == []
 
 
 def test_data_that_repeats_itself_is_named() -> None:
-    (fault,) = audited(Adversaries(), Points(broken=True)).faults()
+    pairs = ToyData(lambda g: point(g - g % GLOBAL + g % GLOBAL // 2), GLOBAL)
+    (fault,) = audited(Adversaries(), pairs).faults()
     assert fault.startswith("repeated samples: in step 1 sample 0 on rank 0 and sample 1 on rank 0 have the same content, ")
 
 

@@ -18,6 +18,7 @@ import yaml
 from genscale.checkpoint.checkpoints import Checkpoint
 from genscale.hook import StepReport
 from genscale.settings.config import TrainSettings
+from genscale.testing.runs import Run
 from genscale.training.collapse import CollapseWatch
 from genscale.training.measuring import Count
 
@@ -70,8 +71,7 @@ def config(tiny_settings, tmp_path_factory) -> Callable[..., Path]:
 
 def lines(run: Path) -> list[dict[str, Any]]:
     times = ("seconds", "per_second", "data_wait_share")
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if not key.endswith(times)} for record in records]
+    return [{key: value for key, value in line.items() if not key.endswith(times)} for line in Run(run).metrics()]
 
 
 def checkpoint(run: Path, step: int) -> Checkpoint:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from genscale.data.images.data import ImageData, ImageDataSettings
 from genscale.data.plans import plan_differences
 from genscale.data.text import sources
 from genscale.data.text.data import TextData, TextDataSettings
+from genscale.testing.runs import Run
 
 TEXT = {"sequence_length": 32, "validation_blocks": 8, "lanes": 4}
 
@@ -27,8 +27,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def losses(run: Path) -> dict[int, float]:
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+    return {line["step"]: line["loss"] for line in Run(run).lines()}
 
 
 def test_a_run_on_moved_text_and_tokenizer_is_the_run(genscale: Callable, tiny_settings: dict, tiny_text: Path,

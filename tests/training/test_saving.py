@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import os
 import shutil
 import socket
 import subprocess
@@ -24,6 +23,7 @@ from genscale.checkpoint.writing import clear_leftovers, write_checkpoint
 from genscale.errors import CheckpointNotWritten, UserError
 from genscale.parallel.pieces import pieces_of
 from genscale.parallel.processes import Processes
+from genscale.testing.processes import clean_environment
 
 STATE = {"step": 1, "data": {"batches": 0, "cursors": {}}, "scalers": {}, "plan": {}}
 
@@ -166,14 +166,13 @@ def test_two_processes_one_of_which_fails_and_is_killed(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    foreign = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_RANK")
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
     running = []
     for rank in range(2):
         shape = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root)}
-        running.append(subprocess.Popen([sys.executable, str(worker), str(tmp_path / "checkpoints")], env={**clean, **shape},
-                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        command = [sys.executable, str(worker), str(tmp_path / "checkpoints")]
+        running.append(subprocess.Popen(command, env=clean_environment(shape), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                        text=True))
     try:
         outputs = [process.communicate(timeout=240)[0] for process in running]
     finally:

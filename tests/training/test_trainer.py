@@ -3,118 +3,67 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from genscale.data.lanes import Cursor, Data, Sample
-from genscale.data.loader import StepLoader
+from genscale.data.lanes import Sample
 from genscale.data.text.tokenizers import ByteTokenizer
 from genscale.families.gpt.network import GPT, GPTSettings
 from genscale.families.gpt.objective import LanguageModel
 from genscale.hook import Hook, StepReport, every
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
-from genscale.parallel.processes import HostCopy, Processes
-from genscale.parallel.replicated import ReplicatedEngine
+from genscale.parallel.processes import HostCopy
 from genscale.rng import Draws
-from genscale.settings.config import Config, GuardSettings, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
+from genscale.settings.config import Config, GuardSettings, OptimizerSettings, ScheduleSettings, TrainSettings
 from genscale.supervise.signals import StopSignal
+from genscale.testing.objectives import ToyGAN, point
+from genscale.testing.toy import ToyData
+from genscale.testing.training import Training
 from genscale.training.non_finite import NonFiniteLoss
 from genscale.training.optimizers import make_optimizer
 from genscale.training.schedules import learning_rate_share
 from genscale.training.trainer import Trainer
 
-GLOBAL, STEPS, NOISE = 6, 5, 3
+GLOBAL, STEPS = 6, 5
 
 
-class Points(Data):
-    """Sample g is a point in the plane that only g decides, with a validity flag: every third sample is invalid."""
-
-    lane_count = 4
-
-    def open_lane(self, lane: int, cursor: Cursor | None = None) -> Iterator[tuple[Sample, Cursor]]:
-        position = 0 if cursor is None else cursor["position"]
-        while True:
-            g = position * self.lane_count + lane
-            yield point(g), {"position": position + 1}
-            position += 1
-
-    def validation(self) -> list[Sample]:
-        return [point(-1)]
-
-    def check(self, global_batch_size: int) -> None: ...
-
-    def plan(self) -> dict[str, Any]:
-        return {}
-
-    def close(self) -> None: ...
-
-
-def point(g: int) -> Sample:
-    return {"x": np.array([math.sin(g), math.cos(2 * g)], np.float32), "valid": np.array(g % 3 > 0)}
+def sample(g: int) -> Sample:
+    """A point, and whether it is valid: every third is not."""
+    return {**point(g), "valid": np.array(g % 3 > 0)}
 
 
 def batch_of(numbers: Sequence[int]) -> Batch:
-    samples = [point(g) for g in numbers]
+    samples = [sample(g) for g in numbers]
     return {"x": torch.tensor(np.stack([s["x"] for s in samples])), "valid": torch.tensor([bool(s["valid"]) for s in samples])}
 
 
-class Adversaries(Objective):
-    """A small GAN: the discriminator takes two batches a step, the generator one, and a regulariser comes every second step."""
+class Adversaries(ToyGAN):
+    """The discriminator takes two batches a step, the generator one, and a regulariser comes every second step."""
 
     def __init__(self) -> None:
-        torch.manual_seed(0)
-        self.networks = {"generator": nn.Sequential(nn.Linear(NOISE, 8), nn.Tanh(), nn.Linear(8, 2)),
-                         "discriminator": nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.0), nn.Tanh(), nn.Linear(8, 1))}
-        self.phases = [
-            Phase("discriminate", "discriminator", self.discriminate, self.count, repeats=2),
-            Phase("regularise", "discriminator", self.regularise, self.count, every=2),
-            Phase("generate", "generator", self.generate, self.count),
-        ]
+        super().__init__(norm=lambda width: nn.Dropout(0.0), repeats=2, regularise_every=2)
         self.seen: list[tuple[str, dict[str, set[bool]]]] = []
-
-    def count(self, batch: Batch) -> int:
-        return int(batch["valid"].sum())
 
     def discriminate(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
         self._see("discriminate", networks)
-        discriminator, valid = networks["discriminator"], batch["valid"]
-        real, fake = discriminator(batch["x"]), discriminator(networks["generator"](draws.normal("z", NOISE)))
-        return {"real": F.softplus(-real[valid]).sum(), "fake": F.softplus(fake[valid]).sum()}
-
-    def regularise(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
-        return {"penalty": networks["discriminator"](batch["x"])[batch["valid"]].square().sum()}
+        return super().discriminate(networks, batch, draws)
 
     def generate(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
         self._see("generate", networks)
-        score = networks["discriminator"](networks["generator"](draws.normal("z", NOISE)))
-        return {"loss": F.softplus(-score[batch["valid"]]).sum()}
+        return super().generate(networks, batch, draws)
 
     def _see(self, phase: str, networks: Networks) -> None:
         flags = {name: {p.requires_grad for p in network.parameters()} for name, network in networks.items()}
         self.seen.append((phase, flags))
-
-    def initial_weights(self, name: str) -> Callable[[str], Tensor]:
-        return self.networks[name].state_dict().__getitem__
-
-    def evaluate(self, networks: Networks, batch: Batch) -> Terms:
-        return {}
-
-    def summarise(self, totals: Any) -> dict[str, float]:
-        return {"loss": 0.0}
-
-    def preview(self, networks: Networks, seed: int, device: torch.device) -> str:
-        return ""
 
 
 def settings(steps: int = STEPS, **optimizer: Any) -> Config:
@@ -124,11 +73,9 @@ def settings(steps: int = STEPS, **optimizer: Any) -> Config:
 
 
 def trainer_of(objective: Objective, config: Config, micro: int, hooks: Sequence[Hook] = ()) -> Trainer:
-    engine = ReplicatedEngine(Processes(), ParallelSettings(), "fp32", config.train.clip, micro, GLOBAL // micro)
-    engine.prepare(objective.networks, lambda module: make_optimizer(module, config.optimizer))
-    loader = StepLoader(Points(), global_batch_size=GLOBAL, micro_batch_size=micro, rank=0, world_size=1, workers=0,
-                        prefetch_steps=2)
-    return Trainer(config, objective, engine, loader, hooks, last_good=lambda: "step-9")
+    config = replace(config, train=replace(config.train, micro_batch_size=micro))
+    return Training(objective, ToyData(sample, lanes=4), config, trainer=lambda *made: Trainer(
+        *made, hooks, last_good=lambda: "step-9")).trainer
 
 
 def by_hand(objective: Adversaries, config: Config) -> list[dict[str, float]]:
@@ -140,11 +87,12 @@ def by_hand(objective: Adversaries, config: Config) -> list[dict[str, float]]:
     def update(name: str, phase: str, terms: Terms, valid: int) -> dict[str, float]:
         for optimizer in optimizers.values():
             optimizer.zero_grad()
-        (sum(terms.values()) / valid).backward()
+        parts = [key for key in terms if key != "logit"]
+        (sum(terms[key] for key in parts) / valid).backward()
         norm = nn.utils.clip_grad_norm_(networks[name].parameters(), config.train.clip)
         optimizers[name].step()
         means = {f"{phase}/{key}": value.item() / valid for key, value in terms.items()}
-        return {f"{phase}/loss": sum(means.values()), **means, f"{phase}/grad_norm": norm.item()}
+        return {f"{phase}/loss": sum(means[f"{phase}/{key}"] for key in parts), **means, f"{phase}/grad_norm": norm.item()}
 
     for step in range(1, config.train.steps + 1):
         lr = config.optimizer.lr * learning_rate_share(step, config.train.steps, config.schedule)
@@ -240,6 +188,8 @@ def test_a_signal_ends_the_run_after_the_step() -> None:
 
 class Diverging(Adversaries):
     """Its generator's loss stops being a number at a step, in value or in gradient only."""
+
+    frozen = {"discriminator": "its own draw"}
 
     def __init__(self, kind: str) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ import copy
 import math
 import random
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,90 +20,55 @@ from genscale.data.loader import StepLoader
 from genscale.hook import Hook, every
 from genscale.models.batch_norm import BatchNorm
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
-from genscale.parallel.processes import Processes
-from genscale.parallel.replicated import ReplicatedEngine
+from genscale.parallel.strategies import ParallelPlan
 from genscale.rng import Draws
-from genscale.settings.config import Config, GuardSettings, OptimizerSettings, ParallelSettings, ScheduleSettings, TrainSettings
+from genscale.settings.config import Config, GuardSettings, OptimizerSettings, ScheduleSettings, TrainSettings
 from genscale.supervise.signals import StopSignal
+from genscale.testing.objectives import BareObjective
+from genscale.testing.toy import ToyData
+from genscale.testing.training import Training, same
 from genscale.training.non_finite import NonFiniteLoss
-from genscale.training.optimizers import make_optimizer
 from genscale.training.spikes import LossWindow
 from genscale.training.trainer import Trainer
 
 GLOBAL = 4
 
 
-class Numbers(Data):
+def numbers(bad: Collection[int] = ()) -> ToyData:
     """Sample g is one number, NaN in some global batches."""
 
-    lane_count = GLOBAL
+    def sample(g: int) -> Sample:
+        batch, lane = divmod(g, GLOBAL)
+        return {"x": np.array([math.nan if batch in bad and lane == 1 else math.sin(g)], np.float32)}
 
-    def __init__(self, bad: frozenset[int]) -> None:
-        self.bad = bad
-
-    def open_lane(self, lane: int, cursor: Cursor | None = None) -> Iterator[tuple[Sample, Cursor]]:
-        position = 0 if cursor is None else cursor["position"]
-        while True:
-            value = math.nan if position in self.bad and lane == 1 else math.sin(position * GLOBAL + lane)
-            yield {"x": np.array([value], np.float32)}, {"position": position + 1}
-            position += 1
-
-    def validation(self) -> list[Sample]:
-        return []
-
-    def check(self, global_batch_size: int) -> None: ...
-
-    def plan(self) -> dict[str, Any]:
-        return {}
-
-    def close(self) -> None: ...
+    return ToyData(sample, GLOBAL)
 
 
-class Fit(Objective):
+class Fit(BareObjective):
     """One network with running statistics and an average; the loss is scaled by what `scale` says of a step."""
 
     averaged = ("fit",)
 
     def __init__(self, scale: Callable[[int], float] = lambda step: 1.0) -> None:
         torch.manual_seed(0)
-        self.networks = {"fit": nn.Sequential(nn.Linear(1, 8), BatchNorm(8), nn.Tanh(), nn.Linear(8, 1))}
-        nn.init.ones_(self.networks["fit"][1].weight)
-        for tensor, value in zip((self.networks["fit"][1].bias, *self.networks["fit"][1].buffers()), (0, 0, 1), strict=True):
+        network = nn.Sequential(nn.Linear(1, 8), BatchNorm(8), nn.Tanh(), nn.Linear(8, 1))
+        nn.init.ones_(network[1].weight)
+        for tensor, value in zip((network[1].bias, *network[1].buffers()), (0, 0, 1), strict=True):
             nn.init.constant_(tensor, value)
-        self.phases = [Phase("fit", "fit", self.loss, len_of, statistics=frozenset({"size"}))]
+        super().__init__({"fit": network}, [Phase("fit", "fit", self.loss, self.count, statistics=frozenset({"size"}))])
         self.scale = scale
 
     def loss(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
         made, wanted = networks["fit"](batch["x"]).float(), batch["x"].square()
         return {"error": (made - wanted).square().sum() * self.scale(draws.step), "size": made.detach().abs().sum()}
 
-    def initial_weights(self, name: str) -> Callable[[str], Tensor]:
-        return self.networks[name].state_dict().__getitem__
 
-    def evaluate(self, networks: Networks, batch: Batch) -> Terms:
-        return {}
-
-    def summarise(self, totals: Any) -> dict[str, float]:
-        return {"loss": 0.0}
-
-    def preview(self, networks: Networks, seed: int, device: torch.device) -> str:
-        return ""
-
-
-def len_of(batch: Batch) -> int:
-    return len(batch["x"])
-
-
-def trainer_of(objective: Objective, bad: set[int], precision: str = "fp32", steps: int = 8, hooks: list[Hook] | None = None,
+def trainer_of(objective: Objective, bad: set[int], precision: str = "fp32", steps: int = 8, hooks: Sequence[Hook] = (),
                **guards: Any) -> Trainer:
     config = Config(train=TrainSettings(steps=steps, global_batch_size=GLOBAL, ema_half_life=20, ema_ramp_up=0),
                     optimizer=OptimizerSettings(lr=0.01), schedule=ScheduleSettings(name="constant"),
                     guards=GuardSettings(**guards))
-    engine = ReplicatedEngine(Processes(), ParallelSettings(), precision, 1.0, GLOBAL, 1)
-    engine.prepare(objective.networks, lambda module: make_optimizer(module, config.optimizer), averaged=["fit"])
-    loader = StepLoader(Numbers(frozenset(bad)), global_batch_size=GLOBAL, micro_batch_size=GLOBAL, rank=0, world_size=1,
-                        workers=0, prefetch_steps=2)
-    return Trainer(config, objective, engine, loader, hooks or [], last_good=lambda: "none")
+    return Training(objective, numbers(bad), config, plan=ParallelPlan("single", "none", precision, 1), hooks=hooks).trainer
 
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:
@@ -111,10 +76,6 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
     parts = {"network": engine.network_pieces("fit"), "optimizer": engine.optimizer_pieces("fit"),
              "average": engine.average_pieces("fit")}
     return {f"{kind}/{piece.name}": piece.values.detach().clone() for kind, pieces in parts.items() for piece in pieces}
-
-
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -207,7 +168,7 @@ def test_no_checkpoint_is_made_while_updates_are_left_out_but_right_after(ahead:
 def test_batches_that_are_left_out_might_never_have_been_there() -> None:
     """At any shape, also from a state in the middle, and samples keep their numbers without a gap."""
 
-    class Without(Numbers):
+    class Without(ToyData):
         def open_lane(self, lane: int, cursor: Cursor | None = None) -> Iterator[tuple[Sample, Cursor]]:
             for sample, after in super().open_lane(lane, cursor):
                 if after["position"] - 1 not in (1, 2, 5):
@@ -229,12 +190,12 @@ def test_batches_that_are_left_out_might_never_have_been_there() -> None:
             loader.close()
         return found
 
-    expected = batches(Without(frozenset()), 1)
+    expected = batches(Without(numbers().sample, GLOBAL), 1)
     for world_size in (1, 2):
-        for mine, theirs in zip(batches(Numbers(frozenset()), world_size, left_out={1, 2, 5}), expected, strict=True):
+        for mine, theirs in zip(batches(numbers(), world_size, left_out={1, 2, 5}), expected, strict=True):
             assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
 
-    loader = StepLoader(Numbers(frozenset()), global_batch_size=GLOBAL, micro_batch_size=GLOBAL, rank=0, world_size=1,
+    loader = StepLoader(numbers(), global_batch_size=GLOBAL, micro_batch_size=GLOBAL, rank=0, world_size=1,
                         workers=0, prefetch_steps=2, left_out={1})
     loader.next_batch()
     state = copy.deepcopy(loader.state())

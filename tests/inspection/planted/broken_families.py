@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from genscale.families.entry import Family
+from genscale.families.own import _with_family
 from genscale.objectives.base import Batch, Networks, Terms
 from genscale.rng import Draws
 from genscale.testing import toy
-
-
-@dataclass
-class ChanceSettings(toy.ToySettings):
-    family: Literal["chance"] = "chance"
-
-
-@dataclass
-class MeansSettings(toy.ToySettings):
-    family: Literal["means"] = "means"
-
-
-@dataclass
-class WideningSettings(toy.ToySettings):
-    family: Literal["widening"] = "widening"
 
 
 class Chance(toy.ToyObjective):
@@ -57,13 +43,12 @@ class Widen(nn.Module):
         return waves.float()
 
 
-def built(kind: type[toy.ToyObjective], settings: type) -> Family:
+def built(kind: type[toy.ToyObjective]) -> Family:
     def restore(config: Any, _: Any = None) -> toy.ToyObjective:
         return kind(toy.network_of(config), config.data.noise, config.run.seed)
 
     module = SimpleNamespace(build_data=toy.build_data, validation=toy.validation, build=restore, restore=restore)
-    return replace(toy.FAMILY, model_settings=settings, module=lambda: module)
+    return replace(toy.FAMILY, model_settings=_with_family(toy.ToySettings, kind.__name__.lower()), module=lambda: module)
 
 
-FAMILIES = {family.name: family for family in (toy.FAMILY, built(Chance, ChanceSettings), built(Means, MeansSettings),
-                                               built(Widening, WideningSettings))}
+FAMILIES = {family.name: family for family in (toy.FAMILY, *map(built, (Chance, Means, Widening)))}

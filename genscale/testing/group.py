@@ -1,0 +1,57 @@
+"""A group of processes out of one import: `python -m genscale.testing.group PROCESSES SCRIPT WORDS...`.
+
+A launcher imports torch for itself and each process again, which takes longer than a toy's whole training. Here the processes
+are forked when all is imported; apart from that each finds what torchrun would have given it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+USED = ("accelerate", "genscale.testing.training", "genscale.testing.runs")
+
+
+def main(count: int, script: Path, words: list[str]) -> int:
+    """Run the script in `count` processes, and end with the first code of them that is not 0; the others are then ended."""
+    # DeepSpeed takes as long as torch, and not all groups need it.
+    for name in (*USED, *(["deepspeed"] if any("zero" in word for word in words) else [])):
+        importlib.import_module(name)
+    pipes = [os.pipe() for _ in range(count)]
+    children = {}
+    for rank, (read, _) in enumerate(pipes):
+        sys.stdout.flush()
+        if not (pid := os.fork()):
+            _be(rank, count, int(os.read(read, 16)), script, words)
+            sys.exit(0)
+        children[pid] = rank
+    # Made after the forks, for it has a thread; the port is any free one, and held from the start.
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for _, write in pipes:
+        os.write(write, str(store.port).encode())
+    while children:
+        pid, status = os.wait()
+        children.pop(pid)
+        if code := os.waitstatus_to_exitcode(status):
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+            return code if code > 0 else 128 - code
+    return 0
+
+
+def _be(rank: int, count: int, port: int, script: Path, words: list[str]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+                   "TORCHELASTIC_RUN_ID": "testing", "TORCHELASTIC_RESTART_COUNT": "0"}
+    sys.argv, sys.path[0] = [str(script), *words], str(script.parent)
+    runpy.run_path(str(script), run_name="__main__")
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), Path(sys.argv[2]).resolve(), sys.argv[3:]))
