@@ -17,6 +17,8 @@ COMPARISON = re.compile(r"(>=|<=|!=|==|>|<)\s*(.*)", re.DOTALL)
 
 ANSWER_ROLES = ("assistant",)
 TOOLS = "tools"
+SUMS = "sums"
+"""What `data.source` calls `genscale.data.made_sums`."""
 
 
 @dataclass(frozen=True)
