@@ -9,9 +9,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 from genscale.data.json_values import Values
+from genscale.data.spec import SUMS
 
-SUMS = "sums"
-"""What `data.source` calls it."""
 ALL, HELD_OUT = 10_000, 1_000
 COPIES = 6
 """Times that the text has each sum, so that one sum is written both ways."""

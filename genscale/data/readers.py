@@ -26,12 +26,12 @@ from genscale.data.locations import (
     is_silence,
     open_hub,
 )
-from genscale.data.made_sums import SUMS, sums
+from genscale.data.made_sums import sums
 from genscale.data.python_texts import TEXTS
 from genscale.data.row_source import SourceShard, open_installed, shard_names
 from genscale.data.shard import Shard, ShardOfTables
 from genscale.data.source_file import SourceFile, TooLarge, is_url
-from genscale.data.spec import TOOLS, Spec
+from genscale.data.spec import SUMS, TOOLS, Spec
 from genscale.data.web import AGAIN
 from genscale.errors import SourceLost, UserError, as_utf8, nearest
 from genscale.masking import masked

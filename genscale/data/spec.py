@@ -20,6 +20,8 @@ ANSWER_ROLES = ("assistant",)
 TOOLS = "tools"
 SOURCES = Plugins("genscale.data", "data.source", "data source")
 """Those of installed packages: classes that inherit from `genscale.RowSource`."""
+SUMS = "sums"
+"""What `data.source` calls `genscale.data.made_sums`."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt
 
-from genscale.data.made_sums import SUMS
+from genscale.data.spec import SUMS
 from genscale.data.text.settings import TextDataSettings
 
 

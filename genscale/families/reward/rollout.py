@@ -29,7 +29,8 @@ class Prompts:
 
     @staticmethod
     def of(padded: Tensor, whole: bool = False) -> Prompts:
-        """Prompts of `(batch, prompt_tokens)` with -1 before each: in rows as long as the longest, or (`whole`) as they are."""
+        """The prompts of `(batch, prompt_tokens)` with -1 before each: in rows as long as the longest, or (`whole`) as they
+        are."""
         present = padded >= 0
         if not whole:
             width = int(present.sum(1).max())
