@@ -6,7 +6,7 @@ Total variation to p*(y) ~ p_ref(y) exp(r(y) / beta), and the gap in nats that b
 
 - tabular: genscale's own loss, with a policy without limits (reward_tabular.py).
 - variants: the same at 800 steps of 32 texts a prompt, beside what papers and programs do instead.
-- gpt: two layers, by `genscale.train` with a reward given in Python (reward_gpt.py); a few minutes a seed.
+- gpt: two layers, by `genscale.train` with a reward given in Python (reward_gpt.py); a minute or two a seed.
 """
 
 from __future__ import annotations
@@ -73,9 +73,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     now = circumstances(["torch"])
     kept = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.exists() else {}
-    result = {**now, "config": {"texts": len(TEXTS), "beta": BETA, "seeds": arguments.seeds}, "parts": kept.get("parts", {})}
+    result = {**now, "config": {"texts": len(TEXTS), "beta": BETA}, "parts": kept.get("parts", {})}
     for name in arguments.parts.split(","):
-        result["parts"][name] = {"commit": now["commit"], "command": now["command"], **parts[name](arguments.seeds)}
+        about = {"commit": now["commit"], "command": now["command"], "seeds": arguments.seeds}
+        result["parts"][name] = {**about, **parts[name](arguments.seeds)}
     write(result, arguments.out)
 
 

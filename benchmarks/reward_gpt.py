@@ -22,14 +22,13 @@ ASKED = ["aa", "ab", "ac", "ba"]
 TOKENS_OF = {"a": 0, "b": 1, "c": 2, "<|endoftext|>": 3}
 SETTINGS: dict[str, Any] = {
     "model.from": "scratch", "model.preset": "llama", "model.layers": 2, "model.heads": 2, "model.width": 48,
-    "model.positions": 8, "model.init_std": 0.2, "data.prompt_tokens": 2, "data.row_bytes": 64, "data.lanes": 4,
-    "objective.rewards": [{"name": "as_many"}], "objective.tokens": LONGEST, "objective.beta": BETA,
-    "objective.group": 64, "train.global_batch_size": 4, "train.steps": 3000, "train.precision": "fp32",
-    "train.log_every": 100,
-    "optimizer.lr": 3e-3, "optimizer.betas": [0.9, 0.99], "optimizer.weight_decay": 0, "schedule.warmup_steps": 50,
-    "schedule.final_share": 0, "tracking.wandb": "disabled",
+    "model.positions": 8, "model.init_std": 0.1, "data.prompt_tokens": 2, "data.row_bytes": 64, "data.lanes": 4,
+    "objective.rewards": [{"name": "as_many"}], "objective.tokens": LONGEST, "objective.beta": BETA, "objective.group": 64,
+    "train.global_batch_size": 4, "train.steps": 600, "train.precision": "fp32", "train.log_every": 100,
+    "optimizer.name": "muon", "optimizer.lr": 3e-3, "optimizer.betas": [0.9, 0.99], "optimizer.weight_decay": 0,
+    "schedule.warmup_steps": 50, "schedule.final_share": 0, "tracking.wandb": "disabled",
 }  # fmt: skip
-"""A batch is each prompt once, with a large group. Weights drawn wide: a reference that prefers some texts to others."""
+"""A batch is each prompt once, with a large group. The weights are drawn wide: the reference prefers some texts to others."""
 
 
 class AsMany(genscale.TextReward):
