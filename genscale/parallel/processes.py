@@ -204,6 +204,15 @@ class HostCopy:
         return self._tensor.tolist()
 
 
+def load_ahead(deepspeed: bool) -> None:
+    """Import the libraries that the processes of a group load as they begin, for those that are forked from this one; DeepSpeed
+    takes as long as torch, and not all groups need it."""
+    import accelerate  # noqa: F401
+
+    if deepspeed:
+        import deepspeed as _  # noqa: F401
+
+
 def lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because a process at its other end is gone (in the words of gloo and NCCL)."""
     words = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "remote process exited")

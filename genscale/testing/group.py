@@ -6,21 +6,20 @@ are forked when all is imported; apart from that each finds what torchrun would 
 
 from __future__ import annotations
 
-import importlib
 import os
 import runpy
 import signal
 import sys
 from pathlib import Path
 
-USED = ("accelerate", "genscale.testing.training", "genscale.testing.runs")
-
 
 def main(count: int, script: Path, words: list[str]) -> int:
     """Run the script in `count` processes, and end with the first code of them that is not 0; the others are then ended."""
-    # DeepSpeed takes as long as torch, and not all groups need it.
-    for name in (*USED, *(["deepspeed"] if any("zero" in word for word in words) else [])):
-        importlib.import_module(name)
+    import genscale.testing.runs
+    import genscale.testing.training  # noqa: F401
+    from genscale.parallel.processes import load_ahead
+
+    load_ahead(any("zero" in word for word in words))
     pipes = [os.pipe() for _ in range(count)]
     children = {}
     for rank, (read, _) in enumerate(pipes):

@@ -99,7 +99,7 @@ class Run:
     def resumed_from(self) -> list[str]:
         """Names of the checkpoints that its log says it continued from."""
         log = (self.folder / "logs" / "rank-00000.log").read_text()
-        return [Path(path).name for path in re.findall(r"continuing from (\S+)", log)]
+        return [Path(path).name for path in re.findall(r"continuing from (.*?step-\d+)", log)]
 
 
 def train(folder: Path, settings: Settings, processes: int = 1, **options: Any) -> Run:

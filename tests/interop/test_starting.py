@@ -224,5 +224,5 @@ def test_a_run_of_our_own_is_a_start_like_any_other(trained: Path) -> None:
         config, data = complete_from(config_of(name))
         assert (config.model.layers, config.model.width, config.model.vocab_size) == (2, 32, 320)
         assert data.tokenizer == str(trained / "tokenizer.json")
-        read, stored = weights_from(config), latest.tensors("networks", "gpt")
+        read, stored = weights_from(config.model), latest.tensors("networks", "gpt")
         assert read is not None and all(torch.equal(read(key), stored(key)) for key in stored.shapes())
