@@ -5,7 +5,8 @@
 
 Both begin from one text model, which genscale exports, and have one thread; TRL (peers/trl_sums.py) at three learning rates of
 which ours is the middle one, with our other settings. Both are judged by one judge on the thousand held-out sums. Seconds are
-from reading the model to the last step, without the imports.
+from reading the model to the last step, without the imports; ours include an evaluation and a checkpoint. Seven quiet minutes
+with --kinds rloo, eleven with both.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def compare(seed: int, steps: int | None, kinds: list[str], python: str, folder:
     model = folder / f"model-{seed}"
     export([str(text.folder), "--out", str(model)])
     rows = [{"trainer": "genscale", "lr": config.optimizer.lr, "seconds": seconds, **accuracy(run, run.networks["policy"])}]
+    print(json.dumps(rows[0]), flush=True)
     for kind in kinds:
         for rate in RATES:
             lr, out = config.optimizer.lr * rate, folder / f"{kind}-{seed}-{rate}"
