@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+import genscale
 from genscale.checkpoint.checkpoints import Checkpoint
 from genscale.checkpoint.tensor_files import TensorFiles
 from genscale.data.text.prompt_data import PromptData
+from genscale.errors import UserError
 from genscale.families import FAMILIES, family
 from genscale.inspection.comparison import compare_runs
 from genscale.rng import Draws
@@ -199,3 +201,15 @@ def test_what_a_run_can_and_cannot_start_from(tune: Train, whole: Path, tmp_path
     assert genscale("train", *(f"--{key}={value}" for key, value in points.items())).code == 0
     message = tune(tmp_path / "none", **{"model.from": tmp_path / "points"}).message()
     assert "a run of model.family points, which writes no text" in message and "set model.family: image_reward" in message
+
+
+def test_who_only_writes_needs_no_judge(asked: dict[str, Any], start: Path, tmp_path: Path) -> None:
+    """A script's own reward is not known to who loads its run afterwards."""
+    own = {"objective.rewards": "[{name: mine}]", "data.columns": "[]", "train.steps": 1, "train.evaluate_every": 0,
+           "train.checkpoint_every": 0, "run.trace": False, "run.dir": tmp_path, "run.name": "run", "model.from": start}
+    config = genscale.config("reward", {key: value for key, value in {**asked, **own}.items() if key != "model.family"})
+    folder = genscale.train(config, rewards={"mine": lambda answers: [float(len(answer.text)) for answer in answers]}).folder
+    model = genscale.load(folder)
+    assert model.networks["policy"](torch.ones(1, 3, dtype=torch.int64)).shape[1] == 3
+    with pytest.raises(UserError, match="'mine' is not one of"):
+        model.sample(seed=0)

@@ -44,7 +44,7 @@ class RewardTuning(Objective):
         policy, reference: of one shape; both begin alike.
         tokenizer: what made the prompts' tokens, and reads the answers.
         settings: the `objective` section.
-        rewards: what judges.
+        rewards: what judges; or why nobody can, who only wants to write.
         seed: the run's.
         origin: where the reference comes from, in words.
         shown: some prompts, as samples, for previews.
@@ -56,14 +56,14 @@ class RewardTuning(Objective):
     averaged = ("policy",)
     writes = "policy"
 
-    def __init__(self, policy: GPT, reference: GPT, tokenizer: Tokenizer, settings: RewardObjectiveSettings, rewards: Rewards,
-                 *, seed: int, origin: str, shown: Sequence[Sample] = ()) -> None:
+    def __init__(self, policy: GPT, reference: GPT, tokenizer: Tokenizer, settings: RewardObjectiveSettings,
+                 rewards: Rewards | UserError, *, seed: int, origin: str, shown: Sequence[Sample] = ()) -> None:
         self.networks = {"policy": policy, "reference": reference}
         self.frozen = {"reference": origin}
         self.tokenizer, self.settings, self.seed, self.shown = tokenizer, settings, seed, list(shown)
-        self.rewards = self._judges = rewards
-        self.reward_columns = rewards.columns
-        self.parts = [f"reward_{name}" for name in rewards.names]
+        self.rewards = rewards if isinstance(rewards, Rewards) else None
+        self._unjudged = None if isinstance(rewards, Rewards) else rewards
+        self.parts = [f"reward_{name}" for name in (self.rewards.names if self.rewards else [])]
         self.phases = [Phase("policy", "policy", self.loss, self.count,
                              statistics=STATISTICS | {"length", "cut", "entropy", *self.parts})]
         self.writer = Writer(policy.settings.layers, tokenizer.vocab_size, tokenizer.end_of_text, settings.tokens)
@@ -105,6 +105,8 @@ class RewardTuning(Objective):
 
     def _judged(self, batch: Batch, answers: Answers, scope: str) -> tuple[Tensor, Tensor]:
         """The parts `(answers, rewards)` and the sum `(answers,)` of the rewards."""
+        if self.rewards is None:
+            raise self._unjudged or LookupError("no rewards")
         group = len(answers.tokens) // len(batch["sample"])
         told = [told_of(row.tobytes()) for row in batch["row"].cpu().numpy()]
         tokens, lengths, ended = (values.tolist() for values in (answers.tokens, answers.mask.sum(1), answers.ended))
@@ -114,7 +116,7 @@ class RewardTuning(Objective):
             place, member = divmod(number, group)
             text = self.tokenizer.decode(row[: length - done])
             judged.append(Answer(told[place][0], text, told[place][1], done, samples[place], member))
-        parts, total = self._judges.score(self._step, judged, scope=scope)
+        parts, total = self.rewards.score(self._step, judged, scope=scope)
         return parts.to(answers.tokens.device), total.to(answers.tokens.device)
 
     def evaluate(self, networks: Networks, batch: Batch) -> Terms:
@@ -198,8 +200,9 @@ def build(config: RewardConfig, data: PromptData) -> RewardTuning:
     if config.train.precision in ("fp16", "fp8"):
         raise UserError(f"train.precision: {config.train.precision} rounds the log-probabilities of answers too coarsely to "
                         "compare a policy with its reference; nearest allowed: bf16")
-    objective = _build(config, data.tokenizer, data.validation()[:PREVIEWED])
-    for column in objective.reward_columns:
+    rewards = build_rewards(config.objective.rewards, "text")
+    objective = _build(config, data.tokenizer, data.validation()[:PREVIEWED], rewards)
+    for column in rewards.columns:
         if column not in config.data.columns:
             raise UserError(f"data.columns: {config.data.columns} has not '{column}', which objective.rewards read; set "
                             f"data.columns to {[*config.data.columns, column]}")
@@ -211,15 +214,20 @@ def restore(config: RewardConfig, folder: Path) -> RewardTuning:
     kept, prompts = folder / TOKENIZER_FILE, folder / PROMPTS_FILE
     shown = json.loads(prompts.read_text()) if prompts.exists() else []
     types = {"prompt": np.int32, "row": np.uint8}
+    rewards: Rewards | UserError
+    try:
+        rewards = build_rewards(config.objective.rewards, "text")
+    except UserError as error:  # that of a script, or of a package that is not here: to write takes no judge
+        rewards = error
     return _build(config, load_tokenizer(str(kept) if kept.exists() else config.data.tokenizer),
-                  [{name: np.array(values, types[name]) for name, values in sample.items()} for sample in shown])
+                  [{name: np.array(values, types[name]) for name, values in sample.items()} for sample in shown], rewards)
 
 
-def _build(config: RewardConfig, tokenizer: Tokenizer, shown: Sequence[Sample]) -> RewardTuning:
+def _build(config: RewardConfig, tokenizer: Tokenizer, shown: Sequence[Sample], rewards: Rewards | UserError) -> RewardTuning:
     """Networks and objective.
 
     Raises:
-        UserError: a group of one, dropout, answers that do not fit the positions, rewards that are none.
+        UserError: a group of one, dropout, answers that do not fit the positions.
     """
     asked, model = config.objective, config.model
     if asked.group < 2:
@@ -237,5 +245,5 @@ def _build(config: RewardConfig, tokenizer: Tokenizer, shown: Sequence[Sample]) 
     rows = rows_of_embedding(model, tokenizer, config.data.tokenizer)
     with torch.device("meta"):  # the engine fills the parameters, or its share of them
         policy, reference = GPT(model, rows), GPT(model, rows)
-    return RewardTuning(policy, reference, tokenizer, asked, build_rewards(asked.rewards, "text"), seed=config.run.seed,
-                        origin=model.from_ or "", shown=shown)
+    return RewardTuning(policy, reference, tokenizer, asked, rewards, seed=config.run.seed, origin=model.from_ or "",
+                        shown=shown)
