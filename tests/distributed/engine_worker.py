@@ -37,7 +37,8 @@ GLOBAL_BATCH, TIME, VOCABULARY = 8, 32, 64
 DEFAULTS = {"strategy": "ddp", "task": "text", "steps": 4, "accumulation": 1, "precision": "fp32", "clip": 0.0,
             "offload": "none", "activation_checkpointing": "none", "compile": False, "ragged": False, "watch": False,
             "evaluate": False, "count_operations": False, "meta": False, "tied_modules": False, "layers": 2, "width": 32,
-            "shard_size": None, "reduce_gradients": "auto", "weigh_gradients": False,
+            "shard_size": None, "reduce_gradients": "auto", "reshard_after_forward": True, "prefetch_blocks": 0,
+            "weigh_gradients": False,
             "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}}
 
 
@@ -165,7 +166,8 @@ def run_variant(variant: dict[str, Any], processes: Processes, plan: Any) -> dic
     config = Config(optimizer=OptimizerSettings(**variant["optimizer"]))
     settings = ParallelSettings(strategy=plan.strategy, offload=plan.offload, compile=variant["compile"],
                                 activation_checkpointing=variant["activation_checkpointing"],
-                                shard_size=variant["shard_size"], reduce_gradients=variant["reduce_gradients"])
+                                **{key: variant[key] for key in ("shard_size", "reduce_gradients", "reshard_after_forward",
+                                                                 "prefetch_blocks")})
     shape = {key: variant[key] for key in ("layers", "width", "meta", "tied_modules")}
     objective: Objective = LanguageModel(networks_of("text", **shape)["gpt"], NoTokenizer(), TIME) \
         if variant["task"] == "text" else TwoNetworks()
