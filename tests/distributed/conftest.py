@@ -172,12 +172,12 @@ def frozen_worker() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def frozen_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """What frozen_worker.py says of some variants, in one start of two processes."""
+    """What frozen_worker.py says of some variants, in one start of processes."""
 
-    def run(variants: list[dict[str, Any]]) -> dict[str, Any]:
+    def run(variants: list[dict[str, Any]], processes: int = 2) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("frozen")
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(FROZEN_WORKER)]
-        run_to_end([*command, json.dumps(variants), str(folder)])
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
+        run_to_end([*command, str(FROZEN_WORKER), json.dumps(variants), str(folder)])
         return json.loads((folder / "results.json").read_text())
 
     return run

@@ -170,11 +170,12 @@ def run(folder: Path, variant: dict[str, Any], processes: Processes) -> dict[str
     life.build_engine = keep_engine
     kept, fits = engine_room.fits, variant.get("fits", True)
     engine_room.fits = lambda *arguments: fits and kept(*arguments)
-    plan = plan_parallel(config.parallel, config.train.precision)
+    plan = plan_parallel(replace(config.parallel, shard_size=None), config.train.precision)  # the launcher is forgotten
+    plan = replace(plan, world_size=processes.world_size, shard_size=config.parallel.shard_size)
     try:
         with Supervision(config.guards.hang_minutes, folder, processes, StopSignal()) as supervision:
-            life._train(config, processes, replace(plan, world_size=processes.world_size),
-                        life.derive_accumulation(config.train, processes.world_size), folder, supervision)
+            accumulation = life.derive_accumulation(config.train, processes.world_size)
+            life._train(config, processes, plan, accumulation, folder, supervision)
     finally:
         engine_room.fits = kept
     engine = made[0]

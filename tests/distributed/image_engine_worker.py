@@ -34,7 +34,7 @@ GLOBAL_BATCH, LATENT, SHAPE = 8, 8, (1, 16, 16)
 OPTIMIZER = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.0}
 HALF_LIFE = 20.0
 DEFAULTS = {"strategy": "ddp", "precision": "fp32", "steps": 4, "accumulation": 1, "activation_checkpointing": "none",
-            "resume_at": 0, "optimizer": OPTIMIZER}
+            "resume_at": 0, "shard_size": None, "optimizer": OPTIMIZER}
 KINDS = {
     "batchnorm": ({"width": 4}, ["discriminator", "generator"]),
     "spectral": ({"width": 64, "spectral_norm": True, "discriminator_norm": "none", "generator_norm": "group"},
@@ -142,7 +142,8 @@ class Training:
         self.objective = SmallGAN(variant["kind"])
         train = TrainSettings(global_batch_size=GLOBAL_BATCH, ema_half_life=HALF_LIFE, steps=variant["steps"])
         config = Config(optimizer=OptimizerSettings(**variant["optimizer"]), train=train)
-        settings = ParallelSettings(strategy=plan.strategy, activation_checkpointing=variant["activation_checkpointing"])
+        settings = ParallelSettings(strategy=plan.strategy, activation_checkpointing=variant["activation_checkpointing"],
+                                    shard_size=variant["shard_size"])
         check_objective(plan, settings, self.objective)
         micro = GLOBAL_BATCH // processes.world_size // variant["accumulation"]
         engine = build_engine(plan, processes, settings, variant["precision"], 0.0, micro, variant["accumulation"])

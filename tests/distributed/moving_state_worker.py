@@ -34,7 +34,8 @@ from genscale.training.replicas import compare_replicas
 from genscale.training.trainer import Trainer
 
 GLOBAL_BATCH, WIDTH, CODES, SHARE = 12, 3, 5, 0.2
-DEFAULTS = {"strategy": "ddp", "layer": "VectorQuantiser", "steps": 5, "accumulation": 1, "dry_batch": True, "resume_at": 0}
+DEFAULTS = {"strategy": "ddp", "layer": "VectorQuantiser", "steps": 5, "accumulation": 1, "dry_batch": True, "resume_at": 0,
+            "shard_size": None}
 
 
 class Points(Data):
@@ -202,8 +203,8 @@ class Training:
                         schedule=ScheduleSettings(name="constant"), guards=GuardSettings(dry_batch=variant["dry_batch"]))
         objective = Quantised(variant["layer"])
         micro = GLOBAL_BATCH // processes.world_size // variant["accumulation"]
-        self.engine = build_engine(plan, processes, ParallelSettings(strategy=plan.strategy), "fp32", 0.0, micro,
-                                   variant["accumulation"])
+        settings = ParallelSettings(strategy=plan.strategy, shard_size=variant["shard_size"])
+        self.engine = build_engine(plan, processes, settings, "fp32", 0.0, micro, variant["accumulation"])
         read = saved["vae"].__getitem__ if saved else objective.weights
         self.engine.prepare(objective.networks, lambda module: make_optimizer(module, config.optimizer), {"vae": read}, ["vae"])
         if saved:
