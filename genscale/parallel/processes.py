@@ -137,6 +137,10 @@ class Processes:
             dist.broadcast(tensor, src=0)
         return tensor
 
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Give the tensor the values that it has on rank `source`, in place; on the device where there are several."""
+        dist.broadcast(tensor, src=source)
+
     def gather(self, value: T) -> list[T]:
         """Every process's value, in rank order, on every process."""
         if self.world_size == 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -18,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from genscale.errors import UserError
 from genscale.families.gpt.network import GPT, GPTSettings
 from genscale.families.gpt.objective import LanguageModel
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.parallel.averages import local
+from genscale.parallel.dealing import dealt
 from genscale.parallel.engine import Engine, Read
 from genscale.parallel.exit_together import run_and_leave
 from genscale.parallel.launch_request import clear_launch_environment
@@ -135,11 +138,34 @@ class WatchedReads:
 
     def __init__(self, network: GPT) -> None:
         self.network, self.most_bytes = network, 0
+        self.asked: list[str] = []
 
     def __call__(self, name: str) -> Tensor:
+        self.asked.append(name)
         held = [getattr(p, "ds_tensor", p) for p in self.network.parameters()]
         self.most_bytes = max(self.most_bytes, tensor_bytes([tensor for tensor in held if not tensor.is_meta]))
         return self.network.initial_weight(name, 0)
+
+
+def digest_of(state: Iterator[tuple[str, Tensor]]) -> str:
+    """Of names and bits."""
+    digest = hashlib.sha256()
+    for name, tensor in state:
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def refusals(processes: Processes, error: Exception) -> list[str]:
+    """What every process is told where the last one cannot read its tensors."""
+    def read(name: str) -> Tensor:
+        if processes.rank == processes.world_size - 1:
+            raise error
+        return torch.zeros(4)
+
+    try:
+        return processes.gather(f"{dealt(read, dict.fromkeys('abcd', (4,)), processes)('a').sum()}")
+    except Exception as told:
+        return processes.gather(f"{type(told).__name__}: {told}")
 
 
 def live_tensors() -> list[Tensor]:
@@ -176,6 +202,10 @@ def run_variant(variant: dict[str, Any], processes: Processes, plan: Any) -> dic
     reads = WatchedReads(objective.networks["gpt"]) if variant["meta"] else None
     engine.prepare(objective.networks, lambda module: make_optimizer(module, config.optimizer, variant["precision"]),
                    {"gpt": reads} if reads else None)
+    began: dict[str, Any] = {}
+    if reads:
+        refused = [told for error in (UserError("weights.bin: gone"), KeyError("x")) for told in refusals(processes, error)]
+        began = {"digest": digest_of(engine.network_state("gpt")), "asked": processes.gather(reads.asked), "refused": refused}
     trainer = Trainer(config, objective, engine, loader=None, hooks=[], last_good=lambda: "none")
     to_come = [each for name in engine.optimizers for each in engine.optimizer_state_to_come(name)]
     foreseen = engine.bytes_at_rest() + tensor_bytes(to_come)
@@ -205,7 +235,7 @@ def run_variant(variant: dict[str, Any], processes: Processes, plan: Any) -> dic
     wrapper = next(iter(engine.networks.values()))
     made = next(iter(engine.optimizers.values()))
     return {"steps": steps, "leaks": leaks, "bytes_at_rest": processes.gather(engine.bytes_at_rest()),
-            "bytes_foreseen": processes.gather(foreseen),
+            "began": began, "bytes_foreseen": processes.gather(foreseen),
             "gradient_bytes": processes.gather(weighed), "parameters": sum(p.numel() for p in wrapper.parameters()),
             "bytes_while_filled": processes.gather(reads.most_bytes if reads else 0),
             "wrapper": type(wrapper).__name__, "optimizer": type(getattr(made, "optimizer", made)).__name__,
