@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from report import circumstances, write
+
 import torch
 import torch.distributed as dist
 
@@ -106,8 +108,6 @@ def main() -> None:
         if any(process.exitcode for process in started):
             sys.exit("a process failed")
         rows = json.loads((Path(folder) / "rows.json").read_text())
-    from report import circumstances, write
-
     write(circumstances(["torch"]) | {"processes": arguments.processes, "steps": arguments.steps, "forward_seconds": FORWARD,
                                       "rows": rows}, arguments.out)
 
