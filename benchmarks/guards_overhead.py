@@ -34,7 +34,7 @@ from genscale.supervise.watchdog import Watchdog
 from genscale.training import trainer
 from genscale.training.kept_buffers import KeptBuffers
 from genscale.training.phase_outcome import PhaseOutcome
-from genscale.training.trainer import MicroBatches, Trainer
+from genscale.training.trainer import Count, MicroBatches, Trainer
 from our_step import OurSteps
 from report import circumstances, write
 from turns import compared, take_turns
@@ -61,14 +61,14 @@ class Unguarded(Trainer):
         self.guard.settle = lambda outcome: None
         self.processes.note = lambda doing: None
 
-    def run_phase(self, phase: Phase, step: int, batches: MicroBatches) -> PhaseOutcome:
+    def run_phase(self, phase: Phase, step: int, batches: MicroBatches, count_of_all: Count | None = None) -> PhaseOutcome:
         outcome: list[PhaseOutcome] = []
 
         def look(result: StepResult) -> bool | Tensor:
             outcome.append(PhaseOutcome(step, phase, totals, count, result, self.processes))
             return False
 
-        totals, count = self._accumulate(phase, step, batches)
+        totals, count = self._accumulate(phase, step, batches, count_of_all)
         self.engine.step(phase.network, look)
         self.engine.train_only(None)
         return outcome[0]

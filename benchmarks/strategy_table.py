@@ -4,6 +4,7 @@
 
 a: loss against one process, step time, memory.   b: accumulation and loader workers.
 c: straight against interrupted and resumed.      d: bf16 and fp16 against fp32.
+e: four processes: fsdp2 over all and in groups of two, beside ddp.
 """
 
 from __future__ import annotations
@@ -70,13 +71,13 @@ class Runner:
         self.scratch = scratch
         self.count = 0
 
-    def train(self, strategy: str, settings: dict[str, Any], folder: Path | None = None) -> Outcome:
+    def train(self, strategy: str, settings: dict[str, Any], folder: Path | None = None, processes: int = PROCESSES) -> Outcome:
         """One run to its end; in an existing run `folder` it resumes."""
         self.count += 1
         folder = folder or self.scratch / f"{self.count:03d}-{strategy}"
         settings = {**settings, "parallel.strategy": strategy, "run.dir": folder.parent, "run.name": folder.name}
         command = [sys.executable, "-m", "genscale", "train"]
-        command += ["--processes", str(PROCESSES)] if strategy != "single" else []
+        command += ["--processes", str(processes)] if strategy != "single" else []
         command += flags(settings)
         started = time.perf_counter()
         with (self.scratch / "output.txt").open("w+") as output:
@@ -145,7 +146,7 @@ def table_a(runner: Runner, steps: int) -> list[dict[str, Any]]:
                      "adamw_difference": adamw.difference(single["adamw"]), "adamw_noise": adamw_noise[0],
                      "adamw_noise_2_4_8": max(adamw_noise), "same_data": same_data,
                      "step_seconds": adamw.median_step_seconds(), "peak_rss_mib": adamw.peak_mib,
-                     "bytes_at_rest_mib": _bytes_at_rest(strategy) / 2**20})
+                     "bytes_at_rest_mib": _at_rest(strategy)["bytes"] / 2**20})
     ddp = next(row for row in rows if row["strategy"] == "ddp")["step_seconds"]
     for row in rows:
         row["time_to_ddp"] = row["step_seconds"] / ddp
@@ -192,6 +193,22 @@ def table_d(runner: Runner, steps: int) -> list[dict[str, Any]]:
             for precision, strategy in runs]
 
 
+def table_e(runner: Runner, steps: int) -> list[dict[str, Any]]:
+    """Four processes, with fewer cores perhaps: seconds of all their cores a step stand beside those of the clock."""
+    settings = {**MEDIUM, **SGD, "train.steps": steps}
+    single = runner.train("single", settings)
+    noise = runner.train("single", {**settings, "train.micro_batch_size": MEDIUM["train.global_batch_size"] // 2})
+    rows = []
+    for shape, strategy, shard_size in (("fsdp2 in groups of 2", "fsdp2", 2), ("fsdp2", "fsdp2", None), ("ddp", "ddp", None)):
+        own = {"parallel.shard_size": shard_size} if shard_size else {}
+        run, held = runner.train(strategy, {**settings, **own}, processes=4), _at_rest(strategy, 4, shard_size)
+        rows.append({"shape": shape, "processes": 4, "sgd_difference": run.difference(single),
+                     "sgd_noise": noise.difference(single), "same_data": run.same_data(single),
+                     "step_seconds": run.median_step_seconds(), "cpu_seconds_a_step": held["cpu_seconds"],
+                     "bytes_at_rest_mib": held["bytes"] / 2**20})
+    return rows
+
+
 def _digest(checkpoint: Path) -> str:
     command = [sys.executable, "-m", "genscale", "checkpoint", "digest", str(checkpoint)]
     return _output(command).strip()
@@ -204,16 +221,18 @@ def _output(command: list[str]) -> str:
 # --- bytes at rest: weights and optimizer state that a process holds, which peak RSS hides --------------------------------
 
 
-def _bytes_at_rest(strategy: str) -> int:
-    """Of the model of table a after one AdamW step, on the process that holds most."""
-    processes = "1" if strategy == "single" else str(PROCESSES)
-    output = _output([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes, "--standalone", __file__,
-                      "--bytes_at_rest_of", strategy])
-    return max(int(line.split()[1]) for line in output.splitlines() if line.startswith("bytes_at_rest"))
+def _at_rest(strategy: str, processes: int = PROCESSES, shard_size: int | None = None) -> dict[str, float]:
+    """Of the model of table a under AdamW: the bytes on the process that holds most, and the seconds that all processes compute
+    for a step of one sequence each (start-up, data and logging left out)."""
+    output = _output([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node",
+                      "1" if strategy == "single" else str(processes), "--standalone", __file__,
+                      "--at-rest", json.dumps([strategy, shard_size])])
+    found = [[float(word) for word in line.split()[1:]] for line in output.splitlines() if line.startswith("at_rest")]
+    return {"bytes": max(held for held, _ in found), "cpu_seconds": sum(seconds for _, seconds in found)}
 
 
-def bytes_at_rest_worker(strategy: str) -> None:
-    """One process of `_bytes_at_rest`."""
+def at_rest_worker(strategy: str, shard_size: int | None) -> None:
+    """One process of `_at_rest`."""
     from genscale.families.gpt.network import GPT, GPTSettings
     from genscale.parallel.processes import Processes
     from genscale.parallel.strategies import ParallelPlan, build_engine
@@ -226,14 +245,19 @@ def bytes_at_rest_worker(strategy: str) -> None:
     shape = {key.removeprefix("model."): value for key, value in MEDIUM.items() if key.startswith("model.")}
     network = GPT(GPTSettings(**shape), vocab_size=320)
     network.initialise(1337)
-    plan = ParallelPlan(strategy, "none", "fp32", processes.world_size)
-    engine = build_engine(plan, processes, ParallelSettings(strategy=strategy), "fp32", 1.0, 1, 1)
+    plan = ParallelPlan(strategy, "none", "fp32", processes.world_size, shard_size)
+    settings = ParallelSettings(strategy=strategy, shard_size=shard_size)
+    engine = build_engine(plan, processes, settings, "fp32", 1.0, 1, 1)
     engine.prepare({"gpt": network}, lambda module: make_optimizer(module, OptimizerSettings()))
-    with engine.micro_batch("gpt", last=True):
-        engine.backward("gpt", engine.networks["gpt"](torch.zeros(1, 8, dtype=torch.long)).float().square().mean())
-    engine.step("gpt")
-    # One write, newline included: two processes share the pipe.
-    sys.stdout.write(f"\nbytes_at_rest {engine.bytes_at_rest()}\n")
+    tokens, seconds = torch.zeros(1, MEDIUM["data.sequence_length"], dtype=torch.long), []
+    for _ in range(8):
+        began = time.process_time()
+        with engine.micro_batch("gpt", last=True):
+            engine.backward("gpt", engine.networks["gpt"](tokens).float().square().mean())
+        engine.step("gpt")
+        seconds.append(time.process_time() - began)
+    # One write, newline included: the processes share the pipe.
+    sys.stdout.write(f"\nat_rest {engine.bytes_at_rest()} {statistics.median(seconds[2:])}\n")
     sys.stdout.flush()
     processes.close()
 
@@ -255,26 +279,29 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=50, help="steps of a run in tables a, b and d")
-    parser.add_argument("--only", default="a,b,c,d", help="which tables, as in a,c")
+    parser.add_argument("--steps", type=int, default=50, help="steps of a run in tables a, b, d and e")
+    parser.add_argument("--only", default="a,b,c,d,e", help="which tables, as in a,c")
     parser.add_argument("--out", type=Path, help="JSON file to write; tables not run now are kept from what it held")
-    parser.add_argument("--bytes_at_rest_of", help=argparse.SUPPRESS)
+    parser.add_argument("--at-rest", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.bytes_at_rest_of:
+    if arguments.at_rest:
         from genscale.parallel.exit_together import run_and_leave
 
-        run_and_leave(lambda: bytes_at_rest_worker(arguments.bytes_at_rest_of))
+        run_and_leave(lambda: at_rest_worker(*arguments.at_rest))
     about = circumstances(PACKAGES) | {"steps": arguments.steps}
-    kept = json.loads(arguments.out.read_text())["tables"] if arguments.out and arguments.out.exists() else {}
+    before = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.exists() else {"tables": {}}
+    kept = {name: {"steps": before["steps"], **table} for name, table in before["tables"].items()}
     result: dict[str, Any] = {**about, "peak_memory": "VmHWM of /proc/<pid>/status, largest training process",
-                              "config": {"a": MEDIUM, "b, c, d": SMALL, "sgd": SGD, "adamw": ADAMW}, "tables": kept}
+                              "config": {"a, e": MEDIUM, "b, c, d": SMALL, "sgd": SGD, "adamw": ADAMW}, "tables": kept}
     with tempfile.TemporaryDirectory(prefix="genscale-strategies-") as scratch:
         runner = Runner(Path(scratch))
         tables = {"a": lambda: table_a(runner, arguments.steps), "b": lambda: table_b(runner, arguments.steps),
-                  "c": lambda: table_c(runner), "d": lambda: table_d(runner, arguments.steps)}
+                  "c": lambda: table_c(runner), "d": lambda: table_d(runner, arguments.steps),
+                  "e": lambda: table_e(runner, arguments.steps)}
         for name in arguments.only.split(","):
             rows = tables[name]()
-            result["tables"][name] = {"date": about["date"], "commit": about["commit"], "rows": rows}
+            result["tables"][name] = {"date": about["date"], "commit": about["commit"], "steps": arguments.steps,
+                                      "load_before": about["load_before"], "rows": rows}
             print(f"\n({name})\n{markdown(rows)}", flush=True)
             if arguments.out:
                 write(result, arguments.out)

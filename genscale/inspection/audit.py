@@ -30,7 +30,7 @@ from genscale.tracking.run_logging import setup_logging
 from genscale.training.phase_outcome import PhaseOutcome
 from genscale.training.replicas import has_undeclared
 from genscale.training.setup import averaged_networks, derive_accumulation, open_loader, open_objective, prepare
-from genscale.training.trainer import MicroBatches, Trainer
+from genscale.training.trainer import Count, MicroBatches, Trainer
 
 
 def audit(config: Config, steps: int) -> bool:
@@ -122,7 +122,7 @@ class AuditedTrainer(Trainer):
                 self.report.unequal[name] = list(dict.fromkeys(unequal))
         return self.report
 
-    def run_phase(self, phase: Phase, step: int, batches: MicroBatches) -> PhaseOutcome:
+    def run_phase(self, phase: Phase, step: int, batches: MicroBatches, count_of_all: Count | None = None) -> PhaseOutcome:
         findings = self.report.findings[phase.name]
         findings.runs += 1
         others = [name for name in self.engine.modules if name != phase.network]
@@ -131,7 +131,7 @@ class AuditedTrainer(Trainer):
             self._measure(findings, term_gradients(self.engine, phase, self.config.run.seed, step, batches), batches)
         else:
             phase = replace(phase, loss=_noting_detached(phase, findings))
-        outcome = super().run_phase(phase, step, batches)
+        outcome = super().run_phase(phase, step, batches, count_of_all)
         findings.total += outcome.read()[0]
         for name in others:
             changed = differing(before[name], fingerprints(self.engine, name))

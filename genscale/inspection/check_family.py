@@ -1,7 +1,8 @@
 """`genscale check-family`: whether a family keeps genscale's promise, found out by real runs of a toy of it.
 
-A run must be the same run on one process, with accumulation, and under every strategy on two; killed and resumed it must end
-with the same bits; two processes must be able to go on from where one stopped; and it must run with weights in bf16.
+A run must be the same run on one process, with accumulation, under every strategy on two, and on four where shards are
+replicated; killed and resumed it must end with the same bits; two processes must be able to go on from where one stopped; and
+it must run with weights in bf16.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ SHOWN = 80
 """Characters of what was sampled."""
 TIMEOUT = 300
 """Seconds for one run."""
+IN_GROUPS = ("groups", 4, "--parallel.strategy=fsdp2", "--parallel.shard_size=2")
+"""A run of shards that are replicated: its name, its processes and its settings."""
 
 
 def check_family(name: str, config: Path | str | None = None, settings: Mapping[str, Any] | None = None, *,
@@ -198,6 +201,7 @@ class _Runs:
             own = longer if strategy == strategies[0] else ()
             yield self._same(strategy, self.train(strategy, 2, *own, f"--parallel.strategy={strategy}"),
                              may_refuse=strategy != strategies[0])
+        yield self._same(IN_GROUPS[0], self.train(*IN_GROUPS), "fsdp2 in groups, 2 x 2", may_refuse=True)
         yield self._resumed(strategies[0], resumed, last)
 
     def _kill(self) -> tuple[Outcome, Checkpoint | None]:

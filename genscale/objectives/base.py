@@ -122,7 +122,8 @@ class Objective(ABC):
     @abstractmethod
     def initial_weights(self, name: str) -> Callable[[str], Tensor]:
         """Reads a network's initial weights: the name of a parameter or persistent buffer to its full value, fp32 on the CPU.
-        Networks may stand on the meta device; whoever holds a part of them asks for the tensors one at a time."""
+        Networks may stand on the meta device. Each tensor is asked for by one of the processes, which sends it to the others,
+        and in any order: its value may depend on seed and name alone."""
 
     def generating(self, name: str) -> AbstractContextManager[Rollout]:
         """Context in which a network is called many times without gradients, as in evaluation: a rollout. In a run, the network

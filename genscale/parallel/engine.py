@@ -19,6 +19,7 @@ from genscale.models.network_parts import blocks_of
 from genscale.objectives.base import Rollout, in_evaluation
 from genscale.parallel.activation_checkpointing import checkpoint_activations
 from genscale.parallel.averages import Average
+from genscale.parallel.dealing import dealt
 from genscale.parallel.engine_state import EngineState, NamedTensors
 from genscale.parallel.generating import fits
 from genscale.parallel.materialise import Read, fill, materialise, named_state
@@ -105,8 +106,9 @@ class Engine(EngineState):
 
         Args:
             networks: on the meta device, or (small ones) materialised on the CPU.
-            weights: by network, what gives each tensor in full; a sharded network keeps no more of it than its shard. None:
-                the networks, on the CPU, have their weights already.
+            weights: by network, what gives each tensor in full; every process asks for some of them, and sends these to the
+                others. A sharded network keeps no more of a tensor than its shard. None: the networks, on the CPU, have their
+                weights already.
             averaged: the networks to keep an average of; it begins as the weights.
             frozen: the networks that are never trained; they are spread like the others, and get no optimizer.
         """
@@ -122,7 +124,9 @@ class Engine(EngineState):
                 _settle_compiler()
             checkpoint_activations(blocks or [module], self.settings.activation_checkpointing if blocks else "none",
                                    self.settings.compile)
-            read = weights[name] if weights is not None else None
+            read = None
+            if weights is not None:
+                read = dealt(weights[name], {key: tensor.shape for key, tensor in named_state(module)}, self.processes)
             if name in self.frozen:
                 module.requires_grad_(False).eval()
                 self._hold(name, module, read)

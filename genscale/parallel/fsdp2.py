@@ -57,9 +57,11 @@ class ShardedEngine(Engine):
             check_fillable(module)
         else:
             module.to(device)
-        for block in blocks_of(module):
-            fully_shard(block, mesh=mesh, mp_policy=policy)
+        blocks = blocks_of(module)
+        for block in blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=self.settings.reshard_after_forward)
         fully_shard(module, mesh=mesh, mp_policy=policy)
+        _prefetch(cast(list[FSDPModule], blocks), self.settings.prefetch_blocks)
         if unborn:
             tied = [places for places in places_of(module) if len(places) > 1]
             module.to_empty(device=device)  # shards only; through FSDP's own hook, which keeps track of them
@@ -127,7 +129,7 @@ class ShardedEngine(Engine):
 
     def _keep_gathered(self, part: FSDPModule, keep: bool, root: bool) -> None:
         if not root:  # which keeps its weights after a forward anyway
-            part.set_reshard_after_forward(not keep, recurse=False)
+            part.set_reshard_after_forward(self.settings.reshard_after_forward and not keep, recurse=False)
         part.set_reshard_after_backward(not keep, recurse=False)
 
     def _reduce_gathered(self, module: nn.Module) -> None:
@@ -241,6 +243,14 @@ class ShardedAverage(NamedAverage):
         super().show()
 
     hide = show
+
+
+def _prefetch(blocks: list[FSDPModule], ahead: int) -> None:
+    """Have each block gather so many of those that follow it, in forward and in backward, before it computes."""
+    if ahead:
+        for index, block in enumerate(blocks):
+            block.set_modules_to_forward_prefetch(blocks[index + 1:index + 1 + ahead])
+            block.set_modules_to_backward_prefetch(blocks[max(index - ahead, 0):index][::-1])
 
 
 def _wrapped_parts(module: nn.Module) -> list[FSDPModule]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import os
@@ -113,11 +114,21 @@ class Processes:
 
     def sum_of_numbers(self, *numbers: int) -> list[int]:
         """The sums of whole numbers over all processes (modulo 2**64), on every process; no device takes part."""
-        if self.world_size == 1:
-            return list(numbers)
+        return self.begin_sum_of_numbers(*numbers)()
+
+    def begin_sum_of_numbers(self, *numbers: int) -> Callable[[], list[int]]:
+        """The same, on its way while this process goes on; whoever calls what is returned waits for it."""
+        if self.world_size == 1 or not numbers:
+            return lambda: list(numbers)
         tensor = torch.tensor(numbers)
-        dist.all_reduce(tensor, group=self._host_group)
-        return tensor.tolist()
+        work = dist.all_reduce(tensor, group=self._host_group, async_op=True)
+
+        @functools.cache
+        def wait() -> list[int]:
+            work.wait()
+            return tensor.tolist()
+
+        return wait
 
     def from_main(self, tensor: Tensor) -> Tensor:
         """Rank 0's tensor of the same shape, on every process; on the device where there are several."""
@@ -125,6 +136,10 @@ class Processes:
             tensor = tensor.to(self.device).clone()
             dist.broadcast(tensor, src=0)
         return tensor
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Give the tensor the values that it has on rank `source`, in place; on the device where there are several."""
+        dist.broadcast(tensor, src=source)
 
     def gather(self, value: T) -> list[T]:
         """Every process's value, in rank order, on every process."""

@@ -114,7 +114,8 @@ def _check_settings(plan: ParallelPlan, settings: ParallelSettings) -> None:
         raise UserError("train.precision: fp8 without parallel.compile is not supported (the casts of each product would be "
                         "kernels of their own, which cost what fp8 saves); set parallel.compile true, or train.precision bf16")
     if plan.strategy != "fsdp2":
-        refuse_unheeded("parallel", settings, ["shard_size", "reduce_gradients"], f"parallel.strategy {plan.strategy}")
+        refuse_unheeded("parallel", settings, ["shard_size", "reduce_gradients", "reshard_after_forward", "prefetch_blocks"],
+                        f"parallel.strategy {plan.strategy}")
     size, world = settings.shard_size, plan.world_size
     if size is not None and world % size:
         nearest = max(divisor for divisor in range(1, min(size, world) + 1) if world % divisor == 0)

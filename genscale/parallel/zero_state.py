@@ -113,8 +113,8 @@ class ZeroState(Engine):
             by_kind.setdefault(kind, []).append(parameter_name)
         for flat in self.flat_partitions(name):
             for kind, names in by_kind.items():
-                value = read(f"{kind}/{names[0]}")
-                inner.state[flat][kind] = value.clone().to(flat.device) if kind == "step" else torch.zeros_like(flat)
+                inner.state[flat][kind] = read(f"{kind}/{names[0]}").clone().to(flat.device) if kind == "step" \
+                    else torch.zeros_like(flat)
         self.link_optimizer_state(name)
         for kind, names in by_kind.items():
             if kind == "step":

@@ -185,6 +185,12 @@ class ParallelSettings:
     """fsdp2 with accumulation: sum gradients over the processes after every micro-batch, so that each holds its shard alone, or
     after the last one, where each holds the whole network's in fp32 meanwhile and less is sent. auto: after the last one where
     the whole takes at most 1 GiB."""
+    reshard_after_forward: bool = True
+    """fsdp2: give the gathered weights of a block back after its forward, and gather them once more for its backward; false:
+    keep them until then, which sends a third less and holds the whole network in the precision it computes in."""
+    prefetch_blocks: NonNegativeInt = 0
+    """fsdp2: blocks whose weights are being gathered while the one before them computes (0: as PyTorch does by itself, one
+    ahead in backward)."""
     offload: Literal["none", "cpu"] = "none"
     """cpu: ZeRO keeps the optimizer state in host memory."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"

@@ -33,6 +33,7 @@ from genscale.training.update_guard import RollBack, UpdateGuard
 
 log = logging.getLogger("genscale")
 MicroBatches = list[dict[str, Tensor]]
+Count = Callable[[], int]
 GoBack = Callable[[frozenset[int]], tuple[int, dict[str, Any]] | None]
 """Takes networks, optimizers and loader back to the latest checkpoint, from where the loader leaves these global batches out:
 its step and what the guard has kept in it; or None, where there is none. Collective."""
@@ -161,9 +162,9 @@ class Trainer:
             self._batch = self.loader.batch
             report.data_wait_seconds += self.loader.wait_seconds
             report.data_digest = (report.data_digest + self.loader.digest()) % DIGEST_MODULUS
-            for phase in self.objective.phases:
-                if repeat < phase.repeats and step % phase.every == 0:
-                    self._unsettled.append((report, self.run_phase(phase, step, batches)))
+            due = [phase for phase in self.objective.phases if repeat < phase.repeats and step % phase.every == 0]
+            for phase, count in zip(due, self._begin_counts(due, batches), strict=True):
+                self._unsettled.append((report, self.run_phase(phase, step, batches, count)))
         self.processes.note(f"step {step}, averages")
         self.update_averages(step)
         self.processes.note(f"step {step}, agreeing")
@@ -176,8 +177,17 @@ class Trainer:
         report.seconds = time.perf_counter() - started
         return report
 
-    def run_phase(self, phase: Phase, step: int, batches: MicroBatches) -> PhaseOutcome:
+    def _begin_counts(self, phases: Sequence[Phase], batches: MicroBatches) -> list[Count]:
+        """What phases count in their shares of a global batch, in one sum over the processes that nobody waits for yet: with a
+        thousand processes there is always one that comes late."""
+        sums = self.processes.begin_sum_of_numbers(*(sum(map(phase.count, batches)) for phase in phases))
+        return [lambda index=index: sums()[index] for index in range(len(phases))]
+
+    def run_phase(self, phase: Phase, step: int, batches: MicroBatches, count_of_all: Count | None = None) -> PhaseOutcome:
         """Freeze all other networks; loss and backward of each micro-batch; reduce, judge, clip, step; thaw.
+
+        Args:
+            count_of_all: gives what the phase counts in the global batch, where the sum is on its way already.
 
         Nothing in here waits for the device, but where an update can be left out by the host alone."""
         outcome: list[PhaseOutcome] = []
@@ -194,7 +204,7 @@ class Trainer:
         if buffers is None:
             buffers = self._buffers[phase.network] = KeptBuffers(self.engine.moving_buffers(phase.network))
         buffers.keep()
-        totals, count = self._accumulate(phase, step, batches)
+        totals, count = self._accumulate(phase, step, batches, count_of_all)
         self.processes.note(f"step {step}, phase {phase.name}, step")
         self.engine.step(phase.network, leave_out)
         self.engine.train_only(None)  # DeepSpeed's stage 3 gives no state of a frozen parameter
@@ -217,8 +227,8 @@ class Trainer:
                 self.engine.train_only(None)
             del state_to_come
 
-    def _accumulate(self, phase: Phase, step: int, batches: MicroBatches, rehearsal: bool = False) \
-            -> tuple[dict[str, Tensor], int]:
+    def _accumulate(self, phase: Phase, step: int, batches: MicroBatches, count_of_all: Count | None = None,
+                    rehearsal: bool = False) -> tuple[dict[str, Tensor], int]:
         """Gradients of the phase's network, of the mean over the global batch; (sums by term on this rank, global count)."""
         engine, processes = self.engine, self.processes
         doing = f"{'the dry batch' if rehearsal else f'step {step}'}, phase {phase.name}"
@@ -227,7 +237,7 @@ class Trainer:
         networks = engine.view(phase.network)
         engine.training_mode(phase.network)
         engine.begin_update(phase.network)
-        (count,) = processes.sum_of_numbers(sum(phase.count(batch) for batch in batches))
+        count_of_all = count_of_all or self._begin_counts([phase], batches)[0]
         totals: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
             draws = make_draws(self.config.run.seed, phase.name, step, batch["sample"], processes.device)
@@ -242,12 +252,12 @@ class Trainer:
                 # x world size.
                 loss = reduce(add, (value for name, value in terms.items() if name not in phase.statistics))
                 processes.note(f"{doing}, backward")
-                engine.backward(phase.network, loss * (scale * processes.world_size / max(count, 1)))
+                engine.backward(phase.network, loss * (scale * processes.world_size / max(count_of_all(), 1)))
             for name, value in terms.items():
                 total = value.detach().double()
                 totals[name] = totals[name] + total if name in totals else total
         engine.end_update(phase.network)
-        return totals, count
+        return totals, count_of_all()
 
     def _settle(self, report: StepReport) -> None:
         """Read what the steps came to, and let the guard judge.

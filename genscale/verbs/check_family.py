@@ -17,9 +17,9 @@ def parser() -> ArgumentParser:
     """Its flags."""
     made = ArgumentParser(prog="genscale check-family", exit_on_error=False, description=(
         "Check that a family keeps the promise, by runs of 8 steps: initial weights, draws and sums of its losses; one process "
-        "against accumulation and every strategy on two processes; kill and resume; resize; weights in bf16; audit; sample; "
-        "evaluate. A combination that genscale refuses is shown with its reason and is no failure. Exit code 0: nothing "
-        "failed; 1: a check failed."))
+        "against accumulation, every strategy on two processes, and fsdp2 in two groups of two; kill and resume; resize; "
+        "weights in bf16; audit; sample; evaluate. A combination that genscale refuses is shown with its reason and is no "
+        "failure. Exit code 0: nothing failed; 1: a check failed."))
     made.add_argument("name", type=str, help="Name of the family, as model.family has it.")
     made.add_argument("--config", type=str, default=None, help="YAML file of a run to take the place of the family's own "
                         "tiny one (or of its defaults, where it has none). It must be small: it is trained some 15 times.")
@@ -32,8 +32,8 @@ def main(arguments: list[str]) -> int:
     parsed = parse(parser(), arguments)
     from genscale.inspection.check_family import BATCH, STEPS, check_family
 
-    print(f"family {parsed.name}: runs of {STEPS} steps of {BATCH} samples, sgd, fp32; two processes but where it says one",
-          flush=True)
+    print(f"family {parsed.name}: runs of {STEPS} steps of {BATCH} samples, sgd, fp32; two processes but where it says one or "
+          "2 x 2", flush=True)
     report = check_family(parsed.name, parsed.config, folder=Path(parsed.folder) if parsed.folder else None,
                           show=lambda check: print(printable(str(check)), flush=True))
     print(report.summary())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genscale.errors import UserError
 from genscale.families.gpt.network import GPT, GPTSettings
 from genscale.families.gpt.objective import LanguageModel
 from genscale.objectives.base import Objective
 from genscale.parallel.averages import local
+from genscale.parallel.dealing import dealt
 from genscale.parallel.engine import Engine
 from genscale.parallel.pieces import tensor_bytes
 from genscale.parallel.processes import Processes
@@ -33,7 +36,8 @@ GLOBAL_BATCH, TIME, VOCABULARY = 8, 32, 64
 DEFAULTS = {"strategy": "ddp", "task": "text", "steps": 4, "accumulation": 1, "precision": "fp32", "clip": 0.0,
             "offload": "none", "activation_checkpointing": "none", "compile": False, "ragged": False, "watch": False,
             "evaluate": False, "count_operations": False, "meta": False, "tied_modules": False, "layers": 2, "width": 32,
-            "shard_size": None, "reduce_gradients": "auto", "weigh_gradients": False,
+            "shard_size": None, "reduce_gradients": "auto", "reshard_after_forward": True, "prefetch_blocks": 0,
+            "weigh_gradients": False,
             "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}}
 
 
@@ -106,11 +110,34 @@ class WatchedReads:
 
     def __init__(self, network: GPT) -> None:
         self.network, self.most_bytes = network, 0
+        self.asked: list[str] = []
 
     def __call__(self, name: str) -> Tensor:
+        self.asked.append(name)
         held = [getattr(p, "ds_tensor", p) for p in self.network.parameters()]
         self.most_bytes = max(self.most_bytes, tensor_bytes([tensor for tensor in held if not tensor.is_meta]))
         return self.network.initial_weight(name, 0)
+
+
+def digest_of(state: Iterator[tuple[str, Tensor]]) -> str:
+    """Of names and bits."""
+    digest = hashlib.sha256()
+    for name, tensor in state:
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def refusals(processes: Processes, error: Exception) -> list[str]:
+    """What every process is told where the last one cannot read its tensors."""
+    def read(name: str) -> Tensor:
+        if processes.rank == processes.world_size - 1:
+            raise error
+        return torch.zeros(4)
+
+    try:
+        return processes.gather(f"{dealt(read, dict.fromkeys('abcd', (4,)), processes)('a').sum()}")
+    except Exception as told:
+        return processes.gather(f"{type(told).__name__}: {told}")
 
 
 def live_tensors() -> list[Tensor]:
@@ -141,11 +168,17 @@ def answer(variant: dict[str, Any], processes: Processes, plan: ParallelPlan) ->
                           micro_batch_size=GLOBAL_BATCH // processes.world_size // variant["accumulation"])
     parallel = ParallelSettings(strategy=plan.strategy, offload=plan.offload, compile=variant["compile"],
                                 activation_checkpointing=variant["activation_checkpointing"],
-                                shard_size=variant["shard_size"], reduce_gradients=variant["reduce_gradients"])
+                                **{key: variant[key] for key in ("shard_size", "reduce_gradients", "reshard_after_forward",
+                                                                 "prefetch_blocks")})
     config = Config(train=train, optimizer=OptimizerSettings(**variant["optimizer"]), parallel=parallel)
     reads = {"gpt": WatchedReads(objective.networks["gpt"])} if variant["meta"] else None
     training = Training(objective, None, config, processes=processes, plan=plan, weights=reads)
     engine, trainer = training.engine, training.trainer
+    began: dict[str, Any] = {}
+    if reads:
+        refused = [told for error in (UserError("weights.bin: gone"), KeyError("x")) for told in refusals(processes, error)]
+        began = {"digest": digest_of(engine.network_state("gpt")), "asked": processes.gather(reads["gpt"].asked),
+                 "refused": refused}
     to_come = [each for name in engine.optimizers for each in engine.optimizer_state_to_come(name)]
     foreseen = engine.bytes_at_rest() + tensor_bytes(to_come)
     del to_come
@@ -176,7 +209,7 @@ def answer(variant: dict[str, Any], processes: Processes, plan: ParallelPlan) ->
     wrapper = next(iter(engine.networks.values()))
     made = next(iter(engine.optimizers.values()))
     return {"steps": steps, "leaks": leaks, "bytes_at_rest": processes.gather(engine.bytes_at_rest()),
-            "bytes_foreseen": processes.gather(foreseen),
+            "began": began, "bytes_foreseen": processes.gather(foreseen),
             "gradient_bytes": processes.gather(weighed), "parameters": sum(p.numel() for p in wrapper.parameters()),
             "bytes_while_filled": processes.gather(reads["gpt"].most_bytes if reads else 0),
             "wrapper": type(wrapper).__name__, "optimizer": type(getattr(made, "optimizer", made)).__name__,

@@ -24,7 +24,8 @@ from genscale.testing.workers import serve
 from genscale.training.replicas import compare_replicas
 
 GLOBAL_BATCH, WIDTH, CODES, SHARE = 12, 3, 5, 0.2
-DEFAULTS = {"strategy": "ddp", "layer": "VectorQuantiser", "steps": 5, "accumulation": 1, "dry_batch": True, "resume_at": 0}
+DEFAULTS = {"strategy": "ddp", "layer": "VectorQuantiser", "steps": 5, "accumulation": 1, "dry_batch": True, "resume_at": 0,
+            "shard_size": None}
 
 
 class Tutorial(nn.Module):
@@ -139,7 +140,7 @@ def training_of(variant: dict[str, Any], processes: Processes, plan: ParallelPla
                           micro_batch_size=GLOBAL_BATCH // processes.world_size // variant["accumulation"])
     config = Config(train=train, optimizer=OptimizerSettings(name="sgd", lr=0.05, momentum=0.9, weight_decay=0.0),
                     schedule=ScheduleSettings(name="constant"), guards=GuardSettings(dry_batch=variant["dry_batch"]),
-                    parallel=ParallelSettings(strategy=plan.strategy))
+                    parallel=ParallelSettings(strategy=plan.strategy, shard_size=variant["shard_size"]))
     return Training(Quantised(variant["layer"]), ToyData(point, GLOBAL_BATCH), config, processes=processes, plan=plan,
                     resume=resume)
 

@@ -95,6 +95,15 @@ def test_a_frozen_teacher_and_uneven_rollouts(frozen_runs: Any, alone: Path, toy
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
+def test_a_frozen_teacher_and_uneven_rollouts_in_groups(frozen_runs: Any, alone: Path, toy: Any, difference: Any) -> None:
+    settings = {"parallel.strategy": "fsdp2", "parallel.shard_size": 2}
+    runs = frozen_runs({name: {**variant, "settings": settings} for name, variant in variants_of("fsdp2").items()}, processes=4)
+    check(runs, "fsdp2", alone, toy, difference)
+    assert runs["fsdp2-again"]["digest"] == runs["fsdp2"]["digest"]
+
+
+@pytest.mark.slow
 def test_where_a_network_does_not_fit_whole_all_processes_call_it_alike(frozen_runs: Any, alone: Path, toy: Any,
                                                                        difference: Any) -> None:
     runs = frozen_runs({strategy: {"fits": False, "settings": {"parallel.strategy": strategy}} for strategy in SHARDED})

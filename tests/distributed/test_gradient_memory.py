@@ -10,6 +10,10 @@ VARIANTS = {
     "after every": {"strategy": "fsdp2", "reduce_gradients": "every_micro_batch"},
     "hybrid": {"strategy": "fsdp2", "shard_size": 2},
     "hybrid, after every": {"strategy": "fsdp2", "shard_size": 2, "reduce_gradients": "every_micro_batch"},
+    "hybrid, bf16": {"strategy": "fsdp2", "shard_size": 2, "precision": "bf16"},
+    "kept after forward": {"strategy": "fsdp2", "reshard_after_forward": False},
+    "prefetched": {"strategy": "fsdp2", "prefetch_blocks": 2},
+    "kept and prefetched, hybrid": {"strategy": "fsdp2", "shard_size": 2, "reshard_after_forward": False, "prefetch_blocks": 1},
     "muon": {"strategy": "fsdp2", "optimizer": {"name": "muon", "lr": 1e-3}},
     "muon hybrid": {"strategy": "fsdp2", "shard_size": 2, "optimizer": {"name": "muon", "lr": 1e-3}},
     "zero2": {"strategy": "zero2"}, "zero3": {"strategy": "zero3"},
@@ -44,6 +48,18 @@ def test_losses_do_not_depend_on_shards(name, like, results, difference):
     for metric in ("loss", "grad_norm"):
         values, expected = ([step[metric] for step in results[each]["steps"]] for each in (name, like))
         assert difference(values, expected) < 1e-5
+
+
+def test_replicated_shards_in_bf16_are_close_to_fp32(results, difference):
+    losses, full = ([step["loss"] for step in results[name]["steps"]] for name in ("hybrid, bf16", "ddp"))
+    assert 1e-7 < difference(losses, full) < 5e-3
+
+
+@pytest.mark.parametrize(("name", "like"), [("kept after forward", "after the last"), ("prefetched", "after the last"),
+                                            ("kept and prefetched, hybrid", "hybrid")])
+def test_when_weights_are_gathered_changes_no_bit(name, like, results):
+    assert results[name]["steps"] == results[like]["steps"]
+    assert results[name]["bytes_at_rest"] == results[like]["bytes_at_rest"]
 
 
 def test_groups_of_processes_hold_the_whole_between_them(results):

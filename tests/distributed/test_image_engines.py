@@ -1,5 +1,5 @@
-"""Image networks under every strategy, 2 processes against plain PyTorch in one: batch normalisation with global statistics,
-spectral norm, gradient penalties, averages of weights, activation checkpointing."""
+"""Image networks under every strategy, 2 processes (4 in groups of 2) against plain PyTorch in one: batch normalisation with
+global statistics, spectral norm, gradient penalties, averages of weights, activation checkpointing."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from genscale.models.moving_state import MovingState
 from genscale.rng import Draws
 
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
-SECOND_ORDER = ("ddp", "zero1", "zero2", "fsdp2")  # zero3 refuses
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "groups")
+SECOND_ORDER = ("ddp", "zero1", "zero2", "fsdp2", "groups")  # zero3 refuses
+GROUPS = {"strategy": "fsdp2", "shard_size": 2}
 STEPS = 4
-QUICK = {*(f"batchnorm {strategy}" for strategy in STRATEGIES), "spectral zero3", "spectral fsdp2", "wasserstein zero2",
+QUICK = {*(f"batchnorm {strategy}" for strategy in STRATEGIES[:-1]), "spectral zero3", "spectral fsdp2", "wasserstein zero2",
          "wasserstein fsdp2", "lazy ddp", "lazy zero1", "recomputed ddp selective", "recomputed zero3 full", "bf16 zero2",
          "bf16 fsdp2"}
 """The cells that are tested in every suite."""
@@ -35,7 +36,7 @@ BF16 = [("bf16", strategy) for strategy in STRATEGIES]
 
 @pytest.fixture(scope="module")
 def result(image_engines):
-    """What came of a cell; the quick ones share one start of processes, and so do the slow ones."""
+    """What came of a cell; the quick ones share one start of processes, so do the slow ones, and those of groups."""
     # Batch normalisation couples the samples of a forward: no accumulation there.
     variants = {f"{kind} {strategy}": {"kind": kind, "strategy": strategy, "resume_at": 2,
                                        "accumulation": 1 if kind == "batchnorm" else 2} for kind, strategy in KINDS}
@@ -44,10 +45,17 @@ def result(image_engines):
     variants |= {" ".join(row): {"kind": "batchnorm", "strategy": row[1], "precision": "bf16", "resume_at": 2} for row in BF16}
     done = {}
 
+    def start_of(name):
+        return name in QUICK, "groups" in name.split()
+
     def look_up(*row):
         name = " ".join(row)
         if name not in done:
-            done.update(image_engines({key: value for key, value in variants.items() if (key in QUICK) == (name in QUICK)}))
+            asked = {key: value for key, value in variants.items() if start_of(key) == start_of(name)}
+            if row[1] == "groups":
+                done.update(image_engines({key: {**value, **GROUPS} for key, value in asked.items()}, processes=4))
+            else:
+                done.update(image_engines(asked))
         return done[name]
 
     return look_up

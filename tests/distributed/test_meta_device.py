@@ -36,6 +36,21 @@ def test_bf16_starts_from_the_same_weights_unrounded(strategy, born_on_meta, alo
     assert 1e-7 < difference([step["loss"] for step in born_on_meta[f"{strategy} bf16"]["steps"]], alone[0]) < 5e-3
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_each_tensor_is_drawn_by_one_process_and_is_what_one_alone_draws(strategy, born_on_meta, worker):
+    began, network = born_on_meta[strategy]["began"], worker.text_network(**SHAPE)
+    assert began["digest"] == worker.digest_of(iter(network.state_dict().items()))
+    sizes = {name: p.numel() for name, p in network.named_parameters()}
+    assert sorted(name for asked in began["asked"] for name in asked) == sorted(sizes), "each once"
+    for asked in began["asked"]:
+        assert 0.4 * sum(sizes.values()) < sum(sizes[name] for name in asked) < 0.6 * sum(sizes.values())
+
+
+def test_what_one_process_cannot_read_is_told_by_all(born_on_meta):
+    assert born_on_meta["ddp"]["began"]["refused"] == ["UserError: weights.bin: gone"] * 2 + [
+        "RuntimeError: KeyError: 'x'", "KeyError: 'x'"]
+
+
 @pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
 def test_no_process_ever_holds_the_whole_network(strategy, born_on_meta, alone):
     _, whole, largest = alone

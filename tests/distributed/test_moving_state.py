@@ -118,6 +118,13 @@ def test_a_declared_codebook_is_the_same_under_every_strategy(name, slow, alone,
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
+def test_and_where_shards_are_replicated(answers, alone, difference) -> None:
+    groups = {"strategy": "fsdp2", "shard_size": 2, "resume_at": 3}
+    check_same(answers(WORKER, {"groups": groups}, processes=4)["groups"], alone, difference)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", SHARDED)
 def test_under_every_strategy_the_faults_are_found(strategy, slow) -> None:
     assert all(word in slow[f"{strategy}, by the book"]["refused"][0] for word in BY_THE_BOOK)

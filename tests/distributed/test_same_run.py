@@ -33,6 +33,19 @@ def test_processes_of_their_own_resume_bit_for_bit(strategy, single, train, diff
     check_same(straight, train(straight.cut_after(5).folder, strategy, **settings), single, difference)
 
 
+@pytest.mark.slow
+@pytest.mark.matrix
+def test_replicated_shards_equal_one_process_and_resume_bit_for_bit(single, train, difference, tmp_path):
+    settings = {"parallel.shard_size": 2, "train.checkpoint_every": 5}
+    straight = train(tmp_path / "straight", "fsdp2", 4, **settings)
+    assert difference(straight.losses(), single.losses()) <= 1e-5
+    assert straight.order() == single.order()
+    resumed = train(straight.cut_after(5).folder, "fsdp2", 4, **settings)
+    assert resumed.resumed_from() == ["step-00000005"]
+    assert resumed.losses() == straight.losses()
+    assert resumed.checkpoint(10).digest() == straight.checkpoint(10).digest()
+
+
 @pytest.mark.parametrize(("strategy", "workers"), [
     ("ddp", 2), pytest.param("fsdp2", 1, marks=[pytest.mark.slow, pytest.mark.matrix])])  # fmt: skip
 def test_loader_workers_change_nothing(strategy, workers, single, train, difference, tmp_path):

@@ -81,7 +81,7 @@ def test_every_family_keeps_the_promise(name, settings):
 def test_the_toy_keeps_it(planted):
     report = check_family("toy")
     assert report.passed, "\n".join(map(str, report.checks))
-    assert len(report.checks) == 18 and all(check.state == "ok" for check in report.checks)
+    assert len(report.checks) == 19 and all(check.state == "ok" for check in report.checks)
 
 
 CENTRED = """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -130,6 +130,27 @@ def test_two_networks_follow_the_loop_written_by_hand(micro: int) -> None:
     for name, network in objective.networks.items():
         for mine, theirs in zip(network.parameters(), twin.networks[name].parameters(), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_all_phases_of_a_batch_are_counted_in_one_sum_that_no_forward_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = Adversaries()
+    trainer = trainer_of(objective, settings(), 6)
+    begin, events = trainer.processes.begin_sum_of_numbers, []
+
+    def noted(*numbers: int) -> Callable[[], list[int]]:
+        events.append(f"sum of {len(numbers)} begun")
+        wait = begin(*numbers)
+        return lambda: events.append("waited for") or wait()
+
+    monkeypatch.setattr(trainer.processes, "begin_sum_of_numbers", noted)
+    objective.networks["discriminator"].register_forward_hook(lambda *_: events.append("forward"))
+    with StopSignal() as stop:
+        trainer.train_step(1, stop)
+        del events[:]
+        trainer.train_step(2, stop)
+    trainer.loader.close()
+    assert [event for event in events if "begun" in event] == ["sum of 3 begun", "sum of 1 begun"]  # two batches, four phases
+    assert events.index("forward") < events.index("waited for")
 
 
 def test_rates_of_several_networks_keep_their_names_to_the_last_step() -> None:
