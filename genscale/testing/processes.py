@@ -169,7 +169,7 @@ def torchrun(processes: int) -> tuple[str, ...]:
     return (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
 
 
-def start(*words: object, command: tuple[str, ...] = GENSCALE, environment: Mapping[str, str] | None = None,
+def start(*words: object, command: tuple[str, ...] = (), environment: Mapping[str, str] | None = None,
           folder: Path | None = None) -> Running:
     """Start `genscale <words>` and return at once.
 
@@ -184,12 +184,13 @@ def start(*words: object, command: tuple[str, ...] = GENSCALE, environment: Mapp
         0
     """
     out, err = tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()  # noqa: SIM115 - closed by `finish`
-    process = subprocess.Popen([*command, *map(str, words)], env=clean_environment(environment), stdin=subprocess.DEVNULL,
-                               stdout=out, stderr=err, cwd=folder, start_new_session=True, preexec_fn=_not_deaf)
+    program = [*(command or GENSCALE), *map(str, words)]
+    process = subprocess.Popen(program, env=clean_environment(environment), stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                               cwd=folder, start_new_session=True, preexec_fn=_not_deaf)
     return Running(process, out, err)
 
 
-def run(*words: object, timeout: float = 300, command: tuple[str, ...] = GENSCALE,
+def run(*words: object, timeout: float = 300, command: tuple[str, ...] = (),
         environment: Mapping[str, str] | None = None, folder: Path | None = None) -> Outcome:
     """Run `genscale <words>`, or another command, to its end; see `start`.
 

@@ -157,7 +157,7 @@ def averaged_networks(half_life: float, family_name: str, objective: Objective) 
 def shared_lanes(data: Data, settings: DataSettings, world_size: int) -> str | None:
     """What to say where several processes must each read the same lanes from their start; None where nothing is read twice."""
     times = times_read(data.lane_count, world_size)
-    if times == 1 or data.cursor_at(1) is not None or getattr(settings, "cache", None) is not None:
+    if times == 1 or data.cursor_at(1) is not None or getattr(settings, "cache", "") is not None:
         return None
     fits = -(-data.lane_count // world_size) * world_size
     return (f"data.lanes: {data.lane_count}, of which each is read by {times} of the {world_size} processes, so that all is "
