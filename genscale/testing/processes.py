@@ -21,9 +21,9 @@ GENSCALE = (sys.executable, "-m", "genscale")
 PACKAGE = Path(__file__).resolve().parents[1]
 FOREIGN = ("ACCELERATE_", "FSDP_", "MASTER_", "TORCHELASTIC_", "WANDB_", "GENSCALE_", "SLURM_", "RANK", "WORLD_SIZE",
            "LOCAL_RANK", "LOCAL_WORLD_SIZE", "DS_ACCELERATOR")
-SITE = "GENSCALE_SITE"
-"""What the machine's owner has set, and not a run."""
 """Variables of a launcher, of another run or of this shell, none of which may reach a run that is looked at."""
+SITE = "GENSCALE_SITE"
+"""Set by who owns the machine, and by no run."""
 LINGER = 5.0
 """Seconds that the children of a command may outlive it."""
 
