@@ -41,7 +41,7 @@ def with_source(config: Config, recorded: Path | None) -> Config:
     Raises:
         UserError: no whole checkpoint is there; or no images with labels for a classifier.
     """
-    name = config.model.from_  # type: ignore[attr-defined]
+    name = config.model.from_
     if name is None:
         return config
     started = _recorded(recorded, name)
@@ -49,7 +49,7 @@ def with_source(config: Config, recorded: Path | None) -> Config:
         checkpoint = _checkpoint(name)
         started = {"config": checkpoint.config(), "step": checkpoint.step, "classes": _classes(checkpoint),
                    "judges": _judges(config)}
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, started=started))  # type: ignore[type-var]
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, started=started))
 
 
 def _classes(checkpoint: Checkpoint) -> list[str] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,10 @@ class ShardedEngine(Engine):
     strategy = "fsdp2"
     _whole: str | None = None
     """The network that a phase of the second order holds gathered."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._reducing: dict[str, bool] = {}
 
     def _wrap(self, name: str, module: nn.Module, make_optimizer: MakeOptimizer, read: Read | None) -> None:
         self._hold(name, module, read)
@@ -151,9 +155,12 @@ class ShardedEngine(Engine):
         cast(FSDPModule, self.modules[name]).set_requires_gradient_sync(reduces and not self._second_order)
 
     def _reduces_every(self, name: str) -> bool:
-        if self.settings.reduce_gradients != "auto":
-            return self.settings.reduce_gradients == "every_micro_batch"
-        return 4 * sum(parameter.numel() for parameter in self._parameters[name]) > WHOLE_GRADIENTS  # of the whole, in fp32
+        """Found once for a network: it is asked for every micro-batch."""
+        if name not in self._reducing:
+            whole = 4 * sum(parameter.numel() for parameter in self._parameters[name])  # of all processes, in fp32
+            asked = self.settings.reduce_gradients
+            self._reducing[name] = whole > WHOLE_GRADIENTS if asked == "auto" else asked == "every_micro_batch"
+        return self._reducing[name]
 
     def backward(self, name: str, loss: Tensor) -> None:
         loss.backward()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from genscale.errors import UserError
-from genscale.rewards.base import Answer, TextReward
-from genscale.rewards.texts import column_of, last_number
+from genscale.rewards.base import Answer
+from genscale.rewards.texts import RightOrWrong, column_of
 
 LONGEST = 1000
 """Characters of an expression; a longer one has no value."""
@@ -124,7 +123,7 @@ class ArithmeticSettings:
             raise UserError(f"tolerance: must be at least 0, not {self.tolerance:g}")
 
 
-class Arithmetic(TextReward):
+class Arithmetic(RightOrWrong):
     """1 where the answer is an expression that comes to the right number, as in the game of 24, else 0.
 
     What stands after the last `=` is no part of the expression. Nothing is run: an answer that is no expression is worth 0.
@@ -142,14 +141,8 @@ class Arithmetic(TextReward):
         """The columns of the right value, and of the numbers."""
         return (self.asked.column, *([self.asked.numbers] if self.asked.numbers else []))
 
-    def judge(self, answers: Sequence[Answer]) -> list[float]:
-        """1 or 0."""
-        return [float(self._is_right(answer)) for answer in answers]
-
     def _is_right(self, answer: Answer) -> bool:
-        right = last_number(str(column_of(answer, self.asked.column)))
-        if right is None:
-            raise UserError(f"column: '{self.asked.column}' holds no number in the row of sample {answer.sample:,}")
+        right = self._right_number(answer)
         expression = answer.text.rpartition("=")[0] or answer.text
         value = value_of(expression)
         if value is None or abs(value - right) > self.asked.tolerance:

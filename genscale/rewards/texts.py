@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -37,7 +38,31 @@ class ExactSettings:
     """Capital and small letters are alike."""
 
 
-class Exact(TextReward):
+class RightOrWrong(TextReward):
+    """1 where an answer is right by a column of the data, `column` of the settings, else 0."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The column of what is right."""
+        return (self.asked.column,)
+
+    def judge(self, answers: Sequence[Answer]) -> list[float]:
+        """1 or 0."""
+        return [float(self._is_right(answer)) for answer in answers]
+
+    @abstractmethod
+    def _is_right(self, answer: Answer) -> bool:
+        """Whether it is."""
+
+    def _right_number(self, answer: Answer) -> float:
+        """The last number in the column. Raises UserError where there is none."""
+        right = last_number(str(column_of(answer, self.asked.column)))
+        if right is None:
+            raise UserError(f"column: '{self.asked.column}' holds no number in the row of sample {answer.sample:,}")
+        return right
+
+
+class Exact(RightOrWrong):
     """1 where the answer is the one in a column of the data, else 0.
 
     >>> reward = Exact(ExactSettings())
@@ -46,15 +71,6 @@ class Exact(TextReward):
     """
 
     settings = ExactSettings
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The column of the right answer."""
-        return (self.asked.column,)
-
-    def judge(self, answers: Sequence[Answer]) -> list[float]:
-        """1 or 0."""
-        return [float(self._is_right(answer)) for answer in answers]
 
     def _is_right(self, answer: Answer) -> bool:
         right = column_of(answer, self.asked.column)
@@ -127,7 +143,7 @@ def last_number(text: str) -> float | None:
     return float(found[-1].replace(",", "")) if found else None
 
 
-class Numeric(TextReward):
+class Numeric(RightOrWrong):
     """1 where the last number of the answer is the right one, else 0.
 
     >>> reward = Numeric(NumericSettings(tolerance=0.01))
@@ -137,20 +153,8 @@ class Numeric(TextReward):
 
     settings = NumericSettings
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The column of the right number."""
-        return (self.asked.column,)
-
-    def judge(self, answers: Sequence[Answer]) -> list[float]:
-        """1 or 0."""
-        return [float(self._is_right(answer)) for answer in answers]
-
     def _is_right(self, answer: Answer) -> bool:
-        right = last_number(str(column_of(answer, self.asked.column)))
-        if right is None:
-            raise UserError(f"column: '{self.asked.column}' holds no number in the row of sample {answer.sample:,}")
-        said = last_number(answer.text)
+        said, right = last_number(answer.text), self._right_number(answer)
         return said is not None and math.isclose(said, right, rel_tol=self.asked.relative, abs_tol=self.asked.tolerance)
 
 

@@ -22,6 +22,8 @@ PACKAGE = Path(__file__).resolve().parents[1]
 FOREIGN = ("ACCELERATE_", "FSDP_", "MASTER_", "TORCHELASTIC_", "WANDB_", "GENSCALE_", "SLURM_", "RANK", "WORLD_SIZE",
            "LOCAL_RANK", "LOCAL_WORLD_SIZE", "DS_ACCELERATOR")
 """Variables of a launcher, of another run or of this shell, none of which may reach a run that is looked at."""
+SITE = "GENSCALE_SITE"
+"""Set by who owns the machine, and by no run."""
 LINGER = 5.0
 """Seconds that the children of a command may outlive it."""
 
@@ -160,7 +162,7 @@ class Running:
 def clean_environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
     """This process's environment without what a launcher or another run has left in it, with `variables` added; one thread a
     process, where it does not say how many."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
+    kept = {name: value for name, value in os.environ.items() if name == SITE or not name.startswith(FOREIGN)}
     return {"OMP_NUM_THREADS": "1", **kept, **(variables or {})}
 
 

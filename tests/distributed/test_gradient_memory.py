@@ -75,8 +75,8 @@ def test_a_run_of_replicated_shards_goes_on_as_one_process_and_back(train, tmp_p
     alone = train(tmp_path / "alone", "single", **{**hybrid, "parallel.shard_size": "null"})
     started = train(tmp_path / "hybrid", "fsdp2", 4, **hybrid)
     assert difference(started.losses(), alone.losses()) < 1e-4
-    one = train(started.cut_after(6), "single", **{**hybrid, "parallel.shard_size": "null"})
+    one = train(started.cut_after(6).folder, "single", **{**hybrid, "parallel.shard_size": "null"})
     assert one.resumed_from() == ["step-00000006"]
-    back = train(one.cut_after(8), "fsdp2", 4, **{**hybrid, "parallel.shard_size": "null"})
+    back = train(one.cut_after(8).folder, "fsdp2", 4, **{**hybrid, "parallel.shard_size": "null"})
     assert difference(back.losses(), alone.losses()) < 1e-4
-    assert back.data_digests() == alone.data_digests()
+    assert back.order() == alone.order()
