@@ -2,7 +2,9 @@
 40 steps of one process that nobody stopped.
 
     python benchmarks/resume_table.py --out benchmarks/results/resume-cpu.json
+    python benchmarks/resume_table.py --with-strategy groups --out benchmarks/results/resume-cpu.json   # its cells alone
 
+`groups` is fsdp2 on four processes, sharded in groups of two and replicated between them.
 All runs of one number of processes are made by one group of processes, one after the other; each run is what `genscale train`
 does, from the config to the checkpoint on the disk. Beside the largest differences stands what reordering the sums alone does:
 one process, accumulation 2 and 4 (law 1: within 1e-5, or within three times that where AdamW magnifies rounding).
@@ -11,10 +13,12 @@ one process, accumulation 2 and 4 (law 1: within 1e-5, or within three times tha
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +27,14 @@ from genscale.testing.runs import Run
 from genscale.testing.workers import train_many
 from report import ROOT, circumstances, write
 
-STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
+STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2", "groups")
 SIZES, BEFORE = (1, 2, 3), 2
+SIZES_OF = {"single": (1,), "groups": (4,)}
+"""Numbers of processes of the strategies that do not take all of SIZES."""
+GROUPS = {"parallel.strategy": "fsdp2", "parallel.shard_size": 2}
 HALF = 20
 CROSSINGS = [("ddp", "fsdp2"), ("fsdp2", "zero3"), ("zero3", "zero1"), ("zero2", "ddp"), ("zero1", "single"),
-             ("single", "zero2")]
+             ("single", "zero2"), ("groups", "zero2"), ("ddp", "groups")]
 """Of the families that are not taken from every strategy to every other."""
 COMMON: dict[str, Any] = {
     "data.lanes": 12, "train.global_batch_size": 12, "train.log_every": 1, "train.precision": "fp32",
@@ -61,11 +68,14 @@ class Cell:
 
 def run_cells(processes: int, cells: list[Cell], folder: Path) -> None:
     """All of them in one group of processes; each leaves its run folder at `folder`/<name>."""
+    if not cells:
+        return
     variants = {}
     for cell in cells:
         if cell.start:  # its checkpoint and its metrics, as a kill would leave them
             shutil.copytree(folder / cell.start, folder / cell.name, ignore=shutil.ignore_patterns("logs", "samples", "plots"))
-        settings = {**SETTINGS[cell.family], "train.steps": cell.steps, "parallel.strategy": cell.strategy}
+        settings = {**SETTINGS[cell.family], "train.steps": cell.steps,
+                    **(GROUPS if cell.strategy == "groups" else {"parallel.strategy": cell.strategy})}
         if cell.micro_batch_size:
             settings["train.micro_batch_size"] = cell.micro_batch_size
         variants[cell.name] = {"settings": settings}
@@ -100,25 +110,34 @@ def crossings(family: str) -> list[tuple[str, str]]:
     return [(strategy, strategy) for strategy in STRATEGIES] + CROSSINGS
 
 
-def table(family: str, folder: Path) -> dict[str, Any]:
-    """Every crossing of a family, at 1, 2 and 3 processes after the resume (single: 1)."""
-    pairs, batch = crossings(family), COMMON["train.global_batch_size"]
+def processes_before(strategy: str) -> int:
+    return SIZES_OF.get(strategy, (BEFORE,))[0]
+
+
+def table(family: str, folder: Path, wanted: Callable[[str, str], bool]) -> dict[str, Any]:
+    """The wanted crossings of a family, at 1, 2 and 3 processes after the resume (single: 1; groups: 4)."""
+    pairs, batch = [pair for pair in crossings(family) if wanted(*pair)], COMMON["train.global_batch_size"]
     truth, couples = folder / f"{family}-truth", family == "dcgan"
     noise = [] if couples else [Cell(f"{family}-accumulation-{n}", family, "single", 2 * HALF, micro_batch_size=batch // n)
                                 for n in (2, 4)]
-    starts = {before: Cell(f"{family}-{before}", family, before, HALF) for before in STRATEGIES}
-    run_cells(1, [Cell(truth.name, family, "single", 2 * HALF), *noise, starts["single"]], folder)
-    run_cells(BEFORE, [cell for strategy, cell in starts.items() if strategy != "single"], folder)
+    starts = {before: Cell(f"{family}-{before}", family, before, HALF) for before, _ in pairs}
+    sizes = sorted({1, BEFORE, *SIZES, *(size for each in SIZES_OF.values() for size in each)})
+    for size in sizes:
+        alone = [Cell(truth.name, family, "single", 2 * HALF), *noise] if size == 1 else []
+        run_cells(size, alone + [cell for before, cell in starts.items() if processes_before(before) == size], folder)
     rows = []
-    for size in SIZES:
+    for size in sizes:
         cells = {(before, after): Cell(f"{family}-{before}-{after}-{size}", family, after, 2 * HALF, starts[before].name)
-                 for before, after in pairs if after != "single" or size == 1}
+                 for before, after in pairs if size in SIZES_OF.get(after, SIZES)}
         run_cells(size, list(cells.values()), folder)
-        rows += [{"before": before, "processes_before": 1 if before == "single" else BEFORE, "after": after,
+        rows += [{"before": before, "processes_before": processes_before(before), "after": after,
                   "processes_after": size, "largest_difference": largest_difference(folder / cell.name, truth)}
                  for (before, after), cell in cells.items()]
+    return summary(rows, [largest_difference(folder / cell.name, truth) for cell in noise])
+
+
+def summary(rows: list[dict[str, Any]], reordered: list[float]) -> dict[str, Any]:
     differences = [row["largest_difference"] for row in rows]
-    reordered = [largest_difference(folder / cell.name, truth) for cell in noise]
     limit = max([1e-5, *(3 * difference for difference in reordered)])
     return {"cells": len(rows), "largest_difference": max(differences), "within_1e-5": sum(d <= 1e-5 for d in differences),
             "reordered_sums": reordered, "within_law_1": sum(d <= limit for d in differences), "rows": rows}
@@ -127,12 +146,22 @@ def table(family: str, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--families", default="gpt,dcgan,vae")
+    parser.add_argument("--with-strategy", choices=STRATEGIES, help="its crossings alone; the JSON file keeps the others")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
-    result = circumstances(["torch", "accelerate", "deepspeed"]) | {"steps_before": HALF, "steps_after": HALF, "families": {}}
+    about = circumstances(["torch", "accelerate", "deepspeed"])
+    result = about | {"steps_before": HALF, "steps_after": HALF, "families": {}}
+    only = arguments.with_strategy
+    if only:
+        result = json.loads(arguments.out.read_text())
+        result.setdefault("added", {})[only] = about
     with tempfile.TemporaryDirectory() as folder:
         for family in arguments.families.split(","):
-            result["families"][family] = table(family, Path(folder))
+            found = table(family, Path(folder), lambda before, after: only is None or only in (before, after))
+            if only:
+                kept = [row for row in result["families"][family]["rows"] if only not in (row["before"], row["after"])]
+                found = summary(kept + found["rows"], found["reordered_sums"])
+            result["families"][family] = found
     write(result, arguments.out)
     if any(found["within_law_1"] < found["cells"] for found in result["families"].values()):
         sys.exit("a resumed run left the path of the undisturbed one")
