@@ -9,7 +9,7 @@ import contextlib
 import gc
 import hashlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +36,8 @@ GLOBAL_BATCH, TIME, VOCABULARY = 8, 32, 64
 DEFAULTS = {"strategy": "ddp", "task": "text", "steps": 4, "accumulation": 1, "precision": "fp32", "clip": 0.0,
             "offload": "none", "activation_checkpointing": "none", "compile": False, "ragged": False, "watch": False,
             "evaluate": False, "count_operations": False, "meta": False, "tied_modules": False, "layers": 2, "width": 32,
-            "shard_size": None, "reduce_gradients": "auto", "reshard_after_forward": True, "prefetch_blocks": 0,
-            "weigh_gradients": False,
+            "preset": "gpt2", "shard_size": None, "reduce_gradients": "auto", "reshard_after_forward": True,
+            "prefetch_blocks": 0, "weigh_gradients": False,
             "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}}
 
 
@@ -56,10 +56,12 @@ def point_batch(step: int) -> Tensor:
     return torch.randn(GLOBAL_BATCH, 2, generator=torch_generator(0, "points", step)) + 2.0
 
 
-def text_network(layers: int = 2, width: int = 32, meta: bool = False, tied_modules: bool = False) -> GPT:
+def text_network(layers: int = 2, width: int = 32, meta: bool = False, tied_modules: bool = False,
+                 preset: Literal["gpt2", "llama"] = "gpt2") -> GPT:
     """With its initial weights, the same in every process; or on the meta device."""
     with torch.device("meta" if meta else "cpu"):
-        network = GPT(GPTSettings(layers=layers, heads=2, width=width, positions=TIME, tied=not tied_modules), VOCABULARY)
+        settings = GPTSettings(preset=preset, layers=layers, heads=2, width=width, positions=TIME, tied=not tied_modules)
+        network = GPT(settings, VOCABULARY)
     if tied_modules:  # the same network, its one embedding table held by two modules
         network.output.weight = network.token_embedding.weight
     if not meta:
@@ -162,7 +164,7 @@ def weigh_after_backward(engine: Engine, weighed: list[int]) -> None:
 
 def answer(variant: dict[str, Any], processes: Processes, plan: ParallelPlan) -> dict[str, Any]:
     text = variant["task"] == "text"
-    shape = {key: variant[key] for key in ("layers", "width", "meta", "tied_modules")}
+    shape = {key: variant[key] for key in ("layers", "width", "meta", "tied_modules", "preset")}
     objective: Objective = LanguageModel(text_network(**shape), NoTokenizer(), TIME) if text else ToyGAN(width=64)
     train = TrainSettings(global_batch_size=GLOBAL_BATCH, clip=variant["clip"],
                           micro_batch_size=GLOBAL_BATCH // processes.world_size // variant["accumulation"])

@@ -137,6 +137,25 @@ def test_the_network_returns_to_its_mode_also_after_an_error(theirs: GPT2LMHeadM
     assert network.training
 
 
+def test_a_length_that_comes_once_gets_no_attention_plan(theirs: GPT2LMHeadModel) -> None:
+    """cuDNN makes one for each; whether it may be taken is as before afterwards, also after an error."""
+    seen = []
+    network = Logits(deepcopy(theirs))
+    network.register_forward_pre_hook(lambda _module, _args: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    generate(network, torch.ones(1, 4, dtype=torch.int64), 3, positions=48, generators=generators(0))
+    assert seen == [False] * 3 and torch.backends.cuda.cudnn_sdp_enabled()
+    with pytest.raises(IndexError):
+        generate(network, torch.full((1, 4), 999), 2, positions=48, generators=generators(0))
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        generate(network, torch.ones(1, 4, dtype=torch.int64), 1, positions=48, generators=generators(0))
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
 # --- with keys and values kept ---------------------------------------------------------------------------------------------
 
 SHAPES = {

@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from genscale.errors import UserError
 from genscale.families.gpt.decoding import generate
 from genscale.families.gpt.network import GPT, GPTSettings, KeyValueCache
+from genscale.parallel.activation_checkpointing import checkpoint_activations
 
 SHAPES = [GPTSettings(layers=1, heads=1, width=8, positions=16), GPTSettings(layers=3, heads=4, width=32, positions=24),
           GPTSettings(layers=2, heads=3, width=48, positions=40, norm_eps=1e-3)]
@@ -144,6 +146,28 @@ def test_rotary_models_equal_transformers(settings: GPTSettings) -> None:
     for ours, parts in names.items():
         wanted = torch.cat([theirs.get_parameter(part).grad for part in parts])
         torch.testing.assert_close(network.get_parameter(ours).grad, wanted, rtol=1e-5, atol=1e-5, msg=ours)
+
+
+class Counted(TorchDispatchMode):
+    """Counts the calls of an operation."""
+
+    def __init__(self, operation: torch._ops.OpOverload) -> None:
+        super().__init__()
+        self.operation, self.calls = operation, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += function is self.operation
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recomputed", ["none", "full"])
+def test_angles_are_computed_once_for_all_layers(recomputed: str) -> None:
+    network = scrambled(GPTSettings(preset="qwen3", layers=3, heads=2, width=16, positions=32), vocab_size=61)
+    checkpoint_activations(network.blocks(), recomputed)
+    tokens = torch.randint(61, (2, 21), generator=torch.Generator().manual_seed(4))
+    with Counted(torch.ops.aten.cos.default) as cosines:
+        network(tokens[:, :-1], targets=tokens[:, 1:]).backward()
+    assert cosines.calls == 1
 
 
 @pytest.mark.parametrize("settings", [SHAPES[1], *ROTARY], ids=lambda s: s.preset)

@@ -94,6 +94,9 @@ def test_processes_that_generate_together_drop_what_comes_after_the_last_end(net
 
 
 def test_a_rehearsal_is_as_long_as_a_rollout_can_be(network: GPT, writer: Writer) -> None:
-    prompts = Prompts.of(PROMPTS, whole=True)
+    prompts, seen = Prompts.of(PROMPTS, whole=True), []
+    watch = network.register_forward_pre_hook(lambda _module, _args: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
     answers = writer.write(Rollout(network), prompts, torch.full((3, TOKENS), 0.9999999), never_end=True)
+    watch.remove()
+    assert seen == [False] * TOKENS and torch.backends.cuda.cudnn_sdp_enabled()  # no plan for a length that comes once
     assert prompts.tokens.shape == (3, 6) and answers.mask.all() and answers.mask.shape == (3, TOKENS)

@@ -67,13 +67,13 @@ class Attention(nn.Module):
         shared = s.kv_heads * s.head_width
         return {"query_key_value.weight": (s.heads * s.head_width, shared, shared)}
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None, dropout_keys: Tensor | None,
+    def forward(self, x: Tensor, rotation: Tensor | None, mask: Tensor | None, dropout_keys: Tensor | None,
                 cache: KeyValueCache | None) -> Tensor:
         """Mix each position with those it may see.
 
         Args:
             x: `(batch, time, width)`.
-            positions: `(batch or 1, time)`; used by rotary positions alone.
+            rotation: of each position, as `rotary_angles` gives it; None without rotary positions.
             mask: `(batch or 1, 1, time, time seen)`, true where a query sees a key; None: itself and all before it.
             dropout_keys: `(batch,)` int64, what the dropped attention weights are drawn from; None: none are.
             cache: what was read before.
@@ -84,8 +84,8 @@ class Attention(nn.Module):
         query, key, value = heads.split((s.heads, s.kv_heads, s.kv_heads), dim=1)
         if s.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        if s.position_encoding == "rotary":
-            cosine, sine = rotary_angles(positions, s)
+        if rotation is not None:
+            cosine, sine = rotation.view(torch.float32).chunk(2, dim=-1)
             query, key = rotated(query, cosine, sine), rotated(key, cosine, sine)
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)
@@ -112,8 +112,11 @@ def _attention_with_dropout(query: Tensor, key: Tensor, value: Tensor, mask: Ten
     return dropped(weights, dropout_keys, stream, share).to(value.dtype) @ value
 
 
-def rotary_angles(positions: Tensor, settings: ResolvedGPTSettings) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotation at each position, each `(batch or 1, 1, time, head_width / 2)` in fp32.
+def rotary_angles(positions: Tensor, settings: ResolvedGPTSettings) -> Tensor:
+    """Cosines, then sines, of the rotation at each position `(batch or 1, time)`: `(batch or 1, 1, time, head_width)`.
+
+    They are the bits of fp32, held as int32: a sharded block rounds the floating-point numbers that it is given to the
+    precision it computes in.
 
     Su et al. 2021, "RoFormer", equation 15; pair i turns by base^(-2 i / head_width) a position.
     """
@@ -124,7 +127,7 @@ def rotary_angles(positions: Tensor, settings: ResolvedGPTSettings) -> tuple[Ten
     elif settings.rope_scaling == "llama3":
         frequencies = _llama3_frequencies(frequencies, settings)
     angles = positions[:, None, :, None].float() * frequencies
-    return angles.cos(), angles.sin()
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).view(torch.int32)
 
 
 def _llama3_frequencies(frequencies: Tensor, settings: ResolvedGPTSettings) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypedDict
 
@@ -76,6 +76,27 @@ def left_padded(prompts: Sequence[Sequence[int]], device: torch.device | str = "
     return tokens.to(device), lengths
 
 
+def growing(network: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+    """Contexts of forwards that read one token more each turn: nothing is prepared for a length that does not come again.
+
+    Compiled blocks would be compiled anew for each, and slower ones be left behind for training: they run as they are written.
+    cuDNN's attention makes a plan for each: a GPU's other kernels, which need none, take its place.
+    """
+    compiled = any(module._compiled_call_impl is not None for module in network.modules())
+    return partial(_growing, partial(torch.compiler.set_stance, "force_eager") if compiled else nullcontext)
+
+
+@contextmanager
+def _growing(stance: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
+    planned = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        with stance():
+            yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(planned)
+
+
 class _Reader:
     """Logits after growing rows of tokens. Keys and values of what was read are kept while the rows fit into the positions.
 
@@ -86,9 +107,7 @@ class _Reader:
         self.network, self.positions = network, positions
         self.options = {} if layers is None else {"last": 1}
         self.cache = None if layers is None else KeyValueCache(layers, min(capacity, positions))
-        # Every turn has another shape: compiled blocks would be compiled anew, and slower ones be left behind for training.
-        compiled = any(module._compiled_call_impl is not None for module in network.modules())
-        self.stance = partial(torch.compiler.set_stance, "force_eager") if compiled else nullcontext
+        self.growing = growing(network)
 
     def __call__(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
         """Logits `(batch, vocab_size)` after `tokens` `(batch, time)`: those of the call before and what came to them."""
@@ -100,7 +119,7 @@ class _Reader:
             options["cache"] = self.cache
         if documents is not None:
             options["documents"] = documents[:, seen]
-        with self.stance():
+        with self.growing():
             return self.network(tokens[:, seen], **options)[:, -1]
 
 

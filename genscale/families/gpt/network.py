@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genscale.families.gpt.attention import Attention, KeyValueCache, attention_mask, positions_within
+from genscale.families.gpt.attention import Attention, KeyValueCache, attention_mask, positions_within, rotary_angles
 from genscale.families.gpt.settings import GPTSettings, ResolvedGPTSettings, resolved
 from genscale.models.cross_entropy import summed_cross_entropy
 from genscale.models.dropout import dropped
@@ -57,10 +57,10 @@ class Block(nn.Module):
         self.mlp_norm = _norm(settings)
         self.mlp = MLP(settings)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None = None, dropout_keys: Tensor | None = None,
+    def forward(self, x: Tensor, rotation: Tensor | None, mask: Tensor | None = None, dropout_keys: Tensor | None = None,
                 cache: KeyValueCache | None = None) -> Tensor:
         """One step of the residual stream; arguments as of `Attention.forward`."""
-        x = x + self._dropped(self.attention(self.attention_norm(x), positions, mask, dropout_keys, cache), dropout_keys, 2)
+        x = x + self._dropped(self.attention(self.attention_norm(x), rotation, mask, dropout_keys, cache), dropout_keys, 2)
         return x + self._dropped(self.mlp(self.mlp_norm(x)), dropout_keys, 3)
 
     def _dropped(self, x: Tensor, keys: Tensor | None, place: int) -> Tensor:
@@ -109,11 +109,11 @@ class GPT(nn.Module):
         Returns:
             Logits `(batch, time or last, vocab_size)`, or the loss.
         """
-        x, positions, mask = self._embed(tokens, documents, cache)
+        x, rotation, mask = self._embed(tokens, documents, cache)
         if dropout_keys is not None and self.settings.dropout:
             x = dropped(x, dropout_keys, 0, self.settings.dropout)
         for block in self.layers:
-            x = block(x, positions, mask, dropout_keys, cache)
+            x = block(x, rotation, mask, dropout_keys, cache)
         if cache is not None:
             cache.length += tokens.shape[1]
         x = self.final_norm(x if last is None else x[:, -last:])
@@ -124,8 +124,8 @@ class GPT(nn.Module):
         return summed_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), self.settings.loss_chunk)
 
     def _embed(self, tokens: Tensor, documents: Tensor | None,
-               cache: KeyValueCache | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The residual stream's start, the positions, and the attention mask."""
+               cache: KeyValueCache | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The residual stream's start, and what all blocks share: the rotation of each position, and the attention mask."""
         time, past = tokens.shape[1], cache.length if cache is not None else 0
         if past + time > self.settings.positions:
             raise ValueError(f"{past + time} tokens do not fit into {self.settings.positions} positions")
@@ -139,7 +139,8 @@ class GPT(nn.Module):
         x = self.token_embedding(tokens)
         if self.settings.position_encoding == "learned":
             x = x + self.position_embedding(positions)
-        return x, positions, attention_mask(time, past + time, self.settings.window, documents, tokens.device)
+        rotation = rotary_angles(positions, self.settings) if self.settings.position_encoding == "rotary" else None
+        return x, rotation, attention_mask(time, past + time, self.settings.window, documents, tokens.device)
 
     def blocks(self) -> list[nn.Module]:
         """The repeated parts, which are sharded, compiled and recomputed one at a time."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genscale.families.gpt.attention import KeyValueCache
+from genscale.families.gpt.decoding import growing
 from genscale.objectives.base import Rollout
 
 
@@ -86,7 +85,7 @@ class Writer:
         documents, read = prompts.documents, prompts.tokens
         tokens, mask = [], []
         ended = torch.zeros(len(read) * group, dtype=torch.bool, device=read.device)
-        with _uncompiled(rollout.network)():
+        with growing(rollout.network)():
             for turn in range(self.tokens):
                 if turn > 0 and not rollout.goes_on(not bool(ended.all())):
                     break
@@ -130,9 +129,3 @@ def entropy(logits: Tensor, answers: Answers) -> Tensor:
     """Nats `(answers,)`: of the choice of each token, added up over an answer."""
     log_p = logits.log_softmax(-1)
     return -((log_p.exp() * log_p).sum(-1) * answers.mask).sum(1)
-
-
-def _uncompiled(network: nn.Module) -> partial[AbstractContextManager[object]] | type[nullcontext[None]]:
-    """Every turn has another shape: compiled blocks would be compiled anew."""
-    compiled = any(module._compiled_call_impl is not None for module in network.modules())
-    return partial(torch.compiler.set_stance, "force_eager") if compiled else nullcontext
