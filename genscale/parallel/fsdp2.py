@@ -21,11 +21,11 @@ from genscale.models.network_parts import blocks_of
 from genscale.parallel.averages import Average, NamedAverage, copied_names
 from genscale.parallel.engine import Engine, LeaveOut, MakeOptimizer, NamedTensors, StepResult, never
 from genscale.parallel.generating import inputs_cast, without_hooks
-from genscale.parallel.gradients import clip_gradients, fill_gradients, squared_norm
+from genscale.parallel.gradients import fill_gradients, squared_norm
 from genscale.parallel.materialise import Read, check_fillable, fill, named_state, on_meta, places_of, put, shard_like
 from genscale.parallel.pieces import Piece, pieces_of, tensor_bytes
 from genscale.parallel.precision import DTYPES
-from genscale.parallel.torch_optimizers import is_fused_adamw, skip_by_flag, state_tensors
+from genscale.parallel.torch_optimizers import is_fused_adamw, state_tensors, step_clipped
 
 WHOLE_GRADIENTS = 2**30
 """Bytes of a network's gradients that every process may hold whole while it accumulates them."""
@@ -178,11 +178,10 @@ class ShardedEngine(Engine):
         grad_norm = (self.processes.sum(squared_norm(gradients)) / (self.processes.world_size // self._shard_size)).sqrt()
         result = StepResult(grad_norm)
         left_out = leave_out(result)
-        clip_gradients(gradients, grad_norm, self.clip)
         if isinstance(left_out, Tensor):
-            skip_by_flag(self.optimizers[name], left_out)
+            step_clipped(self.optimizers[name], gradients, grad_norm, self.clip, left_out)
         elif not left_out:
-            self.optimizers[name].step()
+            step_clipped(self.optimizers[name], gradients, grad_norm, self.clip)
         self.optimizers[name].zero_grad(set_to_none=True)
         return result
 

@@ -42,10 +42,13 @@ def squared_norm(gradients: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def clip_gradients(gradients: Sequence[Tensor], norm: Tensor, clip: float) -> None:
-    """Scale the gradients down, in place, to a global norm of `clip` (0 = never), as torch.nn.utils.clip_grad_norm_ does.
+def clip_factor(norm: Tensor, clip: float) -> Tensor:
+    """What brings gradients of this norm down to `clip`, as torch.nn.utils.clip_grad_norm_ does: a scalar on the device, 1 for
+    those that are small enough. The norm is not read."""
+    return (clip / (norm + 1e-6)).clamp(max=1.0)
 
-    The norm is not read: gradients that are small enough are multiplied by exactly 1.
-    """
+
+def clip_gradients(gradients: Sequence[Tensor], norm: Tensor, clip: float) -> None:
+    """Scale the gradients down, in place, to a global norm of `clip` (0 = never)."""
     if clip > 0 and gradients:
-        torch._foreach_mul_(list(gradients), (clip / (norm + 1e-6)).clamp(max=1.0).to(gradients[0]))
+        torch._foreach_mul_(list(gradients), clip_factor(norm, clip).to(gradients[0]))

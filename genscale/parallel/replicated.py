@@ -17,7 +17,7 @@ from genscale.parallel.gradients import clip_gradients, fill_gradients, squared_
 from genscale.parallel.materialise import Read, named_state
 from genscale.parallel.pieces import Piece, pieces_of, tensor_bytes
 from genscale.parallel.precision import autocast
-from genscale.parallel.torch_optimizers import is_fused_adamw, join_groups, skip_by_flag, state_tensors
+from genscale.parallel.torch_optimizers import is_fused_adamw, join_groups, state_tensors, step_clipped
 
 
 class ReplicatedEngine(Engine):
@@ -73,17 +73,23 @@ class ReplicatedEngine(Engine):
         result = StepResult(grad_norm, scaled=scaler.is_enabled())
         left_out = leave_out(result)
         if isinstance(left_out, Tensor):
-            clip_gradients(gradients, grad_norm, self.clip)
-            skip_by_flag(optimizer, left_out)
-        elif not left_out:
-            clip_gradients(gradients, grad_norm, self.clip)
-            scaler.step(optimizer)
-            scaler.update()
+            step_clipped(optimizer, gradients, grad_norm, self.clip, left_out)
         elif scaler.is_enabled():
-            scaler.update(scaler.get_scale())  # forgets what it saw in these gradients, and keeps the scale
+            self._step_scaled(name, gradients, grad_norm, left_out)
+        elif not left_out:
+            step_clipped(optimizer, gradients, grad_norm, self.clip)
         for parameter in self._parameters[name]:  # as the optimizer's zero_grad does, without what that is wrapped in
             parameter.grad = None
         return result
+
+    def _step_scaled(self, name: str, gradients: list[Tensor], grad_norm: Tensor, left_out: bool) -> None:
+        scaler = self.scalers[name]
+        if left_out:
+            scaler.update(scaler.get_scale())  # forgets what it saw in these gradients, and keeps the scale
+            return
+        clip_gradients(gradients, grad_norm, self.clip)
+        scaler.step(self.optimizers[name])
+        scaler.update()
 
     def _gradient_pieces(self, name: str) -> Iterable[Piece]:
         gradients = ((key, parameter.grad) for key, parameter in self.modules[name].named_parameters()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from genscale.parallel.averages import local
+from genscale.parallel.gradients import clip_factor, clip_gradients
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -27,14 +28,33 @@ def moments(group: Mapping[str, Any]) -> int:
     return 2 if "betas" in group else int(group.get("momentum", 0) > 0)
 
 
-def skip_by_flag(optimizer: torch.optim.Optimizer, flag: Tensor) -> None:
-    """Step an optimizer whose kernels (torch's fused AdamW) leave everything as it is where the flag on the device is 1."""
+def step_clipped(optimizer: torch.optim.Optimizer, gradients: Sequence[Tensor], norm: Tensor, clip: float,
+                 left_out: Tensor | None = None) -> None:
+    """Step with the gradients scaled down to a global norm of `clip` (0 = never).
+
+    A GPU's fused AdamW scales each gradient as it reads it; elsewhere all are scaled before it: older runs go on in the same
+    bits.
+
+    Args:
+        left_out: a flag on the device; where it is 1 the optimizer, which is a fused AdamW, leaves everything as it is.
+    """
+    if clip > 0 and gradients and gradients[0].is_cuda and is_fused_adamw(optimizer):
+        step_told(optimizer, clip_factor(norm, clip), left_out)
+        return
+    clip_gradients(gradients, norm, clip)
+    step_told(optimizer, left_out=left_out)
+
+
+def step_told(optimizer: torch.optim.Optimizer, factor: Tensor | None = None, left_out: Tensor | None = None) -> None:
+    """Step an optimizer whose kernels (torch's fused AdamW) multiply each gradient by a factor on the device, and leave
+    everything as it is where a flag on the device is 1. Neither is read."""
     told: Any = optimizer  # what torch.amp.GradScaler sets on it is not declared
-    told.found_inf = flag.float()
+    told.grad_scale = None if factor is None else factor.reciprocal().float()  # which they divide by
+    told.found_inf = None if left_out is None else left_out.float()
     try:
         optimizer.step()
     finally:
-        del told.found_inf
+        del told.grad_scale, told.found_inf
 
 
 def is_fused_adamw(optimizer: torch.optim.Optimizer) -> bool:
