@@ -2,7 +2,8 @@
 
 full: only the input of a block is kept and the block is recomputed in backward (Chen et al. 2016, "Training deep nets with
 sublinear memory cost"). selective: the results of matrix products and attention are kept, the cheap rest is recomputed
-(Korthikanti et al. 2022, "Reducing activation recomputation in large transformer models").
+(Korthikanti et al. 2022, "Reducing activation recomputation in large transformer models"). With full, that input
+may wait in host memory: of long sequences the inputs of all blocks are what fills a GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from genscale.models.moving_state import MovingState, moving_layers
@@ -36,10 +38,11 @@ def _keep_costly(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> 
     return CheckpointPolicy.MUST_SAVE if operation in KEPT_OPERATIONS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def checkpoint_activations(blocks: list[nn.Module], mode: str, compiled: bool = False) -> None:
+def checkpoint_activations(blocks: list[nn.Module], mode: str, compiled: bool = False, offload: bool = False) -> None:
     """Make each block recompute its activations in backward. `mode` is none, full or selective.
 
     Args:
+        offload: what a block was given, and what backward needs to compute it anew, waits in host memory (full alone).
         compiled: the blocks' forwards are to be compiled. A block is then compiled as a whole, with its recomputation inside,
             but for one with layers that must know a second forward from a first, whose forward is compiled here, in pieces.
     """
@@ -51,13 +54,13 @@ def checkpoint_activations(blocks: list[nn.Module], mode: str, compiled: bool = 
         counting = [layer for layer in moving_layers(block) if layer.counts_forwards]
         if mode == "none" or not counting:
             if mode != "none":
-                block.forward = _checkpointed(block.forward, options)
+                block.forward = _checkpointed(block.forward, options, offload)
             if compiled:
                 block.compile()
             continue
         make = options.get("context_fn", _no_contexts)
         forward = torch.compile(block.forward) if compiled else block.forward
-        block.forward = _checkpointed(forward, {**options, "context_fn": partial(_contexts, make, counting)})
+        block.forward = _checkpointed(forward, {**options, "context_fn": partial(_contexts, make, counting)}, offload)
 
 
 Contexts = tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]
@@ -90,10 +93,26 @@ class _Recomputation:
         self._context.__exit__(*error)
 
 
-def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+def _checkpointed(forward: Callable[..., Any], options: dict[str, Any], offload: bool) -> Callable[..., Any]:
     def recomputing_forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, **options, **kwargs)
+        # Inside, hooks of the checkpoint's own stand above these: they see what it was given, and nothing else.
+        with saved_tensors_hooks(_to_host, _from_host) if offload else contextlib.nullcontext():
+            return checkpoint(forward, *args, **options, **kwargs)
 
     return recomputing_forward
+
+
+def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
+    """A copy in host memory, for which nobody waits: what uses it stands behind it in the same stream."""
+    if not tensor.requires_grad:  # a mask, which is the same for all blocks
+        return tensor.device, tensor
+    with torch.no_grad():
+        host = torch.empty_like(tensor, device="cpu", requires_grad=False, pin_memory=tensor.is_cuda)
+        return tensor.device, host.copy_(tensor, non_blocking=True)
+
+
+def _from_host(kept: tuple[torch.device, Tensor]) -> Tensor:
+    device, tensor = kept
+    return tensor.to(device, non_blocking=True)

@@ -123,7 +123,7 @@ class Engine(EngineState):
             if self.settings.compile:
                 _settle_compiler()
             checkpoint_activations(blocks or [module], self.settings.activation_checkpointing if blocks else "none",
-                                   self.settings.compile)
+                                   self.settings.compile, self.settings.activation_offload)
             read = None
             if weights is not None:
                 read = dealt(weights[name], {key: tensor.shape for key, tensor in named_state(module)}, self.processes)

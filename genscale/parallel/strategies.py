@@ -116,10 +116,23 @@ def _check_settings(plan: ParallelPlan, settings: ParallelSettings) -> None:
     if plan.strategy != "fsdp2":
         refuse_unheeded("parallel", settings, ["shard_size", "reduce_gradients", "reshard_after_forward", "prefetch_blocks"],
                         f"parallel.strategy {plan.strategy}")
+    if settings.activation_offload:
+        _check_offload(settings)
     size, world = settings.shard_size, plan.world_size
     if size is not None and world % size:
         nearest = max(divisor for divisor in range(1, min(size, world) + 1) if world % divisor == 0)
         raise UserError(f"parallel.shard_size: {size} does not divide the {world} processes of the run; use {nearest}")
+
+
+def _check_offload(settings: ParallelSettings) -> None:
+    mode = settings.activation_checkpointing
+    if mode != "full":
+        raise UserError(f"parallel.activation_offload: true with parallel.activation_checkpointing {mode} is not supported "
+                        "(all that a block computes would go to the host and back, which takes longer than to compute it "
+                        "anew); set parallel.activation_checkpointing full")
+    if settings.compile:
+        raise UserError("parallel.activation_offload: true with parallel.compile is not supported (a compiled block keeps what "
+                        "it chooses); use parallel.compile false")
 
 
 def check_objective(plan: ParallelPlan, settings: ParallelSettings, objective: Objective) -> None:
@@ -146,6 +159,9 @@ def _check_second_order(plan: ParallelPlan, settings: ParallelSettings, phase: P
     if settings.activation_checkpointing == "selective":
         raise UserError(f"parallel.activation_checkpointing: selective with {what} is not supported (what is kept serves one "
                         "backward, and a penalty takes two); use full")
+    if settings.activation_offload:
+        raise UserError(f"parallel.activation_offload: true with {what} is not supported (it takes two backwards, and is "
+                        "tested with one); leave it out")
     if settings.compile:
         raise UserError(f"parallel.compile: true with {what} is not supported (torch.compile has no second derivatives); use "
                         "parallel.compile false")

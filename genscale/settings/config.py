@@ -196,6 +196,9 @@ class ParallelSettings:
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     """Recompute activations in backward to save memory: full (each block) or selective (all but matrix products and
     attention)."""
+    activation_offload: bool = False
+    """With activation_checkpointing full: what each block was given waits in host memory until backward, for long sequences, of
+    which that fills a GPU."""
     compile: bool = False
     """torch.compile, one block at a time."""
 

@@ -34,8 +34,9 @@ from genscale.training.optimizers import make_optimizer
 
 GLOBAL_BATCH, TIME, VOCABULARY = 8, 32, 64
 DEFAULTS = {"strategy": "ddp", "task": "text", "steps": 4, "accumulation": 1, "precision": "fp32", "clip": 0.0,
-            "offload": "none", "activation_checkpointing": "none", "compile": False, "ragged": False, "watch": False,
-            "evaluate": False, "count_operations": False, "meta": False, "tied_modules": False, "layers": 2, "width": 32,
+            "offload": "none", "activation_checkpointing": "none", "activation_offload": False, "compile": False,
+            "ragged": False, "watch": False, "evaluate": False, "count_operations": False, "meta": False,
+            "tied_modules": False, "layers": 2, "width": 32,
             "preset": "gpt2", "shard_size": None, "reduce_gradients": "auto", "reshard_after_forward": True,
             "prefetch_blocks": 0, "weigh_gradients": False,
             "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}}
@@ -171,7 +172,7 @@ def answer(variant: dict[str, Any], processes: Processes, plan: ParallelPlan) ->
     parallel = ParallelSettings(strategy=plan.strategy, offload=plan.offload, compile=variant["compile"],
                                 activation_checkpointing=variant["activation_checkpointing"],
                                 **{key: variant[key] for key in ("shard_size", "reduce_gradients", "reshard_after_forward",
-                                                                 "prefetch_blocks")})
+                                                                 "prefetch_blocks", "activation_offload")})
     config = Config(train=train, optimizer=OptimizerSettings(**variant["optimizer"]), parallel=parallel)
     reads = {"gpt": WatchedReads(objective.networks["gpt"])} if variant["meta"] else None
     training = Training(objective, None, config, processes=processes, plan=plan, weights=reads)

@@ -102,13 +102,19 @@ def test_stale_lock_of_a_killed_extension_build_does_not_hang(engines, tmp_path)
 # --- activation checkpointing and compile ---------------------------------------------------------------------------------
 
 
+OFFLOADED = ("ddp", "zero2", "zero3", "fsdp2")
+
+
 @pytest.fixture(scope="module")
 def recomputed(engines):
     # DeepSpeed's stage 3 replaces torch's `linear` in the whole process by one that adds the bias in place, onto the product
     # that selective keeps: ours must do without it, also in a process where another stage 3 has left it behind.
     common = {"accumulation": 2, "steps": 2, "count_operations": True}
-    return engines({f"{strategy} {mode}": {"strategy": strategy, "activation_checkpointing": mode, **common}
-                    for strategy in ("ddp", "zero1", "zero2", "fsdp2", "zero3") for mode in ("none", "full", "selective")})
+    variants = {f"{strategy} {mode}": {"strategy": strategy, "activation_checkpointing": mode, **common}
+                for strategy in ("ddp", "zero1", "zero2", "fsdp2", "zero3") for mode in ("none", "full", "selective")}
+    variants |= {f"{strategy} offloaded": {**variants[f"{strategy} full"], "activation_offload": True}
+                 for strategy in OFFLOADED}
+    return engines(variants)
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
@@ -123,6 +129,11 @@ def test_recomputed_activations_change_no_loss(strategy, mode, recomputed, diffe
         kept = recomputed["ddp none"]  # with torch's own linear
     assert result["activations"] == activations * kept["activations"]
     assert result["matrix_products"] == products * kept["matrix_products"]
+
+
+@pytest.mark.parametrize("strategy", OFFLOADED)
+def test_inputs_that_wait_in_host_memory_change_no_bit(strategy, recomputed):
+    assert recomputed[f"{strategy} offloaded"]["steps"] == recomputed[f"{strategy} full"]["steps"]
 
 
 @pytest.mark.slow

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from genscale.families.gpt.network import GPT, GPTSettings
 from genscale.models.batch_norm import BatchNorm
 from genscale.parallel.activation_checkpointing import checkpoint_activations
 
@@ -46,3 +49,22 @@ def test_running_statistics_follow_each_batch_once(mode, compiled):
     expected, found = trained(plain), trained(other)
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_inputs_of_blocks_are_given_up_for_their_copies_in_host_memory(offload):
+    network = GPT(GPTSettings(preset="llama", layers=3, heads=2, width=16, positions=32), vocab_size=61)
+    network.initialise(0)
+    plain, alive = copy.deepcopy(network), []
+    checkpoint_activations(network.blocks(), "full", offload=offload)
+    for block in network.blocks():
+        block.register_forward_pre_hook(lambda _block, given: alive.append(weakref.ref(given[0].untyped_storage())))
+    tokens = torch.randint(61, (2, 21), generator=torch.Generator().manual_seed(4))
+    losses = [each(tokens[:, :-1], targets=tokens[:, 1:], dropout_keys=torch.arange(2)) for each in (network, plain)]
+    gc.collect()
+    assert [each() is not None for each in alive] == [not offload] * 3
+    for loss in losses:
+        loss.backward()
+    assert torch.equal(*losses)
+    for ours, expected in zip(network.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, expected.grad)

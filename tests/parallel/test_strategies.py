@@ -88,6 +88,7 @@ def test_gradient_penalties_are_refused_where_they_would_be_wrong(strategy: str,
 @pytest.mark.parametrize(("settings", "norm", "processes", "words"), [
     ({"activation_checkpointing": "selective"}, "group", 1, "activation_checkpointing: selective.*use full"),
     ({"compile": True}, "group", 1, "parallel.compile: true.*use parallel.compile false"),
+    ({"activation_checkpointing": "full", "activation_offload": True}, "group", 1, "activation_offload: true with a gradient"),
     ({}, "batch", 2, "2 processes.*on discriminator, which normalises over the batch.*use group"),
     ({"activation_checkpointing": "full"}, "group", 2, None), ({}, "batch", 1, None)])
 def test_what_else_takes_no_second_backward(settings, norm, processes, words) -> None:
@@ -105,8 +106,11 @@ def test_what_else_takes_no_second_backward(settings, norm, processes, words) ->
     ({"strategy": "fsdp2", "shard_size": 16}, "parallel.shard_size: 16 .*; use 8"),
     ({"strategy": "ddp", "shard_size": 4}, "parallel.shard_size: 4 has no effect with parallel.strategy ddp"),
     ({"strategy": "zero2", "reduce_gradients": "every_micro_batch"}, "reduce_gradients: .*with parallel.strategy zero2"),
+    ({"activation_offload": True}, "activation_offload: true with .*activation_checkpointing none .*set .*checkpointing full"),
+    ({"activation_checkpointing": "full", "activation_offload": True, "compile": True}, "activation_offload.*compile false"),
+    ({"strategy": "fsdp2", "shard_size": 4, "activation_checkpointing": "full", "activation_offload": True}, None),
     ({"strategy": "fsdp2", "shard_size": 4}, None)])  # fmt: skip
-def test_groups_of_shards_divide_the_processes(settings, words) -> None:
+def test_groups_of_shards_divide_the_processes_and_offload_has_what_it_needs(settings, words) -> None:
     if words is None:
         plan = plan_elsewhere(ParallelSettings(**settings), "bf16", 8, "adamw")
         assert plan.copies_of_weights(8) == 2  # one in each group
