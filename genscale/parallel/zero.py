@@ -44,6 +44,22 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     return deepspeed
 
 
+LARGEST_BUCKET = 500_000_000
+"""Elements that DeepSpeed sends at once by default; it allocates as many, however small the model is."""
+BUCKETS = {"cuda": 8}
+"""Parts that the gradients of a model are sent in, by kind of device: each while the next is computed. One where none is named:
+a CPU has nothing to overlap, and sums of three processes differ in their last bit by where in a bucket a number stands."""
+
+
+def communication(module: nn.Module, stage: int, device: str) -> dict[str, Any]:
+    """DeepSpeed's settings of what is sent at once, for a model of this size. A bucket holds the largest parameter."""
+    sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters()]
+    parts = BUCKETS.get(device, 1)
+    size = min(max([1, *sizes, -(-sum(sizes) // parts)]), LARGEST_BUCKET)
+    found: dict[str, Any] = {"reduce_bucket_size": size, "allgather_bucket_size": size}
+    return found if stage == 3 else {**found, "overlap_comm": parts > 1}  # stage 3 does by itself
+
+
 class ZeroEngine(ZeroState):
     """DeepSpeed ZeRO stage 1 (optimizer state sharded), 2 (and gradients) or 3 (and weights)."""
 
@@ -55,9 +71,9 @@ class ZeroEngine(ZeroState):
     def strategy(self) -> str:
         return f"zero{self.stage}"
 
-    def configuration(self) -> dict[str, Any]:
+    def configuration(self, module: nn.Module) -> dict[str, Any]:
         """The DeepSpeed configuration, every number given: DeepSpeed's and Accelerate's defaults are not ours."""
-        zero: dict[str, Any] = {"stage": self.stage}
+        zero: dict[str, Any] = {"stage": self.stage, **communication(module, self.stage, self.processes.device.type)}
         if self.settings.offload == "cpu":
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.processes.device.type == "cuda"}
         if self.stage == 3:
@@ -89,7 +105,7 @@ class ZeroEngine(ZeroState):
         self._materialise(module, read)
         self.modules[name] = module
         optimizer = make_optimizer(module)
-        engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=self.configuration())
+        engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=self.configuration(module))
         self._check(engine, optimizer)
         self.networks[name] = engine
         self.optimizers[name] = engine.optimizer
@@ -102,7 +118,7 @@ class ZeroEngine(ZeroState):
             for parameter in module.parameters():
                 parameter.data = parameter.data.to(DTYPES[self.precision])
         else:
-            configuration = self.configuration()
+            configuration = self.configuration(module)
             configuration["zero_optimization"].pop("offload_optimizer", None)
             # Kept, though only the module is called: with the engine would go the hooks that gather.
             self.networks[name], _, _, _ = deepspeed.initialize(model=module, config=configuration)
@@ -133,6 +149,7 @@ class ZeroEngine(ZeroState):
         import deepspeed
 
         check_fillable(module)
+        configuration = self.configuration(module)
         names = {id(tensor): key for key, tensor in named_state(module)}
         made: dict[int, Tensor] = {}  # by the identity of the tensor it replaces, so that tied ones stay tied
         for owner in reversed(list(module.modules())):  # children first: Init partitions all that lies below
@@ -143,7 +160,7 @@ class ZeroEngine(ZeroState):
                     made[id(tensor)] = self._materialised(tensor, read and read(names[id(tensor)]))
                 put(made[id(tensor)], [(owner, attribute)])
             if owner._parameters:
-                deepspeed.zero.Init(module=owner, config_dict_or_path=self.configuration())
+                deepspeed.zero.Init(module=owner, config_dict_or_path=configuration)
 
     @torch.no_grad()
     def _materialised(self, tensor: Tensor, full: Tensor | None) -> Tensor:

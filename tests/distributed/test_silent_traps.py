@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
+
+from genscale.parallel.zero import communication
 
 ZERO = ("zero1", "zero2", "zero3")
 SHARDED = (*ZERO, "fsdp2")
@@ -33,6 +37,8 @@ def everything(engines):
     variants |= {f"{name} adamw": {"strategy": name, "optimizer": ADAMW} for name in ("ddp", *SHARDED)}
     variants |= {f"{name} offload {optimizer['name']}": {"strategy": name, "offload": "cpu", "optimizer": optimizer}
                  for name in ZERO for optimizer in (SGD, ADAMW)}
+    variants |= {f"{name} in {parts}": {"strategy": name, "buckets": parts, "accumulation": 2, "clip": 0.1, "optimizer": ADAMW}
+                 for name in ZERO for parts in (1, 8)}
     return engines(variants, extra={"ACCELERATE_USE_CPU": "true"})
 
 
@@ -54,6 +60,28 @@ def test_optimizer_state_is_sharded(strategy, everything):
     replicated = max(everything["ddp adamw"]["bytes_at_rest"])
     for held in everything[f"{strategy} adamw"]["bytes_at_rest"]:
         assert held == pytest.approx(share * replicated, rel=0.05)
+
+
+# --- buckets of a size that fits another model ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ZERO)
+def test_gradients_that_are_sent_in_parts_beside_the_backward_are_the_same(strategy, everything):
+    assert everything[f"{strategy} in 8"]["steps"] == everything[f"{strategy} in 1"]["steps"]
+
+
+def test_buckets_fit_the_model(worker):
+    """DeepSpeed allocates 2 GB for two buckets of its own size, and more than one is what overlaps with a backward."""
+    network = worker.text_network(layers=8)
+    sizes = [parameter.numel() for parameter in network.parameters()]
+    assert sum(sizes) / 8 > max(sizes)
+    found = {device: communication(network, 2, device) for device in ("cpu", "cuda")}
+    assert {device: each["reduce_bucket_size"] for device, each in found.items()} == {
+        "cpu": sum(sizes), "cuda": -(-sum(sizes) // 8)}
+    assert [each["overlap_comm"] for each in found.values()] == [False, True]
+    with torch.device("meta"):
+        large = nn.Linear(2**15, 2**15)  # which a bucket cannot hold
+    assert communication(large, 1, "cuda")["allgather_bucket_size"] == 500_000_000
 
 
 # --- clipping, and the optimizer ------------------------------------------------------------------------------------------
