@@ -130,7 +130,7 @@ def test_stale_lock_of_a_killed_extension_build_does_not_hang(engines, tmp_path)
 # --- activation checkpointing and compile ---------------------------------------------------------------------------------
 
 
-OFFLOADED = ("ddp", "zero2", "zero3", "fsdp2")
+OFFLOADED = ("ddp", *SHARDED)
 
 
 @pytest.fixture(scope="module")
