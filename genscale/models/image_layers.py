@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from genscale.models.batch_norm import BatchNorm
@@ -19,9 +20,9 @@ GROUPS, GROUP_CHANNELS = 32, 16
 CPU kernels take 15 to 40 times as long for groups of 8."""
 
 
-def to_signed(images: Tensor) -> Tensor:
-    """uint8 images as fp32 in [-1, 1]; what is floating-point already stays as it is."""
-    return images if images.is_floating_point() else images.float() / 127.5 - 1
+def to_signed(images: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
+    """uint8 images as fp32 in [-1, 1], laid out so; what is floating-point already stays as it is."""
+    return images if images.is_floating_point() else images.to(torch.float32, memory_format=memory_format) / 127.5 - 1
 
 
 def to_unit(images: Tensor) -> Tensor:

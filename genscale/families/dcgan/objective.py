@@ -19,7 +19,7 @@ from genscale.data.images.grouped import ImagesInLanes, gan_images
 from genscale.data.images.settings import PackedImageDataSettings
 from genscale.data.lanes import Sample
 from genscale.errors import UserError
-from genscale.families.dcgan.networks import DCGANDiscriminator, DCGANGenerator
+from genscale.families.dcgan.networks import DCGANDiscriminator, DCGANGenerator, StagedDiscriminator
 from genscale.families.dcgan.residual import ResidualDiscriminator, ResidualGenerator
 from genscale.families.dcgan.settings import GANSettings, check_gan
 from genscale.models.feature_network import RandomFeatures
@@ -64,10 +64,14 @@ class ImageGAN(GAN):
         super().__init__(generator, discriminator, settings, conditional=class_names is not None, **options)
         self.image_shape, self.class_names = image_shape, class_names
         self._features = RandomFeatures()
+        # As convolutions take them, in the same walk; but where pixels are added up, in an order that is that of the layout.
+        adds_up = settings.augmentation or settings.gradient_penalty or settings.r1
+        plain = isinstance(discriminator, StagedDiscriminator) and self.pack == 1 and not adds_up
+        self._layout = torch.channels_last if plain else torch.preserve_format
 
     def reals(self, batch: Batch) -> Tensor:
         """In [-1, 1]."""
-        return to_signed(batch["image"])
+        return to_signed(batch["image"], self._layout)
 
     def generate(self, networks: Networks, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         """Images fp32 `(batch, channels, size, size)` in [0, 1] from latents `(batch, latent)` and, where conditional,
