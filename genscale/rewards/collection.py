@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from genscale.errors import UserError, nearest
 from genscale.rewards.asking import insist, numbers
 from genscale.rewards.base import Answer, ImageReward, Reward, TextReward
-from genscale.rewards.entries import KEY, Entry, read_entries
+from genscale.rewards.entries import KEY, Entry, numbered, read_entries
 from genscale.rewards.journal import Address, Journal, hash_of
 from genscale.rewards.registry import INSTALLED, REWARDS, GivenReward, unknown
 
@@ -41,7 +41,7 @@ class Rewards:
 
     def __init__(self, parts: Sequence[tuple[Entry, Reward]]) -> None:
         self._parts = list(parts)
-        self.names = _numbered([entry.name for entry, _ in parts])
+        self.names = numbered([entry.name for entry, _ in parts])
         self.weights = [entry.weight for entry, _ in parts]
         self.columns = tuple(dict.fromkeys(column for _, reward in parts if isinstance(reward, TextReward)
                                            for column in reward.columns))
@@ -71,6 +71,12 @@ class Rewards:
     def origins(self) -> dict[str, dict[str, str]]:
         """Where those that are not built in come from, by name, for a checkpoint."""
         return {entry.name: origin for entry, _ in self._parts if (origin := REWARDS.origin(entry.name))}
+
+    def identities(self) -> dict[str, dict[str, str]]:
+        """Of the rewards that ask trained networks of their own, by the names of the parts: `sha256` of the network, and
+        `origin`, the run that it is of."""
+        return {name: {"sha256": digest, "origin": str(entry.given.get("run", entry.name))}
+                for name, (entry, reward) in zip(self.names, self._parts, strict=True) if (digest := reward.identity())}
 
     def other_versions(self, checkpoint: Path) -> list[str]:
         """Packages that a checkpoint was made with in another version than is used here."""
@@ -193,7 +199,3 @@ def names_of(reads: str) -> list[str]:
         except UserError:
             continue
     return names
-
-
-def _numbered(names: Sequence[str]) -> list[str]:
-    return [name if not (before := names[:index].count(name)) else f"{name}_{before + 1}" for index, name in enumerate(names)]

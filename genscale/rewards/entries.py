@@ -78,6 +78,25 @@ def completed(entries: Any, key: str = KEY) -> list[dict[str, Any]]:
     return [{"name": entry.name, "weight": entry.weight, **_settings(entry)} for entry in read_entries(entries, key)]
 
 
+def numbered(names: Sequence[str]) -> list[str]:
+    """What parts are called: of several of one name the later ones are numbered.
+
+    >>> numbered(["regex", "exact", "regex"])
+    ['regex', 'exact', 'regex_2']
+    """
+    return [name if not (before := names[:index].count(name)) else f"{name}_{before + 1}" for index, name in enumerate(names)]
+
+
+def moved(was: Any, now: Any) -> set[str]:
+    """The parts of two lists of complete entries whose trained run lies elsewhere; none where they differ in anything else."""
+    if not isinstance(was, list) or not isinstance(now, list):
+        return set()
+    if [{**entry, "run": None} for entry in was] != [{**entry, "run": None} for entry in now]:
+        return set()
+    names = numbered([entry["name"] for entry in now])
+    return {name for name, before, after in zip(names, was, now, strict=True) if before.get("run") != after.get("run")}
+
+
 def _settings(entry: Entry) -> dict[str, Any]:
     if entry.asked is None:
         return dict(entry.given)

@@ -134,6 +134,30 @@ def test_a_run_that_goes_on_needs_nothing_but_its_folder(tune: Train, whole: Pat
                                                      if "validation_reward" in line))
 
 
+def test_a_judge_may_move_and_must_stay_the_same(tune: Train, start: Path, tmp_path: Path, genscale: Train) -> None:
+    judge, run = Path(shutil.copytree(start, tmp_path / "judge")), tmp_path / "run"
+
+    def judged(place: Path) -> Any:
+        judge = json.dumps([{"name": "likelihood", "run": str(place)}])
+        return tune(run, **{"objective.rewards": judge, "data.columns": "[]", "objective.group": 2, "objective.tokens": 2,
+                            "train.evaluate_every": 0, "data.validation_prompts": 1})
+
+    assert judged(judge).code == 0
+    digest, evaluated = last(run).digest(), genscale("evaluate", run)
+    assert last(run).state()["judges"]["likelihood"]["origin"] == str(judge) and evaluated.code == 0
+    moved = judge.rename(tmp_path / "elsewhere")
+    shutil.rmtree(last(run).path)
+    done = judged(moved)
+    assert done.code == 0 and "elsewhere" in done.err and last(run).digest() == digest
+    shutil.rmtree(moved / "checkpoints" / "step-00000006")
+    (moved / "checkpoints" / "step-00000004").rename(moved / "checkpoints" / "step-00000006")  # trained otherwise
+    why = f"objective.rewards: likelihood asks {moved}, which is not the network that judged what {run}"
+    assert genscale("evaluate", run).message().startswith(why)
+    shutil.rmtree(last(run).path)
+    message = judged(moved).message_of_run()
+    assert message.startswith(f"{why}/checkpoints/step-00000002 was trained on (SHA-256 differs from ")
+
+
 def test_a_checkpoint_holds_no_more_of_the_reference_than_its_digest(whole: Path, start: Path) -> None:
     mine, plain = last(whole).path, start / "checkpoints" / "step-00000006"
     files = {file.relative_to(mine).as_posix() for file in mine.rglob("*.safetensors")}
