@@ -29,6 +29,7 @@ class Rewards:
         weights: of the parts.
         judges: the rewards themselves.
         columns: those of a prompt's row that any of them reads.
+        step: of the run that an evaluation or a sample belongs to, by which what is judged in it is recorded.
 
     Example:
         >>> rewards = build_rewards([{"name": "exact"}, {"name": "length", "weight": 0.5, "target": 3}], "text")
@@ -46,6 +47,7 @@ class Rewards:
         self.columns = tuple(dict.fromkeys(column for _, reward in parts if isinstance(reward, TextReward)
                                            for column in reward.columns))
         self.judges = [reward for _, reward in parts]
+        self.step = 0
         self._note: Callable[[str], None] = lambda doing: None
         self._journal: Journal | None = None
 
@@ -57,7 +59,7 @@ class Rewards:
             rank: of this process.
             note: tells the run's watchdog of progress.
         """
-        self._note = note
+        self._note, self.step = note, step
         if not all(reward.repeatable for _, reward in self._parts):
             self._journal = Journal(folder, rank, step)
 
@@ -103,6 +105,7 @@ class Rewards:
         """
         import torch
 
+        self.step = step
         if self._journal is not None:
             self._journal.at(step)
         columns = []

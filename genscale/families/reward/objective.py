@@ -67,7 +67,7 @@ class RewardTuning(Objective):
         self.phases = [Phase("policy", "policy", self.loss, self.count,
                              statistics=STATISTICS | {"length", "cut", "entropy", *self.parts})]
         self.writer = Writer(policy.settings.layers, tokenizer.vocab_size, tokenizer.end_of_text, settings.tokens)
-        self._draw, self._step = policy.initial_weight, 0
+        self._draw = policy.initial_weight
 
     def initial_weights(self, name: str) -> Callable[[str], Tensor]:
         """The same draw for both, where they begin from scratch."""
@@ -89,8 +89,7 @@ class RewardTuning(Objective):
             parts = torch.zeros(len(answers.tokens), len(self.parts), device=uniforms.device)
             reward = parts.sum(1)
         else:
-            self._step = draws.step
-            parts, reward = self._judged(batch, answers, "train")
+            parts, reward = self._judged(batch, answers, "train", draws.step)
         asked = prompts.repeated(group)
         with torch.no_grad():
             reference = log_probability(self.writer.logits(networks["reference"], asked, answers), answers)
@@ -103,8 +102,8 @@ class RewardTuning(Objective):
         return {**terms, "loss": loss, **dict(zip(self.parts, parts.sum(0), strict=True)), "cut": cut,
                 "length": answers.mask.float().sum(), "entropy": entropy(logits.detach(), answers).sum()}
 
-    def _judged(self, batch: Batch, answers: Answers, scope: str) -> tuple[Tensor, Tensor]:
-        """The parts `(answers, rewards)` and the sum `(answers,)` of the rewards."""
+    def _judged(self, batch: Batch, answers: Answers, scope: str, step: int | None = None) -> tuple[Tensor, Tensor]:
+        """The parts `(answers, rewards)` and the sum `(answers,)` of the rewards; without `step`, at that of the evaluation."""
         if self.rewards is None:
             raise self._unjudged or LookupError("no rewards")
         group = len(answers.tokens) // len(batch["sample"])
@@ -116,7 +115,7 @@ class RewardTuning(Objective):
             place, member = divmod(number, group)
             text = self.tokenizer.decode(row[: length - done])
             judged.append(Answer(told[place][0], text, told[place][1], done, samples[place], member))
-        parts, total = self.rewards.score(self._step, judged, scope=scope)
+        parts, total = self.rewards.score(self.rewards.step if step is None else step, judged, scope=scope)
         return parts.to(answers.tokens.device), total.to(answers.tokens.device)
 
     def evaluate(self, networks: Networks, batch: Batch) -> Terms:
