@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,7 +56,7 @@ def _entry(entry: Any, key: str) -> Entry:
     name, weight = entry.get("name"), entry.get("weight", 1.0)
     if not isinstance(name, str) or not name.strip():
         raise UserError(f"{key}.name: must be the name of a reward, not {name!r:.80}; `genscale rewards` lists them")
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not abs(weight) <= sys.float_info.max:
         raise UserError(f"{key}.weight: must be a finite number, not {weight!r:.80}")
     asked: Any = None
     if name in REWARDS:

@@ -229,6 +229,17 @@ def test_a_run_needs_the_one_it_began_from_only_once(genscale: Callable[..., Any
     assert message.startswith("model.from: ") and "no checkpoint here" in message
 
 
+@pytest.mark.parametrize("changes", [{"config": 5}, {"config": {"model": []}}, {"step": "x"}, {"judges": {"a": 5}},
+                                     {"classes": "abc"}, {"config": {"model": {"family": ["vae"]}}}], ids=range(6))
+def test_a_beginning_of_a_strangers_making_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    own = {"model.family": "image_reward", "model.from": "vae", "objective.rewards": "[{name: brightness}]"}
+    config = parse_config(FAMILIES, words(own))
+    started = {"config": {"model": MODELS["vae"], "data": DIGITS}, "step": 7, "judges": {}, "classes": None, **changes}
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, started=started))
+    with pytest.raises(UserError, match="model.started: is not what genscale writes there|is a run of model.family"):
+        family("image_reward").restore(config, tmp_path)
+
+
 def words(settings: dict[str, Any]) -> list[str]:
     return [f"--{key}={value}" for key, value in settings.items()]
 
