@@ -205,11 +205,11 @@ def test_a_rollout_of_the_dry_batch_is_the_longest_there_can_be(whole: Path) -> 
     assert told == ["answers"] and terms["length"] == 2 * 4 * 8 and terms["reward"] == 0
 
 
-@pytest.mark.parametrize("prompts", ["[" * 100_000, '[{"prompt": "x", "row": []}]', '[{"prompt": [1e999], "row": [1]}]',
+@pytest.mark.parametrize("written", ["[" * 100_000, '[{"prompt": "x", "row": []}]', '[{"prompt": [1e999], "row": [1]}]',
                                      '[{"prompt": [[1]], "row": [1]}]', '[{"prompt": TOKENS, "row": [91]}]', "[5]"],
                          ids=range(6))
-def test_prompts_of_a_strangers_making_are_refused(whole: Path, tmp_path: Path, prompts: str) -> None:
-    (tmp_path / "prompts.json").write_text(prompts.replace("TOKENS", str([1] * 16)))
+def test_prompts_of_a_strangers_making_are_refused(whole: Path, tmp_path: Path, written: str) -> None:
+    (tmp_path / "prompts.json").write_text(written.replace("TOKENS", str([1] * 16)))
     config = load_config(FAMILIES, whole / "config.yaml")
     with pytest.raises(UserError, match=r"prompts.json: is not what genscale writes there; delete it"):
         family("reward").restore(config, tmp_path)

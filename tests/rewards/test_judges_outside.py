@@ -17,11 +17,13 @@ import psutil
 import pytest
 import yaml
 
+import genscale
 from genscale.cluster.site import read_site
 from genscale.errors import SourceLost, UserError
 from genscale.rewards import program, web
 from genscale.rewards.base import Answer
 from genscale.rewards.collection import Rewards, build_rewards
+from genscale.supervise.run_folder import config_dict
 
 JUDGE = f"#!{sys.executable} -IS\n" + """
 import json, os, resource, signal, sys, time
@@ -46,8 +48,11 @@ for line in sys.stdin:
     if text == "limits": print(resource.getrlimit(resource.RLIMIT_CPU)[1], flush=True); continue
     if text == "flood": sys.stderr.write("x" * 3_000_000); print(1, flush=True); continue
     if text == "children":
-        for _ in range(9):
-            if os.fork() == 0: time.sleep(100)
+        for number in range(9):
+            if os.fork() == 0:
+                if number % 3 > 0: os.setsid()
+                if number % 3 > 1 and os.fork(): os._exit(0)  # whose child is nobody's, but for the program
+                time.sleep(100)
         print(1, flush=True); continue
     if text == "deep": print("[" * 500_000, flush=True); continue
     if text == "word": print('"0.5"', flush=True); continue
@@ -108,7 +113,7 @@ def test_what_floods_its_errors_or_forks_is_drained_and_ended(judge):
     rewards, before = judge(), set(psutil.Process().children(recursive=True))
     assert rewards.score(1, answers("flood", "children"))[1].tolist() == [1, 1]
     started = set(psutil.Process().children(recursive=True)) - before
-    assert len(started) == 10
+    assert len(started) >= 10
     rewards.close()
     assert not psutil.wait_procs(started, timeout=20)[1]
 
@@ -276,6 +281,18 @@ def test_another_address_than_the_sites_is_refused(server):
         build_rewards([{"name": "http", "url": f"{server}/v1/score?token=***"}], "text")
     with pytest.raises(UserError, match=r"rewards\[0\].url=http://\*\*\*@evil/v1: an address must not hold a user's name"):
         build_rewards([{"name": "http", "url": f"{server}\\@evil/v1"}], "text")
+
+
+def test_a_token_in_an_address_is_not_repeated(server, caplog):
+    url = f"{server}/v1/score?token=PlantedJudgeToken123"
+    Handler.replies[:] = [{"scores": [1]}] * 3 + [500]
+    for failure in (UserError, SourceLost):
+        with pytest.raises(failure) as found:
+            http(server, url=url, retry_minutes=0).score(1, answers("abc"))
+        assert "Planted" not in caplog.text + str(found.value) and "token=***" in str(found.value)
+    config = genscale.config("reward", {"objective.rewards": [{"name": "http", "url": url}]})
+    (written,) = config_dict(config)["objective"]["rewards"]  # what config.yaml, checkpoints and trackers are given
+    assert written["url"] == f"{server}/v1/score?token=***"
 
 
 def test_a_name_and_a_password_are_those_of_netrc(server, tmp_path, monkeypatch):
