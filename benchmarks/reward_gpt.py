@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import genscale
-from genscale.rewards.registry import REWARDS
 from genscale.tracking.metrics_file import read_metrics
 from reward_space import BETA, LONGEST, MASK, REWARD, TEXTS, TOKENS, optimum, total_variation
 from reward_tabular import by_seed, gaps
@@ -47,8 +46,7 @@ def measure(seed: int, folder: Path, settings: dict[str, Any]) -> dict[str, Any]
     began, cpu_began = time.perf_counter(), time.process_time()
     run = genscale.train(config, rewards={"as_many": AsMany})
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
-    with REWARDS.knowing({"as_many": AsMany}):
-        networks = genscale.load(run.folder).networks
+    networks = genscale.load(run.folder).networks
     policy, reference = (log_texts(networks[name]) for name in ("policy", "reference"))
     best = optimum(reference, REWARD)
     logged = [line["validation_gap"] for line in read_metrics(run.folder / "metrics.jsonl") if "validation_gap" in line]

@@ -36,7 +36,7 @@ TENSORS = ("networks", "optimizers", "averages")
 STATE = {"step": int, "data": dict, "scalers": dict, "plan": dict}
 """What every state.json has."""
 NOT_IN_ALL = {"units": int, "accumulation": int, "evaluation": dict, "best": dict, "guards": dict, "collapse": dict,
-              "frozen": dict, "hooks": dict}
+              "frozen": dict, "judges": dict, "hooks": dict}
 """What it may have; null stands for none."""
 
 
@@ -217,7 +217,7 @@ def _values(value: Any) -> list[Any]:
 
 
 RIGHT: dict[str, Callable[[Any], bool]] = {"step": _is_count, "data": _is_position, "guards": _is_guard, "best": _is_best,
-                                           "frozen": _is_frozen}
+                                           "frozen": _is_frozen, "judges": _is_frozen}
 """Parts of state.json that are looked into."""
 
 

@@ -1,5 +1,6 @@
 """The run folder's copy of its frozen networks, `frozen/<name>.safetensors`. Checkpoints hold the SHA-256 of each, and where it
-came from; never the network."""
+came from; never the network. They hold the same of networks that judge and are not the objective's own, of which no copy is
+kept."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from genscale.errors import UserError
 from genscale.objectives.base import Objective
 from genscale.parallel.materialise import Read, named_state
 from genscale.parallel.processes import Processes
+from genscale.rewards.entries import KEY
 from genscale.writing import drafted, make_folder
 
 FOLDER = "frozen"
@@ -74,6 +76,33 @@ def _write(objective: Objective, folder: Path, name: str, pretrained: Read | Non
 
 def _entries(network: nn.Module) -> dict[str, Any]:
     return {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in named_state(network)}
+
+
+def same_judges(objective: Objective, checkpoint: Checkpoint | None, processes: Processes) -> Recorded:
+    """What the checkpoints of the run say of the trained networks that its rewards ask. Collective.
+
+    Raises:
+        UserError: one is not what the checkpoint was trained with, or what another process has.
+    """
+    rewards = objective.rewards
+    found = processes.gather(rewards.identities() if rewards is not None else {})
+    for rank, others in enumerate(found):
+        for name, own in others.items():
+            if own != found[0].get(name):
+                raise UserError(f"{KEY}: {name} asks {own['origin']}, where process {rank} finds another network than process "
+                                "0; give all of them the same")
+    if checkpoint is not None:
+        check_judges(found[0], checkpoint)
+    return found[0]
+
+
+def check_judges(found: Recorded, checkpoint: Checkpoint) -> None:
+    """Raises UserError where a network that judges is another than the checkpoint was trained with."""
+    for name, wanted in (checkpoint.state().get("judges") or {}).items():
+        if name in found and found[name]["sha256"] != wanted["sha256"]:
+            raise UserError(f"{KEY}: {name} asks {found[name]['origin']}, which is not the network that judged what "
+                            f"{checkpoint.path} was trained on (SHA-256 differs from {wanted['sha256'][:16]}...); put that "
+                            "back, or begin a new run with another --run.name")
 
 
 def recorded_in(checkpoint: Checkpoint) -> Recorded:

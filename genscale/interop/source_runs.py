@@ -13,14 +13,14 @@ from typing import Any, cast
 
 import torch
 
-from genscale.checkpoint.checkpoints import Checkpoint, find_checkpoints
+from genscale.checkpoint.checkpoints import Checkpoint
 from genscale.errors import UserError
 from genscale.evaluation.trained_run import TrainedRun
 from genscale.families import FAMILIES, family
+from genscale.interop.own_runs import recorded_model, whole_checkpoint
 from genscale.interop.weights import Read
 from genscale.objectives.base import Objective
 from genscale.objectives.capabilities import BeginsFromRun, GeneratesImages
-from genscale.reading import Unreadable, read_yaml
 from genscale.settings.config import Config
 from genscale.settings.parser import load_config
 
@@ -46,7 +46,7 @@ def with_source(config: Config, recorded: Path | None) -> Config:
         return config
     started = _recorded(recorded, name)
     if started is None:
-        checkpoint = _checkpoint(name)
+        checkpoint = whole_checkpoint(name, read=True)
         started = {"config": checkpoint.config(), "step": checkpoint.step, "classes": _classes(checkpoint),
                    "judges": _judges(config)}
     return dataclasses.replace(config, model=dataclasses.replace(config.model, started=started))
@@ -64,10 +64,12 @@ def _judges(config: Config) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for number, entry in enumerate(rewards):
         if entry["name"] == "classifier" and entry["run"] not in found:
+            key = f"objective.rewards[{number}].run"
+            run = _opened(whole_checkpoint(entry["run"], read=True, key=key))
             try:
-                found[entry["run"]] = labels_of(_opened(_checkpoint(entry["run"])))
+                found[entry["run"]] = labels_of(run)
             except UserError as error:
-                raise UserError(f"objective.rewards[{number}].run: {str(error).removeprefix('model.from: ')}") from None
+                raise UserError(f"{key}: {error}") from None
     return found
 
 
@@ -85,31 +87,9 @@ def give_source(objective: Objective, config: Config) -> None:
 
 def _network(model: Any, name: str) -> Read:
     """The weights of a network of the run: averages where it has kept some, as its samples are made with."""
-    checkpoint = _checkpoint(model.from_, model.started["step"])
-    return checkpoint.weights(name, averaged=True)
+    return whole_checkpoint(model.from_, model.started["step"]).weights(name, averaged=True)
 
 
 def _recorded(recorded: Path | None, name: str) -> dict[str, Any] | None:
-    if recorded is None:
-        return None
-    try:
-        model = read_yaml(recorded / "config.yaml")["model"]
-        return model["started"] if model["from"] == name else None
-    except (OSError, Unreadable, KeyError, TypeError):
-        return None
-
-
-def _checkpoint(name: str, step: int | None = None) -> Checkpoint:
-    """The latest whole checkpoint of a run folder (or that of this step), or the one that is named. Raises UserError."""
-    try:
-        found = [each for each in find_checkpoints(Path(name).expanduser()) if step in (None, each.step)]
-    except UserError as error:
-        raise UserError(f"model.from: {error}") from None
-    problem = f"it has none of step {step}"
-    for checkpoint in reversed(found):
-        problem = f"{checkpoint.path.name} is damaged ({checkpoint.problem()})"
-        if checkpoint.problem() is None:
-            return checkpoint
-    raise UserError(f"model.from: {name} holds no whole checkpoint: {problem}; copy it again, or begin from another run")
-
-
+    model = recorded_model(recorded) if recorded is not None else {}
+    return model.get("started") if model.get("from") == name else None

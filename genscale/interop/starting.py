@@ -16,11 +16,10 @@ from torch import Tensor
 from genscale.data.text.tokenizers import load_tokenizer
 from genscale.errors import UserError
 from genscale.interop.huggingface import TOKENIZER, find_folder, open_huggingface, read_settings
-from genscale.interop.own_runs import find_run, folder_of_run, settings_of_run, weights_of_run
+from genscale.interop.own_runs import find_run, folder_of_run, recorded_model, settings_of_run, weights_of_run
 from genscale.interop.source_runs import begins_from_run, with_source
 from genscale.interop.tokenizer_files import GENERATION_CONFIG
 from genscale.interop.weights import Read
-from genscale.reading import Unreadable, read_yaml
 from genscale.settings.config import Config, DataSettings, ModelSettings
 from genscale.writing import write_whole
 
@@ -90,18 +89,8 @@ def _shape_and_tokenizer(name: str) -> tuple[dict[str, Any], Path]:
 def _recorded_shape(recorded: Path | None, name: str) -> dict[str, Any] | None:
     if recorded is None:
         return None
-    model = _model_of(recorded)
+    model = recorded_model(recorded)
     return {key: value for key, value in model.items() if key not in (*FREE, "from")} if model.get("from") == name else None
-
-
-def _model_of(recorded: Path) -> dict[str, Any]:
-    try:
-        model = read_yaml(recorded / "config.yaml")["model"]
-    except (OSError, Unreadable, KeyError, TypeError):
-        model = None
-    if not isinstance(model, dict):
-        raise UserError(f"run.resume: {recorded / 'config.yaml'} is damaged: it holds no section 'model'")
-    return model
 
 
 def _merged(ours: Any, shape: dict[str, Any], name: str) -> Any:

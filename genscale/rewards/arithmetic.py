@@ -151,4 +151,9 @@ class Arithmetic(RightOrWrong):
             return True
         given = column_of(answer, self.asked.numbers)
         words = given if isinstance(given, (list, tuple)) else re.findall(r"[0-9]+(?:\.[0-9]+)?", str(given))
-        return sorted(map(float, words)) == sorted(map(float, re.findall(r"[0-9]+(?:\.[0-9]+)?", expression)))
+        try:
+            numbers = sorted(map(float, words))
+        except (TypeError, ValueError, OverflowError):
+            raise UserError(f"numbers: '{self.asked.numbers}' holds {given!r:.80} in the row of sample {answer.sample:,}, and "
+                            "not numbers") from None
+        return numbers == sorted(map(float, re.findall(r"[0-9]+(?:\.[0-9]+)?", expression)))

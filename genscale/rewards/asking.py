@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from genscale.errors import UserError
@@ -61,7 +61,7 @@ def numbers(values: Any, count: int) -> list[float]:
     """
     values = values.tolist() if hasattr(values, "tolist") else values
     try:
-        found = [float(value) for value in values]
+        found = [_number(value) for value in ([values] if isinstance(values, (str, bytes, Mapping)) else values)]
     except (TypeError, ValueError, OverflowError):
         raise NoJudgement(f"gave {values!r:.80}, not a number for each of {count}") from None
     if len(found) != count:
@@ -70,3 +70,10 @@ def numbers(values: Any, count: int) -> list[float]:
         if not math.isfinite(number):
             raise NoJudgement(f"gave {number}, for number {index + 1} of {count}")
     return found
+
+
+def _number(value: Any) -> float:
+    """Raises TypeError for a text, even one that reads like a number."""
+    if isinstance(value, (str, bytes)):
+        raise TypeError
+    return float(value)

@@ -61,6 +61,11 @@ class Reward:
         self.asked = asked
         self.progress: Callable[[str], None] = lambda doing: None
 
+    def identity(self) -> str | None:
+        """SHA-256 of the trained network that it asks: a run goes on with no other. None where it asks none, or one of the
+        objective's own."""
+        return None
+
     def close(self) -> None:
         """End what it has started."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from genscale.errors import UserError, nearest
 from genscale.rewards.asking import insist, numbers
 from genscale.rewards.base import Answer, ImageReward, Reward, TextReward
-from genscale.rewards.entries import KEY, Entry, read_entries
+from genscale.rewards.entries import KEY, Entry, numbered, read_entries
 from genscale.rewards.journal import Address, Journal, hash_of
 from genscale.rewards.registry import INSTALLED, REWARDS, GivenReward, unknown
 
@@ -29,6 +29,7 @@ class Rewards:
         weights: of the parts.
         judges: the rewards themselves.
         columns: those of a prompt's row that any of them reads.
+        step: of the run that an evaluation or a sample belongs to, by which what is judged in it is recorded.
 
     Example:
         >>> rewards = build_rewards([{"name": "exact"}, {"name": "length", "weight": 0.5, "target": 3}], "text")
@@ -41,11 +42,12 @@ class Rewards:
 
     def __init__(self, parts: Sequence[tuple[Entry, Reward]]) -> None:
         self._parts = list(parts)
-        self.names = _numbered([entry.name for entry, _ in parts])
+        self.names = numbered([entry.name for entry, _ in parts])
         self.weights = [entry.weight for entry, _ in parts]
         self.columns = tuple(dict.fromkeys(column for _, reward in parts if isinstance(reward, TextReward)
                                            for column in reward.columns))
         self.judges = [reward for _, reward in parts]
+        self.step = 0
         self._note: Callable[[str], None] = lambda doing: None
         self._journal: Journal | None = None
 
@@ -57,7 +59,7 @@ class Rewards:
             rank: of this process.
             note: tells the run's watchdog of progress.
         """
-        self._note = note
+        self._note, self.step = note, step
         if not all(reward.repeatable for _, reward in self._parts):
             self._journal = Journal(folder, rank, step)
 
@@ -71,6 +73,12 @@ class Rewards:
     def origins(self) -> dict[str, dict[str, str]]:
         """Where those that are not built in come from, by name, for a checkpoint."""
         return {entry.name: origin for entry, _ in self._parts if (origin := REWARDS.origin(entry.name))}
+
+    def identities(self) -> dict[str, dict[str, str]]:
+        """Of the rewards that ask trained networks of their own, by the names of the parts: `sha256` of the network, and
+        `origin`, the run that it is of."""
+        return {name: {"sha256": digest, "origin": str(entry.given.get("run", entry.name))}
+                for name, (entry, reward) in zip(self.names, self._parts, strict=True) if (digest := reward.identity())}
 
     def other_versions(self, checkpoint: Path) -> list[str]:
         """Packages that a checkpoint was made with in another version than is used here."""
@@ -97,6 +105,7 @@ class Rewards:
         """
         import torch
 
+        self.step = step
         if self._journal is not None:
             self._journal.at(step)
         columns = []
@@ -193,7 +202,3 @@ def names_of(reads: str) -> list[str]:
         except UserError:
             continue
     return names
-
-
-def _numbered(names: Sequence[str]) -> list[str]:
-    return [name if not (before := names[:index].count(name)) else f"{name}_{before + 1}" for index, name in enumerate(names)]

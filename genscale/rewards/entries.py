@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,7 +56,7 @@ def _entry(entry: Any, key: str) -> Entry:
     name, weight = entry.get("name"), entry.get("weight", 1.0)
     if not isinstance(name, str) or not name.strip():
         raise UserError(f"{key}.name: must be the name of a reward, not {name!r:.80}; `genscale rewards` lists them")
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not abs(weight) <= sys.float_info.max:
         raise UserError(f"{key}.weight: must be a finite number, not {weight!r:.80}")
     asked: Any = None
     if name in REWARDS:
@@ -76,6 +76,25 @@ def completed(entries: Any, key: str = KEY) -> list[dict[str, Any]]:
     [{'name': 'exact', 'weight': 1.0, 'column': 'answer', 'strip': True, 'casefold': False}]
     """
     return [{"name": entry.name, "weight": entry.weight, **_settings(entry)} for entry in read_entries(entries, key)]
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """What parts are called: of several of one name the later ones are numbered.
+
+    >>> numbered(["regex", "exact", "regex"])
+    ['regex', 'exact', 'regex_2']
+    """
+    return [name if not (before := names[:index].count(name)) else f"{name}_{before + 1}" for index, name in enumerate(names)]
+
+
+def moved(was: Any, now: Any) -> set[str]:
+    """The parts of two lists of complete entries whose trained run lies elsewhere; none where they differ in anything else."""
+    if not isinstance(was, list) or not isinstance(now, list):
+        return set()
+    if [{**entry, "run": None} for entry in was] != [{**entry, "run": None} for entry in now]:
+        return set()
+    names = numbered([entry["name"] for entry in now])
+    return {name for name, before, after in zip(names, was, now, strict=True) if before.get("run") != after.get("run")}
 
 
 def _settings(entry: Entry) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from genscale.rewards.base import Answer, TextReward
 
 LONGEST = 2000
 """Characters of an answer; a longer one is no sentence."""
-MOST_ITEMS = 1_000_000
+MOST_STEPS = 2_000_000
 """Steps of reading one answer; what takes more ends the run, by name."""
 _TOKEN = regex.compile(r"""\s*(?:(?P<text>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|(?P<set>\[(?:[^\]\\]|\\.)+\])|"""
                        r"(?P<rule>[A-Za-z_]\w*)|(?P<sign>[|()?*+]))")
@@ -54,7 +54,7 @@ class Sentences:
         self._empty = self._may_be_empty()
 
     def holds(self, text: str) -> bool:
-        """Whether the text is a sentence. Raises UserError where that takes more than a million steps."""
+        """Whether the text is a sentence. Raises UserError where that takes more than `MOST_STEPS`."""
         # An item: the rule, which of its choices, how far in it, where in the text it began.
         columns: list[dict[tuple[str, int, int, int], None]] = [{} for _ in range(len(text) + 1)]
         columns[0] = {(self._start, number, 0, 0): None for number in range(len(self._choices[self._start]))}
@@ -63,10 +63,6 @@ class Sentences:
         for at, column in enumerate(columns):
             todo = list(column)
             while todo:
-                count += 1
-                if count > MOST_ITEMS:
-                    raise UserError(f"rules: an answer of {len(text):,} characters takes more than {MOST_ITEMS:,} steps to "
-                                    "read: the grammar reads it in too many ways; make it less ambiguous, or set `longest`")
                 item = todo.pop()
                 rule, number, dot, began = item
                 choice = self._choices[rule][number]
@@ -80,6 +76,10 @@ class Sentences:
                         new.append((rule, number, dot + 1, began))
                 elif at < len(text) and _fits(symbol, text[at]):
                     columns[at + 1][(rule, number, dot + 1, began)] = None
+                count += 1 + len(new)
+                if count > MOST_STEPS:
+                    raise UserError(f"rules: an answer of {len(text):,} characters takes more than {MOST_STEPS:,} steps to "
+                                    "read: the grammar reads it in too many ways; make it less ambiguous, or set `longest`")
                 for each in new:
                     if each not in column:
                         column[each] = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -142,9 +143,12 @@ def _records(path: Path) -> Iterator[tuple[str, Address, str, float]]:
             try:
                 record = json.loads(line)
                 address = Address(str(record["scope"]), *(int(record[key]) for key in ("step", "sample", "member")))
-                yield str(record["name"]), address, str(record["hash"]), float(record["reward"])
-            except (ValueError, KeyError, TypeError, RecursionError):
+                reward = float(record["reward"])
+                found = str(record["name"]), address, str(record["hash"]), reward
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 continue
+            if math.isfinite(reward):
+                yield found
 
 
 def _ends_a_line(path: Path) -> bool:

@@ -35,6 +35,24 @@ def compiled(pattern: str, key: str) -> regex.Pattern[str]:
         raise UserError(f"{key}: {pattern!r:.80} is no regular expression ({error})") from None
 
 
+def matches(pattern: regex.Pattern[str], text: str, key: str, seconds: float, whole: bool = False) -> bool:
+    """Whether a text matches, in whole or a part of it, in bounded CPU time.
+
+    Raises:
+        UserError: it takes longer, or goes around in itself (`(?R)`) without end; the message begins with `key`.
+    """
+    match = pattern.fullmatch if whole else pattern.search
+    advice = ("it backtracks; write it so that no part can match the same text in two ways, or with possessive quantifiers "
+              "(a++)")
+    try:
+        return match(text, timeout=seconds) is not None
+    except TimeoutError:
+        why = f"took more than {seconds:g} seconds"
+    except MemoryError:
+        why, advice = "took more memory than a pattern may", "it calls itself, or backtracks, without end"
+    raise UserError(f"{key}: {pattern.pattern!r:.80} {why} for a text of {len(text):,} characters: {advice}")
+
+
 @dataclass(frozen=True)
 class PatternSettings:
     """The pattern, and where it is looked for."""
@@ -66,8 +84,7 @@ class Pattern(TextReward):
 
     def __init__(self, asked: PatternSettings) -> None:
         super().__init__(asked)
-        pattern = compiled(asked.pattern, "pattern")
-        self._match = pattern.fullmatch if asked.where == "whole" else pattern.search
+        self._pattern = compiled(asked.pattern, "pattern")
 
     def judge(self, answers: Sequence[Answer]) -> list[float]:
         """1 or 0. Raises UserError where the pattern takes too long."""
@@ -75,9 +92,6 @@ class Pattern(TextReward):
 
     def _matches(self, answer: Answer) -> bool:
         try:
-            return self._match(answer.text, timeout=self.asked.seconds) is not None
-        except TimeoutError:
-            raise UserError(f"pattern: {self.asked.pattern!r:.80} took more than {self.asked.seconds:g} seconds (seconds) for "
-                            f"an answer of {len(answer.text):,} characters (sample {answer.sample:,}, answer {answer.member}): "
-                            "it backtracks; write it so that no part can match the same text in two ways, or with possessive "
-                            "quantifiers (a++)") from None
+            return matches(self._pattern, answer.text, "pattern", self.asked.seconds, whole=self.asked.where == "whole")
+        except UserError as error:
+            raise UserError(f"{error} (sample {answer.sample:,}, answer {answer.member})") from None

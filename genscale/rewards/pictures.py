@@ -47,6 +47,11 @@ class Classified(ImageReward):
                             f"its classes are {', '.join(names[:20])}")
         self._class = names.index(asked.label)
 
+    def identity(self) -> str | None:
+        """SHA-256 of the classifier's weights."""
+        digest: str = self._network.identity()
+        return digest
+
     def scores(self, images: Tensor) -> Tensor:
         """Logits of the classes, `(batch, classes)`."""
         self._network.to(images.device)

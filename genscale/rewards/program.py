@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
+
 from genscale.errors import UserError
 from genscale.rewards.asking import NoJudgement, insist, numbers
 from genscale.rewards.base import Answer, TextReward
@@ -25,7 +27,8 @@ LONGEST = 2**20
 BEAT_SECONDS = 1.0
 """A program that is waited for, within its time, counts as progress."""
 # Limits are set by a small program that then becomes the other one: to run Python between fork and exec of a process with
-# threads (torch's) may block for ever. The last line of defence ends the program where genscale was killed.
+# threads (torch's) may block for ever. The last lines of defence: what the program starts stays below it whatever becomes of
+# its parents (36 is PR_SET_CHILD_SUBREAPER), and the program ends where genscale was killed (1, PR_SET_PDEATHSIG).
 _LIMITED = """
 import ctypes, os, resource, signal, sys
 cpu, memory, parent = map(int, sys.argv[1:4])
@@ -33,6 +36,7 @@ for limit, value in ((resource.RLIMIT_CPU, cpu), (resource.RLIMIT_AS, memory), (
                      (resource.RLIMIT_NOFILE, 256)):
     resource.setrlimit(limit, (value, value))
 try:
+    ctypes.CDLL(None).prctl(36, 1)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 except (OSError, AttributeError):
     pass
@@ -89,12 +93,18 @@ class ProgramReward(TextReward):
         return found
 
     def close(self) -> None:
-        """Kill it, and all that it has started in its session."""
+        """Kill it, and all that it has started: in its session, and below it in sessions of their own."""
         process, self._process = self._process, None
         if process is None:
             return
+        below: list[psutil.Process] = []
+        with contextlib.suppress(psutil.Error):
+            below = psutil.Process(process.pid).children(recursive=True)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
+        for each in below:
+            with contextlib.suppress(psutil.Error):
+                each.kill()
         process.wait()
         for stream in (process.stdin, process.stdout, process.stderr):
             with contextlib.suppress(OSError):

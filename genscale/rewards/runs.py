@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -65,6 +66,16 @@ class Likelihood(TextReward):
                             "name a run of model.family gpt")
         self._network, self._device = run.networks["gpt"].requires_grad_(False), run.device
         self._tokenizer, self._positions = run.objective.tokenizer, run.networks["gpt"].settings.positions
+
+    def identity(self) -> str:
+        """SHA-256 of the weights, and of the tokenizer that they read with."""
+        import torch
+
+        hashed = hashlib.sha256(self._tokenizer.digest.encode())
+        for name, values in sorted(self._network.state_dict().items()):
+            hashed.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+            hashed.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return hashed.hexdigest()
 
     def judge(self, answers: Sequence[Answer]) -> list[float]:
         """Nats per token, 0 at most."""

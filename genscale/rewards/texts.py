@@ -134,13 +134,14 @@ _NUMBER = re.compile(r"(?:(?<![\w.)])[-+])?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|
 
 
 def last_number(text: str) -> float | None:
-    """The last number in a text; None where there is none.
+    """The last number in a text; None where there is none, or one that is larger than a float holds.
 
     >>> [last_number(text) for text in ("so it is 1,234.5", "3-4", "x = -2", "none", "1e3")]
     [1234.5, 4.0, -2.0, None, 1000.0]
     """
     found = _NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
+    number = float(found[-1].replace(",", "")) if found else math.inf
+    return number if math.isfinite(number) else None
 
 
 class Numeric(RightOrWrong):

@@ -9,12 +9,14 @@ import json
 import netrc
 import os
 import queue
+import socket
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from genscale.errors import SourceLost, UserError
+from genscale.masking import has_mask, masked
 from genscale.rewards.asking import NoJudgement, insist, numbers
 from genscale.rewards.base import Answer, TextReward
 from genscale.rewards.program import BEAT_SECONDS, asked_of
@@ -62,6 +64,8 @@ class WebReward(TextReward):
 
     def __init__(self, asked: WebSettings) -> None:
         super().__init__(asked)
+        if has_mask(asked.url):
+            raise UserError(f"url: {asked.url}: its token was left out when this was written; give the whole address")
         self._address = read_reward_site().check_address(asked.url)
 
     @property
@@ -77,7 +81,7 @@ class WebReward(TextReward):
             UserError: it refuses, or answers otherwise.
         """
         body = json.dumps({"answers": [asked_of(answer, self.asked.columns) for answer in answers]}, default=str).encode()
-        return insist(lambda: self._judged(body, len(answers)), self.asked.url)
+        return insist(lambda: self._judged(body, len(answers)), masked(self.asked.url))
 
     def _judged(self, body: bytes, count: int) -> list[float]:
         reply = self._reply(body)
@@ -118,10 +122,13 @@ class WebReward(TextReward):
         outcome: queue.Queue[tuple[int, bytes] | Exception] = queue.Queue()
         kind = http.client.HTTPSConnection if self._address.scheme == "https" else http.client.HTTPConnection
         connection = kind(self._address.hostname or "", self._address.port, timeout=self.asked.seconds)
+        opened: list[socket.socket] = []
         path = (self._address.path or "/") + (f"?{self._address.query}" if self._address.query else "")
 
         def work() -> None:
             try:
+                connection.connect()
+                opened.append(connection.sock)
                 connection.request("POST", path, body, self._headers())
                 response = connection.getresponse()
                 outcome.put((response.status, response.read(MOST_BYTES + 1)))
@@ -138,7 +145,9 @@ class WebReward(TextReward):
                 break
             except queue.Empty:
                 if time.monotonic() >= deadline:
-                    connection.close()
+                    for each in opened:  # the thread then reads its end; to close what it is reading would wait for it
+                        with contextlib.suppress(OSError):
+                            each.shutdown(socket.SHUT_RDWR)
                     raise _Unanswered(f"no reply in {self.asked.seconds:g} seconds") from None
                 self.progress("waiting for the server")
         if isinstance(found, Exception):

@@ -25,6 +25,8 @@ from genscale.families import family
 from genscale.interop.starting import complete_from
 from genscale.masking import masked, masked_throughout
 from genscale.reading import dump_yaml, parse_yaml, read_yaml
+from genscale.rewards.entries import KEY
+from genscale.rewards.entries import moved as moved_judges
 from genscale.settings.config import (
     MAY_CHANGE_AT_RESUME,
     MUST_NOT_CHANGE_AT_RESUME,
@@ -171,7 +173,8 @@ def check_may_continue(config: Config, checkpoint: Checkpoint, plan: dict[str, A
     changed = {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)}
     recorded = masked_throughout(checkpoint.state()["plan"])
     differing = plan_differences(recorded, plan)
-    moved = {key: pair for key, pair in changed.items() if only_moved(key, *pair, plan)}
+    moved = {key: pair for key, pair in changed.items()
+             if only_moved(key, *pair, plan) or _judged_elsewhere(key, *pair, checkpoint)}
     fatal = {key: pair for key, pair in changed.items() if key not in moved and (
              key in MUST_NOT_CHANGE_AT_RESUME or not key.startswith(MAY_CHANGE_AT_RESUME))}
     if fatal:
@@ -184,6 +187,12 @@ def check_may_continue(config: Config, checkpoint: Checkpoint, plan: dict[str, A
         raise UserError(f"run.resume: the data is not what the checkpoint {checkpoint.path} was trained on: {what}; "
                         "begin a new run with another --run.name (or --run.resume never)")
     return [f"{key}: {was!r} -> {now!r}" for key, (was, now) in changed.items()]
+
+
+def _judged_elsewhere(key: str, was: Any, now: Any, checkpoint: Checkpoint) -> bool:
+    """Whether the setting says no more than where the runs lie whose networks judge, which the checkpoint knows."""
+    names = moved_judges(was, now) if key == KEY else set()
+    return bool(names) and names <= (checkpoint.state().get("judges") or {}).keys()
 
 
 def check_same_accumulation(train: TrainSettings, checkpoint: Checkpoint, accumulation: int, world_size: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class KeepCheckpoints(Hook):
         evaluate: the hook whose metrics choose the best.
         may_commit: raises where the run folder is another's by now.
         state_of_hooks: what all of them keep, this one too, and the trainer.
-        frozen: what a checkpoint says of the frozen networks, which it does not hold.
+        fixed: what a checkpoint says of networks that it does not hold, by the key of state.json.
 
     Attributes:
         best: what state.json says of the best checkpoint so far.
@@ -62,12 +62,12 @@ class KeepCheckpoints(Hook):
 
     def __init__(self, config: Config, folder: Path, engine: Engine, objective: Objective, data: Data, loader: StepLoader,
                  evaluate: Evaluate, may_commit: Callable[[], object] | None,
-                 state_of_hooks: Callable[[], dict[str, Any]], frozen: dict[str, Any]) -> None:
+                 state_of_hooks: Callable[[], dict[str, Any]], fixed: Mapping[str, Any]) -> None:
         train = config.train
         self.config, self.every = config, train.checkpoint_every
         self.by_clock = self._minutes_are_up if train.checkpoint_minutes else None
         self.engine, self.processes, self.objective, self.data, self.loader = engine, engine.processes, objective, data, loader
-        self.evaluate, self.state_of_hooks, self.frozen = evaluate, state_of_hooks, frozen
+        self.evaluate, self.state_of_hooks, self.fixed = evaluate, state_of_hooks, fixed
         self.best: dict[str, Any] | None = None
         self.saver = Saver(folder / "checkpoints", self.processes, train.checkpoint_keep, train.checkpoint_keep_every,
                            may_commit)
@@ -94,8 +94,7 @@ class KeepCheckpoints(Hook):
         state = {"step": report.step, **self.state_of_hooks(), "best": best, "accumulation": self.engine.accumulation,
                  "scalers": {name: self.engine.scaler_state(name) for name in self.engine.optimizers},
                  "data": data, "plan": self.data.plan(), "world_size": self.processes.world_size}
-        if self.frozen:
-            state["frozen"] = self.frozen
+        state |= {key: said for key, said in self.fixed.items() if said}
         position = position_in_words(data["batches"] * self.config.train.global_batch_size, self.data.samples_of_epoch())
         about = provenance(self.processes.world_size, self.engine.strategy, position, self.config)
         if self.objective.rewards is not None and (origins := self.objective.rewards.origins()):

@@ -84,6 +84,8 @@ class Evaluate(Hook):
     def validate(self, step: int) -> dict[str, float] | None:
         """Metrics on the validation set; None where a signal has cut it short. Collective."""
         processes = self.processes
+        if self.objective.rewards is not None:  # that of the last update may be a later one, which the run has gone back from
+            self.objective.rewards.step = step
 
         def go_on(batch: int) -> bool:
             processes.note(f"step {step}, evaluation, batch {batch + 1}")

@@ -68,12 +68,13 @@ class RunHooks:
         stop: the signals received so far; one ends an evaluation.
         may_commit: raises where the run folder is another's by now.
         added: the user's, by name. Their states stand together under `hooks` in state.json; the others' beside each other.
-        frozen: what checkpoints say of the frozen networks.
+        fixed: what checkpoints say of networks that they do not hold, for the run does not change them: under `frozen` of the
+            objective's, under `judges` of those that its rewards ask.
     """
 
     def __init__(self, config: Config, folder: Path, engine: Engine, objective: Objective, data: Data, loader: StepLoader,
                  state: dict[str, Any], stop: StopSignal, may_commit: Callable[[], object] | None,
-                 added: Mapping[str, Hook] | None = None, frozen: dict[str, Any] | None = None) -> None:
+                 added: Mapping[str, Hook] | None = None, fixed: Mapping[str, Any] | None = None) -> None:
         self.config, self.engine, self.processes, self.loss_unit = config, engine, engine.processes, objective.loss_unit
         self.guards_state: Callable[[], dict[str, Any]] = dict  # the trainer's, once there is one
         validation_set, done, train = data.validation(), state.get("step", 0), config.train
@@ -89,7 +90,7 @@ class RunHooks:
                                  lambda: self.checkpoints.best_checkpoint())
         self.sample = Sample(train.sample_every, config.run.seed, folder, engine, objective, self.record)
         self.checkpoints = KeepCheckpoints(config, folder, engine, objective, data, loader, self.evaluate, may_commit,
-                                           self.state, frozen or {})
+                                           self.state, fixed or {})
         log_metrics = LogMetrics(train.log_every, config.data, self.count, loader, self.processes, self.record,
                                  objective.unit, self.checkpoints.held_up, self.evaluate.score)
         compare = CompareReplicas(engine) if self.processes.world_size > 1 else None

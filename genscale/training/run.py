@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from genscale.checkpoint.checkpoints import Checkpoint
-from genscale.checkpoint.frozen_networks import keep_frozen
+from genscale.checkpoint.frozen_networks import keep_frozen, same_judges
 from genscale.checkpoint.provenance import chosen_plugins
 from genscale.data.lanes import Data
 from genscale.data.loader import StepLoader
@@ -156,6 +156,7 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
                               micro_batch_size, accumulation)
         pretrained = None if checkpoint else processes.all_do(lambda: weights_from(config.model))
         frozen, reads = keep_frozen(objective, folder, checkpoint, processes, pretrained)
+        judges = same_judges(objective, checkpoint, processes)
         prepare(engine, objective, config.optimizer, averaged, checkpoint, pretrained, reads)
         state = checkpoint.state() if checkpoint else {}
         loader = open_loader(data, config.data, config.train.global_batch_size, micro_batch_size, processes, state)
@@ -173,7 +174,8 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
         if objective.rewards is not None:
             objective.rewards.open(folder, processes.rank, state.get("step", 0), processes.note)
         hooks = RunHooks(config, folder, engine, objective, data, loader, state, supervision.stop,
-                         supervision.owner.check if supervision.owner else None, added, frozen)
+                         supervision.owner.check if supervision.owner else None, added,
+                         {"frozen": frozen, "judges": judges})
         return _loop(config, folder, engine, objective, loader, hooks, checkpoint, supervision)
     except BaseException as error:
         supervision.failed(error)

@@ -9,6 +9,7 @@ from typing import Any, cast
 from tqdm import tqdm
 
 from genscale.checkpoint.checkpoints import Checkpoint
+from genscale.checkpoint.frozen_networks import check_judges
 from genscale.checkpoint.provenance import check_sources
 from genscale.data.lanes import Sample
 from genscale.errors import UserError
@@ -22,6 +23,7 @@ from genscale.objectives.capabilities import MeasuresLikelihood, WritesText
 from genscale.parallel.precision import autocast, native_precision
 from genscale.parallel.processes import on_cpu
 from genscale.settings.config import Config, TrainSettings
+from genscale.supervise.run_folder import config_dict
 from genscale.verbs.trained import Published, open_run
 
 BATCH_SIZE = 8
@@ -31,7 +33,16 @@ SHOWN_AFTER_SECONDS = 2.0
 def metrics(config: Config, checkpoint: Checkpoint | Published) -> dict[str, Any]:
     check_sources(config, [checkpoint.path])
     run = open_run(config, checkpoint)
+    _check_judges(run, checkpoint)
     return _validation(run, _samples(run.objective.use_assets(config, run.folder)))
+
+
+def _check_judges(run: TrainedRun, checkpoint: Checkpoint | Published) -> None:
+    """Raises UserError where the run's own rewards ask another network than they did; what is asked for here may be another."""
+    rewards = run.objective.rewards
+    if rewards is not None and isinstance(checkpoint, Checkpoint) and \
+            config_dict(run.config).get("objective") == checkpoint.config().get("objective"):
+        check_judges(rewards.identities(), checkpoint)
 
 
 def _samples(config: Config) -> list[Sample]:

@@ -70,8 +70,26 @@ def test_the_same_texts_and_rewards(settings: dict[str, Any], alone: Path, tmp_p
     assert names == {"policy"}
 
 
+@pytest.fixture(scope="module")
+def begun(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Settings of a run that begins from a trained GPT and is judged by another: nothing of either is drawn."""
+    folder = tmp_path_factory.mktemp("trained")
+    text = folder / "text.txt"
+    text.write_text("\n\n".join("+".join("1" * (n % 5 + 1)) + f"={n}" for n in range(400)))
+    gpt = {key: value for key, value in settings.items() if key.startswith(("model.", "train.", "tracking."))}
+    gpt |= {"model.family": "gpt", "data.source": text, "data.sequence_length": 32, "data.validation_blocks": 2}
+    del gpt["model.from"]
+    for seed in (1, 2):
+        train(folder / f"gpt-{seed}", "single", {**gpt, "run.seed": seed})
+    shape = ("model.preset", "model.layers", "model.heads", "model.width", "model.positions", "model.init_std")
+    judged = [{"name": "likelihood", "run": str(folder / "gpt-2")}, {"name": "length", "target": 4}]
+    return {**{key: value for key, value in settings.items() if key not in shape}, "model.from": folder / "gpt-1",
+            "objective.rewards": json.dumps(judged)}
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp2"])
-def test_killed_and_gone_on(settings: dict[str, Any], tmp_path: Path, strategy: str) -> None:
+def test_killed_and_gone_on(begun: dict[str, Any], tmp_path: Path, strategy: str) -> None:
+    settings = begun
     whole, killed = train(tmp_path / "whole", strategy, settings), tmp_path / "killed"
     begun = start(*words(killed, strategy, settings))
     while begun.process.poll() is None and not list((killed / "checkpoints").glob("step-*/manifest.json")):

@@ -18,8 +18,9 @@ from torch import Tensor
 from genscale.checkpoint.checkpoints import find_checkpoints
 from genscale.errors import UserError
 from genscale.families import FAMILIES, family
-from genscale.families.image_reward.flow import LatentFlow, drawn_class, log_normal
+from genscale.families.image_reward.flow import BINS, REACH, LatentFlow, drawn_class, log_normal, spline
 from genscale.objectives.likelihoods import LIKELIHOODS
+from genscale.rewards.registry import REWARDS
 from genscale.rng import Draws
 from genscale.settings.parser import parse_config
 
@@ -58,10 +59,10 @@ def built(run: str, **settings: Any) -> Any:
     return objective
 
 
-@pytest.mark.parametrize(("size", "classes"), [(5, 0), (4, 3)])
-def test_the_density_of_a_flow_is_that_of_what_it_draws(size: int, classes: int) -> None:
+@pytest.mark.parametrize(("size", "classes", "spread"), [(5, 0, 1.0), (4, 3, 1.0), (5, 0, 4.0)])
+def test_the_density_of_a_flow_is_that_of_what_it_draws(size: int, classes: int, spread: float) -> None:
     flow, generator = LatentFlow(size, layers=3, width=8, classes=classes), torch.Generator().manual_seed(1)
-    noise = torch.randn(6, size + bool(classes), generator=generator)
+    noise = spread * torch.randn(6, size + bool(classes), generator=generator)  # the wide ones reach into the tails
     for parameter in flow.parameters():
         torch.nn.init.normal_(parameter, std=0.15, generator=generator)
     latents, labels = flow(noise)
@@ -75,11 +76,54 @@ def test_the_density_of_a_flow_is_that_of_what_it_draws(size: int, classes: int)
         torch.testing.assert_close(found[row], true)
 
 
+@pytest.mark.parametrize("bend", [1.0, 5.0, 20.0])
+def test_a_spline_is_monotonic_and_its_own_inverse_however_it_bends(bend: float) -> None:
+    generator = torch.Generator().manual_seed(2)
+    shape = bend * torch.randn(300, 3 * BINS - 1, dtype=torch.float64, generator=generator)
+    grid = torch.cat([torch.linspace(-6, 6, 121), torch.tensor([-REACH, -REACH + 1e-6, REACH - 1e-6, REACH, 1e4])]).double()
+    x = grid.unique().expand(300, -1).clone().requires_grad_()
+    y, log_slope = spline(x, shape[:, None].expand(-1, x.shape[1], -1))
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(slope.log(), log_slope, atol=1e-7, rtol=1e-7)
+    assert (y.diff(dim=1) > 0).all()
+    outside = x.abs() >= REACH
+    assert torch.equal(y[outside], x[outside]) and (log_slope[outside] == 0).all()
+    back, log_back = spline(y.detach(), shape[:, None].expand(-1, x.shape[1], -1), inverse=True)
+    torch.testing.assert_close(back, x.detach(), atol=1e-7, rtol=0)
+    torch.testing.assert_close(log_back, -log_slope.detach(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("bend", [1.0, 5.0, 20.0])
+def test_the_density_of_a_bent_normal_adds_up_to_its_probabilities(bend: float) -> None:
+    """Between any two points, by the trapezoidal rule, in the tails too; the points lie close before and behind the spline."""
+    shape = bend * torch.randn(10, 1, 3 * BINS - 1, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    even = torch.linspace(-7, 7, 20_001, dtype=torch.float64).expand(10, -1)
+    y = torch.cat([even, spline(even, shape.expand(-1, even.shape[1], -1))[0]], 1).sort(1)[0]
+    noise, log_slope = spline(y, shape.expand(-1, y.shape[1], -1), inverse=True)
+    density = (log_slope - 0.5 * (noise.square() + math.log(2 * math.pi))).exp()
+    found = torch.cumulative_trapezoid(density, y)
+    true = torch.special.ndtr(noise) - torch.special.ndtr(noise[:, :1])
+    torch.testing.assert_close(found, true[:, 1:], atol=1e-3, rtol=0)
+    torch.testing.assert_close(found[:, -1], torch.ones(10).double(), atol=1e-3, rtol=0)
+
+
 def test_classes_are_drawn_by_their_probabilities() -> None:
     quantiles = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     logits = torch.tensor([0.3, -2.0, 1.0])
     shares = drawn_class(torch.special.ndtri(quantiles), logits).bincount() / 100_000
     torch.testing.assert_close(shares, logits.softmax(0), atol=1e-5, rtol=0)
+
+
+def test_nobody_is_asked_in_the_dry_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setitem(REWARDS.given, "paid", lambda images: asked.append(len(images)) or images.mean((1, 2, 3)))
+    objective = built("vae", **{"objective.rewards": [{"name": "paid"}]})
+    draws = Draws(1, "policy", 1, torch.arange(2))
+    draws.rehearsal = True
+    terms = objective.loss(objective.networks, {"sample": torch.arange(2)}, draws)
+    assert not asked and terms["reward"] == terms["reward_paid"] == 0 and terms["loss"].requires_grad
+    draws.rehearsal = False
+    assert objective.loss(objective.networks, {"sample": torch.arange(2)}, draws)["reward"] > 0 and asked == [16]
 
 
 @pytest.mark.parametrize("name", ["bernoulli", "logistic"])
@@ -147,6 +191,8 @@ def test_every_generator_makes_pictures_of_any_latent(run: str, settings: dict[s
     ("vae", {"model.policy": "decoder", "model.layers": 3}, "model.layers: 3 has no effect with model.policy decoder"),
     ("vae", {"objective.rewards": [{"name": "exact"}]}, r"objective.rewards\[0\].name: 'exact' does not judge pictures"),
     ("vae", {"objective.rewards": []}, "objective.rewards: names no reward"),
+    ("vae", {"objective.rewards": [{"name": "classifier", "run": "moved", "label": "3"}]},
+     r"objective.rewards\[0\].run: moved is not what judged when the run began \(none\)"),
 ])  # fmt: skip
 def test_what_has_no_density_or_no_meaning_is_refused(run: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match="^" + message):
@@ -181,6 +227,17 @@ def test_a_run_needs_the_one_it_began_from_only_once(genscale: Callable[..., Any
     assert {"reward_brightness", "divergence", "flat_groups"} <= logged[0].keys()
     message = genscale("train", *words({**policy, "run.name": "again"})).message_of_run()
     assert message.startswith("model.from: ") and "no checkpoint here" in message
+
+
+@pytest.mark.parametrize("changes", [{"config": 5}, {"config": {"model": []}}, {"step": "x"}, {"judges": {"a": 5}},
+                                     {"classes": "abc"}, {"config": {"model": {"family": ["vae"]}}}], ids=range(6))
+def test_a_beginning_of_a_strangers_making_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    own = {"model.family": "image_reward", "model.from": "vae", "objective.rewards": "[{name: brightness}]"}
+    config = parse_config(FAMILIES, words(own))
+    started = {"config": {"model": MODELS["vae"], "data": DIGITS}, "step": 7, "judges": {}, "classes": None, **changes}
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, started=started))
+    with pytest.raises(UserError, match="model.started: is not what genscale writes there|is a run of model.family"):
+        family("image_reward").restore(config, tmp_path)
 
 
 def words(settings: dict[str, Any]) -> list[str]:

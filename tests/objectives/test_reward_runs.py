@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,32 @@ def test_a_run_that_goes_on_needs_nothing_but_its_folder(tune: Train, whole: Pat
                                                      if "validation_reward" in line))
 
 
+def test_a_judge_may_move_and_must_stay_the_same(tune: Train, start: Path, tmp_path: Path, genscale: Train) -> None:
+    judge, run = Path(shutil.copytree(start, tmp_path / "judge")), tmp_path / "run"
+
+    def judged(place: Path) -> Any:
+        judge = json.dumps([{"name": "likelihood", "run": str(place)}])
+        return tune(run, **{"objective.rewards": judge, "data.columns": "[]", "objective.group": 2, "objective.tokens": 2,
+                            "train.steps": 2, "train.checkpoint_every": 1, "train.evaluate_every": 0, "train.sample_every": 0,
+                            "data.validation_prompts": 1, "run.trace": False})
+
+    assert judged(judge).code == 0
+    end = Checkpoint(run / "checkpoints" / "step-00000002")
+    digest = end.digest()
+    assert end.state()["judges"]["likelihood"]["origin"] == str(judge)
+    moved = judge.rename(tmp_path / "elsewhere")
+    shutil.rmtree(end.path)
+    done = judged(moved)
+    assert done.code == 0 and "elsewhere" in done.err and end.digest() == digest
+    shutil.rmtree(moved / "checkpoints" / "step-00000006")
+    (moved / "checkpoints" / "step-00000004").rename(moved / "checkpoints" / "step-00000006")  # trained otherwise
+    why = f"objective.rewards: likelihood asks {moved}, which is not the network that judged what {run}"
+    assert genscale("evaluate", run).message().startswith(why)
+    shutil.rmtree(end.path)
+    message = judged(moved).message_of_run()
+    assert message.startswith(f"{why}/checkpoints/step-00000001 was trained on (SHA-256 differs from ")
+
+
 def test_a_checkpoint_holds_no_more_of_the_reference_than_its_digest(whole: Path, start: Path) -> None:
     mine, plain = last(whole).path, start / "checkpoints" / "step-00000006"
     files = {file.relative_to(mine).as_posix() for file in mine.rglob("*.safetensors")}
@@ -177,6 +205,21 @@ def test_a_rollout_of_the_dry_batch_is_the_longest_there_can_be(whole: Path) -> 
     assert told == ["answers"] and terms["length"] == 2 * 4 * 8 and terms["reward"] == 0
 
 
+@pytest.mark.parametrize("written", ["[" * 100_000, '[{"prompt": "x", "row": []}]', '[{"prompt": [1e999], "row": [1]}]',
+                                     '[{"prompt": [[1]], "row": [1]}]', '[{"prompt": TOKENS, "row": [91]}]', "[5]"],
+                         ids=range(6))
+def test_prompts_of_a_strangers_making_are_refused(whole: Path, tmp_path: Path, written: str) -> None:
+    (tmp_path / "prompts.json").write_text(written.replace("TOKENS", str([1] * 16)))
+    config = load_config(FAMILIES, whole / "config.yaml")
+    with pytest.raises(UserError, match=r"prompts.json: is not what genscale writes there; delete it"):
+        family("reward").restore(config, tmp_path)
+    kept = json.loads((whole / "prompts.json").read_text())
+    kept[0]["prompt"][-1] = 10**6
+    (tmp_path / "prompts.json").write_text(json.dumps(kept))
+    with pytest.raises(UserError, match="prompts.json"):
+        family("reward").restore(config, tmp_path)
+
+
 @pytest.mark.parametrize(("settings", "why"), [
     ({"objective.group": 1}, "objective.group: 1 answer to a prompt has no other to be compared with; nearest allowed: 2"),
     ({"model.dropout": 0.1}, "model.dropout: 0.1 would draw an answer from one network and reward another; nearest allowed: 0"),
@@ -201,6 +244,29 @@ def test_what_a_run_can_and_cannot_start_from(tune: Train, whole: Path, tmp_path
     assert genscale("train", *(f"--{key}={value}" for key, value in points.items())).code == 0
     message = tune(tmp_path / "none", **{"model.from": tmp_path / "points"}).message()
     assert "a run of model.family points, which writes no text" in message and "set model.family: image_reward" in message
+
+
+def test_an_evaluation_that_was_cut_short_asks_for_the_rest_only(asked: dict[str, Any], start: Path, tmp_path: Path) -> None:
+    """Judged by dice, and stopped in the middle of the evaluation at step 2."""
+    stop_at, said = 2 * 16, 0
+
+    def dice(answers: list[genscale.Answer]) -> list[float]:
+        nonlocal said
+        if said == stop_at:
+            signal.raise_signal(signal.SIGTERM)
+        said += len(answers)
+        return [int.from_bytes(os.urandom(2)) / 2**16 for _ in answers]
+
+    own = {"objective.rewards": "[{name: dice}]", "data.columns": "[]", "train.steps": 3, "train.sample_every": 0,
+           "run.trace": False, "run.dir": tmp_path, "run.name": "run", "model.from": start}
+    config = genscale.config("reward", {key: value for key, value in {**asked, **own}.items() if key != "model.family"})
+    stopped = genscale.train(config, rewards={"dice": dice})
+    assert stopped.stopped_by == signal.SIGTERM and stopped.step == 2 and said > stop_at
+    assert genscale.train(config, rewards={"dice": dice}).step == 3
+    records = [json.loads(line) for line in (stopped.folder / "rewards-00000.jsonl").read_text().splitlines()]
+    addresses = [tuple(each[key] for key in ("scope", "step", "sample", "member")) for each in records]
+    assert len(set(addresses)) == len(addresses) == said, "nobody was asked twice"
+    assert {(scope, step) for scope, step, *_ in addresses if scope == "greedy"} == {("greedy", 2), ("greedy", 3)}
 
 
 def test_who_only_writes_needs_no_judge(asked: dict[str, Any], start: Path, tmp_path: Path) -> None:

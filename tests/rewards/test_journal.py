@@ -83,6 +83,17 @@ def test_a_line_that_was_torn_is_passed_over_and_no_other_is_lost(asked, tmp_pat
     assert asked == []
 
 
+@pytest.mark.parametrize("changed", ['"reward": NaN', '"reward": 1e999', f'"reward": {"9" * 400}', '"reward": "x"',
+                                     '"reward": [1]'], ids=range(5))
+def test_what_a_stranger_has_written_is_no_judgement(changed, asked, tmp_path):
+    opened(tmp_path).score(1, answers(0))
+    file = tmp_path / "rewards-00000.jsonl"
+    line = file.read_text().replace('"reward": 0', changed)
+    file.write_text(line + line.replace('"step": 1', '"step": 1e999') + line.replace('"sample": 0', '"sample": []'))
+    asked.clear()
+    assert opened(tmp_path).score(1, answers(0))[0].isfinite().all() and asked == [0]
+
+
 def test_going_back_finds_what_was_said_and_what_is_past_is_forgotten(asked, tmp_path):
     rewards = opened(tmp_path)
     said = [rewards.score(step, answers(0))[0] for step in (1, 2, 3)]

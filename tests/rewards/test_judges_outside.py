@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import subprocess
 import sys
@@ -16,11 +17,13 @@ import psutil
 import pytest
 import yaml
 
+import genscale
 from genscale.cluster.site import read_site
 from genscale.errors import SourceLost, UserError
 from genscale.rewards import program, web
 from genscale.rewards.base import Answer
 from genscale.rewards.collection import Rewards, build_rewards
+from genscale.supervise.run_folder import config_dict
 
 JUDGE = f"#!{sys.executable} -IS\n" + """
 import json, os, resource, signal, sys, time
@@ -43,6 +46,16 @@ for line in sys.stdin:
     if text == "loud": print("x" * 2**21, flush=True); continue
     if text == "environment": print(len(set(os.environ) - {"PATH", "LANG", "LC_CTYPE"}), flush=True); continue
     if text == "limits": print(resource.getrlimit(resource.RLIMIT_CPU)[1], flush=True); continue
+    if text == "flood": sys.stderr.write("x" * 3_000_000); print(1, flush=True); continue
+    if text == "children":
+        for number in range(9):
+            if os.fork() == 0:
+                if number % 3 > 0: os.setsid()
+                if number % 3 > 1 and os.fork(): os._exit(0)  # whose child is nobody's, but for the program
+                time.sleep(100)
+        print(1, flush=True); continue
+    if text == "deep": print("[" * 500_000, flush=True); continue
+    if text == "word": print('"0.5"', flush=True); continue
     if text == "session": print(int(os.getsid(0) == os.getpid()), flush=True); continue
     print(json.dumps({"reward": len(text) + len(json.loads(line)["row"])}), flush=True)
 """
@@ -96,6 +109,15 @@ def test_one_process_answers_line_by_line_in_a_closed_house(judge, monkeypatch):
     assert not process.is_running()
 
 
+def test_what_floods_its_errors_or_forks_is_drained_and_ended(judge):
+    rewards, before = judge(), set(psutil.Process().children(recursive=True))
+    assert rewards.score(1, answers("flood", "children"))[1].tolist() == [1, 1]
+    started = set(psutil.Process().children(recursive=True)) - before
+    assert len(started) >= 10
+    rewards.close()
+    assert not psutil.wait_procs(started, timeout=20)[1]
+
+
 def test_what_fails_once_is_asked_again_in_a_new_process(judge, caplog):
     assert judge().score(1, answers("once", "ab"))[1].tolist() == [4, 2]
     assert "program judge for sample 5, answer 0: it has ended with exit code 1: a bad day; it is asked again" in caplog.text
@@ -104,6 +126,7 @@ def test_what_fails_once_is_asked_again_in_a_new_process(judge, caplog):
 @pytest.mark.parametrize(("text", "why"), [
     ("crash", "it has ended by SIGSEGV"), ("memory", "it has ended with exit code 1: MemoryError"),
     ("nonsense", "said b'hello', and neither a number nor"), ("two", "said more than it was asked for"),
+    ("deep", r"said b'\[\[\[.*', and neither a number nor"), ("word", r"gave \['0.5'\], not a number"),
     ("nan", "gave nan"), ("loud", "said more than 1,048,576 bytes"),
 ])  # fmt: skip
 def test_what_fails_three_times_ends_the_run_by_name(judge, site, text, why):
@@ -144,6 +167,7 @@ def test_a_program_ends_with_the_process_that_asked_it(site, tmp_path):
 class Handler(BaseHTTPRequestHandler):
     """Answers with what the test puts into `replies`, one a request; and with the lengths of the texts when there is none."""
 
+    protocol_version = "HTTP/1.1"  # one of 1.0 is read another way
     replies: list[object] = []
     seen: list[dict] = []
 
@@ -153,23 +177,35 @@ class Handler(BaseHTTPRequestHandler):
         reply = self.replies.pop(0) if self.replies else {"rewards": [len(each["text"]) for each in body["answers"]]}
         if reply == "authorization":
             reply = {"rewards": [len(self.headers["Authorization"] or "")]}
-        if reply == "drip":
+        if reply == "drip":  # a byte now and then, without end
             self.send_response(200)
+            self.send_header("Content-Length", "1000000")
             self.end_headers()
-            for _ in range(40):
-                self.wfile.write(b" ")
-                self.wfile.flush()
-                time.sleep(0.05)
+            with contextlib.suppress(OSError):  # which ends it
+                while True:
+                    self.wfile.write(b" ")
+                    time.sleep(0.05)
+            return
+        if reply == "gigabytes":
+            self.send_response(200)
+            self.send_header("Content-Length", str(2**40))
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(b" " * 2**16)
             return
         if isinstance(reply, int):
             self.send_response(reply)
-            self.send_header("Location", "http://127.0.0.1:9/")
+            self.send_header("Location", "file:///etc/passwd")
+            self.send_header("Content-Length", "9")
             self.end_headers()
             self.wfile.write(b"not today")
             return
+        content = json.dumps(reply).encode()
         self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(json.dumps(reply).encode())
+        self.wfile.write(content)
 
     def log_message(self, *words: object) -> None:
         """Say nothing."""
@@ -212,10 +248,16 @@ def test_a_server_that_stays_away_ends_the_run_as_lost_data_does(server):
     Handler.replies[:] = ["drip"]
     with pytest.raises(SourceLost, match="no reply in 0.3 seconds"):
         http(server, retry_minutes=0, seconds=0.3).score(1, answers("abc"))
+    deadline = time.monotonic() + 20
+    while (asking := [each for each in threading.enumerate() if each.name == "reward"]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not asking, "nobody goes on reading"
 
 
 @pytest.mark.parametrize(("reply", "why", "asked"), [
     (404, "answers with HTTP 404: not today", 1), (302, "answers with HTTP 302", 1),
+    ("gigabytes", "said more than 16,777,216 bytes; asked 3 times", 3),
+    ({"rewards": "1"}, "gave '1', not a number for each of 1; asked 3 times", 3),
     ({"rewards": [1, 2]}, "gave 2 numbers for 1; asked 3 times", 3), ({"scores": [1]}, "said b'.*', and not .*rewards", 3),
 ])  # fmt: skip
 def test_a_server_that_answers_otherwise_is_named(server, reply, why, asked):
@@ -235,8 +277,22 @@ def test_another_address_than_the_sites_is_refused(server):
     for url in others:
         with pytest.raises(UserError, match=message):
             build_rewards([{"name": "http", "url": url}], "text")
+    with pytest.raises(UserError, match=r"rewards\[0\].url: http://.*/v1/score\?token=\*\*\*: its token was left out"):
+        build_rewards([{"name": "http", "url": f"{server}/v1/score?token=***"}], "text")
     with pytest.raises(UserError, match=r"rewards\[0\].url=http://\*\*\*@evil/v1: an address must not hold a user's name"):
         build_rewards([{"name": "http", "url": f"{server}\\@evil/v1"}], "text")
+
+
+def test_a_token_in_an_address_is_not_repeated(server, caplog):
+    url = f"{server}/v1/score?token=PlantedJudgeToken123"
+    Handler.replies[:] = [{"scores": [1]}] * 3 + [500]
+    for failure in (UserError, SourceLost):
+        with pytest.raises(failure) as found:
+            http(server, url=url, retry_minutes=0).score(1, answers("abc"))
+        assert "Planted" not in caplog.text + str(found.value) and "token=***" in str(found.value)
+    config = genscale.config("reward", {"objective.rewards": [{"name": "http", "url": url}]})
+    (written,) = config_dict(config)["objective"]["rewards"]  # what config.yaml, checkpoints and trackers are given
+    assert written["url"] == f"{server}/v1/score?token=***"
 
 
 def test_a_name_and_a_password_are_those_of_netrc(server, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import math
 import pkgutil
 import random
@@ -65,6 +66,12 @@ def test_the_examples_run(module):
     ("[NaN]", "json", {}, {}, 0),
     ("[1e999]", "json", {}, {"schema": {"items": {"type": "number"}}}, 0),
     ("[" * 100_000, "json", {}, {}, 0),
+    ('{"a":' * 100_000, "json", {}, {}, 0),
+    ("9" * 400, "json", {}, {"schema": {"type": "integer", "minimum": 0.5}}, 1),
+    ("9" * 5000, "json", {}, {"schema": {"type": "integer"}}, 0),
+    ("9" * 400, "numeric", {"answer": 1}, {}, 0),
+    ("__import__('os')", "arithmetic", {"answer": 0}, {}, 0),
+    ("2**-1000000000", "arithmetic", {"answer": 0}, {}, 1),
 ])  # fmt: skip
 def test_what_answers_are_worth(text, name, row, settings, value):
     assert worth(text, name, row, **settings) == pytest.approx(value)
@@ -115,11 +122,33 @@ def test_grammar_and_regular_expression_agree_on_all_short_texts():
     (5, {"oneOf": [{"minimum": 5}, {"maximum": 5}]}, False), (5, {"not": {"type": "string"}}, True),
     (0.3, {"multipleOf": 0.1}, True), ("é", {"maxLength": 1}, True), (7, {"maxLength": 1, "required": ["x"]}, True),
     ("ab", {"pattern": "^a"}, True), ([], {"items": False}, True), (None, {"type": ["null", "object"]}, True),
-    (1, False, False),
+    (1, False, False), (10**400, {"multipleOf": 0.5}, False), (10**400, {"multipleOf": 10}, True),
+    (1e308, {"multipleOf": 1e-300}, False), (10**400, {"maximum": 1e308}, False),
 ])  # fmt: skip
 def test_schemas_say_what_the_standard_says(value, schema, right):
     check_schema(schema, "schema")
     assert fits(value, schema) is right
+
+
+@pytest.mark.parametrize(("text", "name", "row", "settings", "why"), [
+    ("a" * 400, "grammar", {}, {"rules": {"s": "s s s | s s | 'a' | ''"}}, "rules: an answer of 400 .* than 2,000,000 steps"),
+    ("4", "arithmetic", {"answer": 4, "n": ["x"]}, {"numbers": "n"}, r"numbers: 'n' holds \['x'\] in the row of sample 7"),
+    ("9" * 400, "numeric", {"answer": "9" * 400}, {}, "column: 'answer' holds no number in the row of sample 7"),
+    (["1" * 40], "json", {}, {"schema": {"items": {"pattern": "(?:[0-9]|[0-9]{2})+(?<=z)"}}},
+     r"schema.pattern: .* took more than 0.2 seconds for a text of 40 characters: it backtracks"),
+])  # fmt: skip
+def test_what_would_take_for_ever_or_has_no_answer_is_said_in_a_line(text, name, row, settings, why, monkeypatch):
+    monkeypatch.setattr("genscale.rewards.schema.SECONDS", 0.2)
+    with pytest.raises(UserError, match=rf"objective.rewards\[0\] \({name}\): {why}"):
+        worth(text if isinstance(text, str) else json.dumps(text), name, row, **settings)
+
+
+@pytest.mark.slow
+def test_a_pattern_that_calls_itself_without_end_is_stopped_by_its_memory():
+    """Of which the matcher allows itself a gigabyte."""
+    for pattern in ("(?R)", "(?<x>(?&x))"):
+        with pytest.raises(UserError, match="took more memory than a pattern may for a text of 9 characters: it calls itself"):
+            worth("a" * 9, "regex", pattern=pattern)
 
 
 @pytest.mark.parametrize(("given", "message"), [
@@ -127,6 +156,7 @@ def test_schemas_say_what_the_standard_says(value, schema, right):
     (["exact"], r"objective.rewards\[0\]: must be a mapping like \{name: exact, weight: 1\}, not 'exact'"),
     ([{"weight": 1}], r"objective.rewards\[0\].name: must be the name of a reward, not None; `genscale rewards` lists them"),
     ([{"name": "exact"}, {"name": "exact", "weight": math.nan}], r"objective.rewards\[1\].weight: must be a finite number"),
+    ([{"name": "exact", "weight": 10**400}], r"objective.rewards\[0\].weight: must be a finite number, not 1000"),
     ([{"name": "exact", "colum": "x"}], r"objective.rewards\[0\].colum: unknown key \(did you mean 'column'\?\)"),
     ([{"name": "length"}], r"objective.rewards\[0\].target: must be set"),
     ([{"name": "length", "target": "long"}], r"objective.rewards\[0\].target: must be a whole number, not long"),
@@ -214,6 +244,8 @@ def test_what_a_script_gives_judges_while_it_trains():
 @pytest.mark.parametrize(("judge", "why"), [
     (lambda answers: [math.nan], "gave nan, for number 1 of 1"), (lambda answers: [1, 2], "gave 2 numbers for 1"),
     (lambda answers: None, "gave None, not a number for each of 1"), (lambda answers: ["x"], r"gave \['x'\], not a number"),
+    (lambda answers: ["0.5"], r"gave \['0.5'\], not a number"), (lambda answers: "1", "gave '1', not a number for each of 1"),
+    (lambda answers: {1: 0.5}, r"gave \{1: 0.5\}, not a number"),
     (lambda answers: 1 / 0, r"ZeroDivisionError: division by zero in .*test_rewards.py, line \d+"),
 ])  # fmt: skip
 def test_a_judge_that_fails_is_asked_again_and_then_named(judge, why, caplog):

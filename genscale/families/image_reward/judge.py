@@ -58,6 +58,9 @@ class HeldClassified(Classified):
         ImageReward.__init__(self, asked)
         self._choose(names)
 
+    def identity(self) -> None:
+        """Its network is one of the objective's."""
+
     def scores(self, images: Tensor) -> Tensor:
         """Logits of the classes, `(batch, classes)`."""
         logits: Tensor = self.network(images)

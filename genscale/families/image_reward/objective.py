@@ -24,6 +24,7 @@ from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.objectives.policy_gradient import STATISTICS, gap_to_optimum, policy_loss
 from genscale.reading import dump_yaml
 from genscale.rewards.collection import Rewards, build_rewards
+from genscale.rewards.picture_settings import ClassifiedSettings
 from genscale.rng import Draws, torch_generator
 from genscale.settings.config import Config
 from genscale.settings.parser import load_config
@@ -57,8 +58,6 @@ class ImagePolicy(Objective):
     higher_is_better = frozenset({"reward"})
     averaged = ("policy",)
     class_names = None
-    _step = 0
-    """The last one that was trained here: rewards are recorded by it."""
 
     def __init__(self, policy: PicturePolicy, rewards: Rewards | UserError, settings: ImageRewardObjectiveSettings, *,
                  image_shape: tuple[int, int, int], seed: int, origin: str,
@@ -90,14 +89,19 @@ class ImagePolicy(Objective):
     def loss(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
         """`policy_loss` over the pictures; statistics besides are the parts of the reward."""
         written = self.policy.write(networks, draws, self.settings.group, self.generating)
-        self._step = draws.step
-        parts, reward = self._judged(networks, written.images, batch["sample"], "train")
+        if draws.rehearsal:  # nobody is asked for anything
+            reward = torch.zeros_like(written.log_p, requires_grad=False)
+            parts = dict.fromkeys(self._parts, reward)
+        else:
+            parts, reward = self._judged(networks, written.images, batch["sample"], "train", draws.step)
         terms = policy_loss(written.log_p, written.log_reference, reward, self.settings.beta)
         return terms | {name: part.sum() for name, part in parts.items()}
 
     @torch.no_grad()
-    def _judged(self, networks: Networks, images: Tensor, samples: Tensor, scope: str) -> tuple[dict[str, Tensor], Tensor]:
-        """The parts by name and the reward, each `(batch, group)`, of images `(batch, group, ...)`."""
+    def _judged(self, networks: Networks, images: Tensor, samples: Tensor, scope: str,
+                step: int | None = None) -> tuple[dict[str, Tensor], Tensor]:
+        """The parts by name and the reward, each `(batch, group)`, of images `(batch, group, ...)`; without `step`, at that of
+        the evaluation."""
         if self.rewards is None:
             raise self._unjudged or LookupError("no rewards")
         for judge in self.rewards.judges:
@@ -105,7 +109,8 @@ class ImagePolicy(Objective):
                 judge.network = networks[self._judging[judge.asked.run]]
         shape = images.shape[:2]
         members = torch.arange(shape[1]).expand(shape)
-        parts, total = self.rewards.score(self._step, images.detach().flatten(0, 1), samples[:, None].expand(shape).flatten(),
+        step = self.rewards.step if step is None else step
+        parts, total = self.rewards.score(step, images.detach().flatten(0, 1), samples[:, None].expand(shape).flatten(),
                                           members.flatten(), scope)
         named = {name: part.view(shape) for name, part in zip(self._parts, parts.unbind(1), strict=True)}
         return named, total.view(shape)
@@ -194,7 +199,7 @@ def _build(config: ImageRewardConfig, rewards: Rewards | UserError) -> ImagePoli
     """
     model, started = config.model, _started(config.model)
     run = _config_of(model)
-    maker = _maker(run, started["classes"])
+    maker = _maker(run, started.get("classes"))
     with torch.device("meta"):
         classifiers = [FrozenClassifier(folder, len(names)) for folder, names in started["judges"].items()]
     return ImagePolicy(_policy(config, maker, run.model.family), rewards, config.objective, image_shape=maker.image_shape,
@@ -205,22 +210,40 @@ def _rewards(config: ImageRewardConfig) -> Rewards:
     if config.objective.group < 2:
         raise UserError(f"objective.group: {config.objective.group} picture has no others to be compared with; set at least 2")
     judges = _started(config.model)["judges"]
-    return build_rewards(config.objective.rewards, "images",
-                         own={"classifier": lambda asked: HeldClassified(asked, judges[asked.run])})
+
+    def held(asked: ClassifiedSettings) -> HeldClassified:
+        if asked.run not in judges:
+            raise UserError(f"run: {asked.run} is not what judged when the run began ({', '.join(judges) or 'none'}), whose "
+                            "network the run folder keeps, wherever that run is now; set it back, or begin a new run with "
+                            "another --run.name")
+        return HeldClassified(asked, judges[asked.run])
+
+    return build_rewards(config.objective.rewards, "images", own={"classifier": held})
 
 
 def _started(model: ImageRewardSettings) -> dict[str, Any]:
-    """What the run is that this one begins from. Raises UserError where there is none."""
+    """What the run is that this one begins from. Raises UserError where there is none, or a stranger has written another
+    thing there."""
     if model.from_ is None or model.started is None:
         raise UserError(f"model.from: names no run; give the folder of a trained {', '.join(SOURCES)}")
-    return model.started
+    started = model.started
+    sections, judges = started.get("config"), started.get("judges")
+    if not (isinstance(sections, dict) and isinstance(sections.get("model"), dict) and isinstance(started.get("step"), int)
+            and isinstance(judges, dict) and all(map(_is_names, judges.values()))
+            and (started.get("classes") is None or _is_names(started["classes"]))):
+        raise UserError("model.started: is not what genscale writes there; leave it out, and begin a new run")
+    return started
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _config_of(model: ImageRewardSettings) -> Config[Any, Any, Any]:
     """The config of the run that this one begins from."""
     sections = _started(model)["config"]
-    name = sections.get("model", {}).get("family")
-    if name not in SOURCES:
+    name = sections["model"].get("family")
+    if not isinstance(name, str) or name not in SOURCES:
         advice = "to tune a GPT, set model.family reward" if name in ("gpt", "reward") else f"take a {', '.join(SOURCES)}"
         raise UserError(f"model.from: {model.from_} is a run of model.family {name}, from which image_reward cannot begin; "
                         f"{advice}")

@@ -23,6 +23,7 @@ from genscale.families.reward.rollout import Answers, Prompts, Writer, entropy, 
 from genscale.families.reward.settings import RewardObjectiveSettings, RewardSettings
 from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
 from genscale.objectives.policy_gradient import STATISTICS, gap_to_optimum, policy_loss
+from genscale.reading import read_json
 from genscale.rewards.base import Answer
 from genscale.rewards.collection import Rewards, build_rewards
 from genscale.rng import Draws
@@ -67,7 +68,7 @@ class RewardTuning(Objective):
         self.phases = [Phase("policy", "policy", self.loss, self.count,
                              statistics=STATISTICS | {"length", "cut", "entropy", *self.parts})]
         self.writer = Writer(policy.settings.layers, tokenizer.vocab_size, tokenizer.end_of_text, settings.tokens)
-        self._draw, self._step = policy.initial_weight, 0
+        self._draw = policy.initial_weight
 
     def initial_weights(self, name: str) -> Callable[[str], Tensor]:
         """The same draw for both, where they begin from scratch."""
@@ -89,8 +90,7 @@ class RewardTuning(Objective):
             parts = torch.zeros(len(answers.tokens), len(self.parts), device=uniforms.device)
             reward = parts.sum(1)
         else:
-            self._step = draws.step
-            parts, reward = self._judged(batch, answers, "train")
+            parts, reward = self._judged(batch, answers, "train", draws.step)
         asked = prompts.repeated(group)
         with torch.no_grad():
             reference = log_probability(self.writer.logits(networks["reference"], asked, answers), answers)
@@ -103,8 +103,8 @@ class RewardTuning(Objective):
         return {**terms, "loss": loss, **dict(zip(self.parts, parts.sum(0), strict=True)), "cut": cut,
                 "length": answers.mask.float().sum(), "entropy": entropy(logits.detach(), answers).sum()}
 
-    def _judged(self, batch: Batch, answers: Answers, scope: str) -> tuple[Tensor, Tensor]:
-        """The parts `(answers, rewards)` and the sum `(answers,)` of the rewards."""
+    def _judged(self, batch: Batch, answers: Answers, scope: str, step: int | None = None) -> tuple[Tensor, Tensor]:
+        """The parts `(answers, rewards)` and the sum `(answers,)` of the rewards; without `step`, at that of the evaluation."""
         if self.rewards is None:
             raise self._unjudged or LookupError("no rewards")
         group = len(answers.tokens) // len(batch["sample"])
@@ -116,7 +116,7 @@ class RewardTuning(Objective):
             place, member = divmod(number, group)
             text = self.tokenizer.decode(row[: length - done])
             judged.append(Answer(told[place][0], text, told[place][1], done, samples[place], member))
-        parts, total = self.rewards.score(self._step, judged, scope=scope)
+        parts, total = self.rewards.score(self.rewards.step if step is None else step, judged, scope=scope)
         return parts.to(answers.tokens.device), total.to(answers.tokens.device)
 
     def evaluate(self, networks: Networks, batch: Batch) -> Terms:
@@ -211,16 +211,32 @@ def build(config: RewardConfig, data: PromptData) -> RewardTuning:
 
 def restore(config: RewardConfig, folder: Path) -> RewardTuning:
     """The objective of a trained run, with the tokenizer and the prompts that its folder keeps."""
-    kept, prompts = folder / TOKENIZER_FILE, folder / PROMPTS_FILE
-    shown = json.loads(prompts.read_text()) if prompts.exists() else []
-    types = {"prompt": np.int32, "row": np.uint8}
+    kept = folder / TOKENIZER_FILE
+    tokenizer = load_tokenizer(str(kept) if kept.exists() else config.data.tokenizer)
     rewards: Rewards | UserError
     try:
         rewards = build_rewards(config.objective.rewards, "text")
     except UserError as error:  # that of a script, or of a package that is not here: to write takes no judge
         rewards = error
-    return _build(config, load_tokenizer(str(kept) if kept.exists() else config.data.tokenizer),
-                  [{name: np.array(values, types[name]) for name, values in sample.items()} for sample in shown], rewards)
+    return _build(config, tokenizer, _kept_prompts(folder / PROMPTS_FILE, config.data, tokenizer), rewards)
+
+
+def _kept_prompts(file: Path, data: PromptDataSettings, tokenizer: Tokenizer) -> list[Sample]:
+    """What `save_assets` has written. Raises UserError where a stranger has written something else."""
+    if not file.exists():
+        return []
+    try:
+        samples: list[Sample] = [{"prompt": np.array(each["prompt"], np.int32), "row": np.array(each["row"], np.uint8)}
+                                 for each in read_json(file)]
+        for sample in samples:
+            told_of(sample["row"].tobytes())
+        are_right = all(sample["prompt"].shape == (data.prompt_tokens,) and sample["row"].ndim == 1
+                        and -1 <= sample["prompt"].min() <= sample["prompt"].max() < tokenizer.vocab_size for sample in samples)
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
+        are_right = False
+    if not are_right:
+        raise UserError(f"{file}: is not what genscale writes there; delete it, which leaves the samples out")
+    return samples
 
 
 def _build(config: RewardConfig, tokenizer: Tokenizer, shown: Sequence[Sample], rewards: Rewards | UserError) -> RewardTuning:
