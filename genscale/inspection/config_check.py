@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from genscale.checkpoint.checkpoints import Checkpoint
+from genscale.checkpoint.frozen_networks import check_judges
 from genscale.checkpoint.provenance import check_sources
 from genscale.errors import UserError
 from genscale.families import family
@@ -56,5 +57,7 @@ def check_config(config: Config, world_size: int) -> None:
             if objective.couples_samples:
                 check_same_accumulation(config.train, checkpoint, accumulation, world_size)
             check_same_networks(checkpoint, objective)
+            if objective.rewards is not None:
+                check_judges(objective.rewards.identities(), checkpoint)
     finally:
         data.close()

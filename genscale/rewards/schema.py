@@ -143,7 +143,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_multiple(value: float, limit: float) -> bool:
-    """Of floats to twelve digits; one that is larger than a float holds is none."""
+    """Whether it is one, of floats to twelve digits; what is larger than a float holds is none."""
     if isinstance(value, int) and isinstance(limit, int):
         return value % limit == 0
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from genscale.data.text.prompt_data import PromptData
 from genscale.errors import UserError
 from genscale.families import FAMILIES, family
 from genscale.inspection.comparison import compare_runs
+from genscale.inspection.config_check import check_config
 from genscale.rng import Draws
 from genscale.settings.parser import load_config
 from genscale.tracking.metrics_file import read_metrics
@@ -157,6 +159,8 @@ def test_a_judge_may_move_and_must_stay_the_same(tune: Train, start: Path, tmp_p
     (moved / "checkpoints" / "step-00000004").rename(moved / "checkpoints" / "step-00000006")  # trained otherwise
     why = f"objective.rewards: likelihood asks {moved}, which is not the network that judged what {run}"
     assert genscale("evaluate", run).message().startswith(why)
+    with pytest.raises(UserError, match=re.escape(why)):  # and before a job is submitted
+        check_config(load_config(FAMILIES, run / "config.yaml"), 1)
     shutil.rmtree(end.path)
     message = judged(moved).message_of_run()
     assert message.startswith(f"{why}/checkpoints/step-00000001 was trained on (SHA-256 differs from ")
