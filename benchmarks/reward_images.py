@@ -12,9 +12,11 @@ pixels, so that the best logits are the reference's plus weight / beta, exactly.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,29 +120,37 @@ def met(row: dict[str, Any]) -> bool:
     return row["gap"] <= AIMS["gap"] and abs(row["share"] - row["share_best"]) <= AIMS["share_off"]
 
 
+def rows(arguments: argparse.Namespace, folder: Path, done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Those that were not measured before."""
+    for what in arguments.what.split(","):
+        source = "bernoulli" if what == "decoder" else what
+        missing = [seed for seed in range(1, arguments.seeds + 1)
+                   if not any((row["source"], row["seed"]) == (source, seed) for row in done)]
+        if missing:
+            train(*(("vae/digits", folder, source, BERNOULLI) if what == "decoder" else (f"{what}/digits", folder, what, {})))
+        for seed in missing:
+            yield decoder(seed, folder) if what == "decoder" else latent(what, seed, folder, arguments.pictures)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--what", default="vae,dcgan,decoder")
+    parser.add_argument("--what", default="decoder,vae,dcgan")
     parser.add_argument("--pictures", type=int, default=20_000, help="fresh ones, of policy and of prior")
     parser.add_argument("--folder", type=Path, help="keeps the runs (default: they are deleted)")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=Path, help="JSON file to write; rows that it holds are not measured again")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    about = circumstances(["torch"])
-    rows: list[dict[str, Any]] = []
+    result: dict[str, Any] = {**circumstances(["torch"]), "aims": AIMS, "all_met": False, "results": []}
+    if arguments.out and arguments.out.exists():
+        result["results"] = json.loads(arguments.out.read_text())["results"]
     with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.folder or Path(temporary)
-        for what in arguments.what.split(","):
-            if what == "decoder":
-                train("vae/digits", folder, "bernoulli", BERNOULLI)
-            else:
-                train(f"{what}/digits", folder, what, {})
-            for seed in range(1, arguments.seeds + 1):
-                rows.append(decoder(seed, folder) if what == "decoder" else latent(what, seed, folder, arguments.pictures))
-                print(table(rows[-1:]), flush=True)
-    print(table(rows))
-    write({**about, "aims": AIMS, "all_met": all(map(met, rows)), "results": rows}, arguments.out)
+        for row in rows(arguments, arguments.folder or Path(temporary), list(result["results"])):
+            result["results"].append(row | {"commit": result["commit"]})  # a file may hold rows of several
+            result["all_met"] = all(map(met, result["results"]))
+            print(table([row]), flush=True)
+            write(result, arguments.out)
+    print(table(result["results"]))
 
 
 if __name__ == "__main__":
