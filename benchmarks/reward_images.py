@@ -84,7 +84,7 @@ def decoder(seed: int, folder: Path) -> dict[str, Any]:
     """One decoder beside the best one."""
     settings = {"model.from": str(folder / "bernoulli"), "model.policy": "decoder", "run.seed": seed, "objective.group": 16,
                 "objective.beta": BETA_OF_PIXELS, "objective.rewards": [{"name": "left_half"}], "train.steps": 1000,
-                "train.global_batch_size": 32, "train.evaluate_every": 0}
+                "train.global_batch_size": 32, "train.evaluate_every": 0, "optimizer.lr": 3e-3}
     result, seconds = train("reward/digits-threes", folder, f"left-half-{seed}", settings, rewards={"left_half": LeftHalf})
     with REWARDS.knowing({"left_half": LeftHalf}):
         run = genscale.load(result.folder)
