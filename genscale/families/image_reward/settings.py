@@ -22,7 +22,7 @@ class ImageRewardSettings:
     policy: Literal["latent", "decoder"] = "latent"
     """latent: a flow draws latents, of which the frozen decoder or generator makes pictures; the reference is the normal
     distribution. decoder: the decoder of a vae is trained; the reference is the decoder as it was, frozen."""
-    layers: PositiveInt = 16
+    layers: PositiveInt = 8
     """latent: layers of the flow, each of which moves latents along one direction."""
     width: PositiveInt = 64
     """latent: units in the hidden layers of such a layer."""
