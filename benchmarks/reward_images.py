@@ -3,10 +3,10 @@ make threes, and a Bernoulli decoder whose pixels are paid for.
 
     python benchmarks/reward_images.py --out benchmarks/results/reward-images-cpu.json
 
-The latent policies are those of configs/reward/digits-threes.yaml, of the dcgan run in fewer steps. With reward 1 for a three and else 0, and a share p of
-threes in the prior's pictures, the best policy has Z = 1 - p + p exp(1 / beta), and a share p exp(1 / beta) / Z; p is counted
-in pictures that no training has seen. The gap is log Z - (share / beta - KL), in nats. The decoder's reward is a sum over
-pixels, so that the best logits are the reference's plus weight / beta, exactly.
+The latent policies are those of configs/reward/digits-threes.yaml, of the dcgan run in fewer steps. With reward 1 for a three
+and else 0, and a share p of threes in the prior's pictures, the best policy has Z = 1 - p + p exp(1 / beta), and a share
+p exp(1 / beta) / Z; p is counted in pictures that no training has seen. The gap is log Z - (share / beta - KL), in nats. The
+decoder's reward is a sum over pixels, so that the best logits are the reference's plus weight / beta, exactly.
 """
 
 from __future__ import annotations
