@@ -19,7 +19,9 @@ from genscale.checkpoint.checkpoints import find_checkpoints
 from genscale.errors import UserError
 from genscale.families import FAMILIES, family
 from genscale.families.image_reward.flow import BINS, REACH, LatentFlow, drawn_class, log_normal, spline
+from genscale.models.initial_weights import InitialWeights
 from genscale.objectives.likelihoods import LIKELIHOODS
+from genscale.objectives.policy_gradient import policy_loss
 from genscale.rewards.registry import REWARDS
 from genscale.rng import Draws
 from genscale.settings.parser import parse_config
@@ -59,7 +61,7 @@ def built(run: str, **settings: Any) -> Any:
     return objective
 
 
-@pytest.mark.parametrize(("size", "classes", "spread"), [(5, 0, 1.0), (4, 3, 1.0), (5, 0, 4.0)])
+@pytest.mark.parametrize(("size", "classes", "spread"), [(5, 0, 1.0), (4, 3, 1.0), (1, 0, 1.0), (5, 0, 4.0)])
 def test_the_density_of_a_flow_is_that_of_what_it_draws(size: int, classes: int, spread: float) -> None:
     flow, generator = LatentFlow(size, layers=3, width=8, classes=classes), torch.Generator().manual_seed(1)
     noise = spread * torch.randn(6, size + bool(classes), generator=generator)  # the wide ones reach into the tails
@@ -105,6 +107,36 @@ def test_the_density_of_a_bent_normal_adds_up_to_its_probabilities(bend: float) 
     true = torch.special.ndtr(noise) - torch.special.ndtr(noise[:, :1])
     torch.testing.assert_close(found, true[:, 1:], atol=1e-3, rtol=0)
     torch.testing.assert_close(found[:, -1], torch.ones(10).double(), atol=1e-3, rtol=0)
+
+
+def test_a_flow_comes_near_the_best_policy_where_all_entries_decide_together() -> None:
+    """Rewarded is a half space that lies aslant to every entry; its share of the prior is known, and so is the optimum."""
+    size, edge, beta, batch = 8, 1.2, 0.33, 512
+    flow, generator = LatentFlow(size, layers=4, width=32), torch.Generator().manual_seed(1)
+    read = InitialWeights(flow, 1)
+    flow.load_state_dict({name: read(name) for name in flow.state_dict()})
+    optimizer = torch.optim.Adam(flow.parameters(), 2e-2, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
+
+    def reward(latents: Tensor) -> Tensor:
+        return (latents.sum(1) > edge * math.sqrt(size)).float()
+
+    def drawn(count: int) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            latents, _ = flow(torch.randn(count, size, generator=generator))
+        return flow(latents=latents), log_normal(latents), reward(latents)
+
+    for _ in range(60):
+        log_p, log_reference, found = (each[None] for each in drawn(batch))
+        optimizer.zero_grad()
+        (policy_loss(log_p, log_reference, found, beta)["loss"] / batch).backward()
+        torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    share = 0.5 * math.erfc(edge / math.sqrt(2))
+    log_p, log_reference, found = (each.detach() for each in drawn(20_000))
+    gap = math.log(1 - share + share * math.exp(1 / beta)) - (found / beta - log_p + log_reference).mean().item()
+    assert gap < 0.12, gap  # of layers that move halves 0.3
 
 
 def test_classes_are_drawn_by_their_probabilities() -> None:
@@ -256,7 +288,7 @@ def test_threes_are_found_by_a_classifier_of_the_images(genscale: Callable[..., 
     done = genscale("train", *policy, *words({"train.steps": 100, "objective.rewards": judge}))
     assert done.code == 0, done.err
     report = json.loads(genscale("evaluate", tmp_path / "digits-threes").out)
-    assert report["reward_best"] > report["reward_classifier"] > 3 * report["reward_before"] > 0
+    assert report["reward_best"] + 0.05 > report["reward_classifier"] > 3 * report["reward_before"] > 0
     last = list(find_checkpoints(tmp_path / "digits-threes"))[-1]
     assert set(last.state()["frozen"]) == {"generator", "classifier_1"} and last.networks() == ["policy"]
 

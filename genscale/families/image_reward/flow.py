@@ -17,21 +17,50 @@ CLASS_GAIN = 10.0
 """The classes' logits by their weights: they have as far to go as all of the flow, in as many steps of the optimizer."""
 
 
-class Coupling(nn.Module):
-    """What the kept part of a vector says of the moved part: `(batch, kept)`, context `(batch, classes)` to the spline of each
-    entry of the moved part, fp32 `(batch, moved, 3 x BINS - 1)`. At first zeros."""
+class Direction(nn.Module):
+    """A direction that is learned, a unit vector fp32 `(size,)`; at first that of one entry."""
 
-    def __init__(self, kept: int, moved: int, classes: int, width: int) -> None:
+    def __init__(self, size: int, entry: int) -> None:
         super().__init__()
-        self.moved = moved
-        self.hidden = nn.ModuleList([nn.Linear(kept + classes, width), nn.Linear(width, width)])
-        self.output = scale_initial(nn.Linear(width, moved * (3 * BINS - 1)), gain=0.0)
+        self.entry, self.weight = entry, nn.Parameter(torch.empty(size))
 
-    def forward(self, kept: Tensor, context: Tensor) -> Tensor:
-        x = torch.cat([kept, context], 1).to(self.output.weight.dtype)
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        with torch.no_grad():
+            self.weight[self.entry] = 1.0
+
+    def forward(self) -> Tensor:
+        return F.normalize(self.weight.float(), dim=0)
+
+
+class Move(nn.Module):
+    """Moves vectors along one direction, as far as a spline says whose shape hangs on all the rest of the vector. At first it
+    moves nothing.
+
+    Args:
+        size: entries of a vector.
+        entry: along which it moves them at first.
+        classes: entries of the context.
+        width: of the two hidden layers.
+    """
+
+    def __init__(self, size: int, entry: int, classes: int, width: int) -> None:
+        super().__init__()
+        self.direction = Direction(size, entry)
+        self.hidden = nn.ModuleList([nn.Linear(size + classes, width), nn.Linear(width, width)])
+        self.output = scale_initial(nn.Linear(width, 3 * BINS - 1), gain=0.0)
+
+    def forward(self, vectors: Tensor, context: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        """`(batch, size)` moved, or moved back, and the logarithm of by how much a volume grew, `(batch,)`; context `(batch,
+        classes)`."""
+        direction = self.direction()
+        place = (vectors * direction).sum(1)  # no matrix product: autocast would make one of bf16
+        rest = vectors - place[:, None] * direction
+        x = torch.cat([rest, context], 1).to(self.output.weight.dtype)
         for layer in self.hidden:
             x = F.silu(layer(x))
-        return self.output(x).float().unflatten(1, (self.moved, -1))
+        moved, log_slope = spline(place, self.output(x).float(), inverse)
+        return rest + moved[:, None] * direction, log_slope
 
 
 def spline(x: Tensor, shape: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
@@ -95,16 +124,17 @@ class ClassLogits(nn.Module):
 
 
 class LatentFlow(nn.Module):
-    """Coupling layers, each of which moves one half of a vector by what the other is (Dinh et al. 2017, "Density estimation
-    using Real NVP"), along splines: at the edge of what is rewarded the best density falls in a step, which no affine map of
-    noise does. At first the identity: latents are the noise.
+    """Layers, each of which moves a vector along one direction by what all the rest of it is, as a Gibbs sampler does: a spline
+    is exact along its direction, where the best density falls in a step at the edge of what is rewarded, and its volume is
+    its slope. At first the identity: latents are the noise.
 
-    The halves are the first and the last entries, and the even and the odd ones, in turn.
+    Layers that move one half of a vector by the other (Dinh et al. 2017, "Density estimation using Real NVP"; Durkan et al.
+    2019, "Neural spline flows") cost more and see less: what is rewarded is no matter of halves.
 
     Where there are classes, it draws one of them too, by the noise's first entry, and the latent given the class.
 
     Args:
-        size: entries of a latent; at least 2.
+        size: entries of a latent.
         layers, width: of the flow.
         classes: how many there are to choose from; 0: none.
 
@@ -118,8 +148,7 @@ class LatentFlow(nn.Module):
     def __init__(self, size: int, layers: int, width: int, classes: int = 0) -> None:
         super().__init__()
         self.classes = classes
-        halves = [[len(half) for half in _halves(torch.empty(size, 1), i)] for i in range(layers)]
-        self.layers = nn.ModuleList(Coupling(kept, moved, classes, width) for kept, moved in halves)
+        self.layers = nn.ModuleList(Move(size, index % size, classes, width) for index in range(layers))
         self.class_logits = ClassLogits(classes) if classes else None
 
     def forward(self, noise: Tensor | None = None, latents: Tensor | None = None,
@@ -144,17 +173,15 @@ class LatentFlow(nn.Module):
         if self.class_logits is not None:
             labels, noise = drawn_class(noise[:, 0], self.class_logits()), noise[:, 1:]
         context = self._context(noise, labels)
-        for index, layer in enumerate(self.layers):
-            kept, moved = _halves(noise.T, index)
-            noise = _joined(kept.T, spline(moved.T, layer(kept.T, context))[0], index)
+        for layer in self.layers:
+            noise, _ = layer(noise, context)
         return noise, labels
 
     def _log_p(self, latents: Tensor, labels: Tensor | None) -> Tensor:
         context, total = self._context(latents, labels), latents.new_zeros(len(latents))
-        for index, layer in reversed(list(enumerate(self.layers))):
-            kept, moved = _halves(latents.T, index)
-            noise, log_slope = spline(moved.T, layer(kept.T, context), inverse=True)
-            latents, total = _joined(kept.T, noise, index), total + log_slope.sum(1)
+        for layer in reversed(self.layers):
+            latents, log_slope = layer(latents, context, inverse=True)
+            total = total + log_slope
         total = total + log_normal(latents)
         if self.class_logits is None or labels is None:
             return total
@@ -162,23 +189,6 @@ class LatentFlow(nn.Module):
 
     def _context(self, like: Tensor, labels: Tensor | None) -> Tensor:
         return like.new_zeros(len(like), 0) if labels is None else F.one_hot(labels, self.classes).to(like.dtype)
-
-
-def _halves(entries: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-    """What a layer keeps and what it moves, of entries `(size, ...)`."""
-    middle = len(entries) // 2
-    pair = (entries[:middle], entries[middle:]) if layer % 4 < 2 else (entries[0::2], entries[1::2])
-    return pair if layer % 2 == 0 else (pair[1], pair[0])
-
-
-def _joined(kept: Tensor, moved: Tensor, layer: int) -> Tensor:
-    """`(batch, size)`, of what `_halves` has parted."""
-    first, second = (kept, moved) if layer % 2 == 0 else (moved, kept)
-    if layer % 4 < 2:
-        return torch.cat([first, second], 1)
-    joined = first.new_empty(len(first), first.shape[1] + second.shape[1])
-    joined[:, 0::2], joined[:, 1::2] = first, second
-    return joined
 
 
 def log_normal(latents: Tensor) -> Tensor:

@@ -84,16 +84,13 @@ class LatentPolicy(PicturePolicy):
         seed: of its initial weights.
 
     Raises:
-        UserError: a latent that is no vector to halve, or a class that the run has not.
+        UserError: a class that the run has not.
     """
 
     pooled = True
 
     def __init__(self, maker: Any, settings: ImageRewardSettings, seed: int) -> None:
         size, names = math.prod(maker.latent_shape), maker.class_names
-        if size < 2:
-            raise UserError(f"model.from: the latents of {settings.from_} have one entry, and a flow moves one half by the "
-                            "other; begin from a run with at least two")
         self.maker, self._label = maker, _label(settings, names)
         self.classes = len(names) if names is not None and self._label is None else 0
         with torch.device("meta"):  # the engine fills the parameters, or its share of them, from `initial_weights`

@@ -23,9 +23,9 @@ class ImageRewardSettings:
     """latent: a flow draws latents, of which the frozen decoder or generator makes pictures; the reference is the normal
     distribution. decoder: the decoder of a vae is trained; the reference is the decoder as it was, frozen."""
     layers: PositiveInt = 8
-    """latent: coupling layers of the flow (Durkan et al. 2019, neural spline flows)."""
+    """latent: layers of the flow, each of which moves latents along one direction."""
     width: PositiveInt = 64
-    """latent: units in the hidden layers of a coupling layer."""
+    """latent: units in the hidden layers of such a layer."""
     label: str | None = None
     """latent, of a run that is conditional on classes: draw this class alone (default: the policy draws the class too, and
     begins with all of them alike)."""
