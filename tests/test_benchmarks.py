@@ -121,6 +121,7 @@ def test_the_acceptance_on_a_gpu_finds_no_fault_of_its_own_without_one(tmp_path)
     assert any("units_per_second" in each for each in found)
 
 
+@pytest.mark.slow
 def test_counts_of_a_step(monkeypatch):
     """Images are laid out while they are cast."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
