@@ -98,7 +98,9 @@ def _checkpointed(forward: Callable[..., Any], options: dict[str, Any], offload:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         # Inside, hooks of the checkpoint's own stand above these: they see what it was given, and nothing else.
-        with saved_tensors_hooks(_to_host, _from_host) if offload else contextlib.nullcontext():
+        hooks: contextlib.AbstractContextManager[object]
+        hooks = saved_tensors_hooks(_to_host, _from_host) if offload else contextlib.nullcontext()
+        with hooks:
             return checkpoint(forward, *args, **options, **kwargs)
 
     return recomputing_forward

@@ -83,7 +83,9 @@ def growing(network: nn.Module) -> Callable[[], AbstractContextManager[None]]:
     cuDNN's attention makes a plan for each: a GPU's other kernels, which need none, take its place.
     """
     compiled = any(module._compiled_call_impl is not None for module in network.modules())
-    return partial(_growing, partial(torch.compiler.set_stance, "force_eager") if compiled else nullcontext)
+    stance: Callable[[], AbstractContextManager[object]]
+    stance = partial(torch.compiler.set_stance, "force_eager") if compiled else nullcontext
+    return partial(_growing, stance)
 
 
 @contextmanager
