@@ -35,7 +35,7 @@ BERNOULLI = {"model.architecture": "mlp", "model.multipliers": None, "model.widt
              "objective.binarise": "dynamic", "data.size": 8, "train.steps": 1200}
 """What the VAE whose decoder is trained has otherwise than vae/digits."""
 STEPS = {"dcgan": {"train.steps": 300}}
-"""A class is to be chosen, little more: the config's 700 steps are for vae/digits."""
+"""A class is to be chosen, little more: the config's 600 steps are for vae/digits."""
 AIMS = {"gap": 0.2, "share_off": 0.08, "pixel_tv": 0.005}
 
 

@@ -56,6 +56,7 @@ def communication(module: nn.Module, stage: int, device: str) -> dict[str, Any]:
     sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters()]
     parts = BUCKETS.get(device, 1)
     size = min(max([1, *sizes, -(-sum(sizes) // parts)]), LARGEST_BUCKET)
+    size += size % 2  # which DeepSpeed asks of it
     found: dict[str, Any] = {"reduce_bucket_size": size, "allgather_bucket_size": size}
     return found if stage == 3 else {**found, "overlap_comm": parts > 1}  # stage 3 does by itself
 
