@@ -20,12 +20,15 @@ TILES = ((128, 256, 1.0), (128, 128, 0.92), (64, 128, 0.75))
 """Rows and columns that a multiprocessor computes at a time, and how well it does, the largest being the best."""
 HEAD_WIDTHS = ((128, 1.0), (96, 0.95), (0, 0.87))
 """Attention by the width of its heads: from so many on, so well."""
+CAUSAL = 0.5
+"""Share of the square of queries and keys that kernels compute: what is masked they skip."""
 WARM_UP_KEYS = 256
 """Keys over which attention reaches half its rate."""
 FP8_SHARE = 0.75
 """Products in fp8 reach less of their peak, for what they multiply is scaled before."""
-FUSED_BYTES, FUSED_LAUNCHES = 0.6, 0.3
-"""What torch.compile leaves of the memory traffic, and of the launches, of elementwise operations."""
+FUSABLE = ("elementwise", "other")
+FUSED_BYTES, FUSED_LAUNCHES = 0.4, 0.3
+"""What torch.compile leaves of the memory traffic, and of the launches, of a block's elementwise operations."""
 OVERLAP = 0.85
 """Share of a stretch of computation that exchanges can hide behind."""
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float8_e4m3fn": "fp8", "float8_e5m2": "fp8"}
@@ -60,7 +63,7 @@ def time_of(step: PlannedStep, machine: Machine, profile: GpuProfile, precision:
     parts: dict[str, float] = defaultdict(float)
     stretches: dict[tuple[str, str], Stretch] = defaultdict(Stretch)
     for operation in step.operations:
-        fused = compiled and operation.kind in ("elementwise", "other") and operation.part not in ("optimizer", "average")
+        fused = compiled and not operation.head and operation.kind in FUSABLE and operation.part not in ("optimizer", "average")
         seconds = operation.count * seconds_of(operation, profile, precision) * (FUSED_BYTES if fused else 1)
         parts[_category(operation)] += seconds
         stretch = stretches[operation.phase, _direction(operation.part)]
@@ -96,14 +99,15 @@ def seconds_of(operation: Operation, profile: GpuProfile, precision: str) -> flo
     arithmetic = PRECISIONS.get(operation.dtype, "fp32")
     if precision == "fp8" and operation.kind == "product" and not operation.head and arithmetic == "bf16":
         arithmetic = "fp8"
+    flops = operation.flops
     if operation.kind == "attention":
-        share = profile.attention * _attention_share(operation.shape)
+        share, flops = profile.attention * attention_share(operation.shape), flops * CAUSAL
     else:
         batch, rows, columns, inner = _as_product(operation)
         share = profile.product * product_share(batch, rows, columns, inner, profile)
         share *= FP8_SHARE if arithmetic == "fp8" else 1
         share *= profile.convolution if operation.kind == "convolution" else 1
-    return max(operation.flops / (profile.peak(arithmetic) * share), traffic)
+    return max(flops / (profile.peak(arithmetic) * share), traffic)
 
 
 def product_share(batch: int, rows: int, columns: int, inner: int, profile: GpuProfile) -> float:
@@ -134,7 +138,8 @@ def _as_product(operation: Operation) -> tuple[int, int, int, int]:
     return 1, batch * math.prod(size), out, into * math.prod(kernel)
 
 
-def _attention_share(shape: tuple[int, ...]) -> float:
+def attention_share(shape: tuple[int, ...]) -> float:
+    """Speed of attention `(batch, heads, queries, keys, head width)` by that over long texts with wide heads, in (0, 1]."""
     *_, keys, width = shape
     return next(share for least, share in HEAD_WIDTHS if width >= least) * keys / (keys + WARM_UP_KEYS)
 
