@@ -71,6 +71,7 @@ class Exchange:
         within_nodes: whether all of them stand in one node.
         hidden: whether computation goes on meanwhile.
         count: calls in a step.
+        last_only: made in the last micro-batch alone, whose computation is all that goes on meanwhile.
     """
 
     name: Literal["all_gather", "reduce_scatter", "all_reduce"]
@@ -81,6 +82,7 @@ class Exchange:
     within_nodes: bool
     hidden: bool
     count: float
+    last_only: bool = False
 
 
 @dataclass(frozen=True)
