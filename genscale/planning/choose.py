@@ -88,7 +88,7 @@ class Chooser:
         planner: plans the others.
         goal: what is to be small.
         couples_samples: losses depend on which samples share a micro-batch, so that their number is part of what is computed.
-        seconds: to look for; None: until all have been looked at.
+        seconds: of computing, to look for; None: until all have been looked at.
         show: told of each plan that is made.
     """
 
@@ -96,22 +96,24 @@ class Chooser:
                  seconds: float | None = None, show: Callable[[Candidate], None] | None = None) -> None:
         self.yours = Candidate(yours, {})
         self.goal, self.couples_samples, self._planner, self._show = goal, couples_samples, planner, show
-        self._ends = None if seconds is None else time.monotonic() + seconds
+        self._ends = None if seconds is None else time.process_time() + seconds  # not the clock's: others may compute here
         self._longest = 0.0
         self._seen: dict[tuple[Any, ...], Candidate | None] = {_identity(yours.config, yours.machine): self.yours}
         self._left_out: set[tuple[Any, ...]] = set()
 
     def neighbours(self) -> Choices:
         """The ways that differ little from yours; where it does not fit, the nearest that does comes first."""
+        yours, machine = self.yours.plan.config, self.yours.plan.machine
         if not self.yours.plan.fits:
             self.nearest_that_fits()
-        for machine in self._machines():
-            if machine != self.yours.plan.machine:
-                self._fitted(machine)
-            for recomputed in RECOMPUTED:
-                self._climb(replaced(self.yours.plan.config, activation_checkpointing=recomputed), machine)
-        for config in self._spreads(self.yours.plan.config, self.yours.plan.machine):
-            self._look(config, self.yours.plan.machine)
+        for fewer in self._machines()[1:]:
+            self._fitted(fewer)
+        for recomputed in RECOMPUTED:
+            self._look(replaced(yours, activation_checkpointing=recomputed), machine)
+        for recomputed in sorted(RECOMPUTED, key=lambda each: each != yours.parallel.activation_checkpointing):
+            self._climb(replaced(yours, activation_checkpointing=recomputed), machine)
+        for config in self._spreads(yours, machine):
+            self._look(config, machine)
         return self._choices()
 
     def search(self) -> Choices:
@@ -163,10 +165,14 @@ class Chooser:
         """The same with the largest micro-batch that fits, from yours up or down."""
         sizes, own = self._sizes(machine), self._size_of(config, machine)
         found = self._look(with_size(config, own), machine)
-        up = found is not None and found.plan.fits
-        for size in sorted((size for size in sizes if (size > own if up else size < own)), reverse=not up):
+        if found is None or not found.plan.fits:
+            self._descend(config, machine)
+            return
+        for size in sorted(size for size in sizes if size > own):
+            if _peak_with(found.plan, size) > found.plan.gpu.memory_bytes:
+                return
             found = self._look(with_size(config, size), machine)
-            if found is None or found.plan.fits != up:
+            if found is None or not found.plan.fits:
                 return
 
     def _walk(self, config: Config, machine: Machine) -> None:
@@ -181,7 +187,7 @@ class Chooser:
         key = _identity(config, machine)
         if key in self._seen:
             return self._seen[key]
-        started = time.monotonic()
+        started = time.process_time()
         if self._ends is not None and started + self._longest > self._ends:
             self._left_out.add(key)
             return None
@@ -191,7 +197,7 @@ class Chooser:
             self._seen[key] = None
             return None
         found = self._seen[key] = Candidate(plan, self._changes(plan))
-        self._longest = max(self._longest, time.monotonic() - started)
+        self._longest = max(self._longest, time.process_time() - started)
         if self._show is not None:
             self._show(found)
         return found

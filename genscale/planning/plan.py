@@ -14,7 +14,7 @@ from genscale.settings.config import Config
 from genscale.training.setup import check_settings, derive_accumulation
 
 Verdict = Literal["fits", "too close", "does not fit"]
-EXPECTED_ERROR: dict[Certainty, float] = {"exact": 0.0, "traced": 0.03, "replayed": 0.5, "modelled": 0.1, "assumed": 0.3}
+EXPECTED_ERROR: dict[Certainty, float] = {"exact": 0.0, "traced": 0.03, "replayed": 0.3, "modelled": 0.1, "assumed": 0.3}
 """Of a part of the memory, as a share of it. What is replayed is only what the caching allocator keeps beside the tensors."""
 DISK_OF_A_NODE = 1e9
 """Bytes a second that the processes of one node write together, where nobody has measured it."""

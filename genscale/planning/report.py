@@ -5,13 +5,18 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from itertools import zip_longest
+from typing import get_args
 
+from genscale.planning.account import Category
 from genscale.planning.choose import Candidate, Choices, gain
 from genscale.planning.plan import Plan
 from genscale.planning.wording import count, digits, duration, gib, measured, name, rate, rounded, size
 
+CATEGORIES = get_args(Category)
 WIDTH = 69
 """Of the left column."""
+SMALLEST = 0.0005
+"""Share of the peak, or of the step, below which a part is not shown."""
 SHOWN = 6
 """Better ways in a report."""
 
@@ -64,11 +69,13 @@ def _memory(plan: Plan) -> list[str]:
     memory = plan.step.memory
     place = ".".join(memory.layer.split(".")[-2:])
     moment = ", ".join(filter(None, (memory.phase, memory.part, place)))
-    tensors = [part for part in memory.parts if part.category not in ("caching allocator", "CUDA and NCCL")]
-    rest = [part for part in memory.parts if part not in tensors]
+    parts = sorted(memory.parts, key=lambda part: CATEGORIES.index(part.category))
+    tensors = [part for part in parts if part.category not in ("caching allocator", "CUDA and NCCL")]
+    rest = [part for part in parts if part not in tensors]
     width, gpu = 26, plan.gpu.memory_bytes
     lines = [f"peak memory a GPU (GiB), at {moment}"]
-    lines += [f"  {name(part):<{width}}{gib(part.bytes):>7}   {part.certainty}" for part in tensors if part.bytes]
+    lines += [f"  {name(part):<{width}}{gib(part.bytes):>7}   {part.certainty}"
+              for part in tensors if part.bytes >= SMALLEST * plan.peak]
     lines.append(f"  {'allocated':<{width}}{gib(sum(part.bytes for part in tensors)):>7}")
     for part in rest:
         share = 1 + part.bytes / max(1, sum(each.bytes for each in tensors))
@@ -83,7 +90,7 @@ def _time(plan: Plan) -> list[str]:
     time, scale = plan.time, 1 if plan.time.step >= 0.1 else 1000
     lines = [f"time of a step ({'s' if scale == 1 else 'ms'}; modelled)"]
     lines += [f"  {part.category:<24}{scale * part.seconds:>8.{digits(scale * time.step)}f} {part.seconds / time.step:>6.0%}"
-              for part in time.parts if part.seconds >= 0.0005 * time.step]
+              for part in time.parts if part.seconds >= SMALLEST * time.step]
     lines.append(f"    {'step':<22}{scale * time.step:>8.{digits(scale * time.step)}f}")
     speed = plan.units_per_second
     mfu = f"   MFU {time.mfu:.0%}" if time.mfu is not None else "   MFU: no peak known"
