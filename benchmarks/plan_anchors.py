@@ -6,7 +6,8 @@
 Of a step's time the constants are five a kind of GPU. Two questions are asked of each published GPT run:
 - calibrated: what if others of the same source and GPU are known? Where a source has many, the constants are fitted on two
   thirds of its shapes and judged on the third, in turns; where it has few, one run gives one factor for the others.
-- uncalibrated: what if nothing of the source is known? Constants fitted on all other sources.
+- uncalibrated: what if nothing of the source is known? Constants fitted on all other sources of the kind of GPU. (from few
+  rows: of the one large source, whose GPUs are hardly known without it.)
 StyleGAN runs are judged by their scaling: the published step of one GPU, and the exchange that more of them add.
 """
 
@@ -31,9 +32,12 @@ from scipy.optimize import minimize
 
 ANCHORS = Path(__file__).parent / "data" / "plan-anchors.json"
 BOUNDS = {"product": (0.4, 1.0), "half": (0.0, 1500.0), "attention": (0.1, 1.0), "memory": (0.2, 1.0), "exposed": (0.0, 1.0)}
-START = (0.78, 400.0, 0.3, 0.6, 0.6)
+USUAL = (0.78, 400.0, 0.3, 0.6, 0.6)
+"""What the constants are where no row says otherwise: what few rows leave open stays near it."""
 MANY = 12
 """Rows of one source and kind of GPU that constants can be fitted on."""
+ENOUGH = 40
+"""Rows of other sources from which a kind of GPU is known, as the shipped constants know it."""
 FOLDS = 3
 LEFT_OUT = {"nanoGPT README": "measured in January 2023, with attention in the open",
             "Megatron-LM tests": "shows a network of 40 M parameters wait for its launches, by a host nobody describes"}
@@ -48,9 +52,9 @@ Row = dict[str, Any]
 
 
 def load(path: Path) -> list[Row]:
-    """All rows, each with its source's name."""
+    """All rows, each with its source's name and stack."""
     content = json.loads(path.read_text())
-    return [{**row, "source": content["sources"][row["source"]]["source"]} for row in content["rows"]]
+    return [{**row, **content["sources"][row["source"]]} for row in content["rows"]]
 
 
 def measured(row: Row) -> float | None:
@@ -96,8 +100,8 @@ def errors(rows: Sequence[Row], constants: Constants | None = None) -> np.ndarra
 
 
 def fit(rows: Sequence[Row]) -> Constants:
-    """The constants with the least mean of absolute and of squared errors (in logarithms); a source weighs as the root of its
-    rows, for one with a hundred of them is still one stack."""
+    """The constants with the least mean of absolute and of squared errors (in logarithms), which stay near the usual ones where
+    nothing pulls them away; a source weighs as the root of its rows, for one with a hundred of them is still one stack."""
     sources = [(source(row), compiled(row)) for row in rows]
     weights = np.array([sources.count(each) ** -0.5 for each in sources])
     weights /= weights.sum()
@@ -109,9 +113,10 @@ def fit(rows: Sequence[Row]) -> Constants:
     def loss(point: np.ndarray) -> float:
         logs = np.log1p(errors(rows, constants(point)))
         outside = np.maximum(0, -point).sum() + np.maximum(0, point - 1).sum()
-        return float(weights @ np.abs(logs) + 0.3 * (weights @ logs**2) ** 0.5 + outside)
+        pull = ((point - start) ** 2).sum() / len(rows)
+        return float(weights @ np.abs(logs) + 0.3 * (weights @ logs**2) ** 0.5 + outside + pull)
 
-    start = (np.array(START) - low) / (high - low)
+    start = (np.array(USUAL) - low) / (high - low)
     simplex = np.vstack([start, *(start + np.where(start > 0.5, -0.25, 0.25)[each] * np.eye(5)[each] for each in range(5))])
     found = minimize(loss, start, method="Nelder-Mead", options={"maxfev": 400, "initial_simplex": simplex})
     return {name: float(f"{value:.4g}") for name, value in constants(found.x).items()}
@@ -139,15 +144,16 @@ def calibrated(rows: Sequence[Row]) -> dict[str, float]:
     return found
 
 
-def uncalibrated(rows: Sequence[Row]) -> dict[str, float]:
-    """Errors by row, each told from the other sources of its kind of GPU; of the 40 GB A100, which has one, from the other
-    A100's."""
-    found: dict[str, float] = {}
+def uncalibrated(rows: Sequence[Row]) -> tuple[dict[str, float], dict[str, float]]:
+    """Errors by row, each told from the other sources of its kind of GPU (of the 40 GB A100, which has one source, from the
+    other A100's): where those have enough rows, and where they have but a few."""
+    enough, few = {}, {}
     for those in groups(rows, lambda row: (source(row), kind(row))):
         name, gpu = source(those[0]), kind(those[0]).removesuffix("-40")
         others = [row for row in rows if kind(row).removesuffix("-40") == gpu and source(row) != name]
+        found = enough if len(others) >= ENOUGH else few
         found |= zip((row["id"] for row in those), errors(those, fit(others)), strict=True)
-    return found
+    return enough, few
 
 
 def groups(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[list[Row]]:
@@ -220,7 +226,9 @@ def main() -> None:
     gpts = [row for row in known if is_judged(row)]
     fitted = {gpu: fit([row for row in gpts if kind(row) == gpu]) for gpu in ("a100", "a100-40", "h100")}
     shipped = {row["id"]: float(errors([row], fitted[kind(row)])[0]) for row in gpts}
-    found = {"fitted": shipped, "calibrated": calibrated(gpts), "uncalibrated": uncalibrated(gpts), "scaling": scaling(known)}
+    enough, few = uncalibrated(gpts)
+    found = {"fitted": shipped, "calibrated": calibrated(gpts), "uncalibrated": enough, "from few rows": few,
+             "scaling": scaling(known)}
     lines = table(known, found)
     show(lines)
     write({**circumstances(["torch", "scipy"]), "constants": fitted, "left_out": LEFT_OUT, "errors": lines,

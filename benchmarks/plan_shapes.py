@@ -13,11 +13,14 @@ from typing import Any
 from genscale.planning.account import Exchange, Machine, Operation, Part, PlannedMemory, PlannedStep
 from genscale.planning.profiles import GpuProfile, profile
 
-BF16, FP32 = 2, 4
+FP8, BF16, FP32 = 1, 2, 4
 SMALL = 20
 """Elementwise operations of a block in one direction: what the host has to launch."""
-RECOMPUTED = {"full": 1.0, "selective-op": 0.45, "selective-layer-2": 0.5}
-"""Share of a block's products that are computed again; of any other selective checkpointing none, but what is elementwise."""
+RECOMPUTED = {"full": 1.0, "selective-op": 0.45, "selective-layer-2": 0.5, "selective (share not stated)": 0.5}
+"""Share of a block's products that are computed again (where it is not told, the middle between none and all); of any other
+selective checkpointing none, but what is elementwise."""
+WHOLE = ("full", "selective-layer-2", "selective (share not stated)")
+"""Where attention is computed again as well: whole blocks are."""
 NO_MEMORY = PlannedMemory(parts=(), at_rest=0, phase="", part="forward", layer="", checkpoint_bytes=0)
 
 
@@ -75,7 +78,7 @@ class Operations:
         again = self.row["checkpointing"]
         share = next((part for name, part in RECOMPUTED.items() if again.startswith(name)), 0.0)
         attention = (b, m["heads"], time, time, m["head_width"])
-        whole = share if again.startswith(("full", "selective-layer-2")) else 0.0
+        whole = share if again.startswith(WHOLE) else 0.0
         for into, out in linear:
             self.product(tokens, out, into, "forward", layers)
             self.product(tokens, out, into, "recomputation", layers * share)
@@ -116,7 +119,8 @@ class Operations:
     def optimizer(self) -> None:
         sharded = self.row["strategy"].startswith("zero") or self.row["strategy"] == "fsdp2"
         local = parameters_of(self.row) // (self.row["gpus"] if sharded else 1)
-        moved = local * (9 * FP32 + BF16)  # weight, two moments, gradient, the clipping's pass, the copy to compute with
+        # Weight and two moments, read and written; the gradient, twice; the clipping's pass; the copy to compute with.
+        moved = local * (9 * BF16 if self.row["precision"] == "bf16-pure" else 9 * FP32 + BF16)
         self.add(Operation("adamw", "elementwise", "", "optimizer", False, (local,), "float32", 0, moved, 1))
 
     def product(self, rows: int, columns: int, inner: int, part: Part, count: float, head: bool = False) -> None:
@@ -145,13 +149,14 @@ def exchanges_of(row: dict[str, Any], accumulation: int) -> list[Exchange]:
     parameters, blocks = parameters_of(row), row["model"]["layers"] + 1
     within = ranks <= row["gpus_per_node"]
     reduced = FP32 if str(row.get("reduce_dtype")).startswith("fp32") else BF16
+    gathered = FP8 if "float8 all-gather" in row.get("stack", "") else BF16
 
     def exchange(name: Any, part: Part, size: int, count: int, hidden: bool = True, last: bool = False) -> Exchange:
         return Exchange(name, "", part, parameters * size // blocks, ranks, within, hidden, blocks * count, last)
 
     if row["strategy"] in ("zero3", "fsdp2", "zero2"):  # zero2: FSDP keeps the weights gathered between forward and backward
-        gathers = [] if row["strategy"] == "zero2" else [exchange("all_gather", "backward", BF16, accumulation)]
-        return [exchange("all_gather", "forward", BF16, accumulation), *gathers,
+        gathers = [] if row["strategy"] == "zero2" else [exchange("all_gather", "backward", gathered, accumulation)]
+        return [exchange("all_gather", "forward", gathered, accumulation), *gathers,
                 exchange("reduce_scatter", "backward", reduced, accumulation)]
     if row["strategy"] == "zero1":
         return [exchange("reduce_scatter", "backward", reduced, 1, last=True),

@@ -57,7 +57,8 @@ def materialise(module: nn.Module, device: torch.device) -> None:
         owner, name = places[0]
         tensor = getattr(owner, name)
         if not tensor.is_meta:
-            tensor.data = tensor.data.to(device)
+            if tensor.device != device:
+                tensor.data = tensor.data.to(device)
             continue
         real = torch.empty_like(tensor, device=device)
         if isinstance(tensor, nn.Parameter):

@@ -9,6 +9,8 @@ Certainty = Literal["exact", "traced", "replayed", "modelled", "assumed"]
 """How a number came about: a closed form that is tested to the byte; the step itself on tensors without storage; a model of the
 caching allocator fed with the trace; a model with measured constants; nothing but experience."""
 Part = Literal["forward", "recomputation", "backward", "optimizer", "average"]
+Category = Literal["weights", "gathered weights", "gradients", "exchange of gradients", "optimizer state", "averages",
+                   "activations", "logits and loss", "other", "caching allocator", "CUDA and NCCL"]
 Kind = Literal["product", "attention", "convolution", "elementwise", "other"]
 
 
@@ -89,8 +91,7 @@ class Exchange:
 class MemoryPart:
     """Bytes of one rank at the moment of the peak."""
 
-    category: Literal["weights", "gathered weights", "gradients", "exchange of gradients", "optimizer state", "averages",
-                      "activations", "logits and loss", "other", "caching allocator", "CUDA and NCCL"]
+    category: Category
     bytes: int
     certainty: Certainty
 

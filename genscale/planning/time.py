@@ -24,10 +24,10 @@ CAUSAL = 0.5
 """Share of the square of queries and keys that kernels compute: what is masked they skip."""
 WARM_UP_KEYS = 256
 """Keys over which attention reaches half its rate."""
-FP8_SHARE = 0.75
+FP8_SHARE = 0.9
 """Products in fp8 reach less of their peak, for what they multiply is scaled before."""
 FUSABLE = ("elementwise", "other")
-FUSED_BYTES, FUSED_LAUNCHES = 0.4, 0.3
+FUSED_BYTES, FUSED_LAUNCHES = 0.3, 0.3
 """What torch.compile leaves of the memory traffic, and of the launches, of a block's elementwise operations."""
 OVERLAP = 0.85
 """Share of a stretch of computation that exchanges can hide behind."""
