@@ -58,8 +58,8 @@ def _check(config: Config, gpu: str, gpus: int, gpus_per_node: int) -> None:
     if planned.verdict == "too close":
         print(f"warning: the run may not fit into the memory of its GPUs: planned {amount}", file=sys.stderr)
         return
-    nearest = Chooser(planned, plan, seconds=LOOKING).nearest_that_fits()
+    nearest = Chooser(planned, seconds=LOOKING).nearest_that_fits()
     instead = f"nearest that fits: {nearest.flags}" if nearest else "nothing that was looked at fits"
     raise UserError(f"train.micro_batch_size: {planned.step.micro_batch_size} under parallel.strategy "
-                    f"{planned.config.parallel.strategy} cannot fit into memory: planned {amount}; {instead}; --no-plan submits "
-                    "it all the same")
+                    f"{planned.config.parallel.strategy} cannot fit into memory: planned {amount}; {instead}; --no-plan submits"
+                    " it all the same")

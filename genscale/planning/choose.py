@@ -8,9 +8,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
 from genscale.errors import UserError
+from genscale.families import family
 from genscale.parallel.strategies import SHARDS_MOST
 from genscale.planning.account import Machine
-from genscale.planning.plan import Plan
+from genscale.planning.plan import Plan, Terms, plan
 from genscale.settings.config import Config, ParallelSettings, Strategy
 
 Goal = Literal["speed", "memory", "cost", "fewest-gpus"]
@@ -22,7 +23,7 @@ OF_SAMPLES = ("activations", "logits and loss", "other", "caching allocator")
 """Categories of memory that grow with the micro-batch."""
 SMALLEST_GAIN = 0.01
 """A way is better where it saves more than this share."""
-Planner = Callable[[Config, Machine], Plan]
+Planner = Callable[[Config, Machine, Terms], Plan]
 """Plans a config on a machine. Raises UserError for what `genscale train` refuses."""
 
 
@@ -85,17 +86,19 @@ class Chooser:
 
     Args:
         yours: the run as it was asked about.
-        planner: plans the others.
         goal: what is to be small.
-        couples_samples: losses depend on which samples share a micro-batch, so that their number is part of what is computed.
         seconds: of computing, to look for; None: until all have been looked at.
         show: told of each plan that is made.
+        planner: plans the others.
     """
 
-    def __init__(self, yours: Plan, planner: Planner, goal: Goal = "speed", couples_samples: bool = False,
-                 seconds: float | None = None, show: Callable[[Candidate], None] | None = None) -> None:
+    def __init__(self, yours: Plan, goal: Goal = "speed", seconds: float | None = None,
+                 show: Callable[[Candidate], None] | None = None, planner: Planner | None = None) -> None:
         self.yours = Candidate(yours, {})
-        self.goal, self.couples_samples, self._planner, self._show = goal, couples_samples, planner, show
+        self.goal, self._show = goal, show
+        self._planner = planner or plan
+        # Losses that depend on which samples share a micro-batch: their number is part of what is computed.
+        self._couples_samples = family(yours.config.model.family).blueprint(yours.config).objective.couples_samples
         self._ends = None if seconds is None else time.process_time() + seconds  # not the clock's: others may compute here
         self._longest = 0.0
         self._seen: dict[tuple[Any, ...], Candidate | None] = {_identity(yours.config, yours.machine): self.yours}
@@ -192,11 +195,11 @@ class Chooser:
             self._left_out.add(key)
             return None
         try:
-            plan = self._planner(config, machine)
+            planned = self._planner(config, machine, self.yours.plan.terms)
         except UserError:
             self._seen[key] = None
             return None
-        found = self._seen[key] = Candidate(plan, self._changes(plan))
+        found = self._seen[key] = Candidate(planned, self._changes(planned))
         self._longest = max(self._longest, time.process_time() - started)
         if self._show is not None:
             self._show(found)
@@ -244,7 +247,7 @@ class Chooser:
         """Micro-batch size of the config on that machine: of those allowed the nearest below, or the smallest."""
         yours = self.yours.plan
         wanted = config.train.micro_batch_size or yours.step.micro_batch_size
-        if self.couples_samples:
+        if self._couples_samples:
             wanted = yours.step.micro_batch_size * yours.machine.gpus // machine.gpus
         return max((size for size in self._sizes(machine) if size <= wanted), default=min(self._sizes(machine), default=1))
 
@@ -253,7 +256,7 @@ class Chooser:
         yours, (share, rest) = self.yours.plan, divmod(self.yours.plan.config.train.global_batch_size, machine.gpus)
         if rest:
             return []
-        if self.couples_samples:
+        if self._couples_samples:
             return [share // yours.step.accumulation] if share % yours.step.accumulation == 0 else []
         found: list[int] = []
         for size in range(1, share + 1):

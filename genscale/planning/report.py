@@ -21,16 +21,14 @@ SHOWN = 6
 """Better ways in a report."""
 
 
-def text(plan: Plan, choices: Choices | None = None) -> str:
-    """The whole report."""
+def text(plan: Plan) -> str:
+    """One run: memory to the left, time to the right."""
     lines = [heading(plan), f"{in_words(plan):<120} {plan.verdict.upper():>12}"]
     left, right = _memory(plan), _time(plan)
     lines += [f"{a:<{WIDTH}}{b}".rstrip() for a, b in zip_longest(left, right, fillvalue="")]
     if plan.verdict == "too close":
         lines.append(f"too close: {gib(plan.peak)} +- {gib(plan.expected_error)} GiB do not leave {plan.terms.spare:.0%} of "
                      f"{gib(plan.gpu.memory_bytes)} GiB free, so it may run out of memory")
-    if choices is not None:
-        lines += _better(choices)
     return "\n".join(lines)
 
 
@@ -105,7 +103,8 @@ def _time(plan: Plan) -> list[str]:
     return lines
 
 
-def _better(choices: Choices) -> list[str]:
+def ways(choices: Choices) -> str:
+    """What would be better, and what would not, as flags to paste."""
     yours, goal = choices.yours.plan, choices.goal
     better = choices.better
     if goal == "fewest-gpus":  # the best of each number
@@ -123,7 +122,7 @@ def _better(choices: Choices) -> list[str]:
         lines += _wrapped("do not fit, or might not: ", [f"{each.flags} ({gib(each.plan.peak)} GiB)" for each in unfit[:4]])
     if choices.left_out:
         lines.append(f"{choices.left_out} more not looked at for want of time; --search looks at all")
-    return lines
+    return "\n".join(lines)
 
 
 def _beside(each: Candidate, choices: Choices, short: bool = False) -> str:

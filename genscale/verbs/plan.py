@@ -105,21 +105,22 @@ def _one(asked: PlanSettings, config: Config, machine: Machine, terms: Terms) ->
     if asked.explain is not None:
         print(explain_memory(yours) if asked.explain == "memory" else explain_time(yours))
         return code_of([yours])
-    choices = _choose(asked, yours)
-    print(json.dumps(as_dict(yours, choices), indent=1) if asked.json else report.text(yours, choices))
+    if asked.json:
+        print(json.dumps(as_dict(yours, _choose(asked, yours)), indent=1))
+    else:
+        print(report.text(yours), flush=True)  # before the others are looked at, which takes longer
+        print(report.ways(_choose(asked, yours)))
     return code_of([yours])
 
 
 def _choose(asked: PlanSettings, yours: Plan) -> Choices:
     from genscale.planning.choose import Chooser
-    from genscale.planning.plan import plan
 
     def show(candidate: Candidate) -> None:
         if asked.search and sys.stderr.isatty():
             print(f"\r\033[K{candidate.flags}: {candidate.plan.verdict}", end="", file=sys.stderr, flush=True)
 
-    chooser = Chooser(yours, lambda config, machine: plan(config, machine, yours.terms), asked.goal,
-                      seconds=None if asked.search else LOOKING, show=show)
+    chooser = Chooser(yours, asked.goal, None if asked.search else LOOKING, show)
     choices = chooser.search() if asked.search else chooser.neighbours()
     if asked.search and sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
+
 import genscale
 from genscale.planning.account import (
     Exchange,
@@ -27,8 +31,9 @@ KEPT = {"none": 24.0, "selective": 16.0, "full": 4.0}
 TIME = {"none": 1.0, "selective": 1.1, "full": 1.3}
 
 
-def config(*settings: str) -> Config:
-    return genscale.config("gpt/llama-8b", dict(zip(settings[::2], settings[1::2], strict=True)))
+def llama(**parallel: object) -> Config:
+    """configs/gpt/llama-8b.yaml with other settings of `parallel`."""
+    return genscale.config("gpt/llama-8b", {f"parallel.{name}": value for name, value in parallel.items()})
 
 
 def hand_made(config: Config, machine: Machine, terms: Terms | None = None) -> Plan:
@@ -50,12 +55,22 @@ def hand_made(config: Config, machine: Machine, terms: Terms | None = None) -> P
         state("weights", 4) + state("optimizer", 8), "language_model", "backward", "blocks.31", 12 * PARAMETERS)
     tokens = config.train.global_batch_size * 8192
     flops = 6.0 * PARAMETERS * tokens / machine.gpus
-    operations = (Operation("aten.mm", "product", "language_model", "forward", False, (8192, 4096, 4096), "bfloat16", flops, GIB,
-                            1.0),)
+    product = Operation("aten.mm", "product", "language_model", "forward", False, (8192, 4096, 4096), "bfloat16", flops, GIB, 1)
     exchanges = (Exchange("all_gather", "language_model", "forward", 4 * PARAMETERS, group, False, True, accumulation),)
     busy = flops / 4e14 * TIME[parallel.activation_checkpointing]
     waiting = 0.1 * accumulation * len(sharded) / 3 + (10.0 if parallel.offload == "cpu" else 0.0)
     seconds = (TimePart("matrix products", busy), TimePart("waiting for the network", waiting))
-    step = PlannedStep(PARAMETERS, config.train.global_batch_size, tokens, micro, accumulation, memory, operations, exchanges)
+    step = PlannedStep(PARAMETERS, config.train.global_batch_size, tokens, micro, accumulation, memory, (product,), exchanges)
     mfu = flops / (busy + waiting) / gpu.peak(config.train.precision)
     return Plan(config, machine, gpu, terms or Terms(), step, PlannedTime(seconds, 0.2, flops * machine.gpus, mfu))
+
+
+@pytest.fixture(name="llama", scope="session")
+def _llama() -> Callable[..., Config]:
+    return llama
+
+
+@pytest.fixture(name="hand_made", scope="session")
+def _hand_made() -> Callable[..., Plan]:
+    """`hand_made(config, machine, terms)`: a plan in closed form."""
+    return hand_made
