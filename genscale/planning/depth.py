@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,17 +16,19 @@ from genscale.planning.recorder import Moment
 from genscale.planning.summary import Peak, Summary
 from genscale.settings.config import Config
 
-DEPTHS, CHECK = (2, 4), 6
-"""Blocks of the networks that are traced for a deeper one, and of one more that must be what these foretell."""
+DEPTHS, CHECK = (3, 4), 6
+"""Blocks of the networks that are traced for a deeper one, and of one more that must be what these foretell. Where blocks are
+sharded, a deep network holds three of them gathered: the one that goes back, the one before it, and the one that is given back.
+"""
 AGREEMENT = 0.001
 Key = TypeVar("Key", bound=NamedTuple)
 
 
 def can_be_foretold(config: Config, objective: Objective) -> bool:
     """Whether the networks have `model.layers` equal blocks each, or none, and these are more than would be traced."""
-    layers = getattr(config.model, "layers", 0)
+    layers = getattr(config.model, "layers", 0) - config.parallel.prefetch_blocks
     stacks = [blocks for network in objective.networks.values() if (blocks := blocks_of(network))]
-    return bool(stacks) and layers > CHECK and all(len(blocks) == layers and _alike(blocks) for blocks in stacks)
+    return bool(stacks) and layers > CHECK and all(len(blocks) == config.model.layers and _alike(blocks) for blocks in stacks)
 
 
 def _alike(blocks: list[nn.Module]) -> bool:
@@ -41,27 +42,31 @@ def with_depth(config: Config, layers: int) -> Config:
     return replace(config, model=model)
 
 
-def foretold(trace: Callable[[int], Summary], layers: int) -> Summary:
+def foretold(trace: Callable[[int], Summary], layers: int, more: int = 0) -> Summary:
     """The summary of a network of so many blocks.
 
     Args:
         trace: gives that of one that is traced.
+        more: blocks that are gathered ahead.
 
     Raises:
         UserError: blocks do not add up.
     """
-    first, second = (trace(depth) for depth in DEPTHS)
-    expected, found = extrapolated(first, second, CHECK).peak.total, trace(CHECK).peak.total
+    depths = DEPTHS[0] + more, DEPTHS[1] + more
+    first, second = (trace(depth) for depth in depths)
+    third = trace(CHECK + more)
+    expected, found = extrapolated(first, second, depths, CHECK + more).peak.total, third.peak.total
     if abs(expected - found) > AGREEMENT * found:
-        raise UserError(f"model.layers: {layers} blocks cannot be planned from {DEPTHS[0]} and {DEPTHS[1]}: of {CHECK} these "
+        raise UserError(f"model.layers: {layers} blocks cannot be planned from {depths[0]} and {depths[1]}: of {CHECK + more} these "
                         f"foretell {expected / 2**20:,.1f} MiB, and {found / 2**20:,.1f} MiB were found; set model.layers to "
-                        f"at most {CHECK}")
-    return extrapolated(first, second, layers)
+                        f"at most {CHECK + more}")
+    deep = extrapolated(first, second, depths, layers)
+    return replace(deep, kept=third.kept / found * deep.peak.total)  # gaps do not lie on lines
 
 
-def extrapolated(first: Summary, second: Summary, layers: int) -> Summary:
-    """On the straight line through two summaries, of the depths `DEPTHS`."""
-    share = (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+def extrapolated(first: Summary, second: Summary, depths: tuple[int, int], layers: int) -> Summary:
+    """On the straight line through two summaries, of these depths."""
+    share = (layers - depths[0]) / (depths[1] - depths[0])
 
     def line(a: float, b: float) -> float:
         return a + (b - a) * share
@@ -71,15 +76,17 @@ def extrapolated(first: Summary, second: Summary, layers: int) -> Summary:
         start = first.peaks.get(place, end)
         categories = start.bytes.keys() | end.bytes.keys()
         held = {each: line(start.bytes.get(each, 0), end.bytes.get(each, 0)) for each in categories}
-        peaks[place] = Peak(held, _deeper(end.moment, layers))
+        peaks[place] = Peak(held, _deeper(end.moment, depths[1], layers))
     return Summary(peaks, _lines(first.work, second.work, line), _lines(first.collectives, second.collectives, line),
                    line(first.at_rest, second.at_rest), line(first.kept, second.kept))
 
 
-def _deeper(moment: Moment, layers: int) -> Moment:
-    """The last block is the last of the deeper network."""
-    last = re.sub(rf"\b{DEPTHS[1] - 1}$", str(layers - 1), moment.layer)
-    return moment._replace(layer=last)
+def _deeper(moment: Moment, traced: int, layers: int) -> Moment:
+    """Blocks are numbered from the end of the network that is nearer."""
+    name, _, number = moment.layer.rpartition(".")
+    if not number.isdecimal() or int(number) < traced / 2:
+        return moment
+    return moment._replace(layer=f"{name}.{int(number) + layers - traced}")
 
 
 def _lines(first: Mapping[Key, tuple[float, ...]], second: Mapping[Key, tuple[float, ...]],

@@ -9,6 +9,8 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
+GROUPS = 7
+
 
 def timed(tensor: torch.Tensor, work: Callable[[], object]) -> float:
     """Seconds of `work`, from when the tensor's device is idle until it is again."""
@@ -21,26 +23,27 @@ def timed(tensor: torch.Tensor, work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def usual(tensor: torch.Tensor, work: Callable[[], object], seconds: float) -> float:
-    """Seconds that `work` takes as a rule: the median of groups of calls that take so many seconds together.
+def undisturbed(tensor: torch.Tensor, work: Callable[[], object], seconds: float) -> float:
+    """Seconds that `work` takes where nothing else is in its way: the least of what it takes in groups of calls, which take so
+    many seconds together.
 
     Calls are grouped, so that a device that works off a queue is not waited for after each, and warm first.
     """
     work()
     once = max(timed(tensor, work), 1e-7)
-    calls = max(1, min(1000, int(seconds / 5 / once)))
+    calls = max(1, min(1000, int(seconds / GROUPS / once)))
 
     def group() -> None:
         for _ in range(calls):
             work()
 
-    return median(timed(tensor, group) for _ in range(5)) / calls
+    return min(timed(tensor, group) for _ in range(GROUPS)) / calls
 
 
 def product_seconds(left: torch.Tensor, right: torch.Tensor, seconds: float) -> float:
     """Of one product of two matrices, or of two stacks of them."""
     out = torch.matmul(left, right)
-    return usual(left, lambda: torch.matmul(left, right, out=out), seconds)
+    return undisturbed(left, lambda: torch.matmul(left, right, out=out), seconds)
 
 
 def all_reduce_seconds(tensor: torch.Tensor, rounds: int, group: dist.ProcessGroup | None = None) -> float:

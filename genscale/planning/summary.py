@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from genscale.planning.account import Exchange, Kind, Operation, Part
 from genscale.planning.allocator import replay
-from genscale.planning.recorder import Moment
+from genscale.planning.recorder import Moment, Recorder
 from genscale.planning.step import Traced
 
 Place = tuple[str, int, str, str]
@@ -99,8 +99,8 @@ def summarise(traced: Traced) -> Summary:
             key = ExchangeKey(each.name, phase, part, each.ranks, hidden, each.bytes)
             collectives[key][0] += times * count
             collectives[key][1] += times * count * each.bytes
-    peaks = _peaks(traced)
-    kept = replay(_two_steps(traced)).reserved - max(peak.total for peak in peaks.values())
+    peaks = peaks_of(recorder, traced.first)
+    kept = replay(_two_steps(traced), expandable=True).reserved - max(peak.total for peak in peaks.values())
     return Summary(peaks, {key: tuple(values) for key, values in work.items()},
                    {key: tuple(values) for key, values in collectives.items()}, traced.at_rest, kept)
 
@@ -116,15 +116,16 @@ def _two_steps(traced: Traced) -> Iterator[tuple[int, int]]:
             yield (id(storage) if turn == 0 else -id(storage)), size
 
 
-def _peaks(traced: Traced) -> dict[Place, Peak]:
+def peaks_of(recorder: Recorder, first: int) -> dict[Place, Peak]:
+    """Where each place holds the most, from the event `first` on."""
     now: dict[str, int] = defaultdict(int)
     total, most = 0, dict[Place, int]()
     found: dict[Place, Peak] = {}
-    for number, (storage, size, moment) in enumerate(traced.recorder.events):
+    for number, (storage, size, moment) in enumerate(recorder.events):
         now[storage.category] += size
         total += size
         place = moment.phase, moment.micro_batch, moment.part, moment.region
-        if number >= traced.first and total > most.get(place, 0):
+        if number >= first and total > most.get(place, 0):
             most[place] = total
             found[place] = Peak(dict(now), moment)
     return found

@@ -101,7 +101,7 @@ def seconds_of(operation: Operation, profile: GpuProfile, precision: str) -> flo
         arithmetic = "fp8"
     flops = operation.flops
     if operation.kind == "attention":
-        share, flops = profile.attention * attention_share(operation.shape), flops * CAUSAL
+        share, flops = profile.attention * attention_share(operation.shape, profile), flops * CAUSAL
     else:
         batch, rows, columns, inner = _as_product(operation)
         share = profile.product * product_share(batch, rows, columns, inner, profile)
@@ -138,8 +138,10 @@ def _as_product(operation: Operation) -> tuple[int, int, int, int]:
     return 1, batch * math.prod(size), out, into * math.prod(kernel)
 
 
-def attention_share(shape: tuple[int, ...]) -> float:
+def attention_share(shape: tuple[int, ...], profile: GpuProfile) -> float:
     """Speed of attention `(batch, heads, queries, keys, head width)` by that over long texts with wide heads, in (0, 1]."""
+    if profile.device == "cpu":
+        return 1.0
     *_, keys, width = shape
     return next(share for least, share in HEAD_WIDTHS if width >= least) * keys / (keys + WARM_UP_KEYS)
 

@@ -65,7 +65,7 @@ def _summary(config: Config, spread: Spread, kind: Kind, objective: Objective) -
         shallow = with_depth(config, layers)
         return summarise(trace_step(shallow, family(config.model.family).blueprint(shallow), spread, kind))
 
-    return foretold(trace, config.model.layers)  # type: ignore[attr-defined]
+    return foretold(trace, config.model.layers, config.parallel.prefetch_blocks)  # type: ignore[attr-defined]
 
 
 def _memory(summary: Summary, machine: Machine, checkpoint_bytes: int) -> PlannedMemory:

@@ -41,7 +41,7 @@ def work_of(operation: Any, args: Sequence[Any], out: Any) -> Work | None:
     FLOPs of causal attention are counted over the full square, as is the custom, though kernels skip what is masked.
     """
     name = operation._schema.name.replace("::", ".")
-    if name in FREE or operation.is_view:
+    if name in FREE or name.startswith("prim.") or operation.is_view:  # prim.device: what somebody asks a tensor
         return None
     given, made = list(tensors(args)), list(tensors(out))
     if not made and not given:
