@@ -69,17 +69,13 @@ class PlanSettings:
     folder does not."""
 
 
-OWN = (*PlanSettings.__dataclass_fields__, "help")
+OF_A_RUN = ("config", "hooks", "print_config")
+"""Flags without a dot that are the run's."""
 
 
 def main(arguments: list[str]) -> int:
     """Exit code 0: it fits (all of them do); 2: it does not, or something is wrong."""
-    count = next((index for index, word in enumerate(arguments) if word.startswith("-")), len(arguments))
-    named, rest = arguments[:count], arguments[count:]
-    own, run = split_flags(rest, lambda name: name.replace("-", "_") in OWN)
-    if {"-h", "--help"} & set(rest):
-        own, run = ["--help"], []
-    asked = parse_settings(PlanSettings, own, PROG, DESCRIPTION)
+    asked, named, run = read(arguments)
     if asked.calibrate:
         return _calibrate(asked, [*(f"--config={name}" for name in named), *run])
     if asked.out is not None:
@@ -93,6 +89,16 @@ def main(arguments: list[str]) -> int:
         return _side_by_side(asked, named, run, machine, terms)
     config = parse_config(FAMILIES, [*(f"--config={name}" for name in named), *run], "genscale plan")
     return _one(asked, config, machine, terms)
+
+
+def read(arguments: Sequence[str]) -> tuple[PlanSettings, list[str], list[str]]:
+    """The flags of the verb, the configs that stand before them, and the settings of the run. Raises UserError."""
+    count = next((index for index, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    named, rest = list(arguments[:count]), list(arguments[count:])
+    own, run = split_flags(rest, lambda name: "." not in name and name not in OF_A_RUN)
+    if {"-h", "--help"} & set(rest):
+        own, run = ["--help"], []
+    return parse_settings(PlanSettings, own, PROG, DESCRIPTION), named, run
 
 
 def _one(asked: PlanSettings, config: Config, machine: Machine, terms: Terms) -> int:
