@@ -44,7 +44,7 @@ FAMILY_CASES = {
     "vae_gan": ("vae_gan/digits.yaml", []),
 }
 """A config, and what makes it small, by name."""
-ADVERSARIAL = ("dcgan", "residual", "points")
+ADVERSARIAL, PENALISED = ("dcgan", "residual", "points"), ("residual", "points")
 
 
 def cases() -> Iterator[tuple[str, list[str]]]:
@@ -53,8 +53,8 @@ def cases() -> Iterator[tuple[str, list[str]]]:
         for kind, average, precision in itertools.product(("none", "full", "selective"), (0, 1000), ("fp32", "bf16")):
             settings = [f"parallel.activation_checkpointing={kind}", f"train.ema_half_life={average}",
                         f"train.precision={precision}"]
-            for penalty in (0, 1) if name in ADVERSARIAL and kind != "selective" else (0,):
-                extra = [f"objective.r1={penalty}.0", "objective.gradient_penalty=0.0"] if name in ADVERSARIAL else []
+            for penalty in (0, 1) if name in PENALISED and kind != "selective" else (0,):
+                extra = [f"objective.r1={penalty}.0", "objective.r2=0.0"] if name in ADVERSARIAL else []
                 yield name, [*settings, *extra]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Literal, TypeVar
 
@@ -104,19 +104,19 @@ class Replica(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module, self.require_backward_grad_sync = module, True
-        self._buckets: list[Tensor] = []
+        self.buckets: list[Tensor] = []
         self._views: dict[nn.Parameter, tuple[int, Tensor]] = {}
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad][::-1]
         some: list[nn.Parameter] = []
         for parameter in parameters:
             some.append(parameter)
-            limit = BUCKET if self._buckets else FIRST_BUCKET
+            limit = BUCKET if self.buckets else FIRST_BUCKET
             if sum(4 * each.numel() for each in some) >= limit:
                 self._add_bucket(some)
                 some = []
         if some:
             self._add_bucket(some)
-        self._missing = [0] * len(self._buckets)
+        self._missing = [0] * len(self.buckets)
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._ready)
 
@@ -125,13 +125,13 @@ class Replica(nn.Module):
         offset = 0
         for parameter in parameters:
             view = bucket[offset:offset + parameter.numel()].view(parameter.shape)
-            self._views[parameter] = len(self._buckets), view
+            self._views[parameter] = len(self.buckets), view
             offset += parameter.numel()
-        self._buckets.append(bucket)
+        self.buckets.append(bucket)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and self.require_backward_grad_sync:
-            self._missing = [sum(place == index for place, _ in self._views.values()) for index in range(len(self._buckets))]
+            self._missing = [sum(place == index for place, _ in self._views.values()) for index in range(len(self.buckets))]
         return self.module(*args, **kwargs)
 
     @torch.no_grad()
@@ -144,7 +144,7 @@ class Replica(nn.Module):
             parameter.grad = view
         self._missing[index] -= 1
         if self._missing[index] == 0:
-            dist.all_reduce(self._buckets[index])
+            dist.all_reduce(self.buckets[index])
 
 
 @contextmanager
@@ -167,9 +167,11 @@ def fake_group(world_size: int) -> Iterator[None]:
 
 def planned_engine(plan: ParallelPlan, processes: PlannedProcesses, settings: ParallelSettings, precision: str,
                    *options: Any) -> Engine:
-    """The engine of a plan; takes what `Engine` takes. Of ZeRO, whose own reads values, one that holds everything whole:
-    `zero_share` says what each process has less."""
-    whole = replace(plan, strategy="ddp") if plan.strategy.startswith("zero") else plan
-    engine = build_engine(whole, processes, settings, precision, *options)
+    """The engine of a plan; takes what `Engine` takes. That of ZeRO is one that keeps and sends what DeepSpeed would."""
+    if plan.strategy.startswith("zero"):
+        from genscale.parallel.planned_zero import PlannedZero
+
+        return PlannedZero(int(plan.strategy.removeprefix("zero")), processes, settings, precision, *options)
+    engine = build_engine(plan, processes, settings, precision, *options)
     _ = getattr(engine, "mesh", None)  # made now, of numbers that a plan's tensors would not have
     return engine

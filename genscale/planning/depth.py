@@ -57,9 +57,9 @@ def foretold(trace: Callable[[int], Summary], layers: int, more: int = 0) -> Sum
     third = trace(CHECK + more)
     expected, found = extrapolated(first, second, depths, CHECK + more).peak.total, third.peak.total
     if abs(expected - found) > AGREEMENT * found:
-        raise UserError(f"model.layers: {layers} blocks cannot be planned from {depths[0]} and {depths[1]}: of {CHECK + more} these "
-                        f"foretell {expected / 2**20:,.1f} MiB, and {found / 2**20:,.1f} MiB were found; set model.layers to "
-                        f"at most {CHECK + more}")
+        raise UserError(f"model.layers: {layers} blocks cannot be planned from {depths[0]} and {depths[1]}: of {CHECK + more} "
+                        f"these foretell {expected / 2**20:,.1f} MiB, and {found / 2**20:,.1f} MiB were found; set "
+                        f"model.layers to at most {CHECK + more}")
     deep = extrapolated(first, second, depths, layers)
     return replace(deep, kept=third.kept / found * deep.peak.total)  # gaps do not lie on lines
 

@@ -21,16 +21,19 @@ from genscale.objectives.base import Blueprint, Objective, Phase
 from genscale.parallel.engine import Engine
 from genscale.parallel.materialise import materialise
 from genscale.parallel.planned import PlannedProcesses, fake_group, planned_engine
+from genscale.parallel.planned_zero import PlannedZero
 from genscale.parallel.strategies import ParallelPlan
 from genscale.parallel.torch_optimizers import state_tensors
 from genscale.planning.account import Part
 from genscale.planning.recorder import Recorder
-from genscale.rng import Draws
+from genscale.rng import AHEAD, AHEAD_STEPS, Draws
 from genscale.settings.config import Config
 from genscale.training.optimizers import make_optimizer
 from genscale.training.setup import averaged_networks
 from genscale.training.trainer import Trainer
 
+HOST = "host memory"
+"""The category of what is not on the device."""
 TRACED = 2
 """Micro-batches of a step: the first, and one that is computed beside gradients and reduces them."""
 
@@ -73,14 +76,31 @@ class Traced:
         return self.updates[phase] * (self.micro_batches if micro_batch == 0 and part != "optimizer" else 1)
 
 
-class DrawsByShape(Draws):
-    """Random numbers that nobody has drawn."""
+class DrawsByShape:
+    """Makes draws of random numbers that nobody has drawn; where few are wanted, they take the room of some steps' (see
+    `genscale.rng.DrawsAhead`)."""
+
+    def __init__(self) -> None:
+        self._ahead: dict[tuple[object, ...], Tensor] = {}
+
+    def __call__(self, seed: int, scope: str, step: int, samples: Tensor, device: str | torch.device = "cpu") -> Draws:
+        return _ByShape(self._ahead, seed, scope, step, samples, device)
+
+
+class _ByShape(Draws):
+    def __init__(self, ahead: dict[tuple[object, ...], Tensor], *address: Any) -> None:
+        super().__init__(*address)
+        self._ahead = ahead
 
     def keys(self, stream: str) -> Tensor:
         return torch.zeros(len(self.samples), dtype=torch.int64)
 
-    def _draw(self, kind: Any, stream: str, shape: tuple[int, ...]) -> Tensor:
-        return torch.zeros(len(self.samples), *shape)
+    def _draw(self, kind: str, stream: str, shape: tuple[int, ...]) -> Tensor:
+        wanted = (len(self.samples), *shape)
+        steps = min(AHEAD // max(1, math.prod(wanted)), AHEAD_STEPS)
+        if steps >= 2:
+            self._ahead.setdefault((self.scope, kind, stream, shape, id(self.samples)), torch.zeros(steps, *wanted))
+        return torch.zeros(wanted)
 
 
 def trace_step(config: Config, blueprint: Blueprint, spread: Spread, kind: Kind) -> Traced:
@@ -107,7 +127,7 @@ def trace_step(config: Config, blueprint: Blueprint, spread: Spread, kind: Kind)
         _prepare(engine, blueprint.objective, config)
         trainer = Trainer(config, blueprint.objective, engine, loader=None, hooks=[],  # type: ignore[arg-type]
                           last_good=lambda: "none")
-        trainer.make_draws = DrawsByShape
+        trainer.make_draws = DrawsByShape()
         traced = min(spread.accumulation, TRACED)
         batches = [example(blueprint, spread.micro_batch_size) for _ in range(traced)]
         first = run_step(recorder, engine, trainer, batches)
@@ -172,8 +192,8 @@ def _prepare(engine: Engine, objective: Objective, config: Config) -> None:
 
 def _begin_optimizers(engine: Engine) -> None:
     """Make the state that the first step makes, by a step without gradients."""
-    for name, optimizer in engine.optimizers.items():
-        trained = [parameter for parameter in engine.modules[name].parameters() if parameter.requires_grad]
+    for optimizer in engine.optimizers.values():
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
@@ -189,8 +209,13 @@ def mark_what_rests(recorder: Recorder, engine: Engine) -> None:
         recorder.mark(state_tensors(optimizer), "optimizer state")
     for average in engine.averages.values():
         recorder.mark(average.held(), "averages")
-    for network in engine.networks.values():
-        recorder.mark(getattr(network, "_buckets", ()), "gradients")
+    recorder.mark([tensor for network in engine.networks.values() for tensor in getattr(network, "buckets", ())], "gradients")
+    if isinstance(engine, PlannedZero):
+        recorder.mark([tensor for flats in (*engine.flats.values(), *engine.kept.values()) for tensor in flats], "weights")
+        recorder.mark([tensor for whole in engine.whole_gradients.values() for tensor in whole], "gradients")
+        recorder.mark(engine.buckets, "exchange of gradients")
+        recorder.mark(engine.gathered(), "gathered weights")
+        recorder.mark(engine.on_host(), HOST)
 
 
 def example(blueprint: Blueprint, size: int) -> dict[str, Tensor]:

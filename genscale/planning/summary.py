@@ -10,7 +10,7 @@ from typing import NamedTuple
 from genscale.planning.account import Exchange, Kind, Operation, Part
 from genscale.planning.allocator import replay
 from genscale.planning.recorder import Moment, Recorder
-from genscale.planning.step import Traced
+from genscale.planning.step import HOST, Traced
 
 Place = tuple[str, int, str, str]
 """Phase, micro-batch, part and region: in what happens there, memory grows by the same with each block more."""
@@ -122,6 +122,8 @@ def peaks_of(recorder: Recorder, first: int) -> dict[Place, Peak]:
     total, most = 0, dict[Place, int]()
     found: dict[Place, Peak] = {}
     for number, (storage, size, moment) in enumerate(recorder.events):
+        if storage.category == HOST:
+            continue
         now[storage.category] += size
         total += size
         place = moment.phase, moment.micro_batch, moment.part, moment.region
