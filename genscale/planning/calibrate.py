@@ -42,8 +42,8 @@ MOST_SHAPES = 12
 SECONDS = 40.0
 """For all measurements of one device together, without collectives and disk."""
 SPREAD = {"cpu": 0.35, "cuda": 0.2}
-"""Of plans on a machine that was measured: `benchmarks/results/plan-cpu.json` has a CPU's errors, beside other people's work; no GPU
-has been judged."""
+"""Of plans on a machine that was measured: `benchmarks/results/plan-cpu.json` has a CPU's errors, beside other people's
+work; no GPU has been judged."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 
