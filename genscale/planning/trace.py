@@ -27,6 +27,8 @@ CONTEXT, NCCL = int(0.6 * 2**30), int(1.2 * 2**30)
 """Bytes of a GPU that torch does not count: what the driver keeps of a process with torch's kernels and cuBLAS's workspaces
 (0.5 to 0.7 GiB on an H100), and NCCL's buffers for two or three communicators with all their channels. Nothing but experience:
 both differ by driver, version and topology."""
+COUNT = 4
+"""Bytes of AdamW's count of steps, which each parameter has."""
 CERTAINTY: dict[Category, Certainty] = {"weights": "exact", "optimizer state": "exact", "averages": "exact"}
 
 
@@ -90,6 +92,7 @@ def checkpoint_bytes(config: Config, objective: Objective) -> int:
             materialise(network, torch.device("cpu"))
             held = sum(tensor.nbytes for _, tensor in named_state(network))
             optimizer = make_optimizer(network, config.optimizer, config.train.precision)
-            state = sum(parameter.nbytes * moments(group) for group in optimizer.param_groups for parameter in group["params"])
+            state = sum(parameter.nbytes * moments(group) + (COUNT if "betas" in group else 0)
+                        for group in optimizer.param_groups for parameter in group["params"])
             total += held * (2 if name in averaged else 1) + state
     return total

