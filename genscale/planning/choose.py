@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args
 
 from genscale.errors import UserError
 from genscale.families import family
@@ -16,7 +16,8 @@ from genscale.settings.config import Config, ParallelSettings, Strategy
 
 Goal = Literal["speed", "memory", "cost", "fewest-gpus"]
 GOALS: tuple[Goal, ...] = get_args(Goal)
-RECOMPUTED: tuple[str, ...] = get_args(get_type_hints(ParallelSettings)["activation_checkpointing"])
+RECOMPUTED = ("none", "selective", "full")
+"""Ever more is computed again, and ever less kept."""
 FURTHER = ("reduce_gradients", "reshard_after_forward", "prefetch_blocks")
 """Settings of `parallel` that only one strategy heeds; beside another they are refused."""
 OF_SAMPLES = ("activations", "logits and loss", "other", "caching allocator")
@@ -111,12 +112,15 @@ class Chooser:
             self.nearest_that_fits()
         for fewer in self._machines()[1:]:
             self._fitted(fewer)
-        for recomputed in RECOMPUTED:
-            self._look(replaced(yours, activation_checkpointing=recomputed), machine)
-        for recomputed in sorted(RECOMPUTED, key=lambda each: each != yours.parallel.activation_checkpointing):
+        place = RECOMPUTED.index(yours.parallel.activation_checkpointing)
+        faster, smaller = RECOMPUTED[:place + 1], RECOMPUTED[place:]
+        first, last = (smaller, faster) if self.goal == "memory" else (faster, smaller)
+        for recomputed in first:
             self._climb(replaced(yours, activation_checkpointing=recomputed), machine)
         for config in self._spreads(yours, machine):
             self._look(config, machine)
+        for recomputed in last:
+            self._climb(replaced(yours, activation_checkpointing=recomputed), machine)
         return self._choices()
 
     def search(self) -> Choices:

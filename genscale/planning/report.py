@@ -119,10 +119,14 @@ def ways(choices: Choices) -> str:
         worse = [each for each in choices.fitting if each.changes and each not in choices.better]
         lines += _wrapped("no better: ", [f"{each.flags} ({_beside(each, choices, short=True)})" for each in worse[:4]])
     if unfit := [each for each in choices.unfit if each.changes]:
-        lines += _wrapped("do not fit, or might not: ", [f"{each.flags} ({gib(each.plan.peak)} GiB)" for each in unfit[:4]])
+        lines += _wrapped("do not fit, or might not: ", [_unfit(each) for each in unfit[:4]])
     if choices.left_out:
         lines.append(f"{choices.left_out} more not looked at for want of time; --search looks at all")
     return "\n".join(lines)
+
+
+def _unfit(each: Candidate) -> str:
+    return f"{each.flags} ({gib(each.plan.peak)} GiB{', too close' if each.plan.verdict == 'too close' else ''})"
 
 
 def _beside(each: Candidate, choices: Choices, short: bool = False) -> str:
