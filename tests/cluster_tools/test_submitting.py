@@ -88,12 +88,12 @@ def test_a_backslash_in_the_path_is_refused(submit):
 
 def test_what_cannot_fit_into_its_gpus_is_not_submitted(submit, tiny_run):
     """The nearest that can is named; without a kind of GPU, or with --no-plan, nothing is asked."""
-    large = ("--", "--data.sequence_length", 16384, "--model.positions", 16384, "--model.width", 512,
-             "--train.global_batch_size", 64, "--train.precision", "bf16")
+    large = ("--", "--data.sequence_length", 256, "--model.positions", 256, "--model.width", 1024, "--model.heads", 16,
+             "--model.layers", 96, "--train.global_batch_size", 128, "--train.precision", "bf16")
     gpus = ("--gpus-per-node", "a100:1")
     said = submit(*gpus, *large).message()
-    assert said.startswith("train.micro_batch_size: 64 under parallel.strategy single cannot fit into memory: planned ")
-    assert "GiB of 79." in said and "nearest that fits: --train.micro_batch_size" in said and "--no-plan" in said
+    assert said.startswith("train.micro_batch_size: 128 under parallel.strategy single cannot fit into memory: planned ")
+    assert "GiB of 79" in said and "nearest that fits: --train.micro_batch_size" in said and "--no-plan" in said
     assert submit.jobs() == 0 and not tiny_run.exists()
     assert submit(*gpus, "--no-plan", *large).code == 0
     unknown = submit("--gpus-per-node", "gtx:1", "--", "--run.name", "other")

@@ -45,7 +45,7 @@ def test_a_family_that_cannot_be_planned_says_what_it_lacks(genscale, tiny_confi
 
 
 def test_a_run_is_planned_with_what_would_be_better(genscale, tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr("genscale.verbs.plan.LOOKING", 3.0)
+    monkeypatch.setattr("genscale.verbs.plan.LOOKING", 1.0)
     done = genscale("plan", "--config", tiny_config, *H100, "--gpus", 2, "--train.precision", "bf16", "--json", "--price", 2)
     assert done.code == 0, done.err
     said = json.loads(done.out)
