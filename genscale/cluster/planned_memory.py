@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 from genscale.cluster.prepared_job import Prepared, check_configs
@@ -35,7 +36,7 @@ def profile_of(kind: str | None) -> str | None:
         return None
     word = kind.lower().replace("_", "-").removeprefix("nvidia-")
     names = profile_names()
-    meant = [name for name in names if name == word] or [name for name in names if name.startswith(f"{word}-")]
+    meant = [name for name in names if re.fullmatch(rf"{re.escape(word)}(-\d+)?", name)]
     if not meant:  # nvidia_h100_80gb_hbm3
         meant = [name for name in names if profile(name).device.lower().replace(" ", "-").removeprefix("nvidia-") == word]
     return max(meant, key=lambda name: profile(name).memory_bytes, default=None)

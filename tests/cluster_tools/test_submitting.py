@@ -102,6 +102,6 @@ def test_what_cannot_fit_into_its_gpus_is_not_submitted(submit, tiny_run):
 
 
 @pytest.mark.parametrize(("kind", "profile"), [
-    ("h100", "h100"), ("A100", "a100"), ("nvidia_h100_80gb_hbm3", "h100"), ("v100", "v100"), ("gtx", None), (None, None)])
+    ("h100", "h100"), ("A100", "a100"), ("nvidia_h100_80gb_hbm3", "h100"), ("v100", "v100-32"), ("gtx", None), (None, None)])
 def test_what_a_cluster_calls_a_gpu_is_known(kind, profile):
     assert profile_of(kind) == profile
