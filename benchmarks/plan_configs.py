@@ -11,13 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from report import ROOT, circumstances, write
+from genscale.errors import UserError
+from genscale.families import FAMILIES
+from genscale.planning.account import Machine
+from genscale.planning.as_json import as_dict
+from genscale.planning.plan import plan
+from genscale.planning.profiles import profile
+from genscale.settings.parser import parse_config
+from report import ROOT, circumstances
 
 OUT = ROOT / "benchmarks" / "results" / "plan-configs.json"
 SIZES: dict[str, tuple[int, str]] = {
@@ -32,39 +36,39 @@ SIZES: dict[str, tuple[int, str]] = {
     "vae/binarised-mnist-iwae50": (1, "rtx-4090"), "vae_gan/digits": (1, "rtx-4090"), "points/ring": (1, "rtx-4090"),
 }  # fmt: skip
 """GPUs and their kind."""
-# Prints a plan, and the largest memory of the process that made it.
-CHILD = """
-import json, resource, sys, time
-from genscale.families import FAMILIES
-from genscale.planning.account import Machine
-from genscale.planning.as_json import as_dict
-from genscale.planning.plan import plan
-from genscale.planning.profiles import profile
-from genscale.settings.parser import parse_config
-name, gpus, gpu = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-made = as_dict(plan(parse_config(FAMILIES, ["--config", name]), Machine(gpu, gpus, min(gpus, profile(gpu).gpus_per_node))))
-made["planning"] = {"cpu_seconds": time.process_time(),
-                    "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-print(json.dumps(made))
-"""
 
 
 def planned(name: str, gpus: int, gpu: str) -> dict[str, Any]:
-    """The plan of one config, or why there is none."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", CHILD, name, str(gpus), gpu], capture_output=True, text=True, env=environment)
-    if done.returncode:
-        return {"refused": done.stderr.strip().splitlines()[-1]}
-    made = json.loads(done.stdout)
-    made["planning"]["seconds"] = time.perf_counter() - started
+    """The plan of one config, or why there is none; made in a process of its own, to see what that takes."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(reading)
+        try:
+            with os.fdopen(writing, "w") as answer:
+                json.dump(_planned(name, gpus, gpu), answer)
+        finally:  # what is wrong shows as no answer
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as answer:
+        made = json.loads(answer.read() or '{"refused": "the planner failed"}')
+    _, _, usage = os.wait4(child, 0)
+    made["planning"] = {"cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_bytes": usage.ru_maxrss * 1024}
     return made
+
+
+def _planned(name: str, gpus: int, gpu: str) -> dict[str, Any]:
+    try:
+        machine = Machine(gpu, gpus, min(gpus, profile(gpu).gpus_per_node))
+        return as_dict(plan(parse_config(FAMILIES, ["--config", name]), machine))
+    except UserError as error:
+        return {"refused": str(error)}
 
 
 def row(name: str, gpus: int, gpu: str, made: dict[str, Any]) -> str:
     """A line of the table."""
     if "refused" in made:
-        return f"| `{name}` | {gpus} x {gpu} | {made['refused'].partition('UserError: ')[2] or made['refused']} | | | | | |"
+        return f"| `{name}` | {gpus} x {gpu} | {made['refused']} | | | | | |"
     memory, settings, speed = made["memory"], made["settings"], made["time"]
     unit = next(key for key in speed if key.endswith("_per_second"))
     mfu = "" if speed["mfu"] is None else f"{speed['mfu']:.0%}"
@@ -81,13 +85,13 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(SIZES), help="Configs, by name.")
     parser.add_argument("--out", type=Path, default=OUT)
     asked = parser.parse_args()
-    found: dict[str, Any] = {}
+    found, about = dict[str, Any](), circumstances(["torch"])
     print("| config | on | as the config says | verdict | GiB a GPU | a second | MFU | in all |")
     print("|---|---|---|---|---|---|---|---|")
     for name in asked.only.split(","):
         found[name] = planned(name, *SIZES[name])
         print(row(name, *SIZES[name], found[name]), flush=True)
-    write(asked.out, {**circumstances(["torch"]), "plans": found})
+        asked.out.write_text(json.dumps({**about, "plans": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
