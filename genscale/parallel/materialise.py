@@ -66,6 +66,15 @@ def materialise(module: nn.Module, device: torch.device) -> None:
         put(real, places)
 
 
+def without_values(module: nn.Module) -> None:
+    """Move the network to the meta device, in place; tied tensors stay tied."""
+    for places in places_of(module):
+        tensor = getattr(*places[0])
+        if not tensor.is_meta:
+            meta = torch.empty_like(tensor, device="meta")
+            put(nn.Parameter(meta, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta, places)
+
+
 @torch.no_grad()
 def begin_alike(module: nn.Module, processes: Processes, filled: bool = False) -> None:
     """Give every process what rank 0's network was constructed with, in place: one that has its memory already may have been

@@ -78,13 +78,13 @@ class PlannedProcesses(Processes):
         self.rank, self.world_size, self.device = 0, world_size, torch.device("cpu")
         self.doing, self.beats, self.writes, self.board, self._host_group = "", 0, 0, None, None
         self.accelerator: Any = SimpleNamespace(prepare_model=Replica)
-        self._noted, self._waiting = noted, waiting
+        self._noted, self.waiting = noted, waiting
 
     def note(self, doing: str) -> None:
         self._noted(doing)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        with self._waiting():
+        with self.waiting():
             return super().sum(tensor)
 
     def begin_sum_of_numbers(self, *numbers: int) -> Callable[[], list[int]]:
@@ -171,7 +171,7 @@ def planned_engine(plan: ParallelPlan, processes: PlannedProcesses, settings: Pa
     if plan.strategy.startswith("zero"):
         from genscale.parallel.planned_zero import PlannedZero
 
-        return PlannedZero(int(plan.strategy.removeprefix("zero")), processes, settings, precision, *options)
+        return PlannedZero(int(plan.strategy.removeprefix("zero")), processes.waiting, processes, settings, precision, *options)
     engine = build_engine(plan, processes, settings, precision, *options)
     _ = getattr(engine, "mesh", None)  # made now, of numbers that a plan's tensors would not have
     return engine

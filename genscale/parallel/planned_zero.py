@@ -9,6 +9,7 @@ of them are alive (DeepSpeed's defaults, which genscale leaves as they are).
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,19 +36,22 @@ class PlannedZero(ReplicatedEngine):
     Attributes:
         flats: this process's part of the weights in fp32, by network and group of parameters.
         kept: its part of what the weights are computed with, by network: whole below stage 3.
+        gives_back: whether weights are given back after a forward, and gathered once more for its backward.
         buckets: what stays allocated for the exchange of gradients.
         whole_gradients: in fp32, of stage 1 in bf16.
     """
 
-    def __init__(self, stage: int, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, stage: int, waiting: Callable[[], Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.waiting = waiting
         self.stage, self.whole_weights = stage, stage < 3
         self.flats: dict[str, list[Tensor]] = {}
         self.kept: dict[str, list[Tensor]] = {}
         self.buckets: list[Tensor] = []
         self.whole_gradients: dict[str, list[Tensor]] = {}
         self._bucket: Tensor | None = None
-        self._last = True
+        self._filled, self._last, self.gives_back = 0, True, False
+        self._wholes: dict[str, list[Tensor]] = {}
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -91,6 +95,7 @@ class PlannedZero(ReplicatedEngine):
                 put(nn.Parameter(view, requires_grad=parameter.requires_grad), places[id(parameter)])
                 offset += parameter.numel()
             self.kept[name].append(whole if self.stage < 3 else torch.empty(self._part(parameters), dtype=self._dtype))
+            self._wholes.setdefault(name, []).append(whole)
         if self.precision != "fp32":
             module.register_forward_pre_hook(cast_inputs(self.precision), with_kwargs=True)
         self.modules[name] = self.networks[name] = module
@@ -98,6 +103,11 @@ class PlannedZero(ReplicatedEngine):
     def gathered(self) -> list[Tensor]:
         """Weights that are there for a forward alone."""
         return [parameter for module in self.modules.values() for parameter in module.parameters()] if self.stage == 3 else []
+
+    @property
+    def most_gathered(self) -> int | None:
+        """Bytes of gathered weights that stay at most."""
+        return LIVE * self._dtype.itemsize if self.stage == 3 else None
 
     def on_host(self) -> list[Tensor]:
         """What offloading keeps off the device."""
@@ -118,6 +128,12 @@ class PlannedZero(ReplicatedEngine):
 
     def _synchronise_gradients(self, name: str, last: bool) -> None:
         self._last = last
+        if self.stage == 3:
+            self._gather_all(name)
+
+    def _gather_all(self, name: str) -> None:
+        for whole, part in zip(self._wholes[name], self.kept[name], strict=True):
+            dist.all_gather_into_tensor(whole[:len(part) * self.processes.world_size], part)
 
     def skips_on_device(self, name: str) -> bool:
         return False
@@ -125,7 +141,10 @@ class PlannedZero(ReplicatedEngine):
     def backward(self, name: str, loss: Tensor) -> None:
         if self.stage < 3 and not self.whole_gradients.get(name):
             self._bucket = torch.empty(BUCKET)
+        if self.stage == 3 and self.gives_back:
+            self._gather_all(name)
         loss.backward()
+        self._send()
         if whole := self.whole_gradients.get(name):
             for parameter in self._parameters[name]:
                 if parameter.grad is not None:
@@ -147,22 +166,35 @@ class PlannedZero(ReplicatedEngine):
             for flat in self.flats[name]:
                 if flat.grad is None:
                     flat.grad = torch.zeros_like(flat)
-            bucket = self.buckets[0] if self.stage == 3 else self._bucket
-            assert bucket is not None  # a backward is under way
-            rows = min(parameter.numel(), BUCKET) // self.processes.world_size
-            if rows:
-                sent = bucket[:rows * self.processes.world_size]
-                sent.copy_(parameter.grad.flatten()[:len(sent)])
-                dist.reduce_scatter_tensor(sent[:rows], sent)
+            if self._filled + parameter.numel() > BUCKET:
+                self._send()
+            end = min(self._filled + parameter.numel(), BUCKET)
+            self._in_use[self._filled:end].copy_(parameter.grad.flatten()[:end - self._filled])
+            self._filled = end
             parameter.grad = None
+
+    @property
+    def _in_use(self) -> Tensor:
+        bucket = self.buckets[0] if self.stage == 3 else self._bucket
+        assert bucket is not None  # a backward is under way
+        return bucket
+
+    def _send(self) -> None:
+        """Reduce what is in the bucket; below stage 3 nothing is computed meanwhile."""
+        rows = self._filled // self.processes.world_size
+        if rows:
+            sent = self._in_use[:rows * self.processes.world_size]
+            with contextlib.nullcontext() if self.stage == 3 else self.waiting():
+                dist.reduce_scatter_tensor(sent[:rows], sent)
+        self._filled = 0
 
     def _divide(self, name: str) -> None:
         """Stage 1: whole gradients become parts, after the last backward."""
         for flat in self.flats[name]:
             flat.grad = torch.zeros_like(flat)
-            if self._bucket is not None:
-                sent = self._bucket[:min(len(flat) * self.processes.world_size, BUCKET)]
-                dist.all_reduce(sent)
+            for start in range(0, len(flat) * self.processes.world_size, BUCKET):
+                self._filled = min(len(flat) * self.processes.world_size - start, BUCKET)
+                self._send()
 
     def step(self, name: str, leave_out: LeaveOut = never) -> StepResult:
         for flat in self.flats[name]:

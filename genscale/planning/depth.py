@@ -78,7 +78,7 @@ def extrapolated(first: Summary, second: Summary, depths: tuple[int, int], layer
         held = {each: line(start.bytes.get(each, 0), end.bytes.get(each, 0)) for each in categories}
         peaks[place] = Peak(held, _deeper(end.moment, depths[1], layers))
     return Summary(peaks, _lines(first.work, second.work, line), _lines(first.collectives, second.collectives, line),
-                   line(first.at_rest, second.at_rest), line(first.kept, second.kept))
+                   line(first.at_rest, second.at_rest), second.kept, second.most_gathered)
 
 
 def _deeper(moment: Moment, traced: int, layers: int) -> Moment:

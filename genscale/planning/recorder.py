@@ -203,10 +203,11 @@ class Recorder(TorchDispatchMode):
 
     def _exchanged(self, collective: Collective, args: Any) -> None:
         category = "gathered weights" if collective.name == "all_gather" else "exchange of gradients"
-        if not self.waits and self.moment.part != "optimizer":  # a sum that is waited for is of statistics
+        is_sum = collective.name == "all_reduce" and self.waits  # of statistics
+        if not is_sum and self.moment.part != "optimizer":
             for tensor in tensors(args):
                 storage = self._live.get(tensor.untyped_storage()._cdata)
-                if storage is not None and storage.category not in ("weights", "gradients"):
+                if storage is not None and storage.category not in ("weights", "gradients", "host memory"):
                     storage.category = category
         if self.moment.phase:
             hidden = not self.waits and self.moment.part in ("forward", "backward")

@@ -19,9 +19,9 @@ from genscale.models.memory_format import set_memory_format
 from genscale.models.network_parts import blocks_of
 from genscale.objectives.base import Blueprint, Objective, Phase
 from genscale.parallel.engine import Engine
-from genscale.parallel.materialise import materialise
+from genscale.parallel.materialise import materialise, without_values
 from genscale.parallel.planned import PlannedProcesses, fake_group, planned_engine
-from genscale.parallel.planned_zero import PlannedZero
+from genscale.parallel.planned_zero import LIVE, PlannedZero
 from genscale.parallel.strategies import ParallelPlan
 from genscale.parallel.torch_optimizers import state_tensors
 from genscale.planning.account import Part
@@ -44,11 +44,13 @@ class Spread:
 
     Attributes:
         micro_batch_size, accumulation: of each process.
+        parameters: of all networks, at their full depth.
     """
 
     plan: ParallelPlan
     micro_batch_size: int
     accumulation: int
+    parameters: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Traced:
         at_rest: bytes of weights, averages and optimizer state of this process, as its engine counts them.
         updates: in a step, by phase; of a phase that comes every n steps, an n-th.
         micro_batches: how often the first that was traced stands for one.
+        most_gathered: bytes of gathered weights that there are at most, where the trace holds them all.
     """
 
     recorder: Recorder
@@ -68,6 +71,7 @@ class Traced:
     at_rest: int
     updates: dict[str, float]
     micro_batches: int
+    most_gathered: int | None = None
 
     def times_of(self, phase: str, micro_batch: int, part: Part) -> float:
         """How often a step does what was recorded once."""
@@ -88,6 +92,8 @@ class DrawsByShape:
 
 
 class _ByShape(Draws):
+    rehearsal = property(lambda _: True, lambda _, wanted: None)  # type: ignore[assignment]  # nothing is made for anybody
+
     def __init__(self, ahead: dict[tuple[object, ...], Tensor], *address: Any) -> None:
         super().__init__(*address)
         self._ahead = ahead
@@ -119,8 +125,12 @@ def trace_step(config: Config, blueprint: Blueprint, spread: Spread, kind: Kind)
         processes = PlannedProcesses(plan.world_size, lambda doing: noted(recorder, doing), lambda: _waiting(recorder))
         engine = planned_engine(plan, processes, config.parallel, config.train.precision, config.train.clip,
                                 spread.micro_batch_size, spread.accumulation)
-        for network in blueprint.objective.networks.values() if not engine.whole_weights else ():
-            set_memory_format(network, torch.contiguous_format)  # as the engine will, while it can be done
+        if isinstance(engine, PlannedZero):
+            engine.gives_back = spread.parameters > LIVE
+        for network in blueprint.objective.networks.values():
+            without_values(network)
+            if not engine.whole_weights:
+                set_memory_format(network, torch.contiguous_format)  # as the engine will, while it can be done
         stack.enter_context(planned_on(kind))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(recorder.recording())
@@ -133,7 +143,7 @@ def trace_step(config: Config, blueprint: Blueprint, spread: Spread, kind: Kind)
         first = run_step(recorder, engine, trainer, batches)
         at_rest = engine.bytes_at_rest()
     updates = {phase.name: phase.repeats / phase.every for phase in blueprint.objective.phases}
-    return Traced(recorder, first, at_rest, updates, spread.accumulation - traced + 1)
+    return Traced(recorder, first, at_rest, updates, spread.accumulation - traced + 1, getattr(engine, "most_gathered", None))
 
 
 def run_step(recorder: Recorder, engine: Engine, trainer: Trainer, batches: list[dict[str, Tensor]]) -> int:

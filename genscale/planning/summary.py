@@ -67,10 +67,15 @@ class Summary:
     collectives: dict[ExchangeKey, tuple[float, ...]]
     at_rest: float
     kept: float
+    most_gathered: int | None = None
 
     @property
     def peak(self) -> Peak:
-        return max(self.peaks.values(), key=lambda peak: peak.total)
+        most = max(self.peaks.values(), key=lambda peak: peak.total)
+        gathered = most.bytes.get("gathered weights", 0)
+        if self.most_gathered is None or gathered <= self.most_gathered:
+            return most
+        return Peak({**most.bytes, "gathered weights": self.most_gathered}, most.moment)
 
     def operations(self) -> tuple[Operation, ...]:
         return tuple(Operation(*key, flops=flops / count, bytes=round(moved / count), count=count)
@@ -102,7 +107,7 @@ def summarise(traced: Traced) -> Summary:
     peaks = peaks_of(recorder, traced.first)
     kept = replay(_two_steps(traced), expandable=True).reserved - max(peak.total for peak in peaks.values())
     return Summary(peaks, {key: tuple(values) for key, values in work.items()},
-                   {key: tuple(values) for key, values in collectives.items()}, traced.at_rest, kept)
+                   {key: tuple(values) for key, values in collectives.items()}, traced.at_rest, kept, traced.most_gathered)
 
 
 def _two_steps(traced: Traced) -> Iterator[tuple[int, int]]:

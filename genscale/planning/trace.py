@@ -48,12 +48,13 @@ def plan_step(config: Config, machine: Machine) -> PlannedStep:
     objective = family(config.model.family).blueprint(config).objective
     check_objective(plan, config.parallel, objective)
     check_learning_rates(config.optimizer, config.model.family, objective)
-    spread = Spread(plan, micro_batch_size, accumulation)
+    parameters = sum(parameter.numel() for network in objective.networks.values() for parameter in network.parameters())
+    spread = Spread(plan, micro_batch_size, accumulation, parameters)
     summary = _summary(config, spread, "cpu" if machine.gpu == CPU else "gpu", objective)
     samples = config.train.global_batch_size
     return PlannedStep(
-        parameters=sum(parameter.numel() for network in objective.networks.values() for parameter in network.parameters()),
-        samples=samples, tokens=samples * objective.units_per_sample if objective.unit == "tokens" else None,
+        parameters=parameters, samples=samples,
+        tokens=samples * objective.units_per_sample if objective.unit == "tokens" else None,
         micro_batch_size=micro_batch_size, accumulation=accumulation,
         memory=_memory(summary, machine, checkpoint_bytes(config, objective)),
         operations=summary.operations(), exchanges=summary.exchanges(machine.gpus_per_node))
