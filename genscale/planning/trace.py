@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from genscale.families import family
 from genscale.models.device_kind import Kind
 from genscale.objectives.base import Objective
+from genscale.parallel.fsdp2 import WHOLE_GRADIENTS
 from genscale.parallel.materialise import materialise, named_state
 from genscale.parallel.strategies import check_objective, plan_elsewhere
 from genscale.parallel.torch_optimizers import moments
@@ -64,11 +65,23 @@ def _summary(config: Config, spread: Spread, kind: Kind, objective: Objective) -
     if not can_be_foretold(config, objective):
         return summarise(trace_step(config, family(config.model.family).blueprint(config), spread, kind))
 
+    settled = _reducing_as_deep(config, objective)
+
     def trace(layers: int) -> Summary:
-        shallow = with_depth(config, layers)
+        shallow = with_depth(settled, layers)
         return summarise(trace_step(shallow, family(config.model.family).blueprint(shallow), spread, kind))
 
     return foretold(trace, config.model.layers, config.parallel.prefetch_blocks)  # type: ignore[attr-defined]
+
+
+def _reducing_as_deep(config: Config, objective: Objective) -> Config:
+    """With gradients summed as often as at the full depth: shallow networks would be below the limit of `auto`."""
+    if config.parallel.reduce_gradients != "auto":
+        return config
+    trained = [network for name, network in objective.networks.items() if name not in objective.frozen]
+    largest = max(sum(parameter.numel() for parameter in network.parameters()) for network in trained)
+    often = "every_micro_batch" if 4 * largest > WHOLE_GRADIENTS else "last_micro_batch"
+    return replace(config, parallel=replace(config.parallel, reduce_gradients=often))  # type: ignore[arg-type]
 
 
 def _memory(summary: Summary, machine: Machine, checkpoint_bytes: int) -> PlannedMemory:
