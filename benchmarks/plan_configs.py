@@ -77,7 +77,7 @@ def row(name: str, gpus: int, gpu: str, made: dict[str, Any]) -> str:
     how = f"{settings['strategy']}, micro-batch {settings['micro_batch_size']}"
     sizes = [memory["peak"] / 2**30, memory["expected_error"] / 2**30, made["machine"]["memory"] / 2**30]
     return (f"| `{name}` | {gpus} x {gpu} | {how} | {made['verdict']} | {sizes[0]:.1f} +- {sizes[1]:.1f} of {sizes[2]:.1f} | "
-            f"{speed[unit]:,.0f} {unit.partition('_')[0]} | {mfu} | {length}, {made['whole']['gpu_hours']:,.3g} GPU h |")
+            f"{speed[unit]:,.0f} {unit.partition('_')[0]} | {mfu} | {length}, {made['whole']['gpu_hours']:,.1f} GPU h |")
 
 
 def main() -> None:

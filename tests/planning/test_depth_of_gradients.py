@@ -8,7 +8,7 @@ from genscale.planning.trace import plan_step
 
 
 def test_gradients_are_summed_as_often_as_at_the_full_depth():
-    """Two to six blocks of this one are below the 1 GiB from which `auto` sums after every micro-batch; sixty-four are above."""
+    """Two to six blocks of this one are below the 1 GiB from which `auto` sums after every micro-batch; all are above."""
     shape = {"model.layers": 64, "model.width": 768, "model.heads": 12, "model.vocab_size": 256, "data.sequence_length": 64,
              "model.positions": 64, "train.global_batch_size": 64, "train.micro_batch_size": 1, "train.precision": "bf16",
              "parallel.strategy": "fsdp2", "parallel.activation_checkpointing": "full", "parallel.compile": False}
