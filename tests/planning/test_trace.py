@@ -159,13 +159,14 @@ def test_a_family_that_does_not_say_what_a_sample_is_is_refused():
     assert isinstance(line, Family)
 
 
-def test_a_family_of_ones_own_is_planned_where_it_says_what_a_sample_is():
+def test_a_family_of_ones_own_is_planned_where_it_says_what_a_sample_is(monkeypatch):
     def loss(network, batch, draws):
         return (network(batch["x"]) - draws.normal("target", 1)).square().sum(1)
 
-    genscale.register(genscale.make_family(
+    family = genscale.make_family(
         "line", network=lambda model: torch.nn.Linear(1000, 1), loss=loss, data=lambda settings, seed: None,
-        sample=lambda settings: {"x": torch.empty(1000, device="meta")}))
+        sample=lambda settings: {"x": torch.empty(1000, device="meta")})
+    monkeypatch.setitem(FAMILIES.registered, "line", family)
     config = parse_config(FAMILIES, ["--model.family=line", "--train.global_batch_size=8", "--train.precision=fp32"])
     step = plan_step(config, Machine("cpu", 1, 1))
     assert (step.parameters, held(step, "weights"), held(step, "optimizer state")) == (1001, 4004, 2 * 4004 + 2 * 4)
