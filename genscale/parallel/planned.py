@@ -62,7 +62,7 @@ def is_local(kind: type) -> bool:
 
 def is_gathering(operation: Any) -> bool:
     """Whether an operation prepares or ends the gathering of weights."""
-    return operation._schema.name == "fsdp::all_gather_copy_in"
+    return operation._schema.name in ("fsdp::all_gather_copy_in", "fsdp::split_with_sizes_copy")
 
 
 class PlannedProcesses(Processes):

@@ -192,9 +192,10 @@ class Recorder(TorchDispatchMode):
         if collective is not None:
             self._exchanged(collective, args)
             return out
-        category = "gathered weights" if is_gathering(operation) else None
         for tensor in tensors(out):
-            self.see(tensor, category if tensor.untyped_storage()._cdata not in self._live else None)
+            self.see(tensor)
+        if is_gathering(operation):
+            self.mark(tensors([out, (kwargs or {}).get("out")]), "gathered weights")
         if self.counts and self.moment.phase:
             work = work_of(operation, args, out)
             if work is not None:
