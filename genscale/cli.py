@@ -20,6 +20,7 @@ from genscale.supervise.signals import Stopped, StopSignal
 
 VERBS = {
     "train": "train a model as a YAML config says; resumes by itself",
+    "plan": "memory, time and money of a run on GPUs that need not be here, before it runs; and what would be better",
     "configs": "list the configs that genscale brings, for --config NAME",
     "sample": "generate from a trained run",
     "evaluate": "loss and other scores of a trained run on a data set",
@@ -36,8 +37,9 @@ VERBS = {
     "doctor": "what is wrong with this machine, or with the nodes of a job, before a run finds out",
 }
 
-PRINTING = {"sample", "evaluate", "compare", "configs", "doctor", "families", "rewards", "check-family", "checkpoint list",
-            "checkpoint verify", "checkpoint digest", "data inspect", "slurm render", "slurm status", "slurm logs"}
+PRINTING = {"plan", "sample", "evaluate", "compare", "configs", "doctor", "families", "rewards", "check-family",
+            "checkpoint list", "checkpoint verify", "checkpoint digest", "data inspect", "slurm render", "slurm status",
+            "slurm logs"}
 """What is there for what it prints."""
 
 
@@ -111,6 +113,8 @@ def _verb(verb: str) -> Callable[[list[str]], int]:
     # Imported one at a time: torch takes seconds to load, and `--help` of another verb need not wait for it.
     if verb == "train":
         run = _train
+    elif verb == "plan":
+        from genscale.verbs.plan import main as run
     elif verb == "configs":
         from genscale.verbs.configs import main as run
     elif verb == "sample":

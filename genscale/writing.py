@@ -12,6 +12,7 @@ import secrets
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from io import TextIOWrapper
 from pathlib import Path
@@ -121,3 +122,28 @@ def refuse_link(path: Path) -> None:
     if path.is_symlink():
         raise UserError(f"run.dir: {path} is a link, and nothing is written through one; put a folder in its place, or set "
                         "--run.dir to a folder (or link) on the other disk")
+
+
+def write_seconds(folder: Path, size: int, named: str) -> float:
+    """Of writing so many bytes, syncing them and giving the file its name, as a checkpoint does.
+
+    Args:
+        named: what the file's name begins with.
+
+    Raises:
+        OSError: the folder takes no file, or not one of that size.
+    """
+    probe = folder / f".{named}-{secrets.token_hex(4)}"
+    block = os.urandom(2**20)  # file systems that compress gain nothing
+    try:
+        started = time.perf_counter()
+        with probe.open("wb", buffering=0) as file:
+            for _ in range(size // len(block)):
+                file.write(block)
+            os.fsync(file.fileno())
+        renamed = probe.rename(probe.with_suffix(".done"))
+        seconds = time.perf_counter() - started
+        probe = renamed
+        return seconds
+    finally:
+        probe.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from genscale.errors import UserError
 from genscale.families import FAMILIES
 from genscale.families.registry import INSTALLED
 from genscale.settings.parser import parse, parse_config, parse_settings, split_flags, take_number, take_text
-from genscale.verbs import check_family, checkpoint, compare, slurm, sync
+from genscale.verbs import check_family, checkpoint, compare, plan, slurm, sync
 from genscale.verbs.data import ACTIONS, BuildSettings, InspectSettings
 from genscale.verbs.doctor import OWN, DoctorSettings
 from genscale.verbs.export import ExportSettings
@@ -200,6 +200,13 @@ def doctor(words: list[str]) -> None:
         train(run)
 
 
+def planned(words: list[str]) -> None:
+    _, named, run = plan.read(words)
+    for name in named or [""]:
+        if name or run:
+            train([*([f"--config={name}"] if name else []), *run])
+
+
 def on_slurm(words: list[str]) -> None:
     action, *words = words
     assert action in slurm.ACTIONS
@@ -207,7 +214,7 @@ def on_slurm(words: list[str]) -> None:
         out = io.StringIO()
         own, run = slurm.split_settings(words)
         if action == "submit":  # what Slurm is not asked for
-            own = [word for word in own if word not in ("--dry-run", "--no-snapshot")]
+            own = [word for word in own if word not in ("--dry-run", "--no-snapshot", "--no-plan")]
         with contextlib.redirect_stdout(out):
             assert print_script(["--site=site.yaml", *own], run) == 0
     elif action == "logs":
@@ -225,7 +232,7 @@ VERBS: dict[str, Callable[[list[str]], object]] = {
     "doctor": doctor, "slurm": on_slurm, "compare": lambda words: parse(compare.parser(), words),
     "checkpoint": lambda words: parse(checkpoint.parser(), words), "sync": lambda words: parse(sync.parser(), words),
     "check-family": lambda words: parse(check_family.parser(), words), "families": no_words, "configs": no_words,
-    "rewards": no_words,
+    "rewards": no_words, "plan": planned,
 }  # fmt: skip
 
 

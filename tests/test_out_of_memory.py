@@ -46,7 +46,8 @@ def test_a_batch_that_does_not_fit_is_found_before_the_first_step(limited, tiny_
         "out of memory on the host, rank 0, at the dry batch, phase language_model, forward: train.micro_batch_size is 64, "
         "data.sequence_length is 256, parallel.activation_checkpointing is none, parallel.strategy is single; try "
         "train.micro_batch_size 32, then parallel.activation_checkpointing full, then parallel.strategy fsdp2 on more "
-        "processes, then a smaller model")
+        f"processes, then a smaller model; `genscale plan --config {tiny_run}/config.yaml --gpus 1 --gpu cpu` says what takes "
+        "how much, and what would fit")
     assert logged_steps(tiny_run) == []
 
 

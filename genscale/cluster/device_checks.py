@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 
 from genscale.cluster.checks import Check, count_of, host_name
@@ -96,16 +95,11 @@ def _multiply(index: int) -> float | None:
     """TFLOP/s of a GPU; None where a product is wrong."""
     import torch
 
-    device = torch.device("cuda", index)
-    ones = torch.ones(PRODUCT, PRODUCT, device=device, dtype=torch.float16)
-    product = ones @ ones
-    torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    for _ in range(10):
-        torch.matmul(ones, ones, out=product)
-    torch.cuda.synchronize(device)
-    rate = 10 * 2 * PRODUCT**3 / (time.perf_counter() - started) / 1e12
-    return rate if bool((product == PRODUCT).all()) else None
+    from genscale.planning.measure import product_seconds
+
+    ones = torch.ones(PRODUCT, PRODUCT, device=torch.device("cuda", index), dtype=torch.float16)
+    rate = 2 * PRODUCT**3 / product_seconds(ones, ones, seconds=0.01) / 1e12
+    return rate if bool(((ones @ ones) == PRODUCT).all()) else None
 
 
 def _fault(found: str) -> Check:

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from genscale.cluster.checks import Check, count_of
-from genscale.cluster.timing import timed
 from genscale.parallel.processes import Processes
+from genscale.planning.measure import timed
 
 GPU_BYTES, CPU_BYTES = 64 * 2**20, 4 * 2**20
 SLOW_SHARE = 1 / 3

@@ -18,9 +18,9 @@ from genscale.cluster.checks import Check, count_of, host_name
 from genscale.cluster.clocks import judge_clocks
 from genscale.cluster.shared_folder import answers, clear_token, find_token, judge, leave_token
 from genscale.cluster.storage_checks import existing
-from genscale.cluster.timing import timed
 from genscale.errors import UserError
 from genscale.parallel.processes import Processes
+from genscale.planning.measure import timed
 
 ROUNDS = 5
 KEY = "genscale/doctor"

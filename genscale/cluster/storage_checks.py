@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import secrets
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from genscale.cluster.checks import Check, host_name
+from genscale.writing import write_seconds
 
 SPEED_BYTES = 64 * 2**20
 QUICK_BYTES = 8 * 2**20
@@ -31,7 +29,7 @@ def check_run_folder(folder: Path, size: int = SPEED_BYTES, nodes: int = 1) -> I
     """
     there = existing(folder)
     try:
-        seconds = _write(there, size)
+        seconds = write_seconds(there, size, "doctor")
         usage = shutil.disk_usage(there)
     except OSError as error:
         yield Check("run folder", "failure", f"{there} cannot be written ({error.strerror})", "set run.dir to a folder that "
@@ -74,24 +72,6 @@ def file_system(folder: Path) -> str:
             if len(mounted) >= longest and f"{path}/".startswith(f"{mounted.rstrip('/')}/"):
                 found, longest = kind, len(mounted)
     return found
-
-
-def _write(folder: Path, size: int) -> float:
-    """Seconds to write so many bytes, to sync them and to give the file its name, as a checkpoint does."""
-    probe = folder / f".doctor-{secrets.token_hex(4)}"
-    block = os.urandom(2**20)  # file systems that compress gain nothing
-    try:
-        started = time.perf_counter()
-        with probe.open("wb", buffering=0) as file:
-            for _ in range(size // len(block)):
-                file.write(block)
-            os.fsync(file.fileno())
-        renamed = probe.rename(probe.with_suffix(".done"))
-        seconds = time.perf_counter() - started
-        probe = renamed
-        return seconds
-    finally:
-        probe.unlink(missing_ok=True)
 
 
 def _checkpoint_bytes(folder: Path) -> int:

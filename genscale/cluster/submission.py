@@ -21,6 +21,7 @@ from genscale.cluster.doctor import submission_check
 from genscale.cluster.job import JobSettings
 from genscale.cluster.job_records import Submitted, new_folder, record
 from genscale.cluster.partition import check_fits, find_partition
+from genscale.cluster.planned_memory import check_memory
 from genscale.cluster.prepared_job import Prepared, check_configs, prepare_job, without
 from genscale.cluster.script import render
 from genscale.cluster.snapshot import Snapshot, take
@@ -49,6 +50,8 @@ class SubmitSettings(JobSettings):
     modules and lines of site.setup are run here, to see that they lead to genscale.)"""
     no_snapshot: bool = False
     """Let each life of the job run genscale as it finds it then (default: a copy of it as it is now, kept with the job)."""
+    no_plan: bool = False
+    """Submit what by `genscale plan` would not fit into the memory of the GPUs."""
 
 
 def print_script(arguments: Sequence[str], settings: Sequence[str]) -> int:
@@ -91,6 +94,8 @@ def submit(arguments: Sequence[str], settings: Sequence[str]) -> int:
     again = without([word for word in arguments if word.partition("=")[0] != "--dry-run"], OF_THIS_JOB)
     prepared = prepare_job(asked, settings, shlex.join(again))
     _check(prepared, asked.no_snapshot)
+    if not asked.no_plan:
+        check_memory(prepared)
     snapshot = None if asked.no_snapshot else take(prepared.folder, prepared.job.launcher == "accelerate")
     if asked.dry_run:
         code = str(snapshot.place) if snapshot else None

@@ -16,7 +16,7 @@ from genscale.objectives.capabilities import missing_members
 if TYPE_CHECKING:
     from genscale.data.lanes import Data, Sample
     from genscale.evaluation.trained_run import TrainedRun
-    from genscale.objectives.base import Objective
+    from genscale.objectives.base import Blueprint, Objective
     from genscale.settings.config import Config
 
 READ_BY_LOADER = ("workers", "prefetch_steps")
@@ -192,6 +192,23 @@ class Family:
     def restore(self, config: Config, folder: Path) -> Objective:
         """The objective of the trained run in a run folder, without its data. Raises UserError as `build_objective` does."""
         return self.checked(self._functions().restore(config, folder))
+
+    def blueprint(self, config: Config) -> Blueprint:
+        """What a step of such a run can be planned of, without its data.
+
+        Raises:
+            UserError: the family's module does not say; or impossible settings.
+        """
+        module = self._functions()
+        make = getattr(module, "blueprint", None)
+        if make is None:
+            raise UserError(f"model.family: {self.name} cannot be planned, for its module "
+                            f"{getattr(module, '__name__', module)} does not say what a sample is; add a function "
+                            "blueprint(config) that gives a genscale.objectives.base.Blueprint (of make_family: the argument "
+                            "sample)")
+        found: Blueprint = make(config)
+        self.checked(found.objective)
+        return found
 
     def load(self) -> None:
         """Import all of it: a sampler that is not there must not be found out after the training. Raises UserError."""

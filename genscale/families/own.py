@@ -19,7 +19,8 @@ from genscale.data.loader_settings import LoaderSettings
 from genscale.errors import UserError
 from genscale.families.entry import PREVIEW_SAMPLING, Family, NoSettings
 from genscale.models.batch_norm import BatchNorm
-from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
+from genscale.models.device_kind import is_planned
+from genscale.objectives.base import Batch, Blueprint, Networks, Objective, Phase, Terms
 from genscale.rng import Draws
 from genscale.settings.config import Config
 
@@ -84,7 +85,7 @@ class SimpleObjective(Objective):
 
     def loss(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
         """The sums of the loss's values. Raises UserError where they are a mean, or depend on unaddressed random numbers."""
-        if self._proved:
+        if self._proved or is_planned():
             return self._sums(networks[NETWORK], batch, draws)
         before = _random_state(draws.device)
         terms = self._sums(networks[NETWORK], batch, draws)
@@ -140,7 +141,8 @@ def _random_state(device: str | torch.device) -> Tensor:
 
 
 def make_family(name: str, *, network: Callable[[Any], nn.Module], loss: Loss, data: Callable[[Any, int], Data],
-                model_settings: type = NoSettings, data_settings: type = LoaderSettings, **options: Any) -> Family:
+                model_settings: type = NoSettings, data_settings: type = LoaderSettings,
+                sample: Callable[[Any], Mapping[str, Tensor]] | None = None, **options: Any) -> Family:
     """A family of one's own, of a network, a loss and data: what `genscale.register` and the entry points take.
 
     Args:
@@ -151,6 +153,8 @@ def make_family(name: str, *, network: Callable[[Any], nn.Module], loss: Loss, d
         data: makes a `Data` (`MapData`, `ShardData`) of the `data` settings and the run's seed.
         model_settings, data_settings: dataclasses of the sections `model` and `data`, where the family has settings. Those of
             the data inherit from `LoaderSettings`.
+        sample: gives a sample of the `data` settings by shape and type, tensors on the meta device, so that a run can be
+            planned without data (`genscale plan`).
         options: further arguments of `SimpleObjective` (`count`, `preview`, `unit`, ...).
 
     Raises:
@@ -178,6 +182,8 @@ def make_family(name: str, *, network: Callable[[Any], nn.Module], loss: Loss, d
             opened.close()
 
     module = SimpleNamespace(__name__=name, build_data=data, validation=validation, build=build, restore=restore)
+    if sample is not None:
+        module.blueprint = lambda config: Blueprint(objective(config), sample(config.data))
     sampling = PREVIEW_SAMPLING if options.get("preview") else None
     return Family(_with_family(model_settings, name), data_settings, lambda: module, sampling=sampling)
 

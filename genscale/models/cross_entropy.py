@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from genscale.models.device_kind import is_planned, on_gpu
+
 log = logging.getLogger("genscale")
 CPU_LOGITS, GPU_LOGITS = 2**24, 2**29
 """Logits held at once by default: 64 MiB of fp32 stay near a CPU's caches; a GPU wants large products."""
@@ -26,12 +28,12 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk:
         chunk: tokens whose logits are held at once (default: by the device).
     """
     plain = (chunk or 0) >= len(hidden)
-    chunk = chunk or max(1, (GPU_LOGITS if hidden.is_cuda else CPU_LOGITS) // len(weight))
+    chunk = chunk or max(1, (GPU_LOGITS if on_gpu(hidden) else CPU_LOGITS) // len(weight))
     # One chunk of our own holds half of what torch's loss does; on a CPU, where chunks are small, torch's kernel is the faster.
-    if plain or (chunk >= len(hidden) and not hidden.is_cuda):
+    if plain or (chunk >= len(hidden) and not on_gpu(hidden)):
         return F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=-1, reduction="sum")
     chunk = min(chunk, len(hidden))
-    if hidden.is_cuda:  # as many chunks, of about one size, lest the last be a small product
+    if on_gpu(hidden):  # as many chunks, of about one size, lest the last be a small product
         chunk = -(-len(hidden) // -(-len(hidden) // chunk))
     return _Chunked.apply(hidden, weight, targets, chunk, torch.is_grad_enabled())
 
@@ -54,7 +56,7 @@ class _Chunked(torch.autograd.Function):
             grad_weight = torch.empty(matrix.shape, dtype=torch.float32, device=hidden.device) if differentiate else None
             # Buffers for all chunks: memory that is new each time costs a CPU as much as the arithmetic.
             raw = torch.empty((chunk, len(matrix)), dtype=dtype, device=hidden.device)
-            probabilities = None if hidden.is_cuda else torch.empty((chunk, len(matrix)))
+            probabilities = None if on_gpu(hidden) else torch.empty((chunk, len(matrix)))
             for start in range(0, len(rows), chunk):
                 part, wanted = rows[start:start + chunk], targets[start:start + chunk, None]
                 logits = torch.mm(part, matrix.T, out=raw[:len(part)])
@@ -96,7 +98,7 @@ def _nats_and_error(raw: Tensor, wanted: Tensor, probabilities: Tensor) -> tuple
     normaliser = highest - probabilities.amax(-1, keepdim=True).log()
     nats = (normaliser - chosen).mul_(valid).sum()
     probabilities.scatter_add_(1, at, -valid.float())
-    if not valid.all():
+    if is_planned() or not valid.all():
         probabilities.mul_(valid)
     return nats, probabilities if raw.dtype == torch.float32 else raw.copy_(probabilities)
 
@@ -113,9 +115,18 @@ def _in_one_pass(raw: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     return nats, raw.copy_((((logits - highest).exp() / total - chosen.float()) * valid).to(raw.dtype))
 
 
-@functools.cache
 def _fused() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """`_in_one_pass` compiled; as it is where there is no compiler for the device."""
+    return _two_walks if is_planned() else _compiled()
+
+
+def _two_walks(raw: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """What the compiled form reads and writes, for a plan, which no compiler takes part in."""
+    return raw.amax(-1, keepdim=True).float().sum(), raw.mul_(1)
+
+
+@functools.cache
+def _compiled() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     compiled = torch.compile(_in_one_pass, dynamic=False)
 
     def fused(raw: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,5 +147,5 @@ def _add_product(total: Tensor, error: Tensor, part: Tensor, first: bool) -> Non
     if error.dtype == torch.float32:
         total.addmm_(error.T, part, beta=0 if first else 1)
     else:
-        product = torch.mm(error.T, part, out_dtype=torch.float32) if error.is_cuda else error.T @ part
+        product = torch.mm(error.T, part, out_dtype=torch.float32) if on_gpu(error) else error.T @ part
         total.copy_(product) if first else total.add_(product)

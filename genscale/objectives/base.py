@@ -26,6 +26,26 @@ Terms = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
+class Blueprint:
+    """What a step can be planned of, without data: made by the function `blueprint(config)` of a family's module.
+
+    Attributes:
+        objective: as of a run; its networks stand on the meta device.
+        sample: a sample of the data by shape and type: tensors on the meta device, without the batch's dimension. (`sample`,
+            the sample's number, is added.)
+
+    Example:
+        >>> import torch
+        >>> sample = {"image": torch.empty(3, 64, 64, dtype=torch.uint8, device="meta")}
+        >>> sample["image"].shape
+        torch.Size([3, 64, 64])
+    """
+
+    objective: Objective
+    sample: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
 class Phase:
     """One part of a step: trains ONE network on one loss.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,17 @@ from genscale.parallel.averages import Average, NamedAverage, copied_names
 from genscale.parallel.engine import Engine, LeaveOut, MakeOptimizer, NamedTensors, StepResult, never
 from genscale.parallel.generating import inputs_cast, without_hooks
 from genscale.parallel.gradients import fill_gradients, squared_norm
-from genscale.parallel.materialise import Read, check_fillable, fill, named_state, on_meta, places_of, put, shard_like
+from genscale.parallel.materialise import (
+    Read,
+    check_fillable,
+    fill,
+    materialise,
+    named_state,
+    on_meta,
+    places_of,
+    put,
+    shard_like,
+)
 from genscale.parallel.pieces import Piece, pieces_of, tensor_bytes
 from genscale.parallel.precision import DTYPES
 from genscale.parallel.torch_optimizers import is_fused_adamw, state_tensors, step_clipped
@@ -51,7 +62,7 @@ class ShardedEngine(Engine):
         # A head's logits are often a view; no objective writes into them.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         device = self.processes.device
-        mesh = self._mesh()
+        mesh = self.mesh
         # Computation in the asked precision, gradients reduced in fp32; the shards themselves stay fp32.
         policy = MixedPrecisionPolicy(param_dtype=DTYPES[self.precision], reduce_dtype=torch.float32) \
             if self.precision != "fp32" else MixedPrecisionPolicy()
@@ -60,7 +71,7 @@ class ShardedEngine(Engine):
         if unborn:
             check_fillable(module)
         else:
-            module.to(device)
+            materialise(module, device)
         blocks = blocks_of(module)
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=self.settings.reshard_after_forward)
@@ -78,7 +89,8 @@ class ShardedEngine(Engine):
         cast(FSDPModule, module)._get_fsdp_state()._lazy_init()
         self.modules[name] = self.networks[name] = module
 
-    def _mesh(self) -> DeviceMesh:
+    @cached_property
+    def mesh(self) -> DeviceMesh:
         """One dimension, of all processes; or (groups, processes in a group), where neighbours by rank, and so of one machine,
         are a group."""
         world, size = self.processes.world_size, self._shard_size

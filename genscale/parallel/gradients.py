@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from genscale.models.device_kind import on_gpu
+
 NORM_ROW = 1024  # elements
 SHORT = 32 * NORM_ROW
 """Gradients of as many elements are taken together: a call costs more than their copies in fp64."""
@@ -27,7 +29,7 @@ def squared_norm(gradients: Sequence[Tensor]) -> Tensor:
     In fp32 throughout the norm of a few million elements is off by some 1e-6, by another amount in every sharding, and clipping
     would pass that on to the weights; in fp64 throughout torch makes a copy in fp64 first, which takes several times as long.
     """
-    if gradients and gradients[0].is_cuda:  # whose kernels add up in a tree, to 1e-7, and are slow in fp64
+    if gradients and on_gpu(gradients[0]):  # whose kernels add up in a tree, to 1e-7, and are slow in fp64
         return torch.stack(torch._foreach_norm(list(gradients))).double().square().sum()
     short = [gradient for gradient in gradients if gradient.numel() <= SHORT]
     total = torch.stack(torch._foreach_norm(short, 2.0, torch.float64)).square().sum() if short \

@@ -57,12 +57,22 @@ def materialise(module: nn.Module, device: torch.device) -> None:
         owner, name = places[0]
         tensor = getattr(owner, name)
         if not tensor.is_meta:
-            tensor.data = tensor.data.to(device)
+            if tensor.device != device:
+                tensor.data = tensor.data.to(device)
             continue
         real = torch.empty_like(tensor, device=device)
         if isinstance(tensor, nn.Parameter):
             real = nn.Parameter(real, requires_grad=tensor.requires_grad)
         put(real, places)
+
+
+def without_values(module: nn.Module) -> None:
+    """Move the network to the meta device, in place; tied tensors stay tied."""
+    for places in places_of(module):
+        tensor = getattr(*places[0])
+        if not tensor.is_meta:
+            meta = torch.empty_like(tensor, device="meta")
+            put(nn.Parameter(meta, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta, places)
 
 
 @torch.no_grad()

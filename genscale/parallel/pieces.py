@@ -96,5 +96,5 @@ def tensor_bytes(tensors: Iterable[Any]) -> int:
     for tensor in tensors:
         if isinstance(tensor, Tensor):
             local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-            storages[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
+            storages[local.untyped_storage()._cdata] = local.untyped_storage().nbytes()
     return sum(storages.values())

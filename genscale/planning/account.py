@@ -9,6 +9,8 @@ Certainty = Literal["exact", "traced", "replayed", "modelled", "assumed"]
 """How a number came about: a closed form that is tested to the byte; the step itself on tensors without storage; a model of the
 caching allocator fed with the trace; a model with measured constants; nothing but experience."""
 Part = Literal["forward", "recomputation", "backward", "optimizer", "average"]
+Category = Literal["weights", "gathered weights", "gradients", "exchange of gradients", "optimizer state", "averages",
+                   "activations", "logits and loss", "other", "caching allocator", "CUDA and NCCL"]
 Kind = Literal["product", "attention", "convolution", "elementwise", "other"]
 
 
@@ -71,6 +73,7 @@ class Exchange:
         within_nodes: whether all of them stand in one node.
         hidden: whether computation goes on meanwhile.
         count: calls in a step.
+        last_only: made in the last micro-batch alone, whose computation is all that goes on meanwhile.
     """
 
     name: Literal["all_gather", "reduce_scatter", "all_reduce"]
@@ -81,14 +84,14 @@ class Exchange:
     within_nodes: bool
     hidden: bool
     count: float
+    last_only: bool = False
 
 
 @dataclass(frozen=True)
 class MemoryPart:
     """Bytes of one rank at the moment of the peak."""
 
-    category: Literal["weights", "gathered weights", "gradients", "exchange of gradients", "optimizer state", "averages",
-                      "activations", "logits and loss", "other", "caching allocator", "CUDA and NCCL"]
+    category: Category
     bytes: int
     certainty: Certainty
 

@@ -178,7 +178,7 @@ def settings_of(kind: type[T], given: Any, key: str) -> T:
             there = f"the settings are {', '.join(fields)}" if fields else "it has no settings"
             raise UserError(f"{key}.{name}: unknown key{nearest(str(name), fields)}; {there}")
     for name, field in fields.items():
-        if name not in values and field.default is field.default_factory is dataclasses.MISSING:
+        if values.get(name) is None and field.default is field.default_factory is dataclasses.MISSING:
             raise UserError(f"{key}.{name}: must be set; it has no default")
     if not fields:
         return kind()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from genscale.checkpoint.best import best_of, better_of
 from genscale.checkpoint.checkpoints import Checkpoint, list_checkpoints
@@ -21,6 +24,7 @@ from genscale.parallel.engine import Engine
 from genscale.rewards.registry import INSTALLED as REWARDS
 from genscale.settings.config import Config
 from genscale.supervise.run_folder import config_yaml
+from genscale.tracking.peaks import device_name
 from genscale.training.evaluating import Evaluate
 from genscale.training.replicas import compare_replicas
 
@@ -40,6 +44,14 @@ class CompareReplicas(Hook):
         if not self._compared:
             self._compared = True
             compare_replicas(self.engine)
+
+
+def devices(device: torch.device) -> dict[str, Any]:
+    """What a run was trained on so far, and what it took there: what its plan is held against."""
+    said: dict[str, Any] = {"device": device_name(device), "processes_per_node": int(os.environ.get("LOCAL_WORLD_SIZE", 1))}
+    if device.type == "cuda":
+        said["peak_memory_bytes"] = torch.cuda.max_memory_reserved(device)
+    return said
 
 
 class KeepCheckpoints(Hook):
@@ -96,7 +108,8 @@ class KeepCheckpoints(Hook):
                  "data": data, "plan": self.data.plan(), "world_size": self.processes.world_size}
         state |= {key: said for key, said in self.fixed.items() if said}
         position = position_in_words(data["batches"] * self.config.train.global_batch_size, self.data.samples_of_epoch())
-        about = provenance(self.processes.world_size, self.engine.strategy, position, self.config)
+        about = {**provenance(self.processes.world_size, self.engine.strategy, position, self.config),
+                 **devices(self.processes.device)}
         if self.objective.rewards is not None and (origins := self.objective.rewards.origins()):
             about.setdefault("plugins", {})[REWARDS.group] = origins
         self.saver.start(pieces, Contents(report.step, state, config_yaml(self.config), about,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 
 import torch
@@ -12,6 +13,7 @@ from genscale.objectives.base import Objective
 from genscale.parallel.engine import Engine
 from genscale.parallel.strategies import SHARDS_MOST, ParallelPlan, check_combination, check_objective
 from genscale.settings.config import Config, ParallelSettings
+from genscale.supervise.run_folder import run_folder
 
 WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "defaultcpuallocator", "std::bad_alloc",
          "cublas_status_alloc_failed")
@@ -44,8 +46,10 @@ def advice(config: Config, engine: Engine, objective: Objective) -> str:
     where = "the host" if processes.device.type == "cpu" else str(processes.device)
     plan = ParallelPlan(engine.strategy, config.parallel.offload, engine.precision, processes.world_size)
     tries = smaller(config, plan, engine.micro_batch_size, objective)
+    file = shlex.quote(str(run_folder(config.run) / "config.yaml"))
+    planned = f"genscale plan --config {file} --gpus {processes.world_size} --gpu {'cpu' if where == 'the host' else 'KIND'}"
     return (f"out of memory on {where}, rank {processes.rank}, at {processes.doing}: {', '.join(facts)}; try "
-            f"{', then '.join(tries)}")
+            f"{', then '.join(tries)}; `{planned}` says what takes how much, and what would fit")
 
 
 def smaller(config: Config, plan: ParallelPlan, micro_batch_size: int, objective: Objective) -> list[str]:

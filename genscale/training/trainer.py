@@ -17,6 +17,7 @@ from genscale.data.loader import StepLoader
 from genscale.data.order import DIGEST_MODULUS
 from genscale.errors import UserError
 from genscale.hook import Hook, StepReport
+from genscale.models.device_kind import is_planned
 from genscale.objectives.base import Objective, Phase
 from genscale.parallel.engine import Engine, StepResult
 from genscale.rng import Draws, DrawsAhead
@@ -62,7 +63,7 @@ class Trainer:
         self._batches_a_step = max(phase.repeats for phase in phases)
         self.make_draws: Callable[..., Draws] = DrawsAhead(self._batches_a_step * config.train.global_batch_size,
                                                            {phase.name: phase.every for phase in phases})
-        self._runs_ahead = self.processes.device.type != "cpu"
+        self._runs_ahead = self.processes.device.type != "cpu" or is_planned()
         self._unsettled: list[tuple[StepReport, PhaseOutcome]] = []
         self._batch = 0
         self._updated: dict[str, bool | Tensor] = {}  # by network, since its average was last moved

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from genscale.cluster.planned_memory import profile_of
+
 
 @pytest.fixture
 def submit(genscale, tool, tiny_config, tmp_path):
@@ -82,3 +84,24 @@ def test_a_backslash_in_the_path_is_refused(submit):
     """sbatch would replace no %j in the name of the log."""
     said = submit("--", "--run.name", "a\\b").message()
     assert said.startswith("run.dir: ") and "is not a path that a job's script can hold" in said and submit.jobs() == 0
+
+
+def test_what_cannot_fit_into_its_gpus_is_not_submitted(submit, tiny_run):
+    """The nearest that can is named; without a kind of GPU, or with --no-plan, nothing is asked."""
+    large = ("--", "--data.sequence_length", 256, "--model.positions", 256, "--model.width", 1024, "--model.heads", 16,
+             "--model.layers", 96, "--train.global_batch_size", 128, "--train.precision", "bf16")
+    gpus = ("--gpus-per-node", "a100:1")
+    said = submit(*gpus, *large).message()
+    assert said.startswith("train.micro_batch_size: 128 under parallel.strategy single cannot fit into memory: planned ")
+    assert "GiB of 79" in said and "nearest that fits: --train.micro_batch_size" in said and "--no-plan" in said
+    assert submit.jobs() == 0 and not tiny_run.exists()
+    assert submit(*gpus, "--no-plan", *large).code == 0
+    unknown = submit("--gpus-per-node", "gtx:1", "--", "--run.name", "other")
+    assert unknown.code == 0 and "not planned whether it fits into the GPUs: 'gtx' is no kind of GPU" in unknown.err
+    assert submit.jobs() == 2
+
+
+@pytest.mark.parametrize(("kind", "profile"), [
+    ("h100", "h100"), ("A100", "a100"), ("nvidia_h100_80gb_hbm3", "h100"), ("v100", "v100-32"), ("gtx", None), (None, None)])
+def test_what_a_cluster_calls_a_gpu_is_known(kind, profile):
+    assert profile_of(kind) == profile

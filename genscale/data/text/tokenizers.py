@@ -118,6 +118,18 @@ class ByteTokenizer(Tokenizer):
         return _write(path, json.dumps({"model": {"type": "bytes"}}))
 
 
+class KnownVocabulary(ByteTokenizer):
+    """Of a vocabulary nothing but its size is known, which is enough to plan a run with."""
+
+    digest, name = "unknown", "a tokenizer that is not here"
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size, self.end_of_text = vocab_size, vocab_size - 1
+
+    def token_bytes(self) -> np.ndarray | None:  # type: ignore[override]
+        return None
+
+
 class FileTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library.
 

@@ -27,7 +27,7 @@ from genscale.models.image_grid import grid
 from genscale.models.image_layers import to_signed, to_unit
 from genscale.models.lettering import class_captions
 from genscale.models.mlp_gan import MLPDiscriminator, MLPGenerator
-from genscale.objectives.base import Batch, Networks
+from genscale.objectives.base import Batch, Blueprint, Networks
 from genscale.objectives.gan import GAN, INITIAL_STD
 from genscale.objectives.gan_settings import GANObjectiveSettings, check_batch, check_losses
 from genscale.objectives.sample_quality import distance, distance_units, diversity
@@ -143,6 +143,18 @@ def build(config: GANConfig, data: ImagesInLanes) -> ImageGAN:
 def restore(config: GANConfig, folder: Path) -> ImageGAN:
     """The objective of a trained run."""
     return _build(config, _class_names(folder / CLASSES_FILE, config.model.classes) if config.model.classes else None)
+
+
+def blueprint(config: GANConfig) -> Blueprint:
+    """What a step is planned of. Raises UserError as `_build` does."""
+    data, classes = config.data, config.model.classes
+    if config.model.architecture == "mlp":
+        check_batch(config.train, (config.model.generator_norm, config.model.discriminator_norm))
+    shape = (data.channels * data.stack, data.size, data.size)
+    sample = {"image": torch.empty((data.pack, *shape) if data.pack > 1 else shape, dtype=torch.uint8, device="meta")}
+    if classes:
+        sample["label"] = torch.empty((), dtype=torch.int64, device="meta")
+    return Blueprint(_build(config, [str(number) for number in range(classes)] if classes else None), sample)
 
 
 def _class_names(file: Path, classes: int) -> list[str]:

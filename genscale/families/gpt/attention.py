@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genscale.families.gpt.settings import ResolvedGPTSettings
+from genscale.models.device_kind import on_gpu
 from genscale.models.dropout import dropped
 
 
@@ -91,7 +92,7 @@ class Attention(nn.Module):
             key, value = cache.extend(self.layer, key, value)
         dropout = dropout_keys is not None and s.attention_dropout > 0
         # A GPU's kernels share keys and values among queries themselves, but for those that take a mask.
-        shares = s.kv_heads != s.heads and key.is_cuda and mask is None and not dropout
+        shares = s.kv_heads != s.heads and on_gpu(key) and mask is None and not dropout
         if s.kv_heads != s.heads and not shares:
             key, value = (part.repeat_interleave(s.heads // s.kv_heads, dim=1) for part in (key, value))
         if dropout_keys is not None and dropout:

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from genscale.data.lanes import Sample
 from genscale.data.text.data import TextData, TextDataSettings
-from genscale.data.text.tokenizers import Tokenizer, load_tokenizer
+from genscale.data.text.tokenizers import KnownVocabulary, Tokenizer, load_tokenizer
 from genscale.errors import UserError
 from genscale.families.entry import NoSettings
 from genscale.families.gpt.decoding import generate
 from genscale.families.gpt.network import GPT
 from genscale.families.gpt.settings import GPTSettings
-from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
+from genscale.objectives.base import Batch, Blueprint, Networks, Objective, Phase, Terms
 from genscale.rng import Draws, torch_generator
 from genscale.settings.config import Config
 from genscale.writing import drafted
@@ -26,6 +26,8 @@ from genscale.writing import drafted
 TOKENIZER_FILE = "tokenizer.json"
 PREVIEW_TOKENS = 200
 PREVIEW_TEMPERATURE = 0.8
+MASKED = ("prompt_column", "messages_column")
+"""Settings of data of which only the answers are learnt."""
 VOCAB_MULTIPLE = 64  # matrix kernels want the width of the logits in whole tiles
 
 
@@ -154,6 +156,28 @@ def restore(config: GPTConfig, folder: Path) -> LanguageModel:
     """The objective of a trained run, with the tokenizer that its folder keeps."""
     kept = folder / TOKENIZER_FILE
     return _build(config, load_tokenizer(str(kept) if kept.exists() else config.data.tokenizer))
+
+
+def blueprint(config: GPTConfig) -> Blueprint:
+    """What a step is planned of. Raises UserError as `_build` does, and where only a tokenizer that is not here could tell how
+    many tokens there are."""
+    data = config.data
+    objective = _build(config, planned_tokenizer(config.model, data.tokenizer))
+    sample = {"tokens": torch.empty(data.sequence_length + 1, dtype=torch.int32, device="meta")}
+    entries = data.sources if isinstance(data.sources, list) else []
+    if any(getattr(data, name) or any(entry.get(name) for entry in entries) for name in MASKED):
+        sample["mask"] = torch.empty(data.sequence_length + 1, dtype=torch.uint8, device="meta")
+    return Blueprint(objective, sample)
+
+
+def planned_tokenizer(settings: GPTSettings, name: str) -> Tokenizer:
+    """A tokenizer of the model's vocabulary; the one called `name` where the model leaves that open. Raises UserError."""
+    if settings.vocab_size is not None:
+        return KnownVocabulary(settings.vocab_size)
+    try:
+        return load_tokenizer(name)
+    except UserError as error:
+        raise UserError(f"{error} (or, to plan without it, set model.vocab_size)") from None
 
 
 def _build(config: GPTConfig, tokenizer: Tokenizer) -> LanguageModel:

@@ -16,7 +16,7 @@ from genscale.errors import UserError
 from genscale.families.points.data import MIXTURES, Mixture, PointsData, PointsDataSettings
 from genscale.families.points.settings import PointsGANSettings
 from genscale.models.mlp_gan import MLPDiscriminator, MLPGenerator, spread_kinks
-from genscale.objectives.base import Batch, Networks
+from genscale.objectives.base import Batch, Blueprint, Networks
 from genscale.objectives.gan import GAN
 from genscale.objectives.gan_settings import GANObjectiveSettings, check_batch, check_losses
 from genscale.settings.config import Config
@@ -107,6 +107,14 @@ def build(config: PointsConfig, data: Data) -> PointsGAN:
     """The objective of a run. Raises UserError as `restore` does, and for a batch of too few points."""
     check_batch(config.train, (config.model.generator_norm, config.model.discriminator_norm))
     return restore(config)
+
+
+def blueprint(config: PointsConfig) -> Blueprint:
+    """What a step is planned of. Raises UserError as `build` does."""
+    check_batch(config.train, (config.model.generator_norm, config.model.discriminator_norm))
+    pack = config.data.pack
+    sample = torch.empty((pack, 2) if pack > 1 else (2,), device="meta")
+    return Blueprint(restore(config), {"point": sample})
 
 
 def restore(config: PointsConfig, folder: Path | None = None) -> PointsGAN:

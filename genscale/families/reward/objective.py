@@ -18,10 +18,10 @@ from genscale.data.text.prompt_settings import PromptDataSettings
 from genscale.data.text.tokenizers import Tokenizer, load_tokenizer
 from genscale.errors import UserError
 from genscale.families.gpt.network import GPT
-from genscale.families.gpt.objective import TOKENIZER_FILE, rows_of_embedding
+from genscale.families.gpt.objective import TOKENIZER_FILE, planned_tokenizer, rows_of_embedding
 from genscale.families.reward.rollout import Answers, Prompts, Writer, entropy, log_probability
 from genscale.families.reward.settings import RewardObjectiveSettings, RewardSettings
-from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
+from genscale.objectives.base import Batch, Blueprint, Networks, Objective, Phase, Terms
 from genscale.objectives.policy_gradient import STATISTICS, gap_to_optimum, policy_loss
 from genscale.reading import read_json
 from genscale.rewards.base import Answer
@@ -207,6 +207,15 @@ def build(config: RewardConfig, data: PromptData) -> RewardTuning:
             raise UserError(f"data.columns: {config.data.columns} has not '{column}', which objective.rewards read; set "
                             f"data.columns to {[*config.data.columns, column]}")
     return objective
+
+
+def blueprint(config: RewardConfig) -> Blueprint:
+    """What a step is planned of: with the longest prompts and answers, and without what judges take. Raises UserError as
+    `_build` does."""
+    tokenizer = planned_tokenizer(config.model, config.data.tokenizer)
+    sample = {"prompt": torch.empty(config.data.prompt_tokens, dtype=torch.int32, device="meta"),
+              "row": torch.empty(config.data.row_bytes, dtype=torch.uint8, device="meta")}
+    return Blueprint(_build(config, tokenizer, [], UserError("a plan has no judges")), sample)
 
 
 def restore(config: RewardConfig, folder: Path) -> RewardTuning:

@@ -87,7 +87,7 @@ class Writer:
         ended = torch.zeros(len(read) * group, dtype=torch.bool, device=read.device)
         with growing(rollout.network)():
             for turn in range(self.tokens):
-                if turn > 0 and not rollout.goes_on(not bool(ended.all())):
+                if turn > 0 and not rollout.goes_on(never_end or not bool(ended.all())):
                     break
                 logits = rollout.network(read, cache=cache, documents=documents, last=1)[:, -1, : self.vocab_size]
                 if turn == 0:  # read once, and gone on from as often as there are answers

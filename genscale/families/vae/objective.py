@@ -25,7 +25,7 @@ from genscale.families.vae.network import VAE, latent_shape
 from genscale.families.vae.pictures import examples_of, preview_picture, validation_images
 from genscale.families.vae.settings import VAESettings
 from genscale.models.initial_weights import InitialWeights
-from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
+from genscale.objectives.base import Batch, Blueprint, Networks, Objective, Phase, Terms
 from genscale.objectives.likelihoods import BLACK_AND_WHITE, LIKELIHOODS, Measures
 from genscale.rng import Draws
 from genscale.settings.config import Config
@@ -245,6 +245,12 @@ def build(config: VAEConfig, data: ImageData) -> VAEObjective:
 def restore(config: VAEConfig, folder: Path) -> VAEObjective:
     """The objective of a trained run."""
     return _build(config, None)
+
+
+def blueprint(config: VAEConfig) -> Blueprint:
+    """What a step is planned of. Raises UserError for an impossible model."""
+    shape = (config.data.channels, config.data.size, config.data.size)
+    return Blueprint(_build(config, None), {"image": torch.empty(shape, dtype=torch.uint8, device="meta")})
 
 
 def _build(config: VAEConfig, examples: Callable[[], Tensor] | None, black_and_white: bool = False) -> VAEObjective:

@@ -22,7 +22,7 @@ from genscale.families.vae_gan.networks import FeatureDiscriminator, ImageDecode
 from genscale.models.feature_network import RandomFeatures
 from genscale.models.image_layers import to_signed, to_unit
 from genscale.models.initial_weights import InitialWeights
-from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
+from genscale.objectives.base import Batch, Blueprint, Networks, Objective, Phase, Terms
 from genscale.objectives.sample_quality import distance, distance_units
 from genscale.rng import Draws
 from genscale.settings.config import Config
@@ -172,6 +172,12 @@ def build(config: VAEGANConfig, data: ImageData) -> VAEGANObjective:
 def restore(config: VAEGANConfig, folder: Path) -> VAEGANObjective:
     """The objective of a trained run."""
     return _build(config, None)
+
+
+def blueprint(config: VAEGANConfig) -> Blueprint:
+    """What a step is planned of. Raises UserError for an impossible model."""
+    shape = (config.data.channels, config.data.size, config.data.size)
+    return Blueprint(_build(config, None), {"image": torch.empty(shape, dtype=torch.uint8, device="meta")})
 
 
 def _build(config: VAEGANConfig, examples: Callable[[], Tensor] | None) -> VAEGANObjective:

@@ -1,0 +1,231 @@
+"""What DeepSpeed ZeRO keeps and sends, on tensors without values: its own code reads values, which a plan has not.
+
+Stages 1 and 2: the weights, in the precision they compute in, are views of one flat tensor for each group of parameters, padded
+to twice the number of processes; each process has its part of it in fp32, with the optimizer's state. Stage 3: each process has
+its part of every parameter, rounded up. Gradients go through a bucket, or two in turn where what is in one is sent while the
+next are computed; gathered weights stay until 1e9 elements of them are alive (DeepSpeed's default, which genscale leaves).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from genscale.models.device_kind import on_gpu
+from genscale.parallel.averages import Average, NamedAverage, copied_names
+from genscale.parallel.engine import LeaveOut, MakeOptimizer, StepResult, never
+from genscale.parallel.generating import cast_inputs
+from genscale.parallel.gradients import clip_gradients, squared_norm
+from genscale.parallel.materialise import Read, named_state, places_of, put
+from genscale.parallel.pieces import tensor_bytes
+from genscale.parallel.precision import DTYPES
+from genscale.parallel.replicated import ReplicatedEngine
+from genscale.parallel.torch_optimizers import state_tensors
+from genscale.parallel.zero import communication
+
+LIVE = 1_000_000_000
+"""Elements of gathered weights that stay."""
+
+
+class PlannedZero(ReplicatedEngine):
+    """Stage 1, 2 or 3 as far as memory and network are concerned.
+
+    Attributes:
+        flats: this process's part of the weights in fp32, by network and group of parameters.
+        kept: its part of what the weights are computed with, by network: whole below stage 3.
+        gives_back: whether weights are given back after a forward, and gathered once more for its backward.
+        buckets: what stays allocated for the exchange of gradients, by network.
+        whole_gradients: in fp32, of stage 1 in bf16.
+    """
+
+    def __init__(self, stage: int, waiting: Callable[[], Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.waiting = waiting
+        self.stage, self.whole_weights = stage, stage < 3
+        self.flats: dict[str, list[Tensor]] = {}
+        self.kept: dict[str, list[Tensor]] = {}
+        self.buckets: dict[str, Tensor] = {}
+        self.whole_gradients: dict[str, list[Tensor]] = {}
+        self._sizes: dict[str, int] = {}
+        self._sends_meanwhile = False
+        self._bucket: Tensor | None = None
+        self._filled, self._last, self.gives_back = 0, True, False
+        self._wholes: dict[str, list[Tensor]] = {}
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return DTYPES[self.precision]
+
+    def _wrap(self, name: str, module: nn.Module, make_optimizer: MakeOptimizer, read: Read | None) -> None:
+        sent = communication(module, self.stage, "cuda" if on_gpu(next(module.parameters())) else "cpu")
+        self._sizes[name], self._sends_meanwhile = sent["reduce_bucket_size"], sent.get("overlap_comm", True)
+        optimizer = make_optimizer(module)
+        groups = [group["params"] for group in optimizer.param_groups]
+        self._flatten(name, module, groups)
+        self.flats[name] = [torch.zeros(self._part(parameters)) for parameters in groups]
+        for group, flat in zip(optimizer.param_groups, self.flats[name], strict=True):
+            group["params"] = [flat]
+        self.optimizers[name] = optimizer
+        self.scalers[name] = torch.amp.GradScaler("cpu", enabled=False)
+        if self.stage == 1 and self.precision != "fp32":  # DeepSpeed's BF16_Optimizer adds up whole gradients in fp32
+            self.whole_gradients[name] = [torch.zeros(self._part(group) * self.processes.world_size) for group in groups]
+        if self.stage == 3:
+            self.buckets[name] = torch.empty(self._sizes[name])
+        for parameter in module.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda parameter: self._made(parameter))
+
+    def _hold(self, name: str, module: nn.Module, read: Read | None) -> None:
+        self._flatten(name, module, [list(module.parameters())])
+
+    def _part(self, parameters: list[nn.Parameter]) -> int:
+        """Elements of a group that a process has."""
+        world = self.processes.world_size
+        if self.stage == 3:
+            return sum(-(-parameter.numel() // world) for parameter in parameters)
+        return -(-sum(parameter.numel() for parameter in parameters) // (2 * world)) * 2
+
+    def _flatten(self, name: str, module: nn.Module, groups: list[list[nn.Parameter]]) -> None:
+        places = {id(getattr(*where[0])): where for where in places_of(module)}
+        self.kept[name] = []
+        for parameters in groups:
+            whole = torch.empty(max(self._part(parameters) * self.processes.world_size, sum(p.numel() for p in parameters)),
+                                dtype=self._dtype)
+            offset = 0
+            for parameter in parameters:
+                view = whole[offset:offset + parameter.numel()].view(parameter.shape)
+                put(nn.Parameter(view, requires_grad=parameter.requires_grad), places[id(parameter)])
+                offset += parameter.numel()
+            self.kept[name].append(whole if self.stage < 3 else torch.empty(self._part(parameters), dtype=self._dtype))
+            self._wholes.setdefault(name, []).append(whole)
+        if self.precision != "fp32":
+            module.register_forward_pre_hook(cast_inputs(self.precision), with_kwargs=True)
+        self.modules[name] = self.networks[name] = module
+
+    def gathered(self) -> list[Tensor]:
+        """Weights that are there for a forward alone."""
+        return [parameter for module in self.modules.values() for parameter in module.parameters()] if self.stage == 3 else []
+
+    @property
+    def most_gathered(self) -> int | None:
+        """Bytes of gathered weights that stay at most."""
+        return LIVE * self._dtype.itemsize if self.stage == 3 else None
+
+    def on_host(self) -> list[Tensor]:
+        """What offloading keeps off the device."""
+        if self.settings.offload == "none":
+            return []
+        state = [tensor for optimizer in self.optimizers.values() for tensor in state_tensors(optimizer)]
+        averages = [tensor for average in self.averages.values() for tensor in average.held()]
+        return [*(flat for flats in self.flats.values() for flat in flats), *state, *averages]
+
+    def _make_average(self, name: str) -> Average:
+        module = self.modules[name]
+        buffers = {key: tensor for key, tensor in named_state(module) if not isinstance(tensor, nn.Parameter)}
+        flats = {f"flat {index}": flat for index, flat in enumerate(self.flats[name])}
+        return NamedAverage({**flats, **buffers}, copied_names(module))
+
+    def forward_context(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    def _synchronise_gradients(self, name: str, last: bool) -> None:
+        self._last = last
+        if self.stage == 3:
+            self._gather_all(name)
+
+    def _gather_all(self, name: str) -> None:
+        for whole, part in zip(self._wholes[name], self.kept[name], strict=True):
+            dist.all_gather_into_tensor(whole[:len(part) * self.processes.world_size], part)
+
+    def skips_on_device(self, name: str) -> bool:
+        return False
+
+    def backward(self, name: str, loss: Tensor) -> None:
+        self._bucket = self.buckets.get(name)
+        if self.stage < 3 and not self.whole_gradients.get(name):
+            self._bucket = torch.empty(self._sizes[name] * (2 if self._sends_meanwhile else 1))
+        if self.stage == 3 and self.gives_back:
+            self._gather_all(name)
+        loss.backward()
+        self._send()
+        if whole := self.whole_gradients.get(name):
+            for parameter in self._parameters[name]:
+                if parameter.grad is not None:
+                    whole[0][:parameter.numel()].add_(parameter.grad.flatten())
+                    parameter.grad = None
+        if self.stage == 1 and self._last and not self.whole_gradients.get(name):
+            self._divide(name)
+        self._bucket = None
+
+    @torch.no_grad()
+    def _made(self, parameter: nn.Parameter) -> None:
+        """A gradient is there: from stage 2 on it is sent at once, and each process keeps its part."""
+        if parameter.grad is None:
+            return
+        name = next(name for name, parameters in self._parameters.items() if any(each is parameter for each in parameters))
+        if self.whole_gradients.get(name):
+            return  # added up after the backward
+        if self.stage > 1:
+            for flat in self.flats[name]:
+                if flat.grad is None:
+                    flat.grad = torch.zeros_like(flat)
+            size = self._sizes[name]
+            if self._filled + parameter.numel() > size:
+                self._send()
+            end = min(self._filled + parameter.numel(), size)
+            self._in_use[self._filled:end].copy_(parameter.grad.flatten()[:end - self._filled])
+            self._filled = end
+            parameter.grad = None
+
+    @property
+    def _in_use(self) -> Tensor:
+        assert self._bucket is not None  # a backward is under way
+        return self._bucket
+
+    def _send(self) -> None:
+        """Reduce what is in the bucket."""
+        rows = self._filled // self.processes.world_size
+        if rows:
+            sent = self._in_use[:rows * self.processes.world_size]
+            with contextlib.nullcontext() if self._sends_meanwhile else self.waiting():
+                dist.reduce_scatter_tensor(sent[:rows], sent)
+        self._filled = 0
+
+    def _divide(self, name: str) -> None:
+        """Stage 1: whole gradients become parts, after the last backward."""
+        for flat in self.flats[name]:
+            flat.grad = torch.zeros_like(flat)
+            size = self._sizes[name]
+            for start in range(0, len(flat) * self.processes.world_size, size):
+                self._filled = min(len(flat) * self.processes.world_size - start, size)
+                self._send()
+
+    def step(self, name: str, leave_out: LeaveOut = never) -> StepResult:
+        for flat in self.flats[name]:
+            if flat.grad is None:
+                flat.grad = torch.zeros_like(flat) if not self.whole_gradients.get(name) else flat.new_zeros(len(flat))
+        for whole in self.whole_gradients.get(name, ()):
+            dist.all_reduce(whole)
+        gradients = [flat.grad for flat in self.flats[name] if flat.grad is not None]
+        result = StepResult(self.processes.sum(squared_norm(gradients)).sqrt())
+        leave_out(result)
+        clip_gradients(gradients, result.grad_norm, self.clip)
+        self.optimizers[name].step()
+        for flat, kept in zip(self.flats[name], self.kept[name], strict=True):
+            part = kept[:len(flat)].copy_(flat)
+            if self.stage < 3:
+                dist.all_gather_into_tensor(kept, part)
+            flat.grad = None
+        for parameter in self._parameters[name]:
+            parameter.grad = None
+        return result
+
+    def bytes_at_rest(self) -> int:
+        held = [tensor for average in self.averages.values() for tensor in average.held()]
+        held += [tensor for optimizer in self.optimizers.values() for tensor in state_tensors(optimizer)]
+        held += [tensor for flats in (*self.flats.values(), *self.kept.values()) for tensor in flats]
+        return tensor_bytes(held) + sum(tensor_bytes(module.buffers()) for module in self.modules.values())

@@ -1,0 +1,177 @@
+"""What a run will take: whether it fits, how long it goes, what it costs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from genscale.errors import UserError
+from genscale.parallel.strategies import plan_elsewhere
+from genscale.planning.account import Certainty, Machine, MemoryPart, PlannedStep, PlannedTime
+from genscale.planning.profiles import GpuProfile, profile
+from genscale.settings.config import Config
+from genscale.training.setup import check_settings, derive_accumulation
+
+Verdict = Literal["fits", "too close", "does not fit"]
+EXPECTED_ERROR: dict[Certainty, float] = {"exact": 0.0, "traced": 0.03, "replayed": 0.3, "modelled": 0.1, "assumed": 0.3}
+"""Of a part of the memory, as a share of it. What is replayed is only what the caching allocator keeps beside the tensors."""
+DISK_OF_A_NODE = 1e9
+"""Bytes a second that the processes of one node write together, where nobody has measured it."""
+HOUR, DAY = 3600, 86400
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a plan is reckoned with, besides the config and the machine.
+
+    Attributes:
+        spare: share of the device's memory that must stay free.
+        price: of an hour of one GPU, in any currency.
+        tokens: of the whole run, where it is not `train.steps` that says how long it goes.
+    """
+
+    spare: float = 0.1
+    price: float | None = None
+    tokens: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A config on a machine.
+
+    Attributes:
+        config: with its strategy and its precision settled.
+        gpu: what is known of the machine's devices.
+    """
+
+    config: Config
+    machine: Machine
+    gpu: GpuProfile
+    terms: Terms
+    step: PlannedStep
+    time: PlannedTime
+
+    @property
+    def peak(self) -> int:
+        """Bytes of one rank."""
+        return self.step.memory.peak
+
+    @property
+    def expected_error(self) -> int:
+        """Bytes by which the peak may be wrong, either way: the errors of its parts added up."""
+        return round(sum(map(expected_error, self.step.memory.parts)))
+
+    @property
+    def verdict(self) -> Verdict:
+        """It fits where the peak, its expected error and the spare memory do; between that and what cannot fit lies what may
+        run out of memory."""
+        if self.peak + self.expected_error <= self.gpu.memory_bytes * (1 - self.terms.spare):
+            return "fits"
+        return "too close" if self.peak - self.expected_error <= self.gpu.memory_bytes else "does not fit"
+
+    @property
+    def fits(self) -> bool:
+        return self.verdict == "fits"
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        if self.terms.tokens is None:
+            return int(self.config.train.steps)
+        if not self.step.tokens:
+            raise UserError(f"--tokens: {self.terms.tokens:g}, but family {self.config.model.family} trains on no text; set "
+                            "--train.steps")
+        return math.ceil(self.terms.tokens / self.step.tokens)
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run: its steps, and what checkpoints hold them up."""
+        return self.steps * (self.time.step + self.checkpoint_seconds / self.steps_between_checkpoints)
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.machine.gpus * self.seconds / HOUR
+
+    @property
+    def money(self) -> float | None:
+        return None if self.terms.price is None else self.terms.price * self.gpu_hours
+
+    @property
+    def unit(self) -> str:
+        """What speed counts."""
+        return "tokens" if self.step.tokens else "samples"
+
+    @property
+    def units_per_second(self) -> float:
+        return (self.step.tokens or self.step.samples) / self.time.step
+
+    @property
+    def checkpoint_seconds(self) -> float:
+        """From the start of a checkpoint to its end on the disk, if the steps waited for it."""
+        nodes = -(-self.machine.gpus // self.machine.gpus_per_node)
+        speed = self.machine.gpus * self.gpu.disk or nodes * DISK_OF_A_NODE
+        return self.step.memory.checkpoint_bytes / speed
+
+    @property
+    def steps_between_checkpoints(self) -> int:
+        train = self.config.train
+        by_time = int(60 * train.checkpoint_minutes / self.time.step) if train.checkpoint_minutes else 0
+        return max(1, min(filter(None, (train.checkpoint_every, by_time, train.steps))))
+
+    @property
+    def checkpoint_share(self) -> float:
+        """Of the run's time, if the steps waited for each checkpoint."""
+        between = self.steps_between_checkpoints * self.time.step
+        return self.checkpoint_seconds / (between + self.checkpoint_seconds)
+
+
+def expected_error(part: MemoryPart) -> float:
+    """Bytes by which one part of the memory may be wrong."""
+    return EXPECTED_ERROR[part.certainty] * part.bytes
+
+
+def plan(config: Config, machine: Machine, terms: Terms | None = None) -> Plan:
+    """Plan a run, without its data and without its devices.
+
+    Raises:
+        UserError: what `genscale train` would refuse on that machine, in the same words; a GPU that is not known; a family that
+            has no blueprint.
+    """
+    from genscale.planning.time import time_of
+    from genscale.planning.trace import plan_step
+
+    gpu = profile(machine.gpu)
+    config = settled(config, machine, gpu)
+    step = plan_step(config, machine)
+    time = time_of(step, machine, gpu, config.train.precision, config.parallel.compile)
+    return Plan(config, machine, gpu, terms or Terms(), step, time)
+
+
+def settled(config: Config, machine: Machine, gpu: GpuProfile) -> Config:
+    """The config with strategy and precision as they will be on the machine.
+
+    Raises:
+        UserError: what `genscale train` would refuse there and can be told without building a network.
+    """
+    check_settings(config)
+    precision = config.train.precision
+    if precision == "auto":
+        precision = "bf16" if _computes_in(gpu, "bf16") else "fp32"
+    spread = plan_elsewhere(config.parallel, precision, machine.gpus, config.optimizer.name)
+    if precision == "bf16" and not _computes_in(gpu, precision):
+        raise UserError(f"train.precision: bf16 is not supported by {gpu.device}; use fp16 (parallel.strategy single or ddp) "
+                        "or fp32")
+    if precision == "fp8" and not _computes_in(gpu, precision):
+        raise UserError("train.precision: fp8 needs an NVIDIA GPU of the Hopper generation or newer, not "
+                        f"{gpu.device}; use bf16")
+    derive_accumulation(config.train, machine.gpus)
+    config = spread.settled(config)
+    return replace(config, parallel=replace(config.parallel, strategy=spread.strategy))
+
+
+def _computes_in(gpu: GpuProfile, precision: str) -> bool:
+    try:
+        return bool(gpu.peak(precision))
+    except UserError:
+        return False
