@@ -9,6 +9,8 @@ Certainty = Literal["exact", "traced", "replayed", "modelled", "assumed"]
 """How a number came about: a closed form that is tested to the byte; the step itself on tensors without storage; a model of the
 caching allocator fed with the trace; a model with measured constants; nothing but experience."""
 Part = Literal["forward", "recomputation", "backward", "optimizer", "average"]
+TimeCategory = Literal["matrix products", "attention", "convolutions", "recomputation", "head and loss", "elementwise",
+                       "optimizer", "waiting for the network", "launches"]
 Category = Literal["weights", "gathered weights", "gradients", "exchange of gradients", "optimizer state", "averages",
                    "activations", "logits and loss", "other", "caching allocator", "CUDA and NCCL"]
 Kind = Literal["product", "attention", "convolution", "elementwise", "other"]
@@ -144,8 +146,7 @@ class PlannedStep:
 class TimePart:
     """Seconds of a step of one rank; the parts add up to the step."""
 
-    category: Literal["matrix products", "attention", "convolutions", "recomputation", "head and loss", "elementwise",
-                      "optimizer", "waiting for the network", "launches"]
+    category: TimeCategory
     seconds: float
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,6 +39,7 @@ ATTENTION = {"cuda": [(4, 16, 2048, 2048, 128), (16, 12, 1024, 1024, 64)], "cpu"
 CONVOLUTION = (16, 64, 64, 32, 32, 3, 3)
 WIDTHS = {"cuda": (8192, 4096), "cpu": (1024, 256)}
 """Rows and columns of what elementwise operations are measured on."""
+CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 MOST_SHAPES = 12
 SECONDS = 40.0
 """For all measurements of one device together, without collectives and disk."""
@@ -188,9 +190,9 @@ def _convolution(device: torch.device, dtype: torch.dtype, shapes: Sequence[tupl
         size, kernel = rest[:len(rest) // 2], rest[len(rest) // 2:]
         image = torch.randn(batch, into, *size, device=device, dtype=dtype)
         weight = torch.randn(out, into, *kernel, device=device, dtype=dtype)
-        convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(size)]
+        convolve = partial(CONVOLVE[len(size)], image, weight, padding="same")
         inner = into * int(np.prod(kernel))
-        taken = undisturbed(image, lambda c=convolve, i=image, w=weight: c(i, w, padding="same"), seconds / len(shapes[:4]))
+        taken = undisturbed(image, convolve, seconds / len(shapes[:4]))
         flops = 2 * batch * float(np.prod(size)) * out * inner
         shares.append(flops / taken / (peak * base.product * product_share(1, batch * int(np.prod(size)), out, inner, base)))
     return median(shares)

@@ -38,7 +38,7 @@ def _alike(blocks: list[nn.Module]) -> bool:
 
 def with_depth(config: Config, layers: int) -> Config:
     """The same run of a network of so many blocks."""
-    model: Any = replace(config.model, layers=layers)  # type: ignore[type-var]
+    model: Any = replace(config.model, layers=layers)
     return replace(config, model=model)
 
 

@@ -220,7 +220,8 @@ class Recorder(TorchDispatchMode):
         """Around all of it."""
         hooks = [nn.modules.module.register_module_forward_pre_hook(self._entering),
                  nn.modules.module.register_module_forward_hook(self._leaving, always_call=True)]
-        torch.UntypedStorage.resize_ = lambda storage, size: self._resize(storage, size)  # type: ignore[method-assign]
+        resize: Any = lambda storage, size: self._resize(storage, size)  # noqa: E731
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
         try:
             with self:
                 yield

@@ -92,7 +92,7 @@ class DrawsByShape:
 
 
 class _ByShape(Draws):
-    rehearsal = property(lambda _: True, lambda _, wanted: None)  # type: ignore[assignment]  # nothing is made for anybody
+    rehearsal = property(lambda _: True, lambda _, wanted: None)  # nothing is made for anybody
 
     def __init__(self, ahead: dict[tuple[object, ...], Tensor], *address: Any) -> None:
         super().__init__(*address)

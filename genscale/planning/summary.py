@@ -100,10 +100,10 @@ def summarise(traced: Traced) -> Summary:
     collectives: dict[ExchangeKey, list[float]] = defaultdict(lambda: [0.0] * 2)
     for (phase, micro_batch, part), sent in recorder.collectives.items():
         times = traced.times_of(phase, micro_batch, part)
-        for (each, hidden), count in sent.items():
-            key = ExchangeKey(each.name, phase, part, each.ranks, hidden, each.bytes)
-            collectives[key][0] += times * count
-            collectives[key][1] += times * count * each.bytes
+        for (collective, hidden), count in sent.items():
+            exchange = ExchangeKey(collective.name, phase, part, collective.ranks, hidden, collective.bytes)
+            collectives[exchange][0] += times * count
+            collectives[exchange][1] += times * count * collective.bytes
     peaks = peaks_of(recorder, traced.first)
     kept = replay(_two_steps(traced), expandable=True).reserved - max(peak.total for peak in peaks.values())
     return Summary(peaks, {key: tuple(values) for key, values in work.items()},

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from genscale.planning.account import Exchange, Machine, Operation, PlannedStep, PlannedTime, TimePart
+from genscale.planning.account import Exchange, Machine, Operation, PlannedStep, PlannedTime, TimeCategory, TimePart
 from genscale.planning.profiles import GpuProfile
 from genscale.tracking.peaks import peak_flops
 
@@ -32,7 +32,7 @@ FUSED_BYTES, FUSED_LAUNCHES = 0.3, 0.3
 OVERLAP = 0.85
 """Share of a stretch of computation that exchanges can hide behind."""
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float8_e4m3fn": "fp8", "float8_e5m2": "fp8"}
-CATEGORIES = {"product": "matrix products", "attention": "attention", "convolution": "convolutions"}
+CATEGORIES: dict[str, TimeCategory] = {"product": "matrix products", "attention": "attention", "convolution": "convolutions"}
 UNJUDGED = 0.4
 """Spread where most of the time goes into what no published run judges: convolutions, elementwise work, launches."""
 
@@ -60,7 +60,7 @@ def time_of(step: PlannedStep, machine: Machine, profile: GpuProfile, precision:
         UserError: the device does not compute in the precision.
     """
     profile.peak(precision)
-    parts: dict[str, float] = defaultdict(float)
+    parts: dict[TimeCategory, float] = defaultdict(float)
     stretches: dict[tuple[str, str], Stretch] = defaultdict(Stretch)
     for operation in step.operations:
         fused = compiled and not operation.head and operation.kind in FUSABLE and operation.part not in ("optimizer", "average")
@@ -117,7 +117,7 @@ def product_share(batch: int, rows: int, columns: int, inner: int, profile: GpuP
     kernels overlap. Short inner sizes, and narrow results, keep the multiprocessors waiting.
     """
     filled = 1.0 if profile.device == "cpu" else max(
-        share * _filled(batch, rows, columns, *tile, profile.multiprocessors) for *tile, share in TILES)
+        share * _filled(batch, rows, columns, high, wide, profile.multiprocessors) for high, wide, share in TILES)
     narrow = min(rows, columns)
     return filled**0.5 * inner / (inner + profile.half) * narrow / (narrow + profile.half / 2)
 
@@ -131,8 +131,8 @@ def _filled(batch: int, rows: int, columns: int, tile_rows: int, tile_columns: i
 def _as_product(operation: Operation) -> tuple[int, int, int, int]:
     """(batch, rows, columns, inner) of a product, or of a convolution as the product that it is."""
     if operation.kind == "product":
-        *batch, rows, columns, inner = operation.shape
-        return math.prod(batch), rows, columns, inner
+        *stack, rows, columns, inner = operation.shape
+        return math.prod(stack), rows, columns, inner
     batch, into, out, *rest = operation.shape
     size, kernel = rest[:len(rest) // 2], rest[len(rest) // 2:]
     return 1, batch * math.prod(size), out, into * math.prod(kernel)
@@ -190,7 +190,7 @@ def _direction(part: str) -> str:
     return {"recomputation": "backward", "average": "optimizer"}.get(part, part)
 
 
-def _category(operation: Operation) -> str:
+def _category(operation: Operation) -> TimeCategory:
     if operation.part in ("optimizer", "average"):
         return "optimizer"
     if operation.part == "recomputation":
@@ -200,7 +200,7 @@ def _category(operation: Operation) -> str:
     return CATEGORIES.get(operation.kind, "elementwise")
 
 
-def _spread(parts: dict[str, float], profile: GpuProfile) -> float:
-    judged = sum(parts[category] for category in ("matrix products", "attention", "recomputation", "head and loss"))
-    unjudged = sum(parts[category] for category in ("convolutions", "elementwise", "launches"))
+def _spread(parts: dict[TimeCategory, float], profile: GpuProfile) -> float:
+    judged = parts["matrix products"] + parts["attention"] + parts["recomputation"] + parts["head and loss"]
+    unjudged = parts["convolutions"] + parts["elementwise"] + parts["launches"]
     return profile.spread if judged >= unjudged else max(profile.spread, UNJUDGED)

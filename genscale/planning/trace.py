@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -71,7 +72,7 @@ def _summary(config: Config, spread: Spread, kind: Kind, objective: Objective) -
         shallow = with_depth(settled, layers)
         return summarise(trace_step(shallow, family(config.model.family).blueprint(shallow), spread, kind))
 
-    return foretold(trace, config.model.layers, config.parallel.prefetch_blocks)  # type: ignore[attr-defined]
+    return foretold(trace, config.model.layers, config.parallel.prefetch_blocks)
 
 
 def _reducing_as_deep(config: Config, objective: Objective) -> Config:
@@ -86,7 +87,8 @@ def _reducing_as_deep(config: Config, objective: Objective) -> Config:
 
 def _memory(summary: Summary, machine: Machine, checkpoint_bytes: int) -> PlannedMemory:
     peak = summary.peak
-    parts = [MemoryPart(category, round(held), CERTAINTY.get(category, "traced"))  # type: ignore[arg-type]
+    categories: dict[Any, Certainty] = {**CERTAINTY}  # a recorder's are plain texts
+    parts = [MemoryPart(cast(Category, category), round(held), categories.get(category, "traced"))
              for category, held in peak.bytes.items() if round(held)]
     if machine.gpu != CPU:
         parts.append(MemoryPart("caching allocator", max(0, round(summary.kept)), "replayed"))
