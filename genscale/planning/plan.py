@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from genscale.errors import UserError
 from genscale.parallel.strategies import plan_elsewhere
@@ -167,7 +167,8 @@ def settled(config: Config, machine: Machine, gpu: GpuProfile) -> Config:
                         f"{gpu.device}; use bf16")
     derive_accumulation(config.train, machine.gpus)
     config = spread.settled(config)
-    return replace(config, parallel=replace(config.parallel, strategy=spread.strategy))
+    strategy: Any = spread.strategy  # one of the setting's words
+    return replace(config, parallel=replace(config.parallel, strategy=strategy))
 
 
 def _computes_in(gpu: GpuProfile, precision: str) -> bool:
