@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from genscale.errors import UserError
 from genscale.parallel.strategies import plan_elsewhere
@@ -76,7 +76,7 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Of the whole run."""
+        """Steps of the whole run."""
         if self.terms.tokens is None:
             return int(self.config.train.steps)
         if not self.step.tokens:
@@ -86,7 +86,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of the whole run: its steps, and what checkpoints hold them up."""
+        """Time of the whole run: its steps, and what checkpoints hold them up."""
         return self.steps * (self.time.step + self.checkpoint_seconds / self.steps_between_checkpoints)
 
     @property
@@ -121,7 +121,7 @@ class Plan:
 
     @property
     def checkpoint_share(self) -> float:
-        """Of the run's time, if the steps waited for each checkpoint."""
+        """Share of the run's time, if the steps waited for each checkpoint."""
         between = self.steps_between_checkpoints * self.time.step
         return self.checkpoint_seconds / (between + self.checkpoint_seconds)
 
@@ -167,7 +167,8 @@ def settled(config: Config, machine: Machine, gpu: GpuProfile) -> Config:
                         f"{gpu.device}; use bf16")
     derive_accumulation(config.train, machine.gpus)
     config = spread.settled(config)
-    return replace(config, parallel=replace(config.parallel, strategy=spread.strategy))
+    strategy: Any = spread.strategy  # one of the setting's words
+    return replace(config, parallel=replace(config.parallel, strategy=strategy))
 
 
 def _computes_in(gpu: GpuProfile, precision: str) -> bool:

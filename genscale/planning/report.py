@@ -14,7 +14,7 @@ from genscale.planning.wording import count, digits, duration, gib, measured, na
 
 CATEGORIES = get_args(Category)
 WIDTH = 69
-"""Of the left column."""
+"""Characters of the left column."""
 SMALLEST = 0.003
 """Share of the peak, or of the step, below which a part is not shown."""
 SHOWN = 6

@@ -81,8 +81,8 @@ def _reducing_as_deep(config: Config, objective: Objective) -> Config:
         return config
     trained = [network for name, network in objective.networks.items() if name not in objective.frozen]
     largest = max(sum(parameter.numel() for parameter in network.parameters()) for network in trained)
-    often = "every_micro_batch" if 4 * largest > WHOLE_GRADIENTS else "last_micro_batch"
-    return replace(config, parallel=replace(config.parallel, reduce_gradients=often))  # type: ignore[arg-type]
+    often: Any = "every_micro_batch" if 4 * largest > WHOLE_GRADIENTS else "last_micro_batch"
+    return replace(config, parallel=replace(config.parallel, reduce_gradients=often))
 
 
 def _memory(summary: Summary, machine: Machine, checkpoint_bytes: int) -> PlannedMemory:

@@ -29,13 +29,13 @@ def size(number: int) -> str:
 
 
 def rate(bytes_per_second: float) -> str:
-    """Of a network, in bits as its makers have it."""
+    """A network's speed, in bits as its makers have it."""
     bits = 8 * bytes_per_second
     return f"{bits / 1e12:.1f} Tb/s" if bits >= 1e12 else f"{bits / 1e9:.0f} Gb/s"
 
 
 def count(number: int) -> str:
-    """Of parameters."""
+    """A number of parameters."""
     for letter, scale in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
         if number >= scale:
             return f"{number / scale:.2f}{letter}" if letter == "B" else f"{number / scale:.1f}{letter}"

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
@@ -208,9 +208,10 @@ def _calibrate(asked: PlanSettings, run: Sequence[str]) -> int:
 
 def _alone(config: Config, precision: str) -> Config:
     """A micro-batch of the run on one device."""
-    settings = {"micro_batch_size": config.train.micro_batch_size or 1, "global_batch_size": config.train.micro_batch_size or 1}
+    size: Any = config.train.micro_batch_size or 1
+    settings: dict[str, Any] = {"precision": precision, "micro_batch_size": size, "global_batch_size": size}
     parallel = replace(config.parallel, strategy="auto", shard_size=None, offload="none")
-    return replace(config, train=replace(config.train, precision=precision, **settings), parallel=parallel)
+    return replace(config, train=replace(config.train, **settings), parallel=parallel)
 
 
 def code_of(plans: Sequence[Plan]) -> int:
