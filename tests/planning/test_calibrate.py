@@ -13,6 +13,7 @@ from genscale.planning.calibrate import calibrate, write_profile
 from genscale.planning.profiles import as_dict, profile
 
 
+@pytest.mark.slow
 def test_this_machine_is_measured(tmp_path: Path):
     """In figures that a processor can have, however busy it is; the file is read back equal."""
     machine = calibrate(Processes(), ["here"], tmp_path, seconds=1.0)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 import genscale
 from genscale.planning.account import Machine
 from genscale.planning.trace import plan_step
 
 
+@pytest.mark.slow
 def test_gradients_are_summed_as_often_as_at_the_full_depth():
     """Two to six blocks of this one are below the 1 GiB from which `auto` sums after every micro-batch; all are above."""
     shape = {"model.layers": 64, "model.width": 768, "model.heads": 12, "model.vocab_size": 256, "data.sequence_length": 64,

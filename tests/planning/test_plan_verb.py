@@ -57,6 +57,7 @@ def test_a_run_is_planned_with_what_would_be_better(genscale, tiny_config, tmp_p
     assert not (tmp_path / "runs").exists()  # nothing is written, and no data is read
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_ends_with_2_and_names_the_nearest_that_does(genscale, tiny_config, monkeypatch):
     shape = ("--data.sequence_length", 16384, "--model.positions", 16384, "--model.width", 512, "--train.global_batch_size", 64)
     monkeypatch.setattr("genscale.verbs.plan.LOOKING", 4.0)
