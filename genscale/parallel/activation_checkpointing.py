@@ -49,7 +49,8 @@ def checkpoint_activations(blocks: list[nn.Module], mode: str, compiled: bool = 
     # No generator state to preserve: genscale's draws are addressed, not stateful.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if mode == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_costly)
+        make = partial(create_selective_checkpoint_contexts, _keep_costly)
+        options["context_fn"] = make if compiled else partial(_casting_anew, make)
     for block in blocks:
         counting = [layer for layer in moving_layers(block) if layer.counts_forwards]
         if mode == "none" or not counting:
@@ -74,6 +75,27 @@ def _contexts(make: Callable[[], Contexts], layers: list[MovingState]) -> Contex
     """Contexts of forward and recomputation, in the latter of which the layers know that it is one."""
     forward, backward = make()
     return forward, _Recomputation(backward, layers)
+
+
+def _casting_anew(make: Callable[[], Contexts]) -> Contexts:
+    """Contexts in which autocast keeps no weight that it has cast: of two forwards before one backward the second would take
+    the first one's, and do less than its recomputation, which must be the same operations in the same order."""
+    forward, backward = make()
+    return _CastingAnew(forward), _CastingAnew(backward)
+
+
+class _CastingAnew:
+    def __init__(self, context: contextlib.AbstractContextManager) -> None:
+        self._context = context
+
+    def __enter__(self) -> None:
+        self._before = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
+        torch.set_autocast_cache_enabled(self._before)
 
 
 class _Recomputation:

@@ -51,6 +51,21 @@ def test_running_statistics_follow_each_batch_once(mode, compiled):
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_two_forwards_before_one_backward_recompute_what_they_did_in_bf16():
+    """Autocast would give the second forward the weights that it has cast for the first."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(Block(), Block())
+    other = copy.deepcopy(plain)
+    checkpoint_activations(list(other), "selective")
+    for network, caches in ((plain, False), (other, True)):
+        generator = torch.Generator().manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=caches):
+            sum(network(torch.randn(4, 3, 8, 8, generator=generator)).float().square().mean() for _ in range(2)).backward()
+            assert torch.is_autocast_cache_enabled() == caches
+    for expected, found in zip(plain.parameters(), other.parameters(), strict=True):
+        assert torch.equal(found.grad, expected.grad)
+
+
 @pytest.mark.parametrize("offload", [False, True])
 def test_inputs_of_blocks_are_given_up_for_their_copies_in_host_memory(offload):
     network = GPT(GPTSettings(preset="llama", layers=3, heads=2, width=16, positions=32), vocab_size=61)
