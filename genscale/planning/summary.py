@@ -48,6 +48,7 @@ class ExchangeKey(NamedTuple):
     part: Part
     ranks: tuple[int, ...]
     hidden: bool
+    last_only: bool
     bytes: int
 
 
@@ -83,7 +84,8 @@ class Summary:
 
     def exchanges(self, gpus_per_node: int) -> tuple[Exchange, ...]:
         return tuple(Exchange(key.name, key.phase, key.part, round(moved / count), len(key.ranks),  # type: ignore[arg-type]
-                              len({rank // gpus_per_node for rank in key.ranks}) == 1, key.hidden, count)
+                              len({rank // gpus_per_node for rank in key.ranks}) == 1, key.hidden, count,
+                              key.last_only)
                      for key, (count, moved) in self.collectives.items() if count > 0)
 
 
@@ -100,8 +102,10 @@ def summarise(traced: Traced) -> Summary:
     collectives: dict[ExchangeKey, list[float]] = defaultdict(lambda: [0.0] * 2)
     for (phase, micro_batch, part), sent in recorder.collectives.items():
         times = traced.times_of(phase, micro_batch, part)
+        before = recorder.collectives.get((phase, 0, part), {}) if micro_batch > 0 and part == "backward" else sent
         for (collective, hidden), count in sent.items():
-            exchange = ExchangeKey(collective.name, phase, part, collective.ranks, hidden, collective.bytes)
+            last_only = (collective, hidden) not in before
+            exchange = ExchangeKey(collective.name, phase, part, collective.ranks, hidden, last_only, collective.bytes)
             collectives[exchange][0] += times * count
             collectives[exchange][1] += times * count * collective.bytes
     peaks = peaks_of(recorder, traced.first)

@@ -143,6 +143,14 @@ def test_ranks_exchange_what_their_strategy_says():
     assert not dist.is_initialized()
 
 
+def test_gradients_that_are_summed_once_a_step_hide_behind_the_last_micro_batch_alone():
+    for strategy, name in (("ddp", "all_reduce"), ("fsdp2", "reduce_scatter")):
+        step = planned(f"parallel.strategy={strategy}", "train.precision=fp32", gpus=4)
+        assert step.accumulation == 4
+        for each in step.exchanges:
+            assert each.last_only == (each.part == "backward" and each.name == name), each
+
+
 def test_a_plan_takes_neither_data_nor_tokenizer():
     step = planned("data.source=not/here", kind="h100")
     assert (step.samples, step.tokens, step.accumulation) == (16, 16 * 24, 16)
