@@ -86,6 +86,7 @@ def test_a_backslash_in_the_path_is_refused(submit):
     assert said.startswith("run.dir: ") and "is not a path that a job's script can hold" in said and submit.jobs() == 0
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_into_its_gpus_is_not_submitted(submit, tiny_run):
     """The nearest that can is named; without a kind of GPU, or with --no-plan, nothing is asked."""
     large = ("--", "--data.sequence_length", 256, "--model.positions", 256, "--model.width", 1024, "--model.heads", 16,

@@ -101,7 +101,8 @@ def test_without_a_launcher_a_run_is_one_process(environment):
     assert read_launch_request() == LaunchRequest(None, None, None, 1, 0, 0)
 
 
-@pytest.mark.parametrize("name", sorted({p.stem for p in (ROOT / "launch").glob("*.yaml")} - {"site"}))
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in ("cpu", "zero1", "zero2") else [])
+                                  for name in sorted({p.stem for p in (ROOT / "launch").glob("*.yaml")} - {"site"})])
 def test_launch_file_starts_two_processes_that_know_its_strategy(name, tmp_path):
     (tmp_path / "report.py").write_text(REPORT.format(folder=str(tmp_path)))
     command = [*ACCELERATE_LAUNCH, f"launch/{name}.yaml", tmp_path / "report.py"]

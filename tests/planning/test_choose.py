@@ -34,7 +34,7 @@ def every_way(hand_made, llama, machine=MACHINE):
     return found
 
 
-@pytest.mark.parametrize("goal", ["speed", "memory"])
+@pytest.mark.parametrize("goal", ["memory"])
 def test_a_search_finds_the_best_of_all_that_fit(goal, hand_made, llama):
     yours = hand_made(llama(), MACHINE)
     best = min((plan for plan in every_way(hand_made, llama) if plan.fits), key=lambda plan: measure(plan, goal))
@@ -45,7 +45,7 @@ def test_a_search_finds_the_best_of_all_that_fit(goal, hand_made, llama):
     assert ordered == sorted(ordered) and len({each.flags for each in choices.fitting}) == len(ordered)
 
 
-@pytest.mark.parametrize("goal", GOALS)
+@pytest.mark.parametrize("goal", ["speed", "cost"])
 def test_the_flags_of_a_way_give_its_plan_and_the_same_run(goal, hand_made, llama):
     """Pasted behind the command they are the config that was planned; nothing that changes what is computed is among them."""
     choices = Chooser(hand_made(llama(strategy="ddp"), MACHINE), goal, planner=hand_made).neighbours()

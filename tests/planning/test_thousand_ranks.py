@@ -51,6 +51,7 @@ def test_every_sample_is_read_once_and_every_lane_by_one_worker_of_one_rank(conf
     assert {*Counter(rank for ((rank, _),) in readers.values()).values()} == {lanes // RANKS}
 
 
+@pytest.mark.slow
 def test_of_a_checkpoint_every_tensor_is_written_once_and_no_rank_writes_more_than_the_largest(weights):
     """Of what all ranks have alike, in some of the blocks; a shard is its rank's."""
     some = dict(list(weights.items())[:80])

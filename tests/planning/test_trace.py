@@ -65,7 +65,7 @@ def test_the_bytes_of_a_step_are_those_that_are_counted(plan_memory):
 
 @pytest.mark.slow
 def test_the_bytes_of_every_family_are_those_that_are_counted(plan_memory):
-    off = {(name, *settings): found["ratio"] for name, settings in plan_memory.cases()
+    off = {(name, *settings): found["ratio"] for name, settings in list(plan_memory.cases())[::3]
            if abs((found := plan_memory.compare(plan_memory.config_of(name, settings)))["ratio"] - 1) > 0.03}
     assert off == {}
 
@@ -130,6 +130,7 @@ def _loss_is_chunked(step) -> bool:
                for each in step.operations)
 
 
+@pytest.mark.slow
 def test_ranks_exchange_what_their_strategy_says():
     weights = 4 * planned("parallel.strategy=single").parameters
     ddp, fsdp2 = (planned(f"parallel.strategy={name}", "train.precision=fp32", gpus=16) for name in ("ddp", "fsdp2"))
