@@ -237,13 +237,15 @@ class Chooser:
         return found
 
     def _spreads(self, config: Config, machine: Machine) -> Iterator[Config]:
-        """Every strategy, with offload, and in groups of one node; the planner refuses those that cannot be."""
+        """Every strategy, in groups of one node too, and with offload, whose time nobody plans, where memory is what is short;
+        the planner refuses those that cannot be."""
         one_node = machine.gpus_per_node if 1 < machine.gpus_per_node < machine.gpus else None
         yield config
         for strategy in get_args(Strategy):
             if machine.gpus > 1:  # else there is nothing to spread
                 yield plainly(config, strategy)
-            yield plainly(config, strategy, offload="cpu")
+            if self.goal in ("memory", "fewest-gpus") or not self.yours.plan.fits:
+                yield plainly(config, strategy, offload="cpu")
             if one_node is not None:
                 yield plainly(config, strategy, shard_size=one_node)
 
