@@ -71,7 +71,8 @@ def rounds_of(sizes: Mapping[str, int], processes: int) -> list[dict[str, int]]:
     >>> rounds_of({"embedding": 40, "norm": 1, "up": 30, "down": 30}, 2)
     [{'embedding': 0, 'norm': 1, 'up': 1}, {'down': 1}]
     """
-    most, rounds = max(sizes.values(), default=0), []
+    most = max(sizes.values(), default=0)
+    rounds: list[dict[str, int]] = []
     loads, totals = [0] * processes, [0] * processes
     for name, size in sizes.items():
         if not rounds or min(loads) + size > most:
