@@ -33,7 +33,7 @@ def begins_from_run(config: Config) -> bool:
 def with_source(config: Config, recorded: Path | None) -> Config:
     """The config with `model.started`, what the run is that it begins from: `config`, its sections; `step`, that of its latest
     whole checkpoint; `classes` that it is conditional on; `judges`, by the run of each classifier that `objective.rewards`
-    names, the classes of its images.
+    names, the classes of its images; and `flow`, which kind of layers the policy begins with.
 
     Args:
         recorded: a checkpoint that the run goes on from. If it began from the same run, that is not looked at any more.
@@ -48,7 +48,7 @@ def with_source(config: Config, recorded: Path | None) -> Config:
     if started is None:
         checkpoint = whole_checkpoint(name, read=True)
         started = {"config": checkpoint.config(), "step": checkpoint.step, "classes": _classes(checkpoint),
-                   "judges": _judges(config)}
+                   "judges": _judges(config), "flow": "directions"}
     return dataclasses.replace(config, model=dataclasses.replace(config.model, started=started))
 
 

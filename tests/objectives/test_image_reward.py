@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch import Tensor
 from genscale.checkpoint.checkpoints import find_checkpoints
 from genscale.errors import UserError
 from genscale.families import FAMILIES, family
-from genscale.families.image_reward.flow import BINS, REACH, LatentFlow, drawn_class, log_normal, spline
+from genscale.families.image_reward.flow import BINS, REACH, LatentFlow, Move, drawn_class, log_normal, spline
+from genscale.families.image_reward.halves import Coupling
 from genscale.models.initial_weights import InitialWeights
 from genscale.objectives.likelihoods import LIKELIHOODS
 from genscale.objectives.policy_gradient import policy_loss
@@ -38,16 +39,21 @@ MODELS: dict[str, dict[str, Any]] = {
 CLASSES = [str(digit) for digit in range(10)]
 
 
-def built(run: str, **settings: Any) -> Any:
-    """The objective of a run that begins from one of `MODELS`, its weights drawn by a fixed seed."""
+def built(run: str, without: Sequence[str] = (), **settings: Any) -> Any:
+    """The objective of a run that begins from one of `MODELS`, its weights drawn by a fixed seed.
+
+    Args:
+        without: what `model.started` does not say.
+    """
     config = {"model.family": "image_reward", "model.from": run, "objective.rewards": [{"name": "brightness"}],
               "model.layers": 4, "model.width": 8, **settings}
     if settings.get("model.policy") == "decoder":
         config = {key: value for key, value in config.items() if key not in ("model.layers", "model.width")} | settings
     words = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in config.items()]
     parsed = parse_config(FAMILIES, words)
-    started = {"config": {"model": MODELS[run], "data": DIGITS}, "step": 7, "judges": {},
+    started = {"config": {"model": MODELS[run], "data": DIGITS}, "step": 7, "judges": {}, "flow": "directions",
                "classes": CLASSES if MODELS[run].get("classes") else None}
+    started = {name: value for name, value in started.items() if name not in without}
     parsed = dataclasses.replace(parsed, model=dataclasses.replace(parsed.model, started=started))
     objective: Any = family("image_reward").build_objective(parsed, None)
     generator = torch.Generator().manual_seed(3)
@@ -61,9 +67,12 @@ def built(run: str, **settings: Any) -> Any:
     return objective
 
 
-@pytest.mark.parametrize(("size", "classes", "spread"), [(5, 0, 1.0), (4, 3, 1.0), (1, 0, 1.0), (5, 0, 4.0)])
-def test_the_density_of_a_flow_is_that_of_what_it_draws(size: int, classes: int, spread: float) -> None:
-    flow, generator = LatentFlow(size, layers=3, width=8, classes=classes), torch.Generator().manual_seed(1)
+@pytest.mark.parametrize(("size", "classes", "spread", "layer"), [(5, 0, 1.0, Move), (4, 3, 1.0, Move), (1, 0, 1.0, Move),
+                                                                  (5, 0, 4.0, Move), (5, 0, 1.0, Coupling),
+                                                                  (4, 3, 1.0, Coupling)])
+def test_the_density_of_a_flow_is_that_of_what_it_draws(size: int, classes: int, spread: float, layer: type) -> None:
+    flow = LatentFlow(size, layers=5, width=8, classes=classes, layer=layer)
+    generator = torch.Generator().manual_seed(1)
     noise = spread * torch.randn(6, size + bool(classes), generator=generator)  # the wide ones reach into the tails
     for parameter in flow.parameters():
         torch.nn.init.normal_(parameter, std=0.15, generator=generator)
@@ -137,6 +146,18 @@ def test_a_flow_comes_near_the_best_policy_where_all_entries_decide_together() -
     log_p, log_reference, found = (each.detach() for each in drawn(20_000))
     gap = math.log(1 - share + share * math.exp(1 / beta)) - (found / beta - log_p + log_reference).mean().item()
     assert gap < 0.12, gap  # of layers that move halves 0.3
+
+
+def test_a_run_that_began_with_layers_of_halves_goes_on_with_them():
+    """What it began from does not say which layers there are: all that was written before these did not."""
+    new, old = built("vae"), built("vae", without=("flow",))
+    kinds = {name: {type(layer) for layer in each.networks["policy"].layers} for name, each in (("new", new), ("old", old))}
+    assert kinds == {"new": {Move}, "old": {Coupling}}
+    found = {name: tuple(tensor.shape) for name, tensor in old.networks["policy"].state_dict().items()}
+    size = math.prod(old.policy.latent_shape)
+    assert found["layers.0.hidden.0.weight"][1] == size // 2  # the names and shapes of its checkpoints
+    assert found["layers.0.output.weight"][0] == (size - size // 2) * (3 * BINS - 1)
+    assert not any("direction" in name for name in found)
 
 
 def test_classes_are_drawn_by_their_probabilities() -> None:

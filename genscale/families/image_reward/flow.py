@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -39,14 +40,14 @@ class Move(nn.Module):
 
     Args:
         size: entries of a vector.
-        entry: along which it moves them at first.
+        index: of the layer; at first it moves them along the entry of that number, counted round.
         classes: entries of the context.
         width: of the two hidden layers.
     """
 
-    def __init__(self, size: int, entry: int, classes: int, width: int) -> None:
+    def __init__(self, size: int, index: int, classes: int, width: int) -> None:
         super().__init__()
-        self.direction = Direction(size, entry)
+        self.direction = Direction(size, index % size)
         self.hidden = nn.ModuleList([nn.Linear(size + classes, width), nn.Linear(width, width)])
         self.output = scale_initial(nn.Linear(width, 3 * BINS - 1), gain=0.0)
 
@@ -137,6 +138,7 @@ class LatentFlow(nn.Module):
         size: entries of a latent.
         layers, width: of the flow.
         classes: how many there are to choose from; 0: none.
+        layer: makes one, as `Move` does.
 
     Example:
         >>> flow = LatentFlow(size=3, layers=2, width=8)
@@ -145,10 +147,11 @@ class LatentFlow(nn.Module):
         torch.Size([5])
     """
 
-    def __init__(self, size: int, layers: int, width: int, classes: int = 0) -> None:
+    def __init__(self, size: int, layers: int, width: int, classes: int = 0,
+                 layer: Callable[[int, int, int, int], nn.Module] = Move) -> None:
         super().__init__()
         self.classes = classes
-        self.layers = nn.ModuleList(Move(size, index % size, classes, width) for index in range(layers))
+        self.layers = nn.ModuleList(layer(size, index, classes, width) for index in range(layers))
         self.class_logits = ClassLogits(classes) if classes else None
 
     def forward(self, noise: Tensor | None = None, latents: Tensor | None = None,

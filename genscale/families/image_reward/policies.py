@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from genscale.errors import UserError, nearest
-from genscale.families.image_reward.flow import LatentFlow, drawn_class, log_normal
+from genscale.families.image_reward.flow import LatentFlow, Move, drawn_class, log_normal
+from genscale.families.image_reward.halves import Coupling
 from genscale.families.image_reward.settings import ImageRewardSettings
 from genscale.families.vae.objective import VAEObjective
 from genscale.models.image_layers import InitialWeights
@@ -93,8 +94,9 @@ class LatentPolicy(PicturePolicy):
         size, names = math.prod(maker.latent_shape), maker.class_names
         self.maker, self._label = maker, _label(settings, names)
         self.classes = len(names) if names is not None and self._label is None else 0
+        layer = Coupling if settings.started is not None and "flow" not in settings.started else Move
         with torch.device("meta"):  # the engine fills the parameters, or its share of them, from `initial_weights`
-            flow = LatentFlow(size, settings.layers, settings.width, self.classes)
+            flow = LatentFlow(size, settings.layers, settings.width, self.classes, layer)
         self._weights = InitialWeights(flow, seed)
         self.networks = {"policy": flow, **{name: maker.networks[name] for name in maker.averaged}}
         self.latent_shape = (1 + size,) if self.classes else maker.latent_shape
