@@ -43,16 +43,17 @@ def collective_of(operation: Any, args: Any) -> Collective | None:
         return None
     group = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
     ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(group)))
-    sizes = [sum(tensor.numel() * tensor.element_size() for tensor in _flat(arg)) for arg in args[:2]]
+    sizes = [sum(tensor.numel() * tensor.element_size() for tensor in tensors(arg)) for arg in args[:2]]
     return Collective(name, max(sizes), ranks)
 
 
-def _flat(tree: Any) -> Iterator[Tensor]:
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """All tensors in arguments or results."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, (list, tuple)):
         for each in tree:
-            yield from _flat(each)
+            yield from tensors(each)
 
 
 def is_local(kind: type) -> bool:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from genscale.parallel.averages import local
-from genscale.parallel.planned import Collective, collective_of, is_gathering, is_local
+from genscale.parallel.planned import Collective, collective_of, is_gathering, is_local, tensors
 from genscale.planning.account import Part
-from genscale.planning.work import Work, tensors, work_of
+from genscale.planning.work import Work, work_of
 
 RESIZE = torch.UntypedStorage.resize_
 
@@ -220,8 +220,11 @@ class Recorder(TorchDispatchMode):
         """Around all of it."""
         hooks = [nn.modules.module.register_module_forward_pre_hook(self._entering),
                  nn.modules.module.register_module_forward_hook(self._leaving, always_call=True)]
-        resize: Any = lambda storage, size: self._resize(storage, size)  # noqa: E731
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+
+        def resize(storage: torch.UntypedStorage, size: int) -> Any:
+            return self._resize(storage, size)
+
+        torch.UntypedStorage.resize_ = resize  # type: ignore[assignment, method-assign]
         try:
             with self:
                 yield

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from genscale.parallel.planned import tensors
 from genscale.planning.account import Kind
 
 PRODUCTS = {"aten.mm": (0, 1), "aten.addmm": (1, 2), "aten.addmm_": (1, 2), "aten.bmm": (0, 1), "aten.baddbmm": (1, 2),
@@ -51,15 +52,6 @@ def work_of(operation: Any, args: Sequence[Any], out: Any) -> Work | None:
     first = (given or made)[0]
     kind, shape, flops = _measured(name, args, given, made)
     return Work(name, kind, shape, str(_dtype(given, first)).removeprefix("torch."), flops, count)
-
-
-def tensors(tree: Any) -> Iterator[Tensor]:
-    """All tensors in arguments or results."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (list, tuple)):
-        for each in tree:
-            yield from tensors(each)
 
 
 def _dtype(given: list[Tensor], first: Tensor) -> torch.dtype:

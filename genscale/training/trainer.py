@@ -182,7 +182,11 @@ class Trainer:
         """What phases count in their shares of a global batch, in one sum over the processes that nobody waits for yet: with a
         thousand processes there is always one that comes late."""
         sums = self.processes.begin_sum_of_numbers(*(sum(map(phase.count, batches)) for phase in phases))
-        return [partial(lambda index: sums()[index], index) for index in range(len(phases))]
+
+        def count(index: int) -> int:
+            return sums()[index]
+
+        return [partial(count, index) for index in range(len(phases))]
 
     def run_phase(self, phase: Phase, step: int, batches: MicroBatches, count_of_all: Count | None = None) -> PhaseOutcome:
         """Freeze all other networks; loss and backward of each micro-batch; reduce, judge, clip, step; thaw.
