@@ -74,15 +74,29 @@ def calibrate(processes: Processes, hosts: Sequence[str], folder: Path, precisio
         seconds: for the measurements of one device.
 
     Raises:
-        OSError: the folder takes no file.
+        OSError: the folder takes no file from one of them.
     """
     device = processes.device
+    disk = _disk(processes, folder)
     found = _measured_device(device, precision, step, seconds)
     all_found = processes.gather(found)
     slowest = min(all_found, key=lambda each: each.peak(precision if precision != "fp8" else "bf16") * each.product)
     links = _collectives(processes, hosts, slowest)
-    disk = min(processes.gather(DISK_BYTES / write_seconds(folder, DISK_BYTES, "calibration")))
     return replace(slowest, **links, disk=disk, gpus_per_node=max(hosts.count(host) for host in {*hosts}))
+
+
+def _disk(processes: Processes, folder: Path) -> float:
+    """Bytes a second of the slowest process. Raises OSError on every process where one cannot write."""
+    trouble: OSError | None = None
+    try:
+        rate = DISK_BYTES / write_seconds(folder, DISK_BYTES, "calibration")
+    except OSError as error:
+        rate, trouble = 0.0, error
+    found = processes.gather((rate, trouble))
+    for _, others in found:
+        if others is not None:
+            raise others
+    return min(rate for rate, _ in found)
 
 
 def write_profile(machine: GpuProfile, path: Path) -> None:
