@@ -180,6 +180,11 @@ class Job:
     def restarts(self) -> int:
         return int(self.details()["Restarts"])
 
+    def steps(self) -> set[str]:
+        """Those that Slurm has not seen the end of: "batch", "0", ..."""
+        found = self.cluster.slurm("squeue", "--steps", "--noheader", "--format=%i", f"--jobs={self.id}").split()
+        return {step.rpartition(".")[2] for step in found}
+
     def output(self) -> str:
         """What its script and its processes have printed, in all of its lives."""
         file = Path(self.details()["StdOut"])

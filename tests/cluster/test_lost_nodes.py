@@ -78,18 +78,18 @@ def test_a_node_that_is_not_fit_is_named_and_left_out(cluster, new_run):
     assert [life["how"] for life in lives] == ["unfit", "complete"] and run.step() == 6
 
 
-def test_a_controller_that_is_away_while_the_job_wants_to_be_requeued(whole, undisturbed, new_run, campaign, jobs):
+def test_a_controller_that_is_away_while_the_job_wants_to_be_requeued(whole, undisturbed, new_run, campaign):
+    """It goes when it knows that the processes have ended: who is to tell it in vain tries again after a minute, and Slurm may
+    then wait for minutes more until it starts the job again."""
     cluster, run = whole, new_run()
-    job = cluster.submit(run, "--nodes", "2", "--launcher", "srun", planted="hold@10/0")
-    job.wait_for(lambda: run.left("hold") == BOTH and len(run.processes()) == 2, "both ranks are in step 10")
-    cluster.do("kill-controller")
+    job = cluster.submit(run, "--nodes", "2", "--launcher", "srun", planted="await-signal@10/0,hold-requeue@0/0")
+    job.wait_for(lambda: run.step() == 9 and len(run.processes()) == 2, "both ranks are in step 10")
     for host, pid in run.processes():
         cluster.do("exec", host, "kill", "-USR1", str(pid))
+    job.wait_for(lambda: run.left("hold-requeue") and job.steps() == {"batch"}, "the processes have ended")
+    assert run.document("ended.json")["how"] == "stopped"
+    cluster.do("kill-controller")
     run.let_go()
-    deadline = time.monotonic() + jobs.PATIENCE
-    while run.document("ended.json").get("how") != "stopped":
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
     time.sleep(8)  # in which the job asks for its requeue in vain
     cluster.do("start-controller")
     assert job.end()["Restarts"] == "1"

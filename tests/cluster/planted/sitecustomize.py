@@ -6,6 +6,7 @@ PLANTED is a list of `what@step`, or `what@step/life` for that life of the job o
     hold           in the middle of the step, until the file PLANTED_FOLDER/go-<life> is there
     hold-save      before the step's checkpoint gets its name, likewise (in the background; rank 0)
     hold-end       after the last step, before the run is said to be complete, likewise
+    hold-requeue   when the processes have ended, before the job looks at how, likewise (in no rank; the step is not looked at)
     await-signal   in the middle of the step, until this process has got a signal that stops the run
     die            rank 0 is killed in the step, as for want of memory
     mistake        a user's mistake comes to light in the step
@@ -101,3 +102,5 @@ if "GENSCALE_CODE" in os.environ:  # this file is read before the job's copy of 
     sys.path.insert(0, os.environ["GENSCALE_CODE"])
 if RANK and any(PLANTED):
     listen()
+elif sys.orig_argv[2:4] == ["slurm", "end"] and planted("hold-requeue", 0):
+    hold("hold-requeue")
