@@ -3,8 +3,8 @@ make threes, and a Bernoulli decoder whose pixels are paid for.
 
     python benchmarks/reward_images.py --out benchmarks/results/reward-images-cpu.json
 
-The latent policies are those of configs/reward/digits-threes.yaml, of the vae run with four times the pictures a step and in more
-steps, for what is wanted has a ragged edge among its latents, of the dcgan run in fewer. With reward 1 for a three
+The latent policies are those of configs/reward/digits-threes.yaml, of the vae run with four times the pictures a step and in
+more steps, for what is wanted has a ragged edge among its latents, of the dcgan run in fewer. With reward 1 for a three
 and else 0, and a share p of threes in the prior's pictures, the best policy has Z = 1 - p + p exp(1 / beta), and a share
 p exp(1 / beta) / Z; p is counted in pictures that no training has seen. The gap is log Z - (share / beta - KL), in nats. The
 decoder's reward is a sum over pixels, so that the best logits are the reference's plus weight / beta, exactly.
@@ -80,8 +80,8 @@ def latent(source: str, seed: int, steps: int, groups: int, folder: Path, pictur
     best, share = before * math.exp(1 / beta) / z, found["reward"][0].mean().item()
     divergence = (found["log_p"] - found["log_reference"])[0].mean().item()
     gap = math.log(z) - (share / beta - divergence)
-    return {"policy": "latent", "source": source, "seed": seed, "steps": steps, "groups": groups, "share_before": before, "share": share,
-            "share_best": best, "divergence": divergence, "gap": gap, "gap_reported": result.evaluation["gap"],
+    return {"policy": "latent", "source": source, "seed": seed, "steps": steps, "groups": groups, "share_before": before,
+            "share": share, "share_best": best, "divergence": divergence, "gap": gap, "gap_reported": result.evaluation["gap"],
             "tv_at_most": math.sqrt(max(gap, 0) / 2), "cpu_seconds": seconds}
 
 
@@ -110,7 +110,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         what = f"{row['policy']:8} {row['source']:10} seed {row['seed']}  "
         if row["policy"] == "latent":
-            what += (f"{row['steps']:4} steps of {row.get('groups', 16)} groups  threes {row['share_before']:.3f} -> {row['share']:.3f} (best {row['share_best']:.3f})  "
+            what += (f"{row['steps']:4} x {row.get('groups', 16)} groups  "
+                     f"threes {row['share_before']:.3f} -> {row['share']:.3f} (best {row['share_best']:.3f})  "
                      f"gap {row['gap']:.3f} nats (reported {row['gap_reported']:.3f})  TV <= {row['tv_at_most']:.3f}")
         else:
             what += f"pixel TV {row['pixel_tv_before']:.4f} -> {row['pixel_tv']:.4f}"
