@@ -133,3 +133,14 @@ def test_counts_of_a_step(monkeypatch):
     assert not any(images in site for phase in gan.values() for site in phase["largest"])
     assert gan["discriminator"]["copies into another layout"] == 3  # maps of 4 x 4 into rows and back
     assert gan["discriminator"]["operations"] > 100 and gan["discriminator"]["casts"] > 10
+
+
+@pytest.mark.slow
+def test_counts_of_what_is_compiled(monkeypatch):
+    """The loss walks twice through the logits; the blocks of a GAN have more graphs than torch's own limit, and all of them."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from compile_counts import bytes_a_logit, graphs
+
+    assert bytes_a_logit() == {"in several passes": 40, "compiled": pytest.approx(12, abs=0.1)}
+    found = graphs("dcgan, 64 pixels", None)
+    assert found["graphs"] > 16 and found["left as they are"] == found["breaks"] == 0
