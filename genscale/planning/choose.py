@@ -11,8 +11,8 @@ from genscale.errors import UserError
 from genscale.families import family
 from genscale.parallel.strategies import SHARDS_MOST
 from genscale.planning.account import Machine
-from genscale.planning.plan import Plan, Terms, plan
-from genscale.settings.config import Config, ParallelSettings, Strategy
+from genscale.planning.plan import Plan, Terms, peak_with, plan, with_size
+from genscale.settings.config import Config, ParallelSettings, Strategy, micro_batch_of
 
 Goal = Literal["speed", "memory", "cost", "fewest-gpus"]
 GOALS: tuple[Goal, ...] = get_args(Goal)
@@ -20,8 +20,6 @@ RECOMPUTED = ("none", "selective", "full")
 """Ever more is computed again, and ever less kept."""
 FURTHER = ("reduce_gradients", "reshard_after_forward", "prefetch_blocks")
 """Settings of `parallel` that only one strategy heeds; beside another they are refused."""
-OF_SAMPLES = ("activations", "logits and loss", "other", "caching allocator")
-"""Categories of memory that grow with the micro-batch."""
 SMALLEST_GAIN = 0.01
 """A way is better where it saves more than this share."""
 Planner = Callable[[Config, Machine, Terms], Plan]
@@ -162,7 +160,7 @@ class Chooser:
         if found is None or found.plan.fits:
             return found
         for size in sorted((size for size in self._sizes(machine) if size < own), reverse=True):
-            if _peak_with(found.plan, size) <= found.plan.gpu.memory_bytes * (1 - found.plan.terms.spare):
+            if peak_with(found.plan, size) <= found.plan.gpu.memory_bytes * (1 - found.plan.terms.spare):
                 smaller = self._look(with_size(config, size), machine)
                 if smaller is None or smaller.plan.fits:
                     return smaller
@@ -176,7 +174,7 @@ class Chooser:
             self._descend(config, machine)
             return
         for size in sorted(size for size in sizes if size > own):
-            if _peak_with(found.plan, size) > found.plan.gpu.memory_bytes:
+            if peak_with(found.plan, size) > found.plan.gpu.memory_bytes:
                 return
             found = self._look(with_size(config, size), machine)
             if found is None or not found.plan.fits:
@@ -252,7 +250,7 @@ class Chooser:
     def _size_of(self, config: Config, machine: Machine) -> int:
         """Micro-batch size of the config on that machine: of those allowed the nearest below, or the smallest."""
         yours = self.yours.plan
-        wanted = config.train.micro_batch_size or yours.step.micro_batch_size
+        wanted = micro_batch_of(config.train) or yours.step.micro_batch_size
         if self._couples_samples:
             wanted = yours.step.micro_batch_size * yours.machine.gpus // machine.gpus
         return max((size for size in self._sizes(machine) if size <= wanted), default=min(self._sizes(machine), default=1))
@@ -288,18 +286,7 @@ def plainly(config: Config, strategy: str, shard_size: int | None = None, offloa
     return replaced(config, strategy=strategy, shard_size=shard_size, offload=offload, **others)
 
 
-def with_size(config: Config, size: int) -> Config:
-    """With that micro-batch size."""
-    return replace(config, train=replace(config.train, micro_batch_size=size))
-
-
-def _peak_with(plan: Plan, size: int) -> float:
-    """About what the peak would be with another micro-batch size."""
-    by_sample = sum(part.bytes for part in plan.step.memory.parts if part.category in OF_SAMPLES)
-    return plan.peak - by_sample * (1 - size / plan.step.micro_batch_size)
-
-
 def _identity(config: Config, machine: Machine) -> tuple[Any, ...]:
     """Of a way to do the run: what tells it from the others."""
     settings = tuple(getattr(config.parallel, setting.name) for setting in fields(ParallelSettings))
-    return settings, config.train.micro_batch_size or config.train.global_batch_size // machine.gpus, machine.gpus
+    return settings, micro_batch_of(config.train) or config.train.global_batch_size // machine.gpus, machine.gpus

@@ -15,7 +15,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 from genscale import exit_codes
 from genscale.errors import UserError
 from genscale.families import FAMILIES
-from genscale.settings.config import Config
+from genscale.settings.config import Config, micro_batch_of
 from genscale.settings.parser import parse_config, parse_settings, split_flags
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def _calibrate(asked: PlanSettings, run: Sequence[str]) -> int:
 
 def _alone(config: Config, precision: str) -> Config:
     """A micro-batch of the run on one device."""
-    size: Any = config.train.micro_batch_size or 1
+    size: Any = micro_batch_of(config.train) or 1
     settings: dict[str, Any] = {"precision": precision, "micro_batch_size": size, "global_batch_size": size}
     parallel = replace(config.parallel, strategy="auto", shard_size=None, offload="none")
     return replace(config, train=replace(config.train, **settings), parallel=parallel)
