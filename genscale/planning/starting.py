@@ -1,10 +1,18 @@
-"""A run that starts with `train.micro_batch_size: plan` asks the planner, on the machine that it starts on."""
+"""A run that starts with `train.micro_batch_size: plan` asks the planner, on the machine that it starts on.
+
+It plans in a process of its own: torch remembers of a device mesh where in it this process stands, and in a planned one each
+stands first, so that a process that has planned would take another's part of the weights.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
+import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +24,7 @@ from genscale.parallel.processes import on_cpu
 from genscale.parallel.strategies import plan_parallel
 from genscale.planning.account import Machine
 from genscale.planning.choose import Chooser
-from genscale.planning.plan import Plan, may_be_chosen, plan, with_size
+from genscale.planning.plan import may_be_chosen, plan, with_size
 from genscale.planning.profiles import GpuProfile, profile, profile_names
 from genscale.planning.wording import gib
 from genscale.settings.config import PLAN, Config
@@ -25,6 +33,8 @@ from genscale.training.setup import derive_accumulation
 
 LOOKING = 20.0
 """Seconds of computing to look for what would fit, where no micro-batch does."""
+UNKNOWN = "is asked in a process of its own, which cannot load a family that stands in a script or a notebook"
+ASK = "from genscale.planning.starting import answer; answer()"
 
 
 def with_planned_size(config: Config, gpu: GpuProfile | None = None) -> Config:
@@ -44,29 +54,30 @@ def with_planned_size(config: Config, gpu: GpuProfile | None = None) -> Config:
     request = read_launch_request()
     derive_accumulation(with_size(config, None).train, request.world_size)
     gpu = gpu or _device_here(config, request)
-    if size := _recorded_size(config, gpu, request.world_size):
-        _say(request, f"{size}, with which the run began")
-        return with_size(config, size)
-    may_be_chosen(config, request.world_size)
-    chosen = _planned(config, gpu, request)
-    amount = f"{gib(chosen.peak)} +- {gib(chosen.expected_error)} GiB of {gib(gpu.memory_bytes)} on each {gpu.device}"
-    size = chosen.step.micro_batch_size
-    if not chosen.fits:
-        nearest = Chooser(chosen, seconds=LOOKING, planner=lambda *asked: plan(*asked, gpu)).nearest_that_fits()
-        instead = f"nearest that fits: {nearest.flags}" if nearest else "nothing that was looked at fits"
-        raise UserError(f"train.micro_batch_size: plan finds none that surely fits: {size} takes {amount}; {instead}")
-    _say(request, f"{size}, the largest that surely fits (planned: {amount})")
+    size = recorded_size(config, gpu, request.world_size)
+    found = f"{size}, with which the run began"
+    if size is None:
+        may_be_chosen(config, request.world_size)
+        size, amount = _asked(*_question(config, gpu, request))
+        found = f"{size}, the largest that surely fits (planned: {amount})"
+    if request.rank == 0:
+        print(f"train.micro_batch_size: plan is {found}", file=sys.stderr, flush=True)
     return with_size(config, size)
 
 
-def _planned(config: Config, gpu: GpuProfile, request: LaunchRequest) -> Plan:
-    """Under the strategy and the precision that the launcher or the device settles."""
-    spread = plan_parallel(config.parallel, config.train.precision, config.optimizer.name)
-    settled = spread.settled(config)
-    strategy: Any = spread.strategy
-    settled = replace(settled, parallel=replace(settled.parallel, strategy=strategy))
-    each = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or min(request.world_size, gpu.gpus_per_node)
-    return plan(settled, Machine(gpu.name, request.world_size, each), gpu=gpu)
+def recorded_size(config: Config, gpu: GpuProfile, processes: int) -> int | None:
+    """That of the checkpoint which the run goes on from, if it was made by as many processes on such devices."""
+    recorded = recorded_in(run_folder(config.run), config.run.resume)
+    if recorded is None:
+        return None
+    try:
+        checkpoint = Checkpoint(recorded)
+        about, size = checkpoint.manifest().get("about", {}), checkpoint.config()["train"]["micro_batch_size"]
+    except (OSError, ValueError, KeyError, TypeError):  # damaged, which is told where it is read
+        return None
+    if (about.get("world_size"), about.get("device")) != (processes, gpu.device) or not isinstance(size, int):
+        return None
+    return size if size > 0 and config.train.global_batch_size % (size * processes) == 0 else None
 
 
 def _device_here(config: Config, request: LaunchRequest) -> GpuProfile:
@@ -82,21 +93,54 @@ def _device_here(config: Config, request: LaunchRequest) -> GpuProfile:
     return replace(known, memory_bytes=here.total_memory)
 
 
-def _recorded_size(config: Config, gpu: GpuProfile, processes: int) -> int | None:
-    """That of the checkpoint which the run goes on from, if it was made by as many processes on such devices."""
-    recorded = recorded_in(run_folder(config.run), config.run.resume)
-    if recorded is None:
-        return None
+def _question(config: Config, gpu: GpuProfile, request: LaunchRequest) -> tuple[Config, Machine, GpuProfile]:
+    """Under the strategy and the precision that the launcher or the device settles."""
+    spread = plan_parallel(config.parallel, config.train.precision, config.optimizer.name)
+    settled = spread.settled(config)
+    strategy: Any = spread.strategy  # one of the setting's words
+    each = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or min(request.world_size, gpu.gpus_per_node)
+    return (replace(settled, parallel=replace(settled.parallel, strategy=strategy)),
+            Machine(gpu.name, request.world_size, each), gpu)
+
+
+def _asked(*question: object) -> tuple[int, str]:
+    """The micro-batch size and what it takes, in words. Raises UserError."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": ""}
     try:
-        checkpoint = Checkpoint(recorded)
-        about, size = checkpoint.manifest().get("about", {}), checkpoint.config()["train"]["micro_batch_size"]
-    except (OSError, ValueError, KeyError, TypeError):  # damaged, which is told where it is read
-        return None
-    if (about.get("world_size"), about.get("device")) != (processes, gpu.device) or not isinstance(size, int):
-        return None
-    return size if size > 0 and config.train.global_batch_size % (size * processes) == 0 else None
+        asked = pickle.dumps(question)
+    except (AttributeError, TypeError, pickle.PicklingError) as error:
+        raise UserError(f"train.micro_batch_size: plan {UNKNOWN} ({error}); give a number, or make a package of it") from None
+    done = subprocess.run([sys.executable, "-c", ASK], input=asked, capture_output=True, env=environment,
+                          check=False)
+    if done.returncode:
+        why = (done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise UserError(f"train.micro_batch_size: plan cannot be asked, for the process that plans has failed ({why}); give a "
+                        "number")
+    said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if "refused" in said:
+        raise UserError(said["refused"])
+    return said["size"], said["amount"]
 
 
-def _say(request: LaunchRequest, what: str) -> None:
-    if request.rank == 0:
-        print(f"train.micro_batch_size: plan is {what}", file=sys.stderr, flush=True)
+def answer() -> None:
+    """In the process that plans: reads a question from standard input, and writes the answer to standard output."""
+    try:
+        said = answered(*pickle.load(sys.stdin.buffer))
+    except UserError as error:
+        said = {"refused": str(error)}
+    except (AttributeError, ImportError) as error:  # of settings that stand in the script which has been started
+        said = {"refused": f"train.micro_batch_size: plan {UNKNOWN} ({error}); give a number, or make a package of it"}
+    print(json.dumps(said))
+
+
+def answered(config: Config, machine: Machine, gpu: GpuProfile) -> dict[str, Any]:
+    """The micro-batch size, and what it takes in words. Raises UserError."""
+    chosen = plan(config, machine, gpu=gpu)
+    size = chosen.step.micro_batch_size
+    amount = f"{gib(chosen.peak)} +- {gib(chosen.expected_error)} GiB of {gib(gpu.memory_bytes)} on each {gpu.device}"
+    if chosen.fits:
+        return {"size": size, "amount": amount}
+    planner = partial(plan, gpu=gpu)
+    nearest = Chooser(chosen, seconds=LOOKING, planner=planner).nearest_that_fits()
+    instead = f"nearest that fits: {nearest.flags}" if nearest else "nothing that was looked at fits"
+    raise UserError(f"train.micro_batch_size: plan finds none that surely fits: {size} takes {amount}; {instead}")

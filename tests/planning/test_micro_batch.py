@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import random
+import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,9 +16,10 @@ from genscale.families import FAMILIES
 from genscale.planning.account import Machine
 from genscale.planning.plan import Terms, largest_that_fits, with_size
 from genscale.planning.profiles import profile
-from genscale.planning.starting import with_planned_size
+from genscale.planning.starting import answered, recorded_size, with_planned_size
 from genscale.reading import read_yaml
 from genscale.settings.parser import load_config
+from genscale.testing.processes import run
 from genscale.testing.runs import Run
 from genscale.training.run import check_alike, train
 
@@ -39,32 +40,44 @@ def test_the_largest_is_found_without_asking_for_all(spare, gpus, recomputed, ha
     assert found == max(fitting, default=1) and few <= 4 and max(asked[:few]) <= 4 * found
 
 
-def test_a_run_that_asks_the_planner_is_the_run_with_that_number(tiny_config, tmp_path, monkeypatch):
-    """What there is of the process is left as it was, and a run that goes on keeps its number on the same devices."""
-    config = load_config(FAMILIES, tiny_config, ["--train.global_batch_size=8", "--train.micro_batch_size=plan",
-                                                 "--train.steps=2", "--train.checkpoint_every=1"])
-    cpu = replace(profile("cpu"), memory_bytes=1_500_000)
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    settled = with_planned_size(config, cpu)
-    assert torch.equal(states[0], torch.get_rng_state())
-    assert states[1:] == (random.getstate(), np.random.get_state()[1].tolist())
-    assert torch.get_default_device() == torch.device("cpu") and not dist.is_initialized() and torch.is_grad_enabled()
-    size = settled.train.micro_batch_size
-    assert 1 < size < 8 and settled == with_size(config, size)
+SETTINGS = ("--train.global_batch_size=8", "--train.micro_batch_size=plan", "--train.steps=2", "--train.checkpoint_every=1")
 
-    folder = train(settled).folder
+
+def test_a_run_that_goes_on_keeps_its_number_on_the_same_devices(tiny_config):
+    config, cpu = load_config(FAMILIES, tiny_config, SETTINGS), replace(profile("cpu"), memory_bytes=1_500_000)
+    state = torch.get_rng_state()
+    size = answered(config, Machine("cpu", 1, 1), cpu)["size"]
+    assert 1 < size < 8 and torch.equal(state, torch.get_rng_state()) and not dist.is_initialized()
+
+    folder = train(with_size(config, size)).folder
     assert read_yaml(folder / "config.yaml")["train"]["micro_batch_size"] == size
-    numbered = replace(config, run=replace(config.run, name="numbered"))
-    assert Run(train(with_size(numbered, size)).folder).digest() == Run(folder).digest()
+    assert with_planned_size(config, replace(cpu, memory_bytes=2**33)) == with_size(config, size)
+    assert recorded_size(config, replace(cpu, device="another"), 1) is None and recorded_size(config, cpu, 2) is None
+    assert recorded_size(replace(config, run=replace(config.run, resume="never")), cpu, 1) is None
 
-    ample = replace(cpu, memory_bytes=2**33)
-    assert with_planned_size(config, ample).train.micro_batch_size == size
-    assert with_planned_size(config, replace(ample, device="another")).train.micro_batch_size == 8
-    anew = replace(config, run=replace(config.run, resume="never"))
-    assert with_planned_size(anew, ample).train.micro_batch_size == 8
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp2"])
+def test_two_processes_that_ask_are_the_two_with_that_number(strategy, tiny_config, tmp_path):
+    """fsdp2 is what a process that had planned by itself would disturb: it would take the first one's part of the weights."""
+    def trained(name: str, size: str) -> str:
+        done = run(Path(__file__).with_name("planned_size_worker.py"), tiny_config, 3_000_000, *SETTINGS, f"--run.name={name}",
+                   f"--train.micro_batch_size={size}", f"--parallel.strategy={strategy}",
+                   command=(sys.executable, "-m", "genscale.testing.group", "2"))
+        assert done.code == 0, done.err
+        assert done.err.count("train.micro_batch_size: plan is ") == (size == "plan")
+        return Run(tmp_path / "runs" / name).digest()
+
+    found = trained("asked", "plan")
+    size = read_yaml(tmp_path / "runs" / "asked" / "config.yaml")["train"]["micro_batch_size"]
+    assert trained("given", str(size)) == found
+
+
+def test_where_nothing_fits_the_nearest_is_named(tiny_config, monkeypatch):
     monkeypatch.setattr("genscale.planning.starting.LOOKING", 0.5)
+    config = load_config(FAMILIES, tiny_config, SETTINGS)
     with pytest.raises(UserError, match=r"^train.micro_batch_size: plan finds none that surely fits: 1 takes .*; nothing that"):
-        with_planned_size(anew, replace(cpu, memory_bytes=2**18))
+        answered(config, Machine("cpu", 1, 1), replace(profile("cpu"), memory_bytes=2**18))
 
 
 def test_who_cannot_ask_is_told_a_number(genscale, tiny_config, tmp_path):
