@@ -11,7 +11,7 @@ from genscale.errors import UserError
 from genscale.families import family
 from genscale.parallel.strategies import SHARDS_MOST
 from genscale.planning.account import Machine
-from genscale.planning.plan import Plan, Terms, peak_with, plan, with_size
+from genscale.planning.plan import Plan, Terms, peak_with, plan_shaped, with_size
 from genscale.settings.config import Config, ParallelSettings, Strategy, micro_batch_of
 
 Goal = Literal["speed", "memory", "cost", "fewest-gpus"]
@@ -95,7 +95,7 @@ class Chooser:
                  show: Callable[[Candidate], None] | None = None, planner: Planner | None = None) -> None:
         self.yours = Candidate(yours, {})
         self.goal, self._show = goal, show
-        self._planner = planner or plan
+        self._planner = planner or plan_shaped
         # Losses that depend on which samples share a micro-batch: their number is part of what is computed.
         self._couples_samples = family(yours.config.model.family).blueprint(yours.config).objective.couples_samples
         self._ends = None if seconds is None else time.process_time() + seconds  # not the clock's: others may compute here

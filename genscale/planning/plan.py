@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from genscale.errors import UserError
 from genscale.families import family
+from genscale.interop.source_runs import begins_from_run
+from genscale.interop.starting import SCRATCH, complete_from
 from genscale.parallel.strategies import plan_elsewhere
 from genscale.planning.account import Certainty, Machine, MemoryPart, PlannedStep, PlannedTime
 from genscale.planning.profiles import GpuProfile, profile
 from genscale.settings.config import PLAN, Config
+from genscale.supervise.run_folder import recorded_in, run_folder
 from genscale.training.setup import check_settings, derive_accumulation
 
 Verdict = Literal["fits", "too close", "does not fit"]
@@ -135,6 +139,22 @@ def expected_error(part: MemoryPart) -> float:
     return EXPECTED_ERROR[part.certainty] * part.bytes
 
 
+def shaped(config: Config) -> Config:
+    """With the shape of the model or of the run that it begins from (`model.from`), as a run has it when it starts.
+
+    Raises:
+        UserError: it cannot be read here, for a plan fetches nothing.
+    """
+    name = getattr(config.model, "from_", None)
+    if name in (None, SCRATCH) or getattr(config.model, "started", None) is not None:
+        return config
+    recorded = recorded_in(run_folder(config.run), config.run.resume)
+    if recorded is None and not Path(name).expanduser().exists() and not begins_from_run(config):
+        raise UserError(f"model.from: there is no folder {name} here, a run's or a model's, to say what shape it has; a plan "
+                        f"fetches nothing (`hf download {name} --local-dir DIR`, and model.from DIR, would)")
+    return complete_from(config, recorded)[0]
+
+
 def plan(config: Config, machine: Machine, terms: Terms | None = None, gpu: GpuProfile | None = None) -> Plan:
     """Plan a run, without its data and without its devices; with `train.micro_batch_size: plan` that of the largest micro-batch
     that surely fits, or of the smallest one where none does.
@@ -146,6 +166,11 @@ def plan(config: Config, machine: Machine, terms: Terms | None = None, gpu: GpuP
         UserError: what `genscale train` would refuse on that machine, in the same words; a GPU that is not known; a family that
             has no blueprint.
     """
+    return plan_shaped(shaped(config), machine, terms, gpu)
+
+
+def plan_shaped(config: Config, machine: Machine, terms: Terms | None = None, gpu: GpuProfile | None = None) -> Plan:
+    """`plan` of a config that needs no other run or model to say its shape."""
     from genscale.planning.time import time_of
     from genscale.planning.trace import CPU, plan_step
 
@@ -153,7 +178,7 @@ def plan(config: Config, machine: Machine, terms: Terms | None = None, gpu: GpuP
     if config.train.micro_batch_size == PLAN:
         share = derive_accumulation(with_size(config, None).train, machine.gpus)[0]
         may_be_chosen(config, machine.gpus)
-        return largest_that_fits(share, lambda size: plan(with_size(config, size), machine, terms, gpu))
+        return largest_that_fits(share, lambda size: plan_shaped(with_size(config, size), machine, terms, gpu))
     config = settled(config, machine, gpu)
     step = plan_step(config, machine if gpu.device != CPU else replace(machine, gpu=CPU))  # a profile of one's own, perhaps
     time = time_of(step, machine, gpu, config.train.precision, config.parallel.compile)

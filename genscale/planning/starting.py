@@ -24,7 +24,7 @@ from genscale.parallel.processes import on_cpu
 from genscale.parallel.strategies import plan_parallel
 from genscale.planning.account import Machine
 from genscale.planning.choose import Chooser
-from genscale.planning.plan import may_be_chosen, plan, with_size
+from genscale.planning.plan import plan, plan_shaped, with_size
 from genscale.planning.profiles import GpuProfile, profile, profile_names
 from genscale.planning.wording import gib
 from genscale.settings.config import PLAN, Config
@@ -57,7 +57,6 @@ def with_planned_size(config: Config, gpu: GpuProfile | None = None) -> Config:
     size = recorded_size(config, gpu, request.world_size)
     found = f"{size}, with which the run began"
     if size is None:
-        may_be_chosen(config, request.world_size)
         size, amount = _asked(*_question(config, gpu, request))
         found = f"{size}, the largest that surely fits (planned: {amount})"
     if request.rank == 0:
@@ -140,7 +139,7 @@ def answered(config: Config, machine: Machine, gpu: GpuProfile) -> dict[str, Any
     amount = f"{gib(chosen.peak)} +- {gib(chosen.expected_error)} GiB of {gib(gpu.memory_bytes)} on each {gpu.device}"
     if chosen.fits:
         return {"size": size, "amount": amount}
-    planner = partial(plan, gpu=gpu)
+    planner = partial(plan_shaped, gpu=gpu)
     nearest = Chooser(chosen, seconds=LOOKING, planner=planner).nearest_that_fits()
     instead = f"nearest that fits: {nearest.flags}" if nearest else "nothing that was looked at fits"
     raise UserError(f"train.micro_batch_size: plan finds none that surely fits: {size} takes {amount}; {instead}")

@@ -63,6 +63,12 @@ def test_the_bytes_of_a_step_are_those_that_are_counted(plan_memory):
     assert found["planned"] == pytest.approx(found["counted"], rel=0.001)
 
 
+def test_the_bytes_of_a_step_by_reward_are_those_that_are_counted(plan_memory):
+    """With the classifier that judges, which is one of the networks."""
+    found = plan_memory.compare(plan_memory.config_of("image_reward", ["train.precision=bf16", "objective.group=16"]))
+    assert found["planned"] == pytest.approx(found["counted"], rel=0.001)
+
+
 @pytest.mark.slow
 def test_the_bytes_of_every_family_are_those_that_are_counted(plan_memory):
     off = {(name, *settings): found["ratio"] for name, settings in list(plan_memory.cases())[::3]
