@@ -32,7 +32,7 @@ def as_dict(plan: Plan, choices: Choices | None = None) -> dict[str, Any]:
                        "every": plan.steps_between_checkpoints, "share": plan.checkpoint_share},
     }
     if choices is not None:
-        said["choices"] = {"goal": choices.goal, "left_out": choices.left_out,
+        said["choices"] = {"goal": choices.goal, "left_out": choices.left_out, "unplanned": list(choices.unplanned),
                            "better": [_candidate(each) for each in choices.better],
                            "fitting": [_candidate(each) for each in choices.fitting],
                            "unfit": [_candidate(each) for each in choices.unfit]}

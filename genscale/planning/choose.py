@@ -11,6 +11,7 @@ from genscale.errors import UserError
 from genscale.families import family
 from genscale.parallel.strategies import SHARDS_MOST
 from genscale.planning.account import Machine
+from genscale.planning.depth import NotForetold
 from genscale.planning.plan import Plan, Terms, peak_with, plan_shaped, with_size
 from genscale.settings.config import Config, ParallelSettings, Strategy, micro_batch_of
 
@@ -51,6 +52,7 @@ class Choices:
         fitting: the ways that fit, best first; yours among them where it does.
         unfit: those that do not, or might not.
         left_out: how many ways there was no time for.
+        unplanned: of each way that could be trained and cannot be planned, why.
     """
 
     goal: Goal
@@ -58,6 +60,7 @@ class Choices:
     fitting: tuple[Candidate, ...]
     unfit: tuple[Candidate, ...]
     left_out: int
+    unplanned: tuple[str, ...] = ()
 
     @property
     def better(self) -> tuple[Candidate, ...]:
@@ -89,19 +92,21 @@ class Chooser:
         seconds: of computing, to look for; None: until all have been looked at.
         show: told of each plan that is made.
         planner: plans the others.
+        each: seconds of computing that the plan of yours took: another one is not begun where so much is not left.
     """
 
     def __init__(self, yours: Plan, goal: Goal = "speed", seconds: float | None = None,
-                 show: Callable[[Candidate], None] | None = None, planner: Planner | None = None) -> None:
+                 show: Callable[[Candidate], None] | None = None, planner: Planner | None = None, each: float = 0.0) -> None:
         self.yours = Candidate(yours, {})
         self.goal, self._show = goal, show
         self._planner = planner or plan_shaped
         # Losses that depend on which samples share a micro-batch: their number is part of what is computed.
         self._couples_samples = family(yours.config.model.family).blueprint(yours.config).objective.couples_samples
         self._ends = None if seconds is None else time.process_time() + seconds  # not the clock's: others may compute here
-        self._longest = 0.0
+        self._longest = each
         self._seen: dict[tuple[Any, ...], Candidate | None] = {_identity(yours.config, yours.machine): self.yours}
         self._left_out: set[tuple[Any, ...]] = set()
+        self._unplanned: list[str] = []
 
     def neighbours(self) -> Choices:
         """The ways that differ little from yours; where it does not fit, the nearest that does comes first."""
@@ -198,7 +203,9 @@ class Chooser:
             return None
         try:
             planned = self._planner(config, machine, self.yours.plan.terms)
-        except UserError:
+        except UserError as error:
+            if isinstance(error, NotForetold):
+                self._unplanned.append(str(error))
             self._seen[key] = None
             return None
         found = self._seen[key] = Candidate(planned, self._changes(planned))
@@ -272,7 +279,8 @@ class Chooser:
         seen = [candidate for candidate in self._seen.values() if candidate is not None]
         fitting = sorted((each for each in seen if each.plan.fits), key=lambda each: measure(each.plan, self.goal))
         unfit = sorted((each for each in seen if not each.plan.fits), key=lambda each: each.plan.peak)
-        return Choices(self.goal, self.yours, tuple(fitting), tuple(unfit), len(self._left_out - self._seen.keys()))
+        return Choices(self.goal, self.yours, tuple(fitting), tuple(unfit), len(self._left_out - self._seen.keys()),
+                       tuple(self._unplanned))
 
 
 def replaced(config: Config, **parallel: Any) -> Config:

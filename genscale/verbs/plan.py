@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
@@ -29,8 +30,8 @@ DESCRIPTION = (
     "--config FILE and settings of the run as in genscale train; several CONFIGs before the first flag are planned side by "
     "side. Then come the ways to do the same run better, as flags to paste. Exit code 0: it fits; 2: it does not, or might "
     "not.")
-LOOKING = 20.0
-"""Seconds of computing to look for better ways without --search."""
+LOOKING = 25.0
+"""Seconds of computing, for the plan that was asked for and better ways together, without --search."""
 
 
 @dataclass
@@ -69,6 +70,13 @@ class PlanSettings:
     folder does not."""
 
 
+class Spent(NamedTuple):
+    """Seconds of computing so far, in all and for the plan that was asked for."""
+
+    all: float
+    planning: float
+
+
 OF_A_RUN = ("config", "hooks", "print_config")
 """Flags without a dot that are the run's."""
 
@@ -102,31 +110,34 @@ def read(arguments: Sequence[str]) -> tuple[PlanSettings, list[str], list[str]]:
 
 
 def _one(asked: PlanSettings, config: Config, machine: Machine, terms: Terms) -> int:
+    began = time.process_time()
     from genscale.planning import report
     from genscale.planning.as_json import as_dict
     from genscale.planning.explain import explain_memory, explain_time
     from genscale.planning.plan import plan
 
+    loaded = time.process_time()
     yours = plan(config, machine, terms)
+    spent = Spent(time.process_time() - began, time.process_time() - loaded)
     if asked.explain is not None:
         print(explain_memory(yours) if asked.explain == "memory" else explain_time(yours))
         return code_of([yours])
     if asked.json:
-        print(json.dumps(as_dict(yours, _choose(asked, yours)), indent=1))
+        print(json.dumps(as_dict(yours, _choose(asked, yours, spent)), indent=1))
     else:
         print(report.text(yours), flush=True)  # before the others are looked at, which takes longer
-        print(report.ways(_choose(asked, yours)))
+        print(report.ways(_choose(asked, yours, spent)))
     return code_of([yours])
 
 
-def _choose(asked: PlanSettings, yours: Plan) -> Choices:
+def _choose(asked: PlanSettings, yours: Plan, spent: Spent) -> Choices:
     from genscale.planning.choose import Chooser
 
     def show(candidate: Candidate) -> None:
         if asked.search and sys.stderr.isatty():
             print(f"\r\033[K{candidate.flags}: {candidate.plan.verdict}", end="", file=sys.stderr, flush=True)
 
-    chooser = Chooser(yours, asked.goal, None if asked.search else LOOKING, show)
+    chooser = Chooser(yours, asked.goal, None if asked.search else LOOKING - spent.all, show, each=spent.planning)
     choices = chooser.search() if asked.search else chooser.neighbours()
     if asked.search and sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -31,7 +31,7 @@ H100 = ("--gpu", "h100")
      "train.precision: fp8 needs an NVIDIA GPU of the Hopper generation or newer"),
     ([*H100, "--gpus", 2, "--parallel.strategy", "single"], "parallel.strategy: single means one process"),
     ([*H100, "--gpus", 2, "--parallel.offload", "cpu"], "parallel.offload: cpu needs ZeRO, but the strategy is ddp"),
-    ([*H100, "--model.from", "nobody/model"], "model.from: there is no folder nobody/model here, a run's or a model's, to say "),
+    ([*H100, "--model.from", "nobody/model"], "model.from: there is no folder nobody/model here, a run's or a model's, to "),
     ([*H100, "--measure", "nowhere"], "--config: has no effect beside --measure"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(words, message, genscale, tiny_config):
@@ -46,7 +46,7 @@ def test_a_family_that_cannot_be_planned_says_what_it_lacks(genscale, tiny_confi
 
 
 def test_a_run_is_planned_with_what_would_be_better(genscale, tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr("genscale.verbs.plan.LOOKING", 1.0)
+    monkeypatch.setattr("genscale.verbs.plan.LOOKING", 2.5)
     done = genscale("plan", "--config", tiny_config, *H100, "--gpus", 2, "--train.precision", "bf16", "--json", "--price", 2)
     assert done.code == 0, done.err
     said = json.loads(done.out)
