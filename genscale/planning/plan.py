@@ -180,9 +180,21 @@ def plan_shaped(config: Config, machine: Machine, terms: Terms | None = None, gp
         may_be_chosen(config, machine.gpus)
         return largest_that_fits(share, lambda size: plan_shaped(with_size(config, size), machine, terms, gpu))
     config = settled(config, machine, gpu)
+    _check_batch(config, machine, gpu)
     step = plan_step(config, machine if gpu.device != CPU else replace(machine, gpu=CPU))  # a profile of one's own, perhaps
     time = time_of(step, machine, gpu, config.train.precision, config.parallel.compile)
-    return Plan(config, machine, gpu, terms or Terms(), step, time)
+    made = Plan(config, machine, gpu, terms or Terms(), step, time)
+    _ = made.steps  # or why there are none
+    return made
+
+
+def _check_batch(config: Config, machine: Machine, gpu: GpuProfile) -> None:
+    """Raises UserError where the samples of a micro-batch alone are more than a device holds: to trace them takes for ever."""
+    size = derive_accumulation(config.train, machine.gpus)[0]
+    sample = sum(value.nbytes for value in family(config.model.family).blueprint(config).sample.values())
+    if sample * size > gpu.memory_bytes:
+        raise UserError(f"train.micro_batch_size: {size:,} samples of {sample:,} bytes are more than {gpu.device} holds; "
+                        f"set at most {max(1, gpu.memory_bytes // sample):,}")
 
 
 def with_size(config: Config, size: int | None) -> Config:

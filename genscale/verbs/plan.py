@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -84,10 +84,9 @@ OF_A_RUN = ("config", "hooks", "print_config")
 def main(arguments: list[str]) -> int:
     """Exit code 0: it fits (all of them do); 2: it does not, or something is wrong."""
     asked, named, run = read(arguments)
+    _refuse_unheeded(asked, len(named))
     if asked.calibrate:
         return _calibrate(asked, [*(f"--config={name}" for name in named), *run])
-    if asked.out is not None:
-        raise UserError(f"--out: {asked.out} has no effect without --calibrate; leave it out")
     if asked.measure is not None:
         return _measure(asked, [*named, *run])
     if not named and not any(word.partition("=")[0] == "--config" for word in run):
@@ -97,6 +96,28 @@ def main(arguments: list[str]) -> int:
         return _side_by_side(asked, named, run, machine, terms)
     config = parse_config(FAMILIES, [*(f"--config={name}" for name in named), *run], "genscale plan")
     return _one(asked, config, machine, terms)
+
+
+def _refuse_unheeded(asked: PlanSettings, named: int) -> None:
+    """Raises UserError for a flag that has no effect beside the others."""
+    if asked.out is not None and not asked.calibrate:
+        raise UserError(f"--out: {asked.out} has no effect without --calibrate; leave it out")
+    every = {field.name for field in fields(asked)} - {"calibrate", "measure"}
+    if asked.calibrate:
+        beside, without = "--calibrate", every - {"out"} | {"measure"}
+    elif asked.measure is not None:
+        beside, without = "--measure", every - {"gpu", "gpus_per_node", "between_nodes", "spare", "json"}
+    elif asked.explain is not None:
+        beside, without = "--explain", {"search", "goal", "json"}
+    elif named > 1:
+        beside, without = "several configs, each of which is planned as it stands", {"search", "goal"}
+    else:
+        return
+    for field in fields(asked):
+        value = getattr(asked, field.name)
+        if field.name in without and value != field.default:
+            shown = "" if value is True else f" {value}"
+            raise UserError(f"--{field.name}:{shown} has no effect beside {beside}; leave it out")
 
 
 def read(arguments: Sequence[str]) -> tuple[PlanSettings, list[str], list[str]]:
@@ -149,8 +170,10 @@ def _side_by_side(asked: PlanSettings, named: Sequence[str], run: Sequence[str],
     from genscale.planning.as_json import as_dict
     from genscale.planning.plan import Plan, plan
 
-    if asked.explain or asked.search:
-        raise UserError(f"--{'explain' if asked.explain else 'search'}: is about one run, and {len(named)} are named; name one")
+    if asked.explain:
+        raise UserError(f"--explain: is about one run, and {len(named)} are named; name one")
+    if given := [word for word in run if word.partition("=")[0] == "--config"]:
+        raise UserError(f"{given[0]}: stands beside {len(named)} configs that are named; name all of them there")
     found: list[tuple[str, Plan | str]] = []
     for name in named:
         config = parse_config(FAMILIES, [f"--config={name}", *run], "genscale plan")

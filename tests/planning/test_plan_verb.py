@@ -32,6 +32,10 @@ H100 = ("--gpu", "h100")
     ([*H100, "--gpus", 2, "--parallel.strategy", "single"], "parallel.strategy: single means one process"),
     ([*H100, "--gpus", 2, "--parallel.offload", "cpu"], "parallel.offload: cpu needs ZeRO, but the strategy is ddp"),
     ([*H100, "--model.from", "nobody/model"], "model.from: there is no folder nobody/model here, a run's or a model's, to "),
+    ([*H100, "--json", "--explain", "time"], "--json: has no effect beside --explain; leave it out"),
+    ([*H100, "--calibrate"], "--gpu: h100 has no effect beside --calibrate; leave it out"),
+    (["--gpus", 2, "--measure", "nowhere"], "--gpus: 2 has no effect beside --measure; leave it out"),
+    ([*H100, "--train.global_batch_size", 2**31 - 1], "train.micro_batch_size: 2,147,483,647 samples of 132 bytes are "),
     ([*H100, "--measure", "nowhere"], "--config: has no effect beside --measure"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(words, message, genscale, tiny_config):
@@ -66,6 +70,14 @@ def test_what_does_not_fit_ends_with_2_and_names_the_nearest_that_does(genscale,
     assert done.code == 2 and done.out.splitlines()[1].endswith("DOES NOT FIT"), done.out + done.err
     best = done.out.partition("what fits, best first by speed:\n  ")[2].split("  ")[0]
     assert best.startswith("--train.micro_batch_size "), done.out
+
+
+def test_what_is_wrong_with_one_of_several_stands_in_its_row(genscale, tiny_config):
+    said = genscale("plan", tiny_config, "vae/digits", *H100, "--tokens", "1e6", "--train.precision", "bf16")
+    assert said.code == 2 and "refused: --tokens: 1e+06, but family vae trains on no text" in said.out, said.err
+    assert genscale("plan", tiny_config, tiny_config, "--config=gpt/demo", *H100).message() == \
+        "--config=gpt/demo: stands beside 2 configs that are named; name all of them there"
+    assert genscale("plan", tiny_config, tiny_config, *H100, "--search").message().startswith("--search: has no effect beside")
 
 
 @pytest.mark.slow

@@ -136,6 +136,13 @@ def _loss_is_chunked(step) -> bool:
                for each in step.operations)
 
 
+def test_a_rank_of_very_many_takes_no_longer_to_plan():
+    """It is given its part of each parameter, and not those of all: of so many, these would take minutes."""
+    few, many = (planned("parallel.strategy=fsdp2", "train.global_batch_size=32768", "train.precision=bf16", gpus=gpus,
+                         kind="h100") for gpus in (16384, 32768))
+    assert few.memory.at_rest == many.memory.at_rest > 0  # at most one row of each parameter
+
+
 @pytest.mark.slow
 def test_ranks_exchange_what_their_strategy_says():
     weights = 4 * planned("parallel.strategy=single").parameters
