@@ -8,7 +8,7 @@ from genscale.hook import StepReport
 from genscale.objectives.base import Objective
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import build_engine, plan_parallel
-from genscale.settings.config import Config
+from genscale.settings.config import Config, micro_batch_of
 from genscale.supervise.signals import StopSignal
 from genscale.training.optimizers import make_optimizer
 from genscale.training.setup import averaged_networks
@@ -28,7 +28,7 @@ class OurSteps:
         plan = plan_parallel(config.parallel, config.train.precision)
         config, self.precision = plan.settled(config), plan.precision
         batch = config.train.global_batch_size
-        micro = config.train.micro_batch_size or batch
+        micro = micro_batch_of(config.train) or batch
         chosen = family(config.model.family)
         self.data = chosen.build_data(config.data, config.run.seed)
         self.objective: Objective = chosen.build_objective(config, self.data)

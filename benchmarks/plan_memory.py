@@ -11,16 +11,20 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from genscale.families import FAMILIES
-from genscale.objectives.base import Blueprint
+from genscale.objectives.base import Blueprint, Objective
+from genscale.parallel.engine import Read, named_state
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import build_engine, check_objective, plan_elsewhere
 from genscale.planning.recorder import Recorder
 from genscale.planning.step import Spread, noted, run_step, trace_step, without_compiler
 from genscale.planning.summary import peaks_of
+from genscale.reading import read_yaml
+from genscale.rng import Draws
 from genscale.settings.config import Config
 from genscale.settings.parser import load_config
 from genscale.training.setup import averaged_networks, derive_accumulation, prepare
@@ -42,6 +46,8 @@ FAMILY_CASES = {
     "points": ("points/ring.yaml", []),
     "vae": ("vae/fashion-mnist-32.yaml", ["model.width=16"]),
     "vae_gan": ("vae_gan/digits.yaml", []),
+    "reward": ("reward/sums.yaml", ["model.from=scratch", "model.layers=2", "model.heads=2", "model.width=64"]),
+    "image_reward": ("reward/digits-threes.yaml", ["objective.group=64"]),
 }
 """A config, and what makes it small, by name."""
 ADVERSARIAL, PENALISED = ("dcgan", "residual", "points"), ("residual", "points")
@@ -63,7 +69,12 @@ def config_of(name: str, settings: list[str]) -> Config:
     """The config of a case."""
     file, small = FAMILY_CASES[name]
     flags = [f"--{each}" for each in ["parallel.strategy=single", *SMALL, *small, *settings]]
-    return without_compiler(load_config(FAMILIES, ROOT / "configs" / file, flags))
+    config = without_compiler(load_config(FAMILIES, ROOT / "configs" / file, flags))
+    if name == "image_reward":
+        run, classes = read_yaml(ROOT / "configs" / "vae" / "digits.yaml"), [str(digit) for digit in range(10)]
+        started = {"config": run, "step": 1, "classes": None, "judges": {config.model.from_: classes}, "flow": "directions"}
+        config = replace(config, model=replace(config.model, started=started))
+    return config
 
 
 def compare(config: Config) -> dict[str, Any]:
@@ -74,7 +85,10 @@ def compare(config: Config) -> dict[str, Any]:
     spread = Spread(plan, *derive_accumulation(config.train, 1))
     traced = trace_step(config, family.blueprint(config), spread, "cpu")
     planned = max(peak.total for peak in peaks_of(traced.recorder, traced.first).values())
-    counted = count_step(config, family.blueprint(config), spread)
+    real = family.blueprint(config)
+    if config.model.family == "image_reward":  # whose judges are networks of its own
+        real = replace(real, objective=family.build_objective(config, None))
+    counted = count_step(config, real, spread)
     return {"counted": counted, "planned": round(planned), "ratio": round(planned / counted, 4)}
 
 
@@ -87,12 +101,26 @@ def count_step(config: Config, blueprint: Blueprint, spread: Spread) -> int:
         engine = build_engine(spread.plan, processes, config.parallel, config.train.precision, config.train.clip,
                               spread.micro_batch_size, spread.accumulation)
         averaged = averaged_networks(config.train.ema_half_life, config.model.family, objective)
-        prepare(engine, objective, config.optimizer, averaged, None, None)
+        prepare(engine, objective, config.optimizer, averaged, None, None, _without_their_runs(objective))
         trainer = Trainer(config, objective, engine, loader=None, hooks=[], last_good=lambda: "none")
+        if objective.rewards is None and objective.frozen:
+            trainer.make_draws = _Rehearsing
         batches = [_batch(blueprint, spread.micro_batch_size, index) for index in range(min(spread.accumulation, 2))]
         first = run_step(recorder, engine, trainer, batches)
     processes.close()
     return round(max(peak.total for peak in peaks_of(recorder, first).values()))
+
+
+def _without_their_runs(objective: Objective) -> dict[str, Read]:
+    """Frozen networks begin with zeros, for the runs that they come from are not here."""
+    shapes = {name: {key: value.shape for key, value in named_state(objective.networks[name])} for name in objective.frozen}
+    return {name: lambda key, of=of: torch.zeros(of[key]) for name, of in shapes.items()}
+
+
+class _Rehearsing(Draws):
+    """A plan has no judges of texts, and a rehearsal asks none: all answers are as long as can be, and worth nothing."""
+
+    rehearsal = property(lambda _: True, lambda _, wanted: None)
 
 
 def _batch(blueprint: Blueprint, size: int, index: int) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from genscale.errors import UserError, nearest
 from genscale.families import FAMILIES
 from genscale.rewards.registry import REWARDS
-from genscale.settings.config import Config
+from genscale.settings.config import PLAN, Config
 from genscale.settings.parser import parse_config
 
 if TYPE_CHECKING:
@@ -88,6 +88,11 @@ def train(config: Config, hooks: Sequence[Hook] = (), rewards: Mapping[str, Give
         with before_the_run():
             check_devices()
         with REWARDS.knowing(rewards or {}):
+            if config.train.micro_batch_size == PLAN:
+                from genscale.planning.starting import with_planned_size
+
+                with before_the_run():
+                    config = with_planned_size(config)
             if rewards and config.objective is not None:  # whose defaults were not known where the config was made
                 config = replace(config, objective=replace(config.objective))
             return run(config, hooks=hooks)

@@ -11,7 +11,7 @@ from genscale.errors import UserError
 from genscale.families import family
 from genscale.interop.starting import complete_from
 from genscale.parallel.strategies import check_objective, plan_elsewhere
-from genscale.settings.config import Config
+from genscale.settings.config import PLAN, Config, TrainSettings
 from genscale.supervise.run_folder import check_may_continue, check_same_accumulation, recorded_in, run_folder
 from genscale.training.hooks import configured_hooks
 from genscale.training.setup import (
@@ -33,7 +33,9 @@ def check_config(config: Config, world_size: int) -> None:
     check_settings(config)
     configured_hooks(config)
     plan = plan_elsewhere(config.parallel, config.train.precision, world_size, config.optimizer.name)
-    _, accumulation = derive_accumulation(config.train, world_size)
+    asks_planner = config.train.micro_batch_size == PLAN  # which is asked where the run starts
+    train: TrainSettings = replace(config.train, micro_batch_size=None) if asks_planner else config.train
+    _, accumulation = derive_accumulation(train, world_size)
     recorded = recorded_in(run_folder(config.run), config.run.resume)
     check_sources(config, [recorded] if recorded else [])
     chosen = family(config.model.family)
@@ -54,7 +56,7 @@ def check_config(config: Config, world_size: int) -> None:
                 precision = checkpoint.config().get("train", {}).get("precision", "auto")
                 config = replace(config, train=replace(config.train, precision=precision))
             check_may_continue(config, checkpoint, data.plan())
-            if objective.couples_samples:
+            if objective.couples_samples and not asks_planner:
                 check_same_accumulation(config.train, checkpoint, accumulation, world_size)
             check_same_networks(checkpoint, objective)
             if objective.rewards is not None:

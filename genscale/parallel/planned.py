@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 
 from genscale.parallel.engine import Engine
 from genscale.parallel.pieces import is_sharded
@@ -160,10 +161,19 @@ def fake_group(world_size: int) -> Iterator[None]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    whole, _fsdp_param._chunk_with_empty = _fsdp_param._chunk_with_empty, _first_chunk
     try:
         yield
     finally:
+        _fsdp_param._chunk_with_empty = whole
         dist.destroy_process_group()
+
+
+def _first_chunk(tensor: Tensor, num_chunks: int, dim: int) -> list[Tensor]:
+    """A parameter's part of rank 0 alone: FSDP2 makes those of all ranks and takes its own, which of thousands of ranks would
+    be nearly all of the time that a plan takes."""
+    size = tensor.shape[dim]
+    return [tensor.narrow(dim, 0, min(size, -(-size // num_chunks)))]
 
 
 def planned_engine(plan: ParallelPlan, processes: PlannedProcesses, settings: ParallelSettings, precision: str,

@@ -23,7 +23,7 @@ def as_dict(plan: Plan, choices: Choices | None = None) -> dict[str, Any]:
         "parameters": plan.step.parameters,
         "memory": {"peak": plan.peak, "expected_error": plan.expected_error, "spare": plan.terms.spare,
                    "at_rest": memory.at_rest, "phase": memory.phase, "part": memory.part, "layer": memory.layer,
-                   "parts": [dataclasses.asdict(part) for part in memory.parts]},
+                   "parts": [dataclasses.asdict(part) for part in sorted(memory.parts, key=lambda part: part.category)]},
         "time": {"step": time.step, "spread": time.spread, "mfu": time.mfu, "model_flops": time.model_flops,
                  f"{plan.unit}_per_second": plan.units_per_second,
                  "parts": [dataclasses.asdict(part) for part in time.parts]},
@@ -32,7 +32,7 @@ def as_dict(plan: Plan, choices: Choices | None = None) -> dict[str, Any]:
                        "every": plan.steps_between_checkpoints, "share": plan.checkpoint_share},
     }
     if choices is not None:
-        said["choices"] = {"goal": choices.goal, "left_out": choices.left_out,
+        said["choices"] = {"goal": choices.goal, "left_out": choices.left_out, "unplanned": list(choices.unplanned),
                            "better": [_candidate(each) for each in choices.better],
                            "fitting": [_candidate(each) for each in choices.fitting],
                            "unfit": [_candidate(each) for each in choices.unfit]}

@@ -11,8 +11,9 @@ from genscale.errors import UserError
 from genscale.families import family
 from genscale.parallel.strategies import SHARDS_MOST
 from genscale.planning.account import Machine
-from genscale.planning.plan import Plan, Terms, plan
-from genscale.settings.config import Config, ParallelSettings, Strategy
+from genscale.planning.depth import NotForetold
+from genscale.planning.plan import Plan, Terms, peak_with, plan_shaped, with_size
+from genscale.settings.config import Config, ParallelSettings, Strategy, micro_batch_of
 
 Goal = Literal["speed", "memory", "cost", "fewest-gpus"]
 GOALS: tuple[Goal, ...] = get_args(Goal)
@@ -20,8 +21,6 @@ RECOMPUTED = ("none", "selective", "full")
 """Ever more is computed again, and ever less kept."""
 FURTHER = ("reduce_gradients", "reshard_after_forward", "prefetch_blocks")
 """Settings of `parallel` that only one strategy heeds; beside another they are refused."""
-OF_SAMPLES = ("activations", "logits and loss", "other", "caching allocator")
-"""Categories of memory that grow with the micro-batch."""
 SMALLEST_GAIN = 0.01
 """A way is better where it saves more than this share."""
 Planner = Callable[[Config, Machine, Terms], Plan]
@@ -53,6 +52,7 @@ class Choices:
         fitting: the ways that fit, best first; yours among them where it does.
         unfit: those that do not, or might not.
         left_out: how many ways there was no time for.
+        unplanned: of each way that could be trained and cannot be planned, why.
     """
 
     goal: Goal
@@ -60,6 +60,7 @@ class Choices:
     fitting: tuple[Candidate, ...]
     unfit: tuple[Candidate, ...]
     left_out: int
+    unplanned: tuple[str, ...] = ()
 
     @property
     def better(self) -> tuple[Candidate, ...]:
@@ -91,19 +92,21 @@ class Chooser:
         seconds: of computing, to look for; None: until all have been looked at.
         show: told of each plan that is made.
         planner: plans the others.
+        each: seconds of computing that the plan of yours took: another one is not begun where so much is not left.
     """
 
     def __init__(self, yours: Plan, goal: Goal = "speed", seconds: float | None = None,
-                 show: Callable[[Candidate], None] | None = None, planner: Planner | None = None) -> None:
+                 show: Callable[[Candidate], None] | None = None, planner: Planner | None = None, each: float = 0.0) -> None:
         self.yours = Candidate(yours, {})
         self.goal, self._show = goal, show
-        self._planner = planner or plan
+        self._planner = planner or plan_shaped
         # Losses that depend on which samples share a micro-batch: their number is part of what is computed.
         self._couples_samples = family(yours.config.model.family).blueprint(yours.config).objective.couples_samples
         self._ends = None if seconds is None else time.process_time() + seconds  # not the clock's: others may compute here
-        self._longest = 0.0
+        self._longest = each
         self._seen: dict[tuple[Any, ...], Candidate | None] = {_identity(yours.config, yours.machine): self.yours}
         self._left_out: set[tuple[Any, ...]] = set()
+        self._unplanned: list[str] = []
 
     def neighbours(self) -> Choices:
         """The ways that differ little from yours; where it does not fit, the nearest that does comes first."""
@@ -162,7 +165,7 @@ class Chooser:
         if found is None or found.plan.fits:
             return found
         for size in sorted((size for size in self._sizes(machine) if size < own), reverse=True):
-            if _peak_with(found.plan, size) <= found.plan.gpu.memory_bytes * (1 - found.plan.terms.spare):
+            if peak_with(found.plan, size) <= found.plan.gpu.memory_bytes * (1 - found.plan.terms.spare):
                 smaller = self._look(with_size(config, size), machine)
                 if smaller is None or smaller.plan.fits:
                     return smaller
@@ -176,7 +179,7 @@ class Chooser:
             self._descend(config, machine)
             return
         for size in sorted(size for size in sizes if size > own):
-            if _peak_with(found.plan, size) > found.plan.gpu.memory_bytes:
+            if peak_with(found.plan, size) > found.plan.gpu.memory_bytes:
                 return
             found = self._look(with_size(config, size), machine)
             if found is None or not found.plan.fits:
@@ -200,7 +203,9 @@ class Chooser:
             return None
         try:
             planned = self._planner(config, machine, self.yours.plan.terms)
-        except UserError:
+        except UserError as error:
+            if isinstance(error, NotForetold):
+                self._unplanned.append(str(error))
             self._seen[key] = None
             return None
         found = self._seen[key] = Candidate(planned, self._changes(planned))
@@ -252,7 +257,7 @@ class Chooser:
     def _size_of(self, config: Config, machine: Machine) -> int:
         """Micro-batch size of the config on that machine: of those allowed the nearest below, or the smallest."""
         yours = self.yours.plan
-        wanted = config.train.micro_batch_size or yours.step.micro_batch_size
+        wanted = micro_batch_of(config.train) or yours.step.micro_batch_size
         if self._couples_samples:
             wanted = yours.step.micro_batch_size * yours.machine.gpus // machine.gpus
         return max((size for size in self._sizes(machine) if size <= wanted), default=min(self._sizes(machine), default=1))
@@ -274,7 +279,8 @@ class Chooser:
         seen = [candidate for candidate in self._seen.values() if candidate is not None]
         fitting = sorted((each for each in seen if each.plan.fits), key=lambda each: measure(each.plan, self.goal))
         unfit = sorted((each for each in seen if not each.plan.fits), key=lambda each: each.plan.peak)
-        return Choices(self.goal, self.yours, tuple(fitting), tuple(unfit), len(self._left_out - self._seen.keys()))
+        return Choices(self.goal, self.yours, tuple(fitting), tuple(unfit), len(self._left_out - self._seen.keys()),
+                       tuple(self._unplanned))
 
 
 def replaced(config: Config, **parallel: Any) -> Config:
@@ -288,18 +294,7 @@ def plainly(config: Config, strategy: str, shard_size: int | None = None, offloa
     return replaced(config, strategy=strategy, shard_size=shard_size, offload=offload, **others)
 
 
-def with_size(config: Config, size: int) -> Config:
-    """With that micro-batch size."""
-    return replace(config, train=replace(config.train, micro_batch_size=size))
-
-
-def _peak_with(plan: Plan, size: int) -> float:
-    """About what the peak would be with another micro-batch size."""
-    by_sample = sum(part.bytes for part in plan.step.memory.parts if part.category in OF_SAMPLES)
-    return plan.peak - by_sample * (1 - size / plan.step.micro_batch_size)
-
-
 def _identity(config: Config, machine: Machine) -> tuple[Any, ...]:
     """Of a way to do the run: what tells it from the others."""
     settings = tuple(getattr(config.parallel, setting.name) for setting in fields(ParallelSettings))
-    return settings, config.train.micro_batch_size or config.train.global_batch_size // machine.gpus, machine.gpus
+    return settings, micro_batch_of(config.train) or config.train.global_batch_size // machine.gpus, machine.gpus

@@ -24,6 +24,10 @@ AGREEMENT = 0.001
 Key = TypeVar("Key", bound=NamedTuple)
 
 
+class NotForetold(UserError):
+    """A deep network does not follow from shallow ones: a run of it can be trained and cannot be planned."""
+
+
 def can_be_foretold(config: Config, objective: Objective) -> bool:
     """Whether the networks have `model.layers` equal blocks each, or none, and these are more than would be traced."""
     layers = getattr(config.model, "layers", 0) - config.parallel.prefetch_blocks
@@ -50,16 +54,16 @@ def foretold(trace: Callable[[int], Summary], layers: int, more: int = 0) -> Sum
         more: blocks that are gathered ahead.
 
     Raises:
-        UserError: blocks do not add up.
+        NotForetold: blocks do not add up.
     """
     depths = DEPTHS[0] + more, DEPTHS[1] + more
     first, second = (trace(depth) for depth in depths)
     third = trace(CHECK + more)
     expected, found = extrapolated(first, second, depths, CHECK + more).peak.total, third.peak.total
     if abs(expected - found) > AGREEMENT * found:
-        raise UserError(f"model.layers: {layers} blocks cannot be planned from {depths[0]} and {depths[1]}: of {CHECK + more} "
-                        f"these foretell {expected / 2**20:,.1f} MiB, and {found / 2**20:,.1f} MiB were found; set "
-                        f"model.layers to at most {CHECK + more}")
+        raise NotForetold(f"model.layers: {layers} blocks cannot be planned from {depths[0]} and {depths[1]}: of {CHECK + more}"
+                          f" these foretell {expected / 2**20:,.1f} MiB, and {found / 2**20:,.1f} MiB were found; set "
+                          f"model.layers to at most {CHECK + more}")
     deep = extrapolated(first, second, depths, layers)
     return replace(deep, kept=third.kept / found * deep.peak.total)  # gaps do not lie on lines
 

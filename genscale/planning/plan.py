@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from genscale.errors import UserError
+from genscale.families import family
+from genscale.interop.source_runs import begins_from_run
+from genscale.interop.starting import SCRATCH, complete_from
 from genscale.parallel.strategies import plan_elsewhere
 from genscale.planning.account import Certainty, Machine, MemoryPart, PlannedStep, PlannedTime
 from genscale.planning.profiles import GpuProfile, profile
-from genscale.settings.config import Config
+from genscale.settings.config import PLAN, Config
+from genscale.supervise.run_folder import recorded_in, run_folder
 from genscale.training.setup import check_settings, derive_accumulation
 
 Verdict = Literal["fits", "too close", "does not fit"]
@@ -18,6 +24,8 @@ EXPECTED_ERROR: dict[Certainty, float] = {"exact": 0.0, "traced": 0.03, "replaye
 """Of a part of the memory, as a share of it. What is replayed is only what the caching allocator keeps beside the tensors."""
 DISK_OF_A_NODE = 1e9
 """Bytes a second that the processes of one node write together, where nobody has measured it."""
+OF_SAMPLES = ("activations", "logits and loss", "other", "caching allocator")
+"""Categories of memory that grow with the micro-batch."""
 HOUR, DAY = 3600, 86400
 
 
@@ -131,21 +139,107 @@ def expected_error(part: MemoryPart) -> float:
     return EXPECTED_ERROR[part.certainty] * part.bytes
 
 
-def plan(config: Config, machine: Machine, terms: Terms | None = None) -> Plan:
-    """Plan a run, without its data and without its devices.
+def shaped(config: Config) -> Config:
+    """With the shape of the model or of the run that it begins from (`model.from`), as a run has it when it starts.
+
+    Raises:
+        UserError: it cannot be read here, for a plan fetches nothing.
+    """
+    name = getattr(config.model, "from_", None)
+    if name in (None, SCRATCH) or getattr(config.model, "started", None) is not None:
+        return config
+    recorded = recorded_in(run_folder(config.run), config.run.resume)
+    if recorded is None and not Path(name).expanduser().exists() and not begins_from_run(config):
+        raise UserError(f"model.from: there is no folder {name} here, a run's or a model's, to say what shape it has; a plan "
+                        f"fetches nothing (`hf download {name} --local-dir DIR`, and model.from DIR, would)")
+    return complete_from(config, recorded)[0]
+
+
+def plan(config: Config, machine: Machine, terms: Terms | None = None, gpu: GpuProfile | None = None) -> Plan:
+    """Plan a run, without its data and without its devices; with `train.micro_batch_size: plan` that of the largest micro-batch
+    that surely fits, or of the smallest one where none does.
+
+    Args:
+        gpu: what is known of the machine's devices; None: their profile.
 
     Raises:
         UserError: what `genscale train` would refuse on that machine, in the same words; a GPU that is not known; a family that
             has no blueprint.
     """
-    from genscale.planning.time import time_of
-    from genscale.planning.trace import plan_step
+    return plan_shaped(shaped(config), machine, terms, gpu)
 
-    gpu = profile(machine.gpu)
+
+def plan_shaped(config: Config, machine: Machine, terms: Terms | None = None, gpu: GpuProfile | None = None) -> Plan:
+    """`plan` of a config that needs no other run or model to say its shape."""
+    from genscale.planning.time import time_of
+    from genscale.planning.trace import CPU, plan_step
+
+    gpu = gpu or profile(machine.gpu)
+    if config.train.micro_batch_size == PLAN:
+        share = derive_accumulation(with_size(config, None).train, machine.gpus)[0]
+        may_be_chosen(config, machine.gpus)
+        return largest_that_fits(share, lambda size: plan_shaped(with_size(config, size), machine, terms, gpu))
     config = settled(config, machine, gpu)
-    step = plan_step(config, machine)
+    _check_batch(config, machine, gpu)
+    step = plan_step(config, machine if gpu.device != CPU else replace(machine, gpu=CPU))  # a profile of one's own, perhaps
     time = time_of(step, machine, gpu, config.train.precision, config.parallel.compile)
-    return Plan(config, machine, gpu, terms or Terms(), step, time)
+    made = Plan(config, machine, gpu, terms or Terms(), step, time)
+    _ = made.steps  # or why there are none
+    return made
+
+
+def _check_batch(config: Config, machine: Machine, gpu: GpuProfile) -> None:
+    """Raises UserError where the samples of a micro-batch alone are more than a device holds: to trace them takes for ever."""
+    size = derive_accumulation(config.train, machine.gpus)[0]
+    sample = sum(value.nbytes for value in family(config.model.family).blueprint(config).sample.values())
+    if sample * size > gpu.memory_bytes:
+        raise UserError(f"train.micro_batch_size: {size:,} samples of {sample:,} bytes are more than {gpu.device} holds; "
+                        f"set at most {max(1, gpu.memory_bytes // sample):,}")
+
+
+def with_size(config: Config, size: int | None) -> Config:
+    """With that micro-batch size."""
+    return replace(config, train=replace(config.train, micro_batch_size=size))
+
+
+def peak_with(plan: Plan, size: int) -> float:
+    """About what the peak would be with another micro-batch size."""
+    by_sample = sum(part.bytes for part in plan.step.memory.parts if part.category in OF_SAMPLES)
+    return plan.peak - by_sample * (1 - size / plan.step.micro_batch_size)
+
+
+def may_be_chosen(config: Config, processes: int) -> None:
+    """Raises UserError where the planner cannot choose the micro-batch of a run, or where it would be another run with each."""
+    share = max(1, config.train.global_batch_size // processes)
+    try:
+        objective = family(config.model.family).blueprint(with_size(config, None)).objective
+    except UserError as error:
+        raise UserError(f"train.micro_batch_size: plan needs a run that can be planned; give a number, as {share} ({error})"
+                        ) from None
+    if objective.couples_samples:
+        raise UserError("train.micro_batch_size: plan would let the kind of GPU decide which samples of a step are normalised "
+                        f"or judged together, and so what is learned; give a number, as {share}")
+
+
+def largest_that_fits(share: int, planned: Callable[[int], Plan]) -> Plan:
+    """The plan with the largest micro-batch that surely fits; with the smallest one where none does.
+
+    Args:
+        share: samples of one process in a step, of which a micro-batch is a divisor.
+        planned: gives the plan with a micro-batch size. Far too large ones are not asked for: they take long.
+    """
+    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    found, fitting, too_large = planned(sizes[0]), 0, len(sizes)
+    while found.fits and fitting + 1 < too_large:
+        room = found.gpu.memory_bytes * (1 - found.terms.spare) - found.expected_error
+        near = [place for place in range(fitting + 1, too_large) if peak_with(found, sizes[place]) <= room]
+        place = near[-1] if near else fitting + 1
+        tried = planned(sizes[place])
+        if tried.fits:
+            found, fitting = tried, place
+        else:
+            too_large = place
+    return found
 
 
 def settled(config: Config, machine: Machine, gpu: GpuProfile) -> Config:

@@ -120,8 +120,10 @@ def ways(choices: Choices) -> str:
         lines += _wrapped("no better: ", [f"{each.flags} ({_beside(each, choices, short=True)})" for each in worse[:4]])
     if unfit := [each for each in choices.unfit if each.changes]:
         lines += _wrapped("do not fit, or might not: ", [_unfit(each) for each in unfit[:4]])
+    if choices.unplanned:
+        lines.append(f"{len(choices.unplanned)} more cannot be planned: {choices.unplanned[0].partition('; set ')[0]}")
     if choices.left_out:
-        lines.append(f"{choices.left_out} more not looked at for want of time; --search looks at all")
+        lines.append(f"stopped looking, for time was up: {choices.left_out} more were not looked at; --search looks at all")
     return "\n".join(lines)
 
 

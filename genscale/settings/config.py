@@ -14,6 +14,10 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from genscale.errors import UserError
+
+PLAN: Literal["plan"] = "plan"
+"""The `train.micro_batch_size` that is asked of the planner."""
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 
 
@@ -67,9 +71,10 @@ class TrainSettings:
     """Optimizer steps in all."""
     global_batch_size: PositiveInt = 32
     """Samples in one optimizer step, over all processes."""
-    micro_batch_size: PositiveInt | None = None
+    micro_batch_size: PositiveInt | Literal["plan"] | None = None
     """Samples in one forward pass on one process (default: global batch / processes). Accumulation is derived:
-    global batch = micro-batch x processes x accumulation."""
+    global batch = micro-batch x processes x accumulation. plan: the largest that `genscale plan` says surely fits on the GPUs
+    that are there."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
     """Arithmetic of forward and backward; weights and optimizer state stay in fp32. auto: what `accelerate launch` was
     configured with, else bf16 where the device computes in it, else fp32. fp8 (Hopper GPUs or newer, with torchao):
@@ -111,6 +116,13 @@ class TrainSettings:
     profile: NonNegativeInt = 0
     """Steps to trace with torch.profiler on rank 0, after ten steps of warm-up; writes <run folder>/profile/trace.json.gz and
     table.txt (0 = none)."""
+
+
+def micro_batch_of(train: TrainSettings) -> int | None:
+    """`train.micro_batch_size` where it is a number or left out. Raises UserError where the planner is still to be asked."""
+    if train.micro_batch_size == PLAN:
+        raise UserError("train.micro_batch_size: plan is settled where a run starts or is planned; give a number here")
+    return train.micro_batch_size
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,10 @@ def one_line(message: str) -> str:
     if match := re.match(r"^([\w.]+): Does not validate .* Subtypes: \[(.*?), <class 'NoneType'>\] .*Given value:(.*)$", text):
         key, kind, value = match[1], match[2], match[3].strip()
         words = re.findall(r"(\w+)'", kind)
-        wanted = f"one of {', '.join(words)}" if "Literal" in kind else TYPE_WORDS.get(words[-1] if words else kind, kind)
+        if words and words[0] in TYPE_WORDS and "Literal" in kind:
+            wanted = f"{TYPE_WORDS[words[0]]}, {', '.join(words[1:])}"
+        else:
+            wanted = f"one of {', '.join(words)}" if "Literal" in kind else TYPE_WORDS.get(words[-1] if words else kind, kind)
         return f"{key}: must be {wanted}, or null, not {value or repr(value)}"
     if match := re.match(r"^([\w.]+): Expected a <class '(\w+)'>\. Got value: ?(.*)$", text):
         key, kind, value = match.groups()

@@ -17,7 +17,7 @@ from genscale.parallel.engine import Engine, Read
 from genscale.parallel.pieces import Piece
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import ParallelPlan, build_engine, check_objective
-from genscale.settings.config import Config
+from genscale.settings.config import Config, micro_batch_of
 from genscale.training.optimizers import make_optimizer
 from genscale.training.trainer import Trainer
 
@@ -62,7 +62,7 @@ class Training:
         train = config.train
         self.objective, self.processes = objective, processes or Processes()
         plan = plan or ParallelPlan("single", "none", "fp32", 1)
-        micro = train.micro_batch_size or train.global_batch_size // self.processes.world_size
+        micro = micro_batch_of(train) or train.global_batch_size // self.processes.world_size
         accumulation = train.global_batch_size // self.processes.world_size // micro
         check_objective(plan, config.parallel, objective)
         saved = resume[0] if resume else None

@@ -144,7 +144,9 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
         parameters = sum(sizes.values())
         averaged = averaged_networks(config.train.ema_half_life, config.model.family, objective)
         averages = sum(sizes[name] for name in averaged)
-        hosts = processes.gather(platform.node())
+        started = processes.gather((platform.node(), shape))
+        check_alike([each for _, each in started])
+        hosts = [host for host, _ in started]
         here = hosts.count(hosts[0])
         copies = plan.copies_of_weights(here) if processes.device.type == "cpu" else 0
         processes.main_does(lambda: check_host_memory(parameters, averages, here / len(hosts), copies,
@@ -186,6 +188,14 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
         if objective is not None and objective.rewards is not None:
             objective.rewards.close()
         data.close()
+
+
+def check_alike(shapes: Sequence[tuple[int, int]]) -> None:
+    """Raises UserError where processes were started with other micro-batches than rank 0, or have planned others."""
+    other = next((rank for rank, shape in enumerate(shapes) if shape != shapes[0]), None)
+    if other is not None:
+        raise UserError(f"train.micro_batch_size: {shapes[0][0]} on rank 0 and {shapes[other][0]} on rank {other}; give all "
+                        f"processes one number, as {min(size for size, _ in shapes)}")
 
 
 def _write_what_it_is(config: Config, folder: Path, objective: Objective, pretrained: bool) -> None:

@@ -26,7 +26,7 @@ from genscale.parallel.engine import Engine, Read, named_state
 from genscale.parallel.materialise import begin_alike
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import ParallelPlan, check_objective
-from genscale.settings.config import Config, DataSettings, GuardSettings, OptimizerSettings, TrainSettings
+from genscale.settings.config import Config, DataSettings, GuardSettings, OptimizerSettings, TrainSettings, micro_batch_of
 from genscale.settings.mistakes import check_not_masked
 from genscale.training.collapse import check_collapse
 from genscale.training.optimizers import make_optimizer
@@ -69,7 +69,7 @@ def derive_accumulation(train: TrainSettings, world_size: int) -> tuple[int, int
         raise UserError(f"train.global_batch_size: {batch} does not divide by {world_size} processes; nearest "
                         f"values that do: {near}")
     share = batch // world_size
-    micro = train.micro_batch_size or share
+    micro = micro_batch_of(train) or share
     if share % micro:
         unit = micro * world_size
         nearest_batch = [n for n in (batch // unit * unit, (batch // unit + 1) * unit) if n]

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from genscale import exit_codes
 from genscale.errors import UserError
 from genscale.families import FAMILIES
-from genscale.settings.config import Config
+from genscale.settings.config import Config, micro_batch_of
 from genscale.settings.parser import parse_config, parse_settings, split_flags
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ DESCRIPTION = (
     "--config FILE and settings of the run as in genscale train; several CONFIGs before the first flag are planned side by "
     "side. Then come the ways to do the same run better, as flags to paste. Exit code 0: it fits; 2: it does not, or might "
     "not.")
-LOOKING = 20.0
-"""Seconds of computing to look for better ways without --search."""
+LOOKING = 25.0
+"""Seconds of computing, for the plan that was asked for and better ways together, without --search."""
 
 
 @dataclass
@@ -69,6 +70,13 @@ class PlanSettings:
     folder does not."""
 
 
+class Spent(NamedTuple):
+    """Seconds of computing so far, in all and for the plan that was asked for."""
+
+    all: float
+    planning: float
+
+
 OF_A_RUN = ("config", "hooks", "print_config")
 """Flags without a dot that are the run's."""
 
@@ -76,10 +84,9 @@ OF_A_RUN = ("config", "hooks", "print_config")
 def main(arguments: list[str]) -> int:
     """Exit code 0: it fits (all of them do); 2: it does not, or something is wrong."""
     asked, named, run = read(arguments)
+    _refuse_unheeded(asked, len(named))
     if asked.calibrate:
         return _calibrate(asked, [*(f"--config={name}" for name in named), *run])
-    if asked.out is not None:
-        raise UserError(f"--out: {asked.out} has no effect without --calibrate; leave it out")
     if asked.measure is not None:
         return _measure(asked, [*named, *run])
     if not named and not any(word.partition("=")[0] == "--config" for word in run):
@@ -89,6 +96,28 @@ def main(arguments: list[str]) -> int:
         return _side_by_side(asked, named, run, machine, terms)
     config = parse_config(FAMILIES, [*(f"--config={name}" for name in named), *run], "genscale plan")
     return _one(asked, config, machine, terms)
+
+
+def _refuse_unheeded(asked: PlanSettings, named: int) -> None:
+    """Raises UserError for a flag that has no effect beside the others."""
+    if asked.out is not None and not asked.calibrate:
+        raise UserError(f"--out: {asked.out} has no effect without --calibrate; leave it out")
+    every = {field.name for field in fields(asked)} - {"calibrate", "measure"}
+    if asked.calibrate:
+        beside, without = "--calibrate", every - {"out"} | {"measure"}
+    elif asked.measure is not None:
+        beside, without = "--measure", every - {"gpu", "gpus_per_node", "between_nodes", "spare", "json"}
+    elif asked.explain is not None:
+        beside, without = "--explain", {"search", "goal", "json"}
+    elif named > 1:
+        beside, without = "several configs, each of which is planned as it stands", {"search", "goal"}
+    else:
+        return
+    for field in fields(asked):
+        value = getattr(asked, field.name)
+        if field.name in without and value != field.default:
+            shown = "" if value is True else f" {value}"
+            raise UserError(f"--{field.name}:{shown} has no effect beside {beside}; leave it out")
 
 
 def read(arguments: Sequence[str]) -> tuple[PlanSettings, list[str], list[str]]:
@@ -102,31 +131,34 @@ def read(arguments: Sequence[str]) -> tuple[PlanSettings, list[str], list[str]]:
 
 
 def _one(asked: PlanSettings, config: Config, machine: Machine, terms: Terms) -> int:
+    began = time.process_time()
     from genscale.planning import report
     from genscale.planning.as_json import as_dict
     from genscale.planning.explain import explain_memory, explain_time
     from genscale.planning.plan import plan
 
+    loaded = time.process_time()
     yours = plan(config, machine, terms)
+    spent = Spent(time.process_time() - began, time.process_time() - loaded)
     if asked.explain is not None:
         print(explain_memory(yours) if asked.explain == "memory" else explain_time(yours))
         return code_of([yours])
     if asked.json:
-        print(json.dumps(as_dict(yours, _choose(asked, yours)), indent=1))
+        print(json.dumps(as_dict(yours, _choose(asked, yours, spent)), indent=1))
     else:
         print(report.text(yours), flush=True)  # before the others are looked at, which takes longer
-        print(report.ways(_choose(asked, yours)))
+        print(report.ways(_choose(asked, yours, spent)))
     return code_of([yours])
 
 
-def _choose(asked: PlanSettings, yours: Plan) -> Choices:
+def _choose(asked: PlanSettings, yours: Plan, spent: Spent) -> Choices:
     from genscale.planning.choose import Chooser
 
     def show(candidate: Candidate) -> None:
         if asked.search and sys.stderr.isatty():
             print(f"\r\033[K{candidate.flags}: {candidate.plan.verdict}", end="", file=sys.stderr, flush=True)
 
-    chooser = Chooser(yours, asked.goal, None if asked.search else LOOKING, show)
+    chooser = Chooser(yours, asked.goal, None if asked.search else LOOKING - spent.all, show, each=spent.planning)
     choices = chooser.search() if asked.search else chooser.neighbours()
     if asked.search and sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
@@ -138,8 +170,10 @@ def _side_by_side(asked: PlanSettings, named: Sequence[str], run: Sequence[str],
     from genscale.planning.as_json import as_dict
     from genscale.planning.plan import Plan, plan
 
-    if asked.explain or asked.search:
-        raise UserError(f"--{'explain' if asked.explain else 'search'}: is about one run, and {len(named)} are named; name one")
+    if asked.explain:
+        raise UserError(f"--explain: is about one run, and {len(named)} are named; name one")
+    if given := [word for word in run if word.partition("=")[0] == "--config"]:
+        raise UserError(f"{given[0]}: stands beside {len(named)} configs that are named; name all of them there")
     found: list[tuple[str, Plan | str]] = []
     for name in named:
         config = parse_config(FAMILIES, [f"--config={name}", *run], "genscale plan")
@@ -208,7 +242,7 @@ def _calibrate(asked: PlanSettings, run: Sequence[str]) -> int:
 
 def _alone(config: Config, precision: str) -> Config:
     """A micro-batch of the run on one device."""
-    size: Any = config.train.micro_batch_size or 1
+    size: Any = micro_batch_of(config.train) or 1
     settings: dict[str, Any] = {"precision": precision, "micro_batch_size": size, "global_batch_size": size}
     parallel = replace(config.parallel, strategy="auto", shard_size=None, offload="none")
     return replace(config, train=replace(config.train, **settings), parallel=parallel)

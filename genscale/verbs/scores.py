@@ -22,7 +22,7 @@ from genscale.families.entry import Scoring
 from genscale.objectives.capabilities import MeasuresLikelihood, WritesText
 from genscale.parallel.precision import autocast, native_precision
 from genscale.parallel.processes import on_cpu
-from genscale.settings.config import Config, TrainSettings
+from genscale.settings.config import Config, TrainSettings, micro_batch_of
 from genscale.supervise.run_folder import config_dict
 from genscale.verbs.trained import Published, open_run
 
@@ -51,7 +51,7 @@ def _samples(config: Config) -> list[Sample]:
 
 def _validation(run: TrainedRun, samples: list[Sample]) -> dict[str, Any]:
     precision, objective = _precision(run.config.train), run.objective
-    batch_size = run.config.train.micro_batch_size or BATCH_SIZE
+    batch_size = micro_batch_of(run.config.train) or BATCH_SIZE
     # Without a terminal nothing is shown, and nothing of what takes a moment only.
     with tqdm(total=len(samples), desc="samples", delay=SHOWN_AFTER_SECONDS, disable=None, file=sys.stderr) as bar:
         metrics = validate(objective, objective.networks, samples, batch_size=batch_size, rank=0, world_size=1,
@@ -93,7 +93,7 @@ def task_results(config: Config, checkpoint: Checkpoint | Published, tasks: list
     objective = cast(WritesText, run.objective)
     model = GenscaleLM(cast(GPT, run.networks[objective.writes]), objective.tokenizer,
                        autocast=partial(autocast, precision, run.device),
-                       batch_size=config.train.micro_batch_size or BATCH_SIZE, seed=config.run.seed)
+                       batch_size=micro_batch_of(config.train) or BATCH_SIZE, seed=config.run.seed)
     results = evaluate_tasks(model, tasks, include_path, limit)
     print(results_table(results), file=sys.stderr)
     kept = ("results", "groups", "n-shot", "n-samples", "versions", "higher_is_better")

@@ -15,6 +15,7 @@ from genscale.families import FAMILIES, family
 from genscale.masking import masked
 from genscale.parallel.launcher import has_launcher
 from genscale.process_settings import wait_longer_if_quiet
+from genscale.settings.config import PLAN
 from genscale.settings.parser import parse_config, split_flags, take_number
 from genscale.supervise.ending import RUN, SUBMIT, before_the_run
 from genscale.supervise.signals import StopSignal
@@ -48,9 +49,15 @@ def main(arguments: list[str], stop: StopSignal) -> int:
     if processes is not None:
         from genscale.parallel.launcher import launch_processes
 
-        derive_accumulation(config.train, processes)  # a mistake found here costs no launch
+        if config.train.micro_batch_size != PLAN:
+            derive_accumulation(config.train, processes)  # a mistake found here costs no launch
         os.environ[PROCESSES] = str(processes)  # for the processes to say how to go on
         return launch_processes(processes, arguments, FAMILIES.script, listening=stop.loop_begins)
+    if config.train.micro_batch_size == PLAN:
+        from genscale.planning.starting import with_planned_size  # which loads all that plans
+
+        with before_the_run():
+            config = with_planned_size(config)
     if audited is not None:
         from genscale.inspection.audit import audit
 

@@ -13,7 +13,9 @@ from genscale.families import FAMILIES
 from genscale.planning.account import Machine
 from genscale.planning.as_json import as_dict
 from genscale.planning.choose import GOALS, RECOMPUTED, Chooser, gain, measure, replaced, with_size
+from genscale.planning.depth import NotForetold
 from genscale.planning.plan import Terms
+from genscale.planning.report import ways
 from genscale.settings.config import ParallelSettings
 from genscale.settings.parser import parse_config
 
@@ -61,6 +63,29 @@ def test_the_flags_of_a_way_give_its_plan_and_the_same_run(goal, hand_made, llam
         again = hand_made(config, machine)
         assert (again.peak, again.seconds) == (each.plan.peak, each.plan.seconds)
         assert again.config.train.global_batch_size == 1024 and again.config.optimizer == choices.yours.plan.config.optimizer
+
+
+def test_ways_that_cannot_be_planned_are_counted_with_the_reason(hand_made, llama):
+    """Unlike those that training refuses, which are none."""
+    why = "model.layers: 32 blocks cannot be planned from 3 and 4: of 6 these foretell 1.0 MiB, and 2.0 MiB were found; set"
+
+    def planner(config, machine, terms):
+        planned = hand_made(config, machine, terms)
+        if config.parallel.strategy == "zero1":
+            raise NotForetold(f"{why} model.layers to at most 6")
+        return planned
+
+    choices = Chooser(hand_made(llama(), MACHINE), planner=planner).neighbours()
+    assert len(choices.unplanned) == 1 and as_dict(choices.yours.plan, choices)["choices"]["unplanned"] == [*choices.unplanned]
+    assert f"\n1 more cannot be planned: {why.removesuffix('; set')}" in ways(choices)
+    assert "cannot be planned" not in ways(Chooser(choices.yours.plan, planner=hand_made).neighbours())
+
+
+def test_a_way_that_would_take_too_long_is_not_begun(hand_made, llama):
+    yours = hand_made(llama(), MACHINE)
+    choices = Chooser(yours, seconds=5.0, planner=hand_made, each=6.0).neighbours()
+    assert choices.fitting == (choices.yours,) and choices.left_out > 3
+    assert f"\nstopped looking, for time was up: {choices.left_out} more were not looked at; --search" in ways(choices)
 
 
 def test_what_does_not_fit_is_told_the_nearest_that_does(hand_made, llama):

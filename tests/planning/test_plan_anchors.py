@@ -48,6 +48,30 @@ def test_errors_are_those_that_are_claimed(monkeypatch):
     assert line("scaling")["within_10"] >= 0.95
 
 
+def test_held_out_rows_are_judged_by_what_the_others_say(monkeypatch, tmp_path, capsys):
+    """Of a file in which every row says its source, with rows of other ways to train among them."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import plan_anchors
+
+    known = plan_anchors.load(plan_anchors.ANCHORS)
+    gpts = [row for row in known if "torchtitan" in row["source"]][:4]
+    gans = [row for row in known if row["model"].get("kind") == "stylegan2" and row["gpu"] == "v100"][:6]
+    file = tmp_path / "kept.json"
+    foreign = {**gpts[0], "id": "pipelined", "pp": 4, "in_scope": False, "micro_batch": None}
+    of_nobody = {**gpts[0], "id": "of nobody's profile", "gpu": "gaudi2"}
+    file.write_text(json.dumps([{**row, "held_out": True, "in_scope": True} for row in (*gpts, *gans, of_nobody)] + [foreign]))
+    monkeypatch.setattr("sys.argv", ["plan_anchors.py", "--anchors", str(file), "--judge"])
+    plan_anchors.main()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    count = sum(map(plan_anchors.is_judged, gpts))
+    assert count > 0 and ["shipped", "all", "gpt", str(count)] in [row[:4] for row in rows]
+    assert any(row[:3] == ["scaling", "all", "gan"] and row[-1] == "100%" for row in rows)
+
+    file.write_text(json.dumps(gpts))
+    with pytest.raises(SystemExit, match="--judge: no row of .*kept.json is held out"):
+        plan_anchors.main()
+
+
 def test_the_closed_form_does_what_is_traced(monkeypatch):
     """Products and attention of a published shape, written down in closed form, are those of genscale's own GPT: floating-point
     operations and bytes, in each direction, to the last."""

@@ -31,6 +31,11 @@ H100 = ("--gpu", "h100")
      "train.precision: fp8 needs an NVIDIA GPU of the Hopper generation or newer"),
     ([*H100, "--gpus", 2, "--parallel.strategy", "single"], "parallel.strategy: single means one process"),
     ([*H100, "--gpus", 2, "--parallel.offload", "cpu"], "parallel.offload: cpu needs ZeRO, but the strategy is ddp"),
+    ([*H100, "--model.from", "nobody/model"], "model.from: there is no folder nobody/model here, a run's or a model's, to "),
+    ([*H100, "--json", "--explain", "time"], "--json: has no effect beside --explain; leave it out"),
+    ([*H100, "--calibrate"], "--gpu: h100 has no effect beside --calibrate; leave it out"),
+    (["--gpus", 2, "--measure", "nowhere"], "--gpus: 2 has no effect beside --measure; leave it out"),
+    ([*H100, "--train.global_batch_size", 2**31 - 1], "train.micro_batch_size: 2,147,483,647 samples of 132 bytes are "),
     ([*H100, "--measure", "nowhere"], "--config: has no effect beside --measure"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(words, message, genscale, tiny_config):
@@ -45,7 +50,7 @@ def test_a_family_that_cannot_be_planned_says_what_it_lacks(genscale, tiny_confi
 
 
 def test_a_run_is_planned_with_what_would_be_better(genscale, tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr("genscale.verbs.plan.LOOKING", 1.0)
+    monkeypatch.setattr("genscale.verbs.plan.LOOKING", 2.5)
     done = genscale("plan", "--config", tiny_config, *H100, "--gpus", 2, "--train.precision", "bf16", "--json", "--price", 2)
     assert done.code == 0, done.err
     said = json.loads(done.out)
@@ -65,6 +70,35 @@ def test_what_does_not_fit_ends_with_2_and_names_the_nearest_that_does(genscale,
     assert done.code == 2 and done.out.splitlines()[1].endswith("DOES NOT FIT"), done.out + done.err
     best = done.out.partition("what fits, best first by speed:\n  ")[2].split("  ")[0]
     assert best.startswith("--train.micro_batch_size "), done.out
+
+
+def test_what_is_wrong_with_one_of_several_stands_in_its_row(genscale, tiny_config):
+    said = genscale("plan", tiny_config, "vae/digits", *H100, "--tokens", "1e6", "--train.precision", "bf16")
+    assert said.code == 2 and "refused: --tokens: 1e+06, but family vae trains on no text" in said.out, said.err
+    assert genscale("plan", tiny_config, tiny_config, "--config=gpt/demo", *H100).message() == \
+        "--config=gpt/demo: stands beside 2 configs that are named; name all of them there"
+    assert genscale("plan", tiny_config, tiny_config, *H100, "--search").message().startswith("--search: has no effect beside")
+
+
+@pytest.mark.slow
+def test_what_begins_from_a_run_is_planned_with_its_shape(genscale, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("genscale.verbs.plan.LOOKING", 0.0)
+    vae = genscale("train", "--config", "vae/digits", "--run.dir", tmp_path, "--run.name", "vae", "--model.width", 4,
+                   "--train.steps", 1, "--train.sample_every", 0)
+    assert vae.code == 0, vae.err
+    judge = json.dumps([{"name": "classifier", "run": str(tmp_path / "vae"), "label": "3"}])
+    threes = genscale("plan", "--config", "reward/digits-threes", "--gpu", "a100", "--model.from", tmp_path / "vae",
+                      f"--objective.rewards={judge}", "--json")
+    assert threes.code == 0, threes.err
+    alone = plan(load_config(FAMILIES, tmp_path / "vae" / "config.yaml"), Machine("a100", 1, 1)).step.parameters
+    said = json.loads(threes.out)
+    assert alone < said["parameters"] < alone + 700_000 and said["settings"]["micro_batch_size"] == 16
+
+    words = ("--gpu", "a100", "--objective.tokens", 4, "--data.prompt_tokens", 8, "--json")
+    tuned = genscale("plan", "--config", "reward/sums", *words, "--model.from", trained)
+    assert tuned.code == 0, tuned.err
+    gpt = finished(trained)
+    assert json.loads(tuned.out)["parameters"] == 2 * plan(gpt.config, Machine("a100", 1, 1)).step.parameters
 
 
 def test_configs_stand_side_by_side(genscale, tiny_config, tmp_path):

@@ -63,6 +63,12 @@ def test_the_bytes_of_a_step_are_those_that_are_counted(plan_memory):
     assert found["planned"] == pytest.approx(found["counted"], rel=0.001)
 
 
+def test_the_bytes_of_a_step_by_reward_are_those_that_are_counted(plan_memory):
+    """With the classifier that judges, which is one of the networks."""
+    found = plan_memory.compare(plan_memory.config_of("image_reward", ["train.precision=bf16", "objective.group=16"]))
+    assert found["planned"] == pytest.approx(found["counted"], rel=0.001)
+
+
 @pytest.mark.slow
 def test_the_bytes_of_every_family_are_those_that_are_counted(plan_memory):
     off = {(name, *settings): found["ratio"] for name, settings in list(plan_memory.cases())[::3]
@@ -128,6 +134,13 @@ def test_products_are_those_of_the_formula():
 def _loss_is_chunked(step) -> bool:
     return any(each.kind == "product" and each.head and each.part == "forward" and each.shape[1] == 36
                for each in step.operations)
+
+
+def test_a_rank_of_very_many_takes_no_longer_to_plan():
+    """It is given its part of each parameter, and not those of all: of so many, these would take minutes."""
+    few, many = (planned("parallel.strategy=fsdp2", "train.global_batch_size=32768", "train.precision=bf16", gpus=gpus,
+                         kind="h100") for gpus in (16384, 32768))
+    assert few.memory.at_rest == many.memory.at_rest > 0  # at most one row of each parameter
 
 
 @pytest.mark.slow

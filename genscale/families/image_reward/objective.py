@@ -20,7 +20,7 @@ from genscale.families.image_reward.judge import FrozenClassifier, HeldClassifie
 from genscale.families.image_reward.policies import DecoderPolicy, LatentPolicy, PicturePolicy, Written
 from genscale.families.image_reward.settings import DrawnDataSettings, ImageRewardObjectiveSettings, ImageRewardSettings
 from genscale.models.image_grid import grid_of_rows
-from genscale.objectives.base import Batch, Networks, Objective, Phase, Terms
+from genscale.objectives.base import Batch, Blueprint, Networks, Objective, Phase, Terms
 from genscale.objectives.policy_gradient import STATISTICS, gap_to_optimum, policy_loss
 from genscale.reading import dump_yaml
 from genscale.rewards.collection import Rewards, build_rewards
@@ -89,7 +89,10 @@ class ImagePolicy(Objective):
     def loss(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
         """`policy_loss` over the pictures; statistics besides are the parts of the reward."""
         written = self.policy.write(networks, draws, self.settings.group, self.generating)
-        if draws.rehearsal:  # nobody is asked for anything
+        if draws.rehearsal:  # nobody is asked for anything, and what takes memory here takes it
+            with torch.no_grad():
+                for name in self._judging.values():
+                    networks[name](written.images.flatten(0, 1))
             reward = torch.zeros_like(written.log_p, requires_grad=False)
             parts = dict.fromkeys(self._parts, reward)
         else:
@@ -177,10 +180,16 @@ def validation(settings: DrawnDataSettings, seed: int) -> list[Sample]:
 
 def build(config: ImageRewardConfig, data: DrawnData) -> ImagePolicy:
     """The objective of a run. Raises UserError as `restore` does, and for a precision in which nothing is to be drawn."""
-    if config.train.precision not in PRECISIONS:
-        raise UserError(f"train.precision: {config.train.precision} is too coarse for the density of what is drawn; use bf16 "
-                        "or fp32")
+    _check(config)
     return _build(config, _rewards(config))
+
+
+def blueprint(config: ImageRewardConfig) -> Blueprint:
+    """What a step is planned of: the shapes of the run that it begins from, which `model.started` says, and no weights; without
+    what judges take but classifiers. Raises UserError as `build` does, but for what judges lack."""
+    _check(config)
+    objective = _build(config, UserError("a plan has no judges"))
+    return Blueprint(objective, {"number": torch.empty((), dtype=torch.int64, device="meta")})
 
 
 def restore(config: ImageRewardConfig, folder: Path) -> ImagePolicy:
@@ -206,9 +215,15 @@ def _build(config: ImageRewardConfig, rewards: Rewards | UserError) -> ImagePoli
                        seed=config.run.seed, origin=f"{model.from_}, step {started['step']:,}", classifiers=classifiers)
 
 
-def _rewards(config: ImageRewardConfig) -> Rewards:
+def _check(config: ImageRewardConfig) -> None:
+    if config.train.precision not in PRECISIONS:
+        raise UserError(f"train.precision: {config.train.precision} is too coarse for the density of what is drawn; use bf16 "
+                        "or fp32")
     if config.objective.group < 2:
         raise UserError(f"objective.group: {config.objective.group} picture has no others to be compared with; set at least 2")
+
+
+def _rewards(config: ImageRewardConfig) -> Rewards:
     judges = _started(config.model)["judges"]
 
     def held(asked: ClassifiedSettings) -> HeldClassified:
