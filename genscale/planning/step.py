@@ -25,6 +25,7 @@ from genscale.parallel.planned_zero import LIVE, PlannedZero
 from genscale.parallel.strategies import ParallelPlan
 from genscale.parallel.torch_optimizers import state_tensors
 from genscale.planning.account import Part
+from genscale.planning.cuda_dispatch import as_on_cuda
 from genscale.planning.recorder import Recorder
 from genscale.rng import AHEAD, AHEAD_STEPS, Draws
 from genscale.settings.config import Config
@@ -132,6 +133,8 @@ def trace_step(config: Config, blueprint: Blueprint, spread: Spread, kind: Kind)
             if not engine.whole_weights:
                 set_memory_format(network, torch.contiguous_format)  # as the engine will, while it can be done
         stack.enter_context(planned_on(kind))
+        if kind == "gpu":
+            stack.enter_context(as_on_cuda())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(recorder.recording())
         _prepare(engine, blueprint.objective, config)
