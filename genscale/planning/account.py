@@ -70,7 +70,7 @@ class Exchange:
 
     Attributes:
         name: which one.
-        bytes: of the whole (what an all-gather gives, what a reduce-scatter takes).
+        bytes: of the whole (what an all-gather or a broadcast gives, what a reduce-scatter takes).
         ranks: how many take part.
         within_nodes: whether all of them stand in one node.
         hidden: whether computation goes on meanwhile.
@@ -78,7 +78,7 @@ class Exchange:
         last_only: made in the last micro-batch alone, whose computation is all that goes on meanwhile.
     """
 
-    name: Literal["all_gather", "reduce_scatter", "all_reduce"]
+    name: Literal["all_gather", "reduce_scatter", "all_reduce", "broadcast"]
     phase: str
     part: Part
     bytes: int
