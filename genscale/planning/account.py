@@ -7,7 +7,7 @@ from typing import Literal
 
 Certainty = Literal["exact", "traced", "replayed", "modelled", "assumed"]
 """How a number came about: a closed form that is tested to the byte; the step itself on tensors without storage; a model of the
-caching allocator fed with the trace; a model with measured constants; nothing but experience."""
+caching allocator fed with the trace; a model of a library's code, or one with measured constants; nothing but experience."""
 Part = Literal["forward", "recomputation", "backward", "optimizer", "average"]
 TimeCategory = Literal["matrix products", "attention", "convolutions", "recomputation", "head and loss", "elementwise",
                        "optimizer", "waiting for the network", "launches"]
