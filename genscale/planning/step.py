@@ -25,6 +25,7 @@ from genscale.parallel.planned_zero import LIVE, PlannedZero
 from genscale.parallel.strategies import ParallelPlan
 from genscale.parallel.torch_optimizers import state_tensors
 from genscale.planning.account import Part
+from genscale.planning.cuda_dispatch import as_on_cuda
 from genscale.planning.recorder import Recorder
 from genscale.rng import AHEAD, AHEAD_STEPS, Draws
 from genscale.settings.config import Config
@@ -131,7 +132,9 @@ def trace_step(config: Config, blueprint: Blueprint, spread: Spread, kind: Kind)
             without_values(network)
             if not engine.whole_weights:
                 set_memory_format(network, torch.contiguous_format)  # as the engine will, while it can be done
-        stack.enter_context(planned_on(kind))
+        stack.enter_context(planned_on(kind, lambda tensor: recorder.mark([tensor], HOST)))
+        if kind == "gpu":
+            stack.enter_context(as_on_cuda())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(recorder.recording())
         _prepare(engine, blueprint.objective, config)
@@ -222,7 +225,8 @@ def mark_what_rests(recorder: Recorder, engine: Engine) -> None:
     recorder.mark([tensor for network in engine.networks.values() for tensor in getattr(network, "buckets", ())], "gradients")
     if isinstance(engine, PlannedZero):
         recorder.mark([tensor for flats in (*engine.flats.values(), *engine.kept.values()) for tensor in flats], "weights")
-        recorder.mark([tensor for whole in engine.whole_gradients.values() for tensor in whole], "gradients")
+        kept = (*engine.whole_gradients.values(), *engine.parts.values())
+        recorder.mark([tensor for tensors in kept for tensor in tensors], "gradients")
         recorder.mark(list(engine.buckets.values()), "exchange of gradients")
         recorder.mark(engine.gathered(), "gathered weights")
         recorder.mark(engine.on_host(), HOST)
