@@ -21,30 +21,38 @@ from genscale.settings.config import ParallelSettings
 T = TypeVar("T")
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 """Bytes of DistributedDataParallel's buckets."""
-NAMES: dict[str, Literal["all_gather", "reduce_scatter", "all_reduce"]] = {
+CollectiveName = Literal["all_gather", "reduce_scatter", "all_reduce", "broadcast"]
+NAMES: dict[str, CollectiveName] = {
     "c10d::_allgather_base_": "all_gather", "c10d::allgather_into_tensor_coalesced_": "all_gather",
-    "c10d::allgather_": "all_gather", "c10d::_reduce_scatter_base_": "reduce_scatter",
-    "c10d::reduce_scatter_tensor_coalesced_": "reduce_scatter", "c10d::allreduce_": "all_reduce"}
+    "c10d::allgather_": "all_gather", "_c10d_functional::all_gather_into_tensor": "all_gather",
+    "c10d::_reduce_scatter_base_": "reduce_scatter", "c10d::reduce_scatter_tensor_coalesced_": "reduce_scatter",
+    "c10d::allreduce_": "all_reduce", "c10d::broadcast_": "broadcast"}
 
 
 @dataclass(frozen=True)
 class Collective:
     """A collective of one process; `ranks` are those that take part."""
 
-    name: Literal["all_gather", "reduce_scatter", "all_reduce"]
+    name: CollectiveName
     bytes: int
     ranks: tuple[int, ...]
 
 
-def collective_of(operation: Any, args: Any) -> Collective | None:
-    """Which collective a call is, if any; one of a single process is none."""
+def collective_of(operation: Any, args: Any, out: Any) -> Collective | None:
+    """Which collective a call is, if any."""
     name = NAMES.get(operation._schema.name)
     if name is None:
         return None
-    group = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
-    ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(group)))
-    sizes = [sum(tensor.numel() * tensor.element_size() for tensor in tensors(arg)) for arg in args[:2]]
+    ranks = tuple(dist.get_process_group_ranks(_group_of(args)))
+    sizes = [sum(tensor.numel() * tensor.element_size() for tensor in tensors(arg)) for arg in (*args[:2], out)]
     return Collective(name, max(sizes), ranks)
+
+
+def _group_of(args: Any) -> dist.ProcessGroup:
+    if isinstance(args[-1], str):  # a sharded tensor's, which knows its group by name
+        return dist.distributed_c10d._resolve_process_group(args[-1])
+    found = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
+    return dist.ProcessGroup.unbox(found)
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:

@@ -4,6 +4,10 @@ Stages 1 and 2: the weights, in the precision they compute in, are views of one 
 to twice the number of processes; each process has its part of it in fp32, with the optimizer's state. Stage 3: each process has
 its part of every parameter, rounded up. Gradients go through a bucket, or two in turn where what is in one is sent while the
 next are computed; gathered weights stay until 1e9 elements of them are alive (DeepSpeed's default, which genscale leaves).
+
+What is sent is a copy of the bucket, which all processes of stages 1 and 2 sum up whole, in fp32. Stage 1 in bf16 is another
+optimizer of DeepSpeed: the gradients of backward stay from one micro-batch to the next, and are added up in fp32, whole, all of
+which is copied to be sent. What the optimizer takes is one more copy of this process's part.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from genscale.parallel.pieces import tensor_bytes
 from genscale.parallel.precision import DTYPES
 from genscale.parallel.replicated import ReplicatedEngine
 from genscale.parallel.torch_optimizers import state_tensors
-from genscale.parallel.zero import communication
+from genscale.parallel.zero import LARGEST_BUCKET, communication
 
 LIVE = 1_000_000_000
 """Elements of gathered weights that stay."""
@@ -41,6 +45,7 @@ class PlannedZero(ReplicatedEngine):
         gives_back: whether weights are given back after a forward, and gathered once more for its backward.
         buckets: what stays allocated for the exchange of gradients, by network.
         whole_gradients: in fp32, of stage 1 in bf16.
+        parts: of the gradients, of this process, of stage 3; they stay allocated.
     """
 
     def __init__(self, stage: int, waiting: Callable[[], Any], *args: Any, **kwargs: Any) -> None:
@@ -51,6 +56,8 @@ class PlannedZero(ReplicatedEngine):
         self.kept: dict[str, list[Tensor]] = {}
         self.buckets: dict[str, Tensor] = {}
         self.whole_gradients: dict[str, list[Tensor]] = {}
+        self.parts: dict[str, list[Tensor]] = {}
+        self._new: list[Tensor] = []
         self._sizes: dict[str, int] = {}
         self._sends_meanwhile = False
         self._bucket: Tensor | None = None
@@ -76,6 +83,7 @@ class PlannedZero(ReplicatedEngine):
             self.whole_gradients[name] = [torch.zeros(self._part(group) * self.processes.world_size) for group in groups]
         if self.stage == 3:
             self.buckets[name] = torch.empty(self._sizes[name])
+            self.parts[name] = [torch.zeros_like(flat) for flat in self.flats[name]]
         for parameter in module.parameters():
             parameter.register_post_accumulate_grad_hook(lambda parameter: self._made(parameter))
 
@@ -121,7 +129,7 @@ class PlannedZero(ReplicatedEngine):
             return []
         state = [tensor for optimizer in self.optimizers.values() for tensor in state_tensors(optimizer)]
         averages = [tensor for average in self.averages.values() for tensor in average.held()]
-        return [*(flat for flats in self.flats.values() for flat in flats), *state, *averages]
+        return [*(tensor for tensors in (*self.flats.values(), *self.parts.values()) for tensor in tensors), *state, *averages]
 
     def _make_average(self, name: str) -> Average:
         module = self.modules[name]
@@ -135,7 +143,16 @@ class PlannedZero(ReplicatedEngine):
     def _synchronise_gradients(self, name: str, last: bool) -> None:
         self._last = last
         if self.stage == 3:
+            for each in self._wholes:
+                self._hold_whole(each, True)
             self._gather_all(name)
+
+    def _hold_whole(self, name: str, held: bool) -> None:
+        """Of a network's weights, until a backward has gone through it; what it comes to last stays (embeddings)."""
+        largest = max(parameter.numel() for parameter in self.modules[name].parameters())
+        for whole in self._wholes[name]:
+            numbers = whole.numel() if held else largest if whole.numel() >= largest else 0
+            whole.untyped_storage().resize_(numbers * whole.element_size())
 
     def _gather_all(self, name: str) -> None:
         for whole, part in zip(self._wholes[name], self.kept[name], strict=True):
@@ -145,71 +162,91 @@ class PlannedZero(ReplicatedEngine):
         return False
 
     def backward(self, name: str, loss: Tensor) -> None:
-        self._bucket = self.buckets.get(name)
-        if self.stage < 3 and not self.whole_gradients.get(name):
-            self._bucket = torch.empty(self._sizes[name] * (2 if self._sends_meanwhile else 1))
+        whole = self.whole_gradients.get(name)
+        if self.stage == 3:
+            self._bucket = self.buckets[name]
+        elif self._bucket is None and not whole:
+            self._bucket = torch.empty(self._sizes[name] * (2 if self._sends_meanwhile else 1), dtype=self._dtype)
         if self.stage == 3 and self.gives_back:
             self._gather_all(name)
         loss.backward()
-        self._send()
-        if whole := self.whole_gradients.get(name):
+        if self.stage == 3:
+            self._hold_whole(name, False)
+        if self.stage == 1 and self._last and not whole:
             for parameter in self._parameters[name]:
-                if parameter.grad is not None:
-                    whole[0][:parameter.numel()].add_(parameter.grad.flatten())
-                    parameter.grad = None
-        if self.stage == 1 and self._last and not self.whole_gradients.get(name):
-            self._divide(name)
-        self._bucket = None
+                self._collect(name, parameter)
+        self._send(name)
+        if whole:
+            self._add_up(name)
+        for flat, new in zip(self.flats[name], self._new, strict=False):
+            flat.grad = new if flat.grad is None else flat.grad.add_(new)
+        self._new = []
+        if self.stage > 1 or self._last:
+            self._bucket = None
 
     @torch.no_grad()
+    def _add_up(self, name: str) -> None:
+        """Stage 1 in bf16: all of the gradients, which are summed over the processes after the last backward."""
+        whole = self.whole_gradients[name]
+        for parameter in self._parameters[name]:
+            if parameter.grad is not None:
+                whole[0][:parameter.numel()].add_(parameter.grad.flatten())
+        if self._last:
+            together = sum(map(len, whole)) <= LARGEST_BUCKET
+            for sent in [torch.cat(whole)] if together else whole:
+                with self.waiting():
+                    dist.all_reduce(sent if together else sent.clone())
+
     def _made(self, parameter: nn.Parameter) -> None:
-        """A gradient is there: from stage 2 on it is sent at once, and each process keeps its part."""
+        """A gradient is there: it is sent at once from stage 2 on, and where that goes on meanwhile."""
+        name = next(name for name, parameters in self._parameters.items() if any(each is parameter for each in parameters))
+        if not self.whole_gradients.get(name) and (self.stage > 1 or (self._last and self._sends_meanwhile)):
+            self._collect(name, parameter)
+
+    @torch.no_grad()
+    def _collect(self, name: str, parameter: nn.Parameter) -> None:
+        """Put a gradient into the bucket, in whose place it is from now on, and send what was there if it is full."""
         if parameter.grad is None:
             return
-        name = next(name for name, parameters in self._parameters.items() if any(each is parameter for each in parameters))
-        if self.whole_gradients.get(name):
-            return  # added up after the backward
-        if self.stage > 1:
-            for flat in self.flats[name]:
-                if flat.grad is None:
-                    flat.grad = torch.zeros_like(flat)
-            size = self._sizes[name]
-            if self._filled + parameter.numel() > size:
-                self._send()
-            end = min(self._filled + parameter.numel(), size)
-            self._in_use[self._filled:end].copy_(parameter.grad.flatten()[:end - self._filled])
-            self._filled = end
-            parameter.grad = None
-
-    @property
-    def _in_use(self) -> Tensor:
         assert self._bucket is not None  # a backward is under way
-        return self._bucket
+        size = self._sizes[name]
+        if self._filled + parameter.numel() > size:
+            self._send(name)
+        end = min(self._filled + parameter.numel(), size)
+        self._bucket[self._filled:end].copy_(parameter.grad.flatten()[:end - self._filled])
+        self._filled = end
+        parameter.grad = None
 
-    def _send(self) -> None:
-        """Reduce what is in the bucket."""
+    @torch.no_grad()
+    def _send(self, name: str) -> None:
+        """Reduce what is in the bucket; from it, each process keeps its part."""
         rows = self._filled // self.processes.world_size
-        if rows:
-            sent = self._in_use[:rows * self.processes.world_size]
-            with contextlib.nullcontext() if self._sends_meanwhile else self.waiting():
-                dist.reduce_scatter_tensor(sent[:rows], sent)
+        if not rows or self._bucket is None:
+            return
+        has_part = self.precision != "fp32" and all(flat.grad is not None for flat in self.flats[name])  # which is added to
+        if self.stage < 3 and self.precision != "fp32" and not has_part and not self._new:
+            self._new = [torch.zeros_like(flat) for flat in self.flats[name]]
+        copy = self._bucket[:rows * self.processes.world_size].clone()
+        with contextlib.nullcontext() if self._sends_meanwhile else self.waiting():
+            if self.stage == 3:
+                _ = None if on_gpu(copy) else copy.clone()  # gloo's own
+                dist.reduce_scatter_tensor(copy[:rows], copy)
+            else:
+                dist.all_reduce(copy.float())
+        del copy
+        if self.stage < 3 and self.precision == "fp32" and not self._new:
+            self._new = [torch.zeros_like(flat) for flat in self.flats[name]]
         self._filled = 0
 
-    def _divide(self, name: str) -> None:
-        """Stage 1: whole gradients become parts, after the last backward."""
-        for flat in self.flats[name]:
-            flat.grad = torch.zeros_like(flat)
-            size = self._sizes[name]
-            for start in range(0, len(flat) * self.processes.world_size, size):
-                self._filled = min(len(flat) * self.processes.world_size - start, size)
-                self._send()
-
     def step(self, name: str, leave_out: LeaveOut = never) -> StepResult:
-        for flat in self.flats[name]:
-            if flat.grad is None:
-                flat.grad = torch.zeros_like(flat) if not self.whole_gradients.get(name) else flat.new_zeros(len(flat))
-        for whole in self.whole_gradients.get(name, ()):
-            dist.all_reduce(whole)
+        for number, flat in enumerate(self.flats[name]):
+            if whole := self.whole_gradients.get(name):
+                flat.grad = whole[number][:len(flat)]
+            else:
+                parts = self.parts.get(name)
+                held = parts[number] if parts else flat.grad
+                flat.grad = torch.zeros_like(flat) if held is None else held.clone()
+                del held
         gradients = [flat.grad for flat in self.flats[name] if flat.grad is not None]
         result = StepResult(self.processes.sum(squared_norm(gradients)).sqrt())
         leave_out(result)

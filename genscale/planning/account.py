@@ -7,7 +7,7 @@ from typing import Literal
 
 Certainty = Literal["exact", "traced", "replayed", "modelled", "assumed"]
 """How a number came about: a closed form that is tested to the byte; the step itself on tensors without storage; a model of the
-caching allocator fed with the trace; a model with measured constants; nothing but experience."""
+caching allocator fed with the trace; a model of a library's code, or one with measured constants; nothing but experience."""
 Part = Literal["forward", "recomputation", "backward", "optimizer", "average"]
 TimeCategory = Literal["matrix products", "attention", "convolutions", "recomputation", "head and loss", "elementwise",
                        "optimizer", "waiting for the network", "launches"]
@@ -70,7 +70,7 @@ class Exchange:
 
     Attributes:
         name: which one.
-        bytes: of the whole (what an all-gather gives, what a reduce-scatter takes).
+        bytes: of the whole (what an all-gather or a broadcast gives, what a reduce-scatter takes).
         ranks: how many take part.
         within_nodes: whether all of them stand in one node.
         hidden: whether computation goes on meanwhile.
@@ -78,7 +78,7 @@ class Exchange:
         last_only: made in the last micro-batch alone, whose computation is all that goes on meanwhile.
     """
 
-    name: Literal["all_gather", "reduce_scatter", "all_reduce"]
+    name: Literal["all_gather", "reduce_scatter", "all_reduce", "broadcast"]
     phase: str
     part: Part
     bytes: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -77,8 +78,19 @@ def extrapolated(first: Summary, second: Summary, depths: tuple[int, int], layer
         categories = start.bytes.keys() | end.bytes.keys()
         held = {each: line(start.bytes.get(each, 0), end.bytes.get(each, 0)) for each in categories}
         peaks[place] = Peak(held, _deeper(end.moment, depths[1], layers))
-    return Summary(peaks, _lines(first.work, second.work, line), _lines(first.collectives, second.collectives, line),
+    deep = Summary(peaks, _lines(first.work, second.work, line), _lines(first.collectives, second.collectives, line),
                    line(first.at_rest, second.at_rest), second.kept, second.most_gathered)
+    times = rounds(deep) / rounds(second)
+    dealt = {key: tuple(times * value for value in second.work[key]) for key in deep.work
+             if key.part == "optimizer" and key.kind == "product"}
+    return replace(deep, work=deep.work | dealt)
+
+
+def rounds(summary: Summary) -> int:
+    """In which Muon's matrices are dealt out to the processes, which send each other what they have made: in each, a process
+    makes one matrix orthogonal, also in a last one that is not full. 1 where nothing is dealt out."""
+    sent = [(len(key.ranks), values[0]) for key, values in summary.collectives.items() if key.name == "broadcast"]
+    return max((math.ceil(round(sum(count for _, count in sent) / ranks, 6)) for ranks, _ in sent), default=1)
 
 
 def _deeper(moment: Moment, traced: int, layers: int) -> Moment:

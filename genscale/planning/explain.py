@@ -38,7 +38,8 @@ def explain_memory(plan: Plan) -> str:
               f"{gib(plan.gpu.memory_bytes)} GiB are there, {gib(free)} stay free; {spare}, the expected error "
               f"{gib(plan.expected_error)}: {plan.verdict}",
               "exact: a closed form, tested to the byte; traced: the step itself on tensors without storage; replayed: a model "
-              "of the caching allocator fed with the trace; modelled: measured constants; assumed: experience"]
+              "of the caching allocator fed with the trace; modelled: of a library's code, or with measured constants; "
+              "assumed: experience"]
     return "\n".join(lines)
 
 

@@ -188,12 +188,12 @@ class Recorder(TorchDispatchMode):
         if not all(map(is_local, types)):
             return NotImplemented  # a sharded tensor asks again for its part
         out = operation(*args, **(kwargs or {}))
-        collective = collective_of(operation, args)
+        for tensor in tensors(out):
+            self.see(tensor)
+        collective = collective_of(operation, args, out)
         if collective is not None:
             self._exchanged(collective, args)
             return out
-        for tensor in tensors(out):
-            self.see(tensor)
         if is_gathering(operation):
             self.mark(tensors([out, (kwargs or {}).get("out")]), "gathered weights")
         if self.counts and self.moment.phase:

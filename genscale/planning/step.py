@@ -225,7 +225,8 @@ def mark_what_rests(recorder: Recorder, engine: Engine) -> None:
     recorder.mark([tensor for network in engine.networks.values() for tensor in getattr(network, "buckets", ())], "gradients")
     if isinstance(engine, PlannedZero):
         recorder.mark([tensor for flats in (*engine.flats.values(), *engine.kept.values()) for tensor in flats], "weights")
-        recorder.mark([tensor for whole in engine.whole_gradients.values() for tensor in whole], "gradients")
+        kept = (*engine.whole_gradients.values(), *engine.parts.values())
+        recorder.mark([tensor for tensors in kept for tensor in tensors], "gradients")
         recorder.mark(list(engine.buckets.values()), "exchange of gradients")
         recorder.mark(engine.gathered(), "gathered weights")
         recorder.mark(engine.on_host(), HOST)

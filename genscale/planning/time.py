@@ -149,7 +149,7 @@ def exchange_seconds(exchange: Exchange, machine: Machine, profile: GpuProfile) 
     """One collective, by itself: what each rank of a ring passes on over the slowest link, and the latency.
 
     All data enter every node once, over its network cards together; groups that stand side by side in a node share them. An
-    all-reduce is a reduce-scatter and an all-gather.
+    all-reduce is a reduce-scatter and an all-gather; what is broadcast goes along the ring in pieces, all of it over each link.
     """
     if exchange.ranks < 2:
         return 0.0
@@ -161,7 +161,7 @@ def exchange_seconds(exchange: Exchange, machine: Machine, profile: GpuProfile) 
         network = machine.between_nodes or profile.between_nodes
         rate = min(rate, network * profile.network_share / beside)
     rounds = 2 if exchange.name == "all_reduce" else 1
-    passed_on = exchange.bytes * (exchange.ranks - 1) / exchange.ranks
+    passed_on = exchange.bytes * (1 if exchange.name == "broadcast" else (exchange.ranks - 1) / exchange.ranks)
     return rounds * (passed_on / rate + profile.latency * math.log2(exchange.ranks))
 
 

@@ -32,6 +32,10 @@ both differ by driver, version and topology."""
 COUNT = 4
 """Bytes of AdamW's count of steps, which each parameter has."""
 CERTAINTY: dict[Category, Certainty] = {"weights": "exact", "optimizer state": "exact", "averages": "exact"}
+STAND_INS: dict[str, tuple[Category, ...]] = {
+    "ddp": ("gradients", "exchange of gradients"), "zero": ("gradients", "exchange of gradients", "gathered weights")}
+"""What is no trace of the code that runs, by the strategy's name without its stage: that of DDP and DeepSpeed reads values, so
+that models of it are traced (`genscale.parallel.planned`, `planned_zero`)."""
 
 
 def plan_step(config: Config, machine: Machine) -> PlannedStep:
@@ -58,7 +62,7 @@ def plan_step(config: Config, machine: Machine) -> PlannedStep:
         parameters=parameters, samples=samples,
         tokens=samples * objective.units_per_sample if objective.unit == "tokens" else None,
         micro_batch_size=micro_batch_size, accumulation=accumulation,
-        memory=_memory(summary, machine, checkpoint_bytes(config, objective)),
+        memory=_memory(summary, machine, plan.strategy, checkpoint_bytes(config, objective)),
         operations=summary.operations(), exchanges=summary.exchanges(machine.gpus_per_node))
 
 
@@ -85,9 +89,10 @@ def _reducing_as_deep(config: Config, objective: Objective) -> Config:
     return replace(config, parallel=replace(config.parallel, reduce_gradients=often))
 
 
-def _memory(summary: Summary, machine: Machine, checkpoint_bytes: int) -> PlannedMemory:
+def _memory(summary: Summary, machine: Machine, strategy: str, checkpoint_bytes: int) -> PlannedMemory:
     peak = summary.peak
-    categories: dict[Any, Certainty] = {**CERTAINTY}  # a recorder's are plain texts
+    stand_ins = STAND_INS.get(strategy.rstrip("123"), ())
+    categories: dict[Any, Certainty] = {**CERTAINTY, **dict.fromkeys(stand_ins, "modelled")}  # a recorder's are plain texts
     parts = [MemoryPart(cast(Category, category), round(held), categories.get(category, "traced"))
              for category, held in peak.bytes.items() if round(held)]
     if machine.gpu != CPU:

@@ -1,0 +1,83 @@
+"""A planned step holds and sends what a real step of two processes does."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from genscale.families import FAMILIES
+from genscale.planning import depth
+from genscale.planning.account import Machine
+from genscale.planning.trace import plan_step
+from genscale.settings.parser import parse_config
+from genscale.testing.workers import ask
+
+LAYERS, WIDTH, MLP = 3, 128, 200
+GPT = {"model.family": "gpt", "model.layers": LAYERS, "model.width": WIDTH, "model.heads": 4, "model.mlp_width": MLP,
+       "model.vocab_size": 2048, "model.positions": 64, "model.loss_chunk": 32, "data.sequence_length": 64,
+       "data.tokenizer": "not/here", "train.micro_batch_size": 2}
+
+
+def flags(**others: object) -> list[str]:
+    sections = {"strategy": "parallel", "precision": "train", "global_batch_size": "train", "name": "optimizer"}
+    settings = {**GPT, **{f"{sections[key]}.{key}": each for key, each in others.items()}}
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def planned(*settings: str):
+    return plan_step(parse_config(FAMILIES, list(settings)), Machine("cpu", 2, 2))
+
+
+def sent_by_the_optimizer(step) -> dict[str, int]:
+    sent: dict[str, float] = defaultdict(float)
+    for each in step.exchanges:
+        if each.part == "optimizer":
+            sent[each.name] += each.bytes * each.count
+    return {name: round(size) for name, size in sent.items()}
+
+
+@pytest.mark.slow
+def test_a_step_of_two_processes_holds_and_sends_what_was_planned(tmp_path):
+    """ZeRO's parts are stand-ins for DeepSpeed's code, DDP's for its C++ code; gradients of several micro-batches."""
+    cases = {f"{strategy} {precision} {batch // 4}": {"strategy": strategy, "precision": precision, "global_batch_size": batch}
+             for strategy, precision, batch in [("ddp", "bf16", 8), ("zero1", "bf16", 4), ("zero1", "bf16", 8),
+                                                ("zero3", "fp32", 4), ("zero3", "bf16", 8), ("fsdp2", "fp32", 8),
+                                                ("fsdp2", "bf16", 4)]}
+    cases |= {f"muon {strategy}": {"strategy": strategy, "precision": "fp32", "global_batch_size": 4, "name": "muon"}
+              for strategy in ("ddp", "fsdp2")}
+    real = ask(Path(__file__).with_name("counted_worker.py"),
+               {name: {"strategy": case["strategy"], "precision": case["precision"], "flags": flags(**case)}
+                for name, case in cases.items()}, tmp_path)
+    for name, case in cases.items():
+        step = planned(*flags(**case))
+        assert step.memory.peak == pytest.approx(real[name]["peak"], rel=0.03), name
+        if name.startswith("muon"):
+            assert sent_by_the_optimizer(step) == real[name]["sent"], name
+
+
+def test_muon_sends_each_matrix_to_all():
+    """Whole in fp32, the one process's update to the other; under FSDP2 it is gathered before, its rows rounded up."""
+    matrices = [(3 * WIDTH, WIDTH), (WIDTH, WIDTH), (MLP, WIDTH), (WIDTH, MLP)]
+    whole = LAYERS * sum(4 * rows * columns for rows, columns in matrices)
+    ddp, fsdp2 = (sent_by_the_optimizer(planned(*flags(strategy=strategy, precision="fp32", global_batch_size=4, name="muon")))
+                  for strategy in ("ddp", "fsdp2"))
+    assert ddp["broadcast"] == fsdp2["broadcast"] == fsdp2["all_gather"] == whole
+    assert "all_gather" not in ddp
+
+
+@pytest.mark.slow
+def test_muon_of_a_deep_network_makes_its_share_of_the_matrices_orthogonal(monkeypatch):
+    """Of three or four blocks' matrices a process makes one or two, of 15 blocks' as many as there are rounds; those of the
+    shallow networks are the larger ones."""
+    settings = flags(strategy="ddp", precision="fp32", global_batch_size=16, name="muon")
+    config = parse_config(FAMILIES, [*settings, "--model.layers=15"])
+
+    def orthogonal() -> float:
+        step = plan_step(config, Machine("h100", 8, 8))
+        return sum(each.flops * each.count for each in step.operations if each.part == "optimizer" and each.kind == "product")
+
+    few = orthogonal()
+    monkeypatch.setattr(depth, "CHECK", 15)  # as deep as it is: all of it is traced
+    assert 0.95 < few / orthogonal() < 1.6
