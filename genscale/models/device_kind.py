@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 Kind = Literal["cpu", "gpu"]
 _planned: Kind | None = None  # of the process and not of the thread: backwards may run in another
+_lies_on_host: Callable[[Tensor], None] | None = None
 
 
 def on_gpu(tensor: Tensor) -> bool:
@@ -22,12 +23,21 @@ def is_planned() -> bool:
     return _planned is not None
 
 
+def lies_on_host(tensor: Tensor) -> Tensor:
+    """The tensor, which a step keeps in host memory: in a plan, where all tensors are on one device, that is noted."""
+    if _lies_on_host is not None:
+        _lies_on_host(tensor)
+    return tensor
+
+
 @contextmanager
-def planned_on(kind: Kind) -> Iterator[None]:
-    """Inside, what is computed is planned for a device of this kind, on tensors without values."""
-    global _planned
-    before, _planned = _planned, kind
+def planned_on(kind: Kind, on_host: Callable[[Tensor], None] | None = None) -> Iterator[None]:
+    """Inside, what is computed is planned for a device of this kind, on tensors without values; `on_host` is told of those that
+    a step would keep in host memory."""
+    global _planned, _lies_on_host
+    before = _planned, _lies_on_host
+    _planned, _lies_on_host = kind, on_host
     try:
         yield
     finally:
-        _planned = before
+        _planned, _lies_on_host = before

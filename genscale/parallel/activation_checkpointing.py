@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from genscale.models.device_kind import is_planned, lies_on_host
 from genscale.models.moving_state import MovingState, moving_layers
 
 aten = torch.ops.aten
@@ -128,15 +129,15 @@ def _checkpointed(forward: Callable[..., Any], options: dict[str, Any], offload:
     return recomputing_forward
 
 
-def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
+def _to_host(tensor: Tensor) -> tuple[torch.device | None, Tensor]:
     """A copy in host memory, for which nobody waits: what uses it stands behind it in the same stream."""
     if not tensor.requires_grad:  # a mask, which is the same for all blocks
-        return tensor.device, tensor
+        return None, tensor
     with torch.no_grad():
-        host = torch.empty_like(tensor, device="cpu", requires_grad=False, pin_memory=tensor.is_cuda)
+        host = lies_on_host(torch.empty_like(tensor, device="cpu", requires_grad=False, pin_memory=tensor.is_cuda))
         return tensor.device, host.copy_(tensor, non_blocking=True)
 
 
-def _from_host(kept: tuple[torch.device, Tensor]) -> Tensor:
+def _from_host(kept: tuple[torch.device | None, Tensor]) -> Tensor:
     device, tensor = kept
-    return tensor.to(device, non_blocking=True)
+    return tensor if device is None else tensor.to(device, non_blocking=True, copy=is_planned())

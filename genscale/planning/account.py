@@ -107,6 +107,7 @@ class PlannedMemory:
         at_rest: bytes of weights, optimizer state and averages of one rank between steps, in closed form.
         phase, part, layer: the moment of the peak; layer is the dotted name of the module, or "".
         checkpoint_bytes: of a whole checkpoint, of all ranks together.
+        host: the most bytes of one rank in host memory, of what is offloaded.
     """
 
     parts: tuple[MemoryPart, ...]
@@ -115,6 +116,7 @@ class PlannedMemory:
     part: Part
     layer: str
     checkpoint_bytes: int
+    host: int = 0
 
     @property
     def peak(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from genscale.planning.account import Exchange, Operation
 from genscale.planning.plan import Plan, expected_error
+from genscale.planning.time import FP8_SHARE, FUSED_BYTES
 from genscale.planning.wording import gib, measured, name, rounded
 
 MEANINGS = {
@@ -23,6 +24,21 @@ MEANINGS = {
 }
 SHOWN = 16
 """Operations and collectives of an explanation."""
+
+
+def assumptions(plan: Plan) -> list[str]:
+    """What a plan of this config takes for granted, a line each."""
+    lines, host = [], plan.step.memory.host * min(plan.machine.gpus, plan.machine.gpus_per_node)
+    if plan.config.train.precision == "fp8":
+        lines.append(f"fp8: memory as in bf16; the blocks' products at {FP8_SHARE:.0%} of fp8's peak where bf16 would reach "
+                     "its own (assumed)")
+    if plan.config.parallel.compile:
+        lines.append(f"compiled: memory as without a compiler, which keeps more; the blocks' elementwise work at "
+                     f"{FUSED_BYTES:.0%} of its traffic (assumed)")
+    if host:
+        lines.append(f"offloaded: {gib(host)} GiB of a node's host memory (modelled); the time of the way there and back is "
+                     "not planned")
+    return lines
 
 
 def explain_memory(plan: Plan) -> str:

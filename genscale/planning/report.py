@@ -9,6 +9,7 @@ from typing import get_args
 
 from genscale.planning.account import Category
 from genscale.planning.choose import Candidate, Choices, gain
+from genscale.planning.explain import assumptions
 from genscale.planning.plan import Plan
 from genscale.planning.wording import count, digits, duration, gib, measured, name, rate, rounded, size
 
@@ -26,6 +27,7 @@ def text(plan: Plan) -> str:
     lines = [heading(plan), f"{in_words(plan):<120} {plan.verdict.upper():>12}"]
     left, right = _memory(plan), _time(plan)
     lines += [f"{a:<{WIDTH}}{b}".rstrip() for a, b in zip_longest(left, right, fillvalue="")]
+    lines += assumptions(plan)
     if plan.verdict == "too close":
         lines.append(f"too close: {gib(plan.peak)} +- {gib(plan.expected_error)} GiB do not leave {plan.terms.spare:.0%} of "
                      f"{gib(plan.gpu.memory_bytes)} GiB free, so it may run out of memory")

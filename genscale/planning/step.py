@@ -132,7 +132,7 @@ def trace_step(config: Config, blueprint: Blueprint, spread: Spread, kind: Kind)
             without_values(network)
             if not engine.whole_weights:
                 set_memory_format(network, torch.contiguous_format)  # as the engine will, while it can be done
-        stack.enter_context(planned_on(kind))
+        stack.enter_context(planned_on(kind, lambda tensor: recorder.mark([tensor], HOST)))
         if kind == "gpu":
             stack.enter_context(as_on_cuda())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

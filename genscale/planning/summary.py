@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 from genscale.planning.account import Exchange, Kind, Operation, Part
@@ -61,6 +62,7 @@ class Summary:
         work: calls, FLOPs and bytes of a step.
         collectives: calls and bytes of a step.
         kept: bytes that the caching allocator holds beyond those that are allocated, at their peak.
+        host: the most bytes that are in host memory.
     """
 
     peaks: dict[Place, Peak]
@@ -69,6 +71,7 @@ class Summary:
     at_rest: float
     kept: float
     most_gathered: int | None = None
+    host: float = 0
 
     @property
     def peak(self) -> Peak:
@@ -111,18 +114,26 @@ def summarise(traced: Traced) -> Summary:
     peaks = peaks_of(recorder, traced.first)
     kept = replay(_two_steps(traced), expandable=True).reserved - max(peak.total for peak in peaks.values())
     return Summary(peaks, {key: tuple(values) for key, values in work.items()},
-                   {key: tuple(values) for key, values in collectives.items()}, traced.at_rest, kept, traced.most_gathered)
+                   {key: tuple(values) for key, values in collectives.items()}, traced.at_rest, kept, traced.most_gathered,
+                   _most_on_host(recorder))
+
+
+def _most_on_host(recorder: Recorder) -> int:
+    sizes = (size for storage, size, _ in recorder.events if storage.category == HOST)
+    return max(accumulate(sizes), default=0)
 
 
 def _two_steps(traced: Traced) -> Iterator[tuple[int, int]]:
     """Births and deaths of two steps, after those of what is there between steps."""
     events, before = traced.recorder.events, dict[int, int]()
     for storage, size, _ in events[:traced.first]:
-        before[id(storage)] = before.get(id(storage), 0) + size
+        if storage.category != HOST:
+            before[id(storage)] = before.get(id(storage), 0) + size
     yield from ((which, size) for which, size in before.items() if size)
     for turn in (0, 1):
         for storage, size, _ in events[traced.first:]:
-            yield (id(storage) if turn == 0 else -id(storage)), size
+            if storage.category != HOST:
+                yield (id(storage) if turn == 0 else -id(storage)), size
 
 
 def peaks_of(recorder: Recorder, first: int) -> dict[Place, Peak]:

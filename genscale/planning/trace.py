@@ -99,7 +99,8 @@ def _memory(summary: Summary, machine: Machine, strategy: str, checkpoint_bytes:
         parts.append(MemoryPart("caching allocator", max(0, round(summary.kept)), "replayed"))
         parts.append(MemoryPart("CUDA and NCCL", CONTEXT + (NCCL if machine.gpus > 1 else 0), "assumed"))
     moment = peak.moment
-    return PlannedMemory(tuple(parts), round(summary.at_rest), moment.phase, moment.part, moment.layer, checkpoint_bytes)
+    return PlannedMemory(tuple(parts), round(summary.at_rest), moment.phase, moment.part, moment.layer, checkpoint_bytes,
+                         round(summary.host))
 
 
 def checkpoint_bytes(config: Config, objective: Objective) -> int:

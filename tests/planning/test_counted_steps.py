@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from genscale.families import FAMILIES
 from genscale.planning import depth
 from genscale.planning.account import Machine
+from genscale.planning.explain import assumptions
 from genscale.planning.trace import plan_step
 from genscale.settings.parser import parse_config
 from genscale.testing.workers import ask
@@ -65,6 +67,25 @@ def test_muon_sends_each_matrix_to_all():
                   for strategy in ("ddp", "fsdp2"))
     assert ddp["broadcast"] == fsdp2["broadcast"] == fsdp2["all_gather"] == whole
     assert "all_gather" not in ddp
+
+
+def test_what_activation_offload_keeps_is_on_the_host():
+    """Of each block its input, which is there on the device while its block is computed anew."""
+    settings = [*flags(strategy="ddp", precision="bf16", global_batch_size=8), "--parallel.activation_checkpointing=full"]
+    kept, offloaded = planned(*settings), planned(*settings, "--parallel.activation_offload=true")
+    inputs = 2 * 64 * WIDTH * 4  # (batch, time, width) in fp32: the stream of a network under autocast
+    assert (kept.memory.host, offloaded.memory.host) == (0, LAYERS * inputs)
+    on_device = [sum(part.bytes for part in step.memory.parts if part.category == "activations") for step in (kept, offloaded)]
+    assert on_device[0] - on_device[1] == LAYERS * inputs
+
+
+def test_a_report_says_what_it_takes_for_granted(hand_made, llama):
+    def assumed(memory: int = 0, **parallel: object) -> list[str]:
+        plan = hand_made(llama(**parallel), Machine("h100", 16, 8))
+        step = replace(plan.step, memory=replace(plan.step.memory, host=memory))
+        return [line.partition(":")[0] for line in assumptions(replace(plan, step=step))]
+
+    assert (assumed(compile=False), assumed(compile=True), assumed(2**30, compile=False)) == ([], ["compiled"], ["offloaded"])
 
 
 @pytest.mark.slow
