@@ -50,7 +50,7 @@ def collective_of(operation: Any, args: Any, out: Any) -> Collective | None:
 
 def _group_of(args: Any) -> dist.ProcessGroup:
     if isinstance(args[-1], str):  # a sharded tensor's, which knows its group by name
-        return dist.distributed_c10d._resolve_process_group(args[-1])
+        return dist.distributed_c10d._resolve_process_group(dist.distributed_c10d.GroupName(args[-1]))
     found = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
     return dist.ProcessGroup.unbox(found)
 

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from statistics import median
 from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
@@ -62,7 +63,9 @@ def foretold(trace: Callable[[int], Summary], layers: int, more: int = 0) -> Sum
                         f"these foretell {expected / 2**20:,.1f} MiB, and {found / 2**20:,.1f} MiB were found; set "
                         f"model.layers to at most {CHECK + more}")
     deep = extrapolated(first, second, depths, layers)
-    return replace(deep, kept=third.kept / found * deep.peak.total)  # gaps do not lie on lines
+    # Gaps do not lie on lines: their share of the peak differs twofold from one depth to the next.
+    share = median(each.kept / each.peak.total for each in (first, second, third))
+    return replace(deep, kept=share * deep.peak.total)
 
 
 def extrapolated(first: Summary, second: Summary, depths: tuple[int, int], layers: int) -> Summary:

@@ -91,8 +91,9 @@ def _reducing_as_deep(config: Config, objective: Objective) -> Config:
 
 def _memory(summary: Summary, machine: Machine, strategy: str, checkpoint_bytes: int) -> PlannedMemory:
     peak = summary.peak
-    stand_ins = STAND_INS.get(strategy.rstrip("123"), ())
-    categories: dict[Any, Certainty] = {**CERTAINTY, **dict.fromkeys(stand_ins, "modelled")}  # a recorder's are plain texts
+    categories: dict[Any, Certainty] = {**CERTAINTY}  # a recorder's are plain texts
+    for stand_in in STAND_INS.get(strategy.rstrip("123"), ()):
+        categories[stand_in] = "modelled"
     parts = [MemoryPart(cast(Category, category), round(held), categories.get(category, "traced"))
              for category, held in peak.bytes.items() if round(held)]
     if machine.gpu != CPU:
