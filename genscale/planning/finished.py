@@ -76,8 +76,7 @@ def finished(folder: Path) -> Finished:
     checkpoints = list_checkpoints(folder / "checkpoints")
     if not checkpoints:
         raise UserError(f"--measure: {folder} has no checkpoint, which would say how many processes trained it")
-    manifest = checkpoints[-1].manifest()
-    about: dict[str, Any] = manifest.get("about", {})
+    about, tensors = _told_by(checkpoints[-1])
     processes = int(about.get("world_size", 1))
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if "step_seconds" in line]
     steady = lines[WARM_UP:] or lines[-1:]
@@ -85,7 +84,20 @@ def finished(folder: Path) -> Finished:
     parallel = replace(config.parallel, strategy=about.get("strategy", config.parallel.strategy))
     return Finished(folder, replace(config, parallel=parallel), processes, int(about.get("processes_per_node", processes)),
                     about.get("device"), statistics.median(seconds) if seconds else None, about.get("peak_memory_bytes"),
-                    _tensor_bytes(checkpoints[-1], manifest))
+                    tensors)
+
+
+def _told_by(checkpoint: Checkpoint) -> tuple[dict[str, Any], int]:
+    """What made a checkpoint, and the bytes of its tensors. Raises UserError where it is damaged."""
+    try:
+        manifest = checkpoint.manifest()
+        about = dict(manifest.get("about", {}))
+        if any(not isinstance(about.get(key, 1), int) for key in ("world_size", "processes_per_node")):
+            raise ValueError("about")
+        return about, _tensor_bytes(checkpoint, manifest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"--measure: {checkpoint.path} is damaged ({checkpoint.problem() or 'its manifest'}); move it "
+                        "away, so that the one before it is read") from None
 
 
 def _tensor_bytes(checkpoint: Checkpoint, manifest: dict[str, Any]) -> int:

@@ -155,7 +155,7 @@ def table(plans: Sequence[tuple[str, Plan | str]]) -> str:
     planned = [plan for _, plan in plans if isinstance(plan, Plan)]
     width = max(len(called) for called, _ in plans)
     money = any(plan.money is not None for plan in planned)
-    lines = [f"{'':<{width}}  {'':<12}{'parameters':>10}{'GiB a GPU':>15}{'a step':>10}{'units/s':>12}{'MFU':>6}{'in all':>12}"
+    lines = [f"{'':<{width}}  {'':<12}{'parameters':>10}{'GiB a GPU':>15}{'a step':>10}{'units/s':>12}{'MFU':>6}{'in all':>14}"
              f"{'GPU h':>10}{'money' if money else '':>10}".rstrip()]
     for called, plan in plans:
         if isinstance(plan, str):
@@ -164,7 +164,7 @@ def table(plans: Sequence[tuple[str, Plan | str]]) -> str:
         memory = f"{gib(plan.peak)} of {gib(plan.gpu.memory_bytes)}"
         mfu = "" if plan.time.mfu is None else f"{plan.time.mfu:.0%}"
         lines.append(f"{called:<{width}}  {plan.verdict:<12}{count(plan.step.parameters):>10}{memory:>15}"
-                     f"{duration(plan.time.step):>10}{rounded(plan.units_per_second):>12}{mfu:>6}{duration(plan.seconds):>12}"
+                     f"{duration(plan.time.step):>10}{rounded(plan.units_per_second):>12}{mfu:>6}{duration(plan.seconds):>14}"
                      f"{rounded(plan.gpu_hours):>10}{'' if plan.money is None else rounded(plan.money):>10}".rstrip())
     return "\n".join(lines)
 

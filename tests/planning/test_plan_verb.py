@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,15 @@ def test_what_is_wrong_with_one_of_several_stands_in_its_row(genscale, tiny_conf
     assert genscale("plan", tiny_config, tiny_config, "--config=gpt/demo", *H100).message() == \
         "--config=gpt/demo: stands beside 2 configs that are named; name all of them there"
     assert genscale("plan", tiny_config, tiny_config, *H100, "--search").message().startswith("--search: has no effect beside")
+
+
+@pytest.mark.parametrize("manifest", ["{", '{"files": 3, "about": 5}', '{"files": {}, "about": {"world_size": "two"}}'])
+def test_a_damaged_checkpoint_is_named(manifest, genscale, trained, tmp_path):
+    run = tmp_path / "damaged"
+    shutil.copytree(trained, run)
+    latest = max((run / "checkpoints").iterdir())
+    (latest / "manifest.json").write_text(manifest)
+    assert genscale("plan", "--measure", run, "--gpu", "cpu").message().startswith(f"--measure: {latest} is damaged (")
 
 
 @pytest.mark.slow
