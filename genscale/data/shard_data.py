@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
@@ -73,7 +74,7 @@ class ShardData(Data):
             empty += 1
             for turn in range(first, len(dealt)):
                 number = int(dealt[turn])
-                items = iter(islice(self._read(self._shards[number]), window * self._window, None))
+                items = iter(islice(self._open(self._shards[number]), window * self._window, None))
                 while held := list(islice(items, self._window)):
                     order = permutation(len(held), self._seed, "window", epoch, number, window)
                     for at in range(done, len(held)):
@@ -84,6 +85,13 @@ class ShardData(Data):
                 window = done = 0
             epoch, first = epoch + 1, 0
         raise UserError(f"data: lane {lane} was dealt nothing but empty shards in {EMPTY_EPOCHS} epochs; leave these out")
+
+    def _open(self, shard: Any) -> Iterable[Any]:
+        """The items of a shard. A stream of Hugging Face keeps in itself where it is read, so that two who begin at a time move
+        each other on: each has one of its own."""
+        if (library := sys.modules.get("datasets")) and isinstance(shard, library.IterableDataset):
+            shard = shard.shard(num_shards=1, index=0)
+        return self._read(shard)
 
     def validation(self) -> list[Sample]:
         """The validation samples, in their order."""
@@ -96,7 +104,7 @@ class ShardData(Data):
                             "`read` that opens one")
         found = 0
         for shard in self._shards:
-            found += sum(1 for _ in islice(self._read(shard), global_batch_size - found))
+            found += sum(1 for _ in islice(self._open(shard), global_batch_size - found))
             if found >= global_batch_size:
                 break
         else:
@@ -107,7 +115,7 @@ class ShardData(Data):
     def _firsts(self) -> Iterator[Sample]:
         """The first samples of shards, of those that have one."""
         for shard in self._shards:
-            yield from (self._sample(item) for item in islice(self._read(shard), 1))
+            yield from (self._sample(item) for item in islice(self._open(shard), 1))
 
     @cached_property
     def _content(self) -> str:

@@ -125,7 +125,7 @@ def ways(choices: Choices) -> str:
     if choices.unplanned:
         lines.append(f"{len(choices.unplanned)} more cannot be planned: {choices.unplanned[0].partition('; set ')[0]}")
     if choices.left_out:
-        lines.append(f"stopped looking, for time was up: {choices.left_out} more were not looked at; --search looks at all")
+        lines.append(f"stopped looking, for time was up (not looked at: {choices.left_out}); --search looks at all")
     return "\n".join(lines)
 
 

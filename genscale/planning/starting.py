@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import subprocess
 import sys
-from dataclasses import replace
+import tempfile
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from genscale.checkpoint.checkpoints import Checkpoint
 from genscale.errors import UserError
+from genscale.families import FAMILIES
 from genscale.parallel.launch_request import LaunchRequest, read_launch_request
 from genscale.parallel.processes import on_cpu
 from genscale.parallel.strategies import plan_parallel
@@ -28,12 +30,12 @@ from genscale.planning.plan import plan, plan_shaped, with_size
 from genscale.planning.profiles import GpuProfile, profile, profile_names
 from genscale.planning.wording import gib
 from genscale.settings.config import PLAN, Config
-from genscale.supervise.run_folder import recorded_in, run_folder
+from genscale.settings.parser import load_config
+from genscale.supervise.run_folder import config_yaml, recorded_in, run_folder
 from genscale.training.setup import derive_accumulation
 
 LOOKING = 20.0
 """Seconds of computing to look for what would fit, where no micro-batch does."""
-UNKNOWN = "is asked in a process of its own, which cannot load a family that stands in a script or a notebook"
 ASK = "from genscale.planning.starting import answer; answer()"
 
 
@@ -102,17 +104,14 @@ def _question(config: Config, gpu: GpuProfile, request: LaunchRequest) -> tuple[
             Machine(gpu.name, request.world_size, each), gpu)
 
 
-def _asked(*question: object) -> tuple[int, str]:
+def _asked(config: Config, machine: Machine, gpu: GpuProfile) -> tuple[int, str]:
     """The micro-batch size and what it takes, in words. Raises UserError."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": ""}
-    try:
-        asked = pickle.dumps(question)
-    except (AttributeError, TypeError, pickle.PicklingError) as error:
-        raise UserError(f"train.micro_batch_size: plan {UNKNOWN} ({error}); give a number, or make a package of it") from None
-    done = subprocess.run([sys.executable, "-c", ASK], input=asked, capture_output=True, env=environment,
-                          check=False)
+    question = {"config": config_yaml(config), "machine": asdict(machine), "gpu": asdict(gpu)}
+    done = subprocess.run([sys.executable, "-c", ASK], input=json.dumps(question), capture_output=True, text=True,
+                          errors="replace", env=environment, check=False)
     if done.returncode:
-        why = (done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise UserError(f"train.micro_batch_size: plan cannot be asked, for the process that plans has failed ({why}); give a "
                         "number")
     said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -123,13 +122,23 @@ def _asked(*question: object) -> tuple[int, str]:
 
 def answer() -> None:
     """In the process that plans: reads a question from standard input, and writes the answer to standard output."""
+    asked = json.load(sys.stdin)
     try:
-        said = answered(*pickle.load(sys.stdin.buffer))
+        said = answered(_read(asked["config"]), Machine(**asked["machine"]), GpuProfile(**asked["gpu"]))
     except UserError as error:
         said = {"refused": str(error)}
-    except (AttributeError, ImportError) as error:  # of settings that stand in the script which has been started
-        said = {"refused": f"train.micro_batch_size: plan {UNKNOWN} ({error}); give a number, or make a package of it"}
     print(json.dumps(said))
+
+
+def _read(config: str) -> Config:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(config)
+        try:
+            return load_config(FAMILIES, file)
+        except UserError as error:  # of a family or a reward that stands in the script which has been started
+            raise UserError("train.micro_batch_size: plan is asked in a process of its own, which knows no family and no "
+                            f"reward of a script or a notebook ({error}); give a number, or make a package of it") from None
 
 
 def answered(config: Config, machine: Machine, gpu: GpuProfile) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import datasets
 import numpy as np
@@ -57,6 +59,18 @@ def test_same_samples_at_any_number_of_processes_and_from_any_position(kind):
     then, ledger_then, _ = read(DATA[kind](), 7, world_size=3, state=state)
     assert first + then == straight
     assert ledger_first + ledger_then == ledger
+
+
+def test_threads_that_read_one_stream_do_not_move_each_other():
+    """As the thread that loads ahead and one that validates may; a stream of Hugging Face counts in itself what is read."""
+    data = DATA["stream"]()
+    first = [int(sample["y"]) for sample, _ in islice(data.open_lane(0), 30)]
+
+    def read_on(_: int) -> bool:
+        return all([int(sample["y"]) for sample, _ in islice(data.open_lane(0), 30)] == first for _ in range(40))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(read_on, range(4)))
 
 
 @pytest.mark.parametrize("kind", ["tensors", "hugging face"])

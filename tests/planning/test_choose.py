@@ -85,7 +85,7 @@ def test_a_way_that_would_take_too_long_is_not_begun(hand_made, llama):
     yours = hand_made(llama(), MACHINE)
     choices = Chooser(yours, seconds=5.0, planner=hand_made, each=6.0).neighbours()
     assert choices.fitting == (choices.yours,) and choices.left_out > 3
-    assert f"\nstopped looking, for time was up: {choices.left_out} more were not looked at; --search" in ways(choices)
+    assert f"\nstopped looking, for time was up (not looked at: {choices.left_out}); --search" in ways(choices)
 
 
 def test_what_does_not_fit_is_told_the_nearest_that_does(hand_made, llama):

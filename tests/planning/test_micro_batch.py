@@ -16,7 +16,7 @@ from genscale.families import FAMILIES
 from genscale.planning.account import Machine
 from genscale.planning.plan import Terms, largest_that_fits, with_size
 from genscale.planning.profiles import profile
-from genscale.planning.starting import answered, recorded_size, with_planned_size
+from genscale.planning.starting import _read, answered, recorded_size, with_planned_size
 from genscale.reading import read_yaml
 from genscale.settings.parser import load_config
 from genscale.testing.processes import run
@@ -89,6 +89,11 @@ def test_who_cannot_ask_is_told_a_number(genscale, tiny_config, tmp_path):
     normed = genscale("plan", "--config", "dcgan/dcgan-64", "--gpu", "h100", "--train.micro_batch_size", "plan").message()
     assert normed.startswith("train.micro_batch_size: plan would let the kind of GPU decide which samples of a step are normal")
     assert normed.endswith("; give a number, as 128")
+
+
+def test_a_family_of_a_script_cannot_be_asked_for():
+    with pytest.raises(UserError, match=r"^train.micro_batch_size: plan is asked in a process of its own, .*mine.*; give a n"):
+        _read("model: {family: mine}")
 
 
 def test_processes_with_other_micro_batches_are_refused():

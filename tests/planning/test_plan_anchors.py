@@ -9,6 +9,7 @@ import pytest
 
 from genscale.families import FAMILIES
 from genscale.planning.account import Machine, PlannedStep
+from genscale.planning.plan import plan
 from genscale.planning.profiles import profile
 from genscale.planning.trace import plan_step
 from genscale.settings.parser import parse_config
@@ -99,3 +100,17 @@ def test_the_closed_form_does_what_is_traced(monkeypatch):
     heads = [sum(each.flops * each.count for each in step.operations if each.head and each.kind == "product")
              for step in (traced, closed)]
     assert heads[0] == heads[1] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recomputed", "fits"), [("selective", False), ("full", True)])
+def test_a_run_that_was_out_of_memory_is_not_said_to_fit(recomputed, fits):
+    """torchtitan's, of Llama 2 70B on 64 A100 with 80 GB: two texts a GPU with every second product computed again were out of
+    memory (docs/performance.md of 877991a70^, footnote 3); blocks computed again whole fit."""
+    config = parse_config(FAMILIES, [
+        "--model.family=gpt", "--model.preset=llama", "--model.layers=80", "--model.heads=64", "--model.kv_heads=8",
+        "--model.width=8192", "--model.mlp_width=28672", "--model.positions=4096", "--model.vocab_size=32000",
+        "--data.source=python-stdlib", "--data.tokenizer=bytes", "--data.sequence_length=4096", "--train.global_batch_size=128",
+        "--train.micro_batch_size=2", "--train.precision=bf16", "--parallel.strategy=fsdp2",
+        f"--parallel.activation_checkpointing={recomputed}"])
+    assert plan(config, Machine("a100", 64, 8)).fits == fits
