@@ -163,7 +163,8 @@ def test_a_loss_that_is_no_number_on_one_rank_only(strategy, genscale_process, t
     pytest.param(["--parallel.strategy", "single"], ["parallel.strategy", "single", "one process", "ddp"],
                  marks=pytest.mark.slow),
     pytest.param(["--data.source", "nowhere.txt"], ["data.source=nowhere.txt", "no such file"], marks=MATRIX),
-    (["--train.global_batch_size", 4096], ["train.global_batch_size=4096", "less than one global batch"]),
+    pytest.param(["--train.global_batch_size", 4096], ["train.global_batch_size=4096", "less than one global batch"],
+                 marks=pytest.mark.slow),
     pytest.param(["--model.heads", 3], ["model.heads", "3"], marks=MATRIX),
     pytest.param(["--run.resume", "nowhere"], ["run.resume", "nowhere"], marks=pytest.mark.slow),
 ])  # fmt: skip
@@ -172,6 +173,29 @@ def test_two_processes_say_it_once_and_end(arguments, words, genscale_process, t
     assert done.code == 2
     assert "Traceback" not in done.err
     holds(done.one_error(), *words)
+    assert logged_steps(tiny_run) == []
+
+
+SLOW_TO_SPEAK = """
+import sys, time
+from genscale.cli import start
+from genscale.supervise.ending import Ending
+claim = Ending.claim
+def planted(self, *arguments):
+    ours = claim(self, *arguments)
+    time.sleep(3 * ours)
+    return ours
+Ending.claim = planted
+start(["train", *sys.argv[1:]])
+"""
+
+
+def test_who_has_nothing_to_say_does_not_end_who_has(genscale_process, tiny_config, tiny_run, logged_steps, tmp_path):
+    """The launcher ends all processes as soon as one has failed."""
+    script = tmp_path / "planted.py"
+    script.write_text(SLOW_TO_SPEAK)
+    done = genscale_process(script, "--config", tiny_config, "--train.global_batch_size", 4096, command=ACCELERATE, timeout=60)
+    holds(done.one_error(), "train.global_batch_size=4096", "less than one global batch")
     assert logged_steps(tiny_run) == []
 
 
