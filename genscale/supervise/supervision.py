@@ -17,7 +17,7 @@ from genscale.parallel.processes import Processes, lost_peer
 from genscale.supervise.ending import Ending, PeerLost
 from genscale.supervise.run_folder import create_run_folder
 from genscale.supervise.run_owner import RunOwner
-from genscale.supervise.signals import StopSignal
+from genscale.supervise.signals import Stopped, StopSignal
 from genscale.supervise.watchdog import Watchdog
 from genscale.tracking.run_logging import setup_logging
 
@@ -112,7 +112,8 @@ class Supervision:
                             "another folder") from None
 
     def _fall(self, error: BaseException) -> None:
-        self.stop.loop_begins()  # a signal ends nothing any more, and must not come between this process and its word
+        if not isinstance(error, Stopped):  # a signal ends nothing any more, and must not come before this process's word
+            self.stop.loop_begins()
         self.failed(error)
         if _is_consequence(error):
             launched_together = has_launcher() and os.environ.get("LOCAL_WORLD_SIZE") != "1"
