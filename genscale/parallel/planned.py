@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -51,7 +51,7 @@ def collective_of(operation: Any, args: Any, out: Any) -> Collective | None:
 
 def _group_of(args: Any) -> dist.ProcessGroup:
     if isinstance(args[-1], str):  # a sharded tensor's, which knows its group by name
-        return dist.distributed_c10d._resolve_process_group(dist.distributed_c10d.GroupName(args[-1]))
+        return dist.distributed_c10d._resolve_process_group(cast(Any, args[-1]))
     found = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
     return dist.ProcessGroup.unbox(found)
 
