@@ -190,8 +190,8 @@ start(["train", *sys.argv[1:]])
 """
 
 
-def test_who_has_nothing_to_say_does_not_end_who_has(genscale_process, tiny_config, tiny_run, logged_steps, tmp_path):
-    """The launcher ends all processes as soon as one has failed."""
+def test_the_launchers_signal_takes_no_process_the_word(genscale_process, tiny_config, tiny_run, logged_steps, tmp_path):
+    """It ends all processes as soon as one has failed, which may be one that leaves the word to another."""
     script = tmp_path / "planted.py"
     script.write_text(SLOW_TO_SPEAK)
     done = genscale_process(script, "--config", tiny_config, "--train.global_batch_size", 4096, command=ACCELERATE, timeout=60)

@@ -25,8 +25,6 @@ PATIENCE = 1.0
 """Seconds that a process whose peer is gone waits for a word about it. (A peer that fails by itself speaks first.)"""
 LAUNCHER_PATIENCE = 3.0
 """The same where the peer may be one of this process's launcher, which then ends this one, and says why."""
-SPEAKING = 10.0
-"""Seconds that a process has to say why the run ends and to be gone, before those that have nothing to say are."""
 
 
 def group_timeout_minutes(hang_minutes: float) -> float:
@@ -90,6 +88,10 @@ class Supervision:
 
     def failed(self, error: BaseException) -> None:
         """To be told at once, before anything is closed: what this process brings down must not speak first."""
+        if not isinstance(error, Stopped):
+            # A launcher ends all processes as soon as one has failed, perhaps one that leaves the word to this one: its signal
+            # has nothing to stop any more, and must not be what is told.
+            self.stop.loop_begins()
         if not _is_consequence(error):
             self._ending.failed(error)
 
@@ -112,8 +114,6 @@ class Supervision:
                             "another folder") from None
 
     def _fall(self, error: BaseException) -> None:
-        if not isinstance(error, Stopped):  # a signal ends nothing any more, and must not come before this process's word
-            self.stop.loop_begins()
         self.failed(error)
         if _is_consequence(error):
             launched_together = has_launcher() and os.environ.get("LOCAL_WORLD_SIZE") != "1"
@@ -129,14 +129,7 @@ class Supervision:
                 if self._ending.is_ours():
                     raise gone from None
         if not self._ending.is_ours():
-            self._let_speak()
             raise SystemExit((self._ending.said() or {}).get("exit_code", exit_codes.OUR_ERROR)) from None
-
-    def _let_speak(self) -> None:
-        """A launcher ends all processes as soon as one has failed: that must be the one that speaks."""
-        deadline = time.monotonic() + SPEAKING
-        while has_launcher() and not self.stop.received and time.monotonic() < deadline:
-            time.sleep(0.1)
 
     def _release(self) -> None:
         if self.owner is not None:
