@@ -184,6 +184,13 @@ def _first_chunk(tensor: Tensor, num_chunks: int, dim: int) -> list[Tensor]:
     return [tensor.narrow(dim, 0, min(size, -(-size // num_chunks)))]
 
 
+def stood_in_for(strategy: str) -> tuple[str, ...]:
+    """The categories of memory that are no trace of the code that runs: that of DDP and DeepSpeed reads values, so that models
+    of it are traced (`planned_engine`)."""
+    held = ("gradients", "exchange of gradients")
+    return {"ddp": held, "zero": (*held, "gathered weights")}.get(strategy.rstrip("123"), ())
+
+
 def planned_engine(plan: ParallelPlan, processes: PlannedProcesses, settings: ParallelSettings, precision: str,
                    *options: Any) -> Engine:
     """The engine of a plan; takes what `Engine` takes. That of ZeRO is one that keeps and sends what DeepSpeed would."""

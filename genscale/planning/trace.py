@@ -13,6 +13,7 @@ from genscale.models.device_kind import Kind
 from genscale.objectives.base import Objective
 from genscale.parallel.fsdp2 import WHOLE_GRADIENTS
 from genscale.parallel.materialise import materialise, named_state
+from genscale.parallel.planned import stood_in_for
 from genscale.parallel.strategies import check_objective, plan_elsewhere
 from genscale.parallel.torch_optimizers import moments
 from genscale.planning.account import Category, Certainty, Machine, MemoryPart, PlannedMemory, PlannedStep
@@ -32,10 +33,6 @@ both differ by driver, version and topology."""
 COUNT = 4
 """Bytes of AdamW's count of steps, which each parameter has."""
 CERTAINTY: dict[Category, Certainty] = {"weights": "exact", "optimizer state": "exact", "averages": "exact"}
-STAND_INS: dict[str, tuple[Category, ...]] = {
-    "ddp": ("gradients", "exchange of gradients"), "zero": ("gradients", "exchange of gradients", "gathered weights")}
-"""What is no trace of the code that runs, by the strategy's name without its stage: that of DDP and DeepSpeed reads values, so
-that models of it are traced (`genscale.parallel.planned`, `planned_zero`)."""
 
 
 def plan_step(config: Config, machine: Machine) -> PlannedStep:
@@ -92,7 +89,7 @@ def _reducing_as_deep(config: Config, objective: Objective) -> Config:
 def _memory(summary: Summary, machine: Machine, strategy: str, checkpoint_bytes: int) -> PlannedMemory:
     peak = summary.peak
     categories: dict[Any, Certainty] = {**CERTAINTY}  # a recorder's are plain texts
-    for stand_in in STAND_INS.get(strategy.rstrip("123"), ()):
+    for stand_in in stood_in_for(strategy):
         categories[stand_in] = "modelled"
     parts = [MemoryPart(cast(Category, category), round(held), categories.get(category, "traced"))
              for category, held in peak.bytes.items() if round(held)]
