@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from genscale.parallel.averages import local
@@ -19,6 +20,7 @@ from genscale.planning.account import Part
 from genscale.planning.work import Work, work_of
 
 RESIZE = torch.UntypedStorage.resize_
+ASK_SHAPES = ShardingPropagator._propagate_tensor_meta_non_cached
 
 
 class Moment(NamedTuple):
@@ -71,6 +73,7 @@ class Recorder(TorchDispatchMode):
             defaultdict(lambda: defaultdict(int))
         self.watched: dict[nn.Module, tuple[str, str]] = {}
         self.moment, self.waits, self.counts = Moment(), False, True
+        self._is_asking = False
         self._live: dict[int, Storage] = {}
         self._depth = 0
         self._hooks: list[Any] = []
@@ -188,6 +191,8 @@ class Recorder(TorchDispatchMode):
         if not all(map(is_local, types)):
             return NotImplemented  # a sharded tensor asks again for its part
         out = operation(*args, **(kwargs or {}))
+        if self._is_asking:
+            return out
         for tensor in tensors(out):
             self.see(tensor)
         collective = collective_of(operation, args, out)
@@ -224,11 +229,21 @@ class Recorder(TorchDispatchMode):
         def resize(storage: torch.UntypedStorage, size: int) -> Any:
             return self._resize(storage, size)
 
+        def ask_shapes(propagator: ShardingPropagator, schema: Any) -> Any:
+            """Torch 2.11 asks for the shapes of a sharded operation's results by whole tensors, which no run has."""
+            self._is_asking = True
+            try:
+                return ASK_SHAPES(propagator, schema)
+            finally:
+                self._is_asking = False
+
         torch.UntypedStorage.resize_ = resize  # type: ignore[assignment, method-assign]
+        ShardingPropagator._propagate_tensor_meta_non_cached = ask_shapes  # type: ignore[method-assign]
         try:
             with self:
                 yield
         finally:
             torch.UntypedStorage.resize_ = RESIZE  # type: ignore[method-assign]
+            ShardingPropagator._propagate_tensor_meta_non_cached = ASK_SHAPES  # type: ignore[method-assign]
             for hook in hooks:
                 hook.remove()

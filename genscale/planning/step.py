@@ -100,14 +100,15 @@ class _ByShape(Draws):
         self._ahead = ahead
 
     def keys(self, stream: str) -> Tensor:
-        return torch.zeros(len(self.samples), dtype=torch.int64)
+        return torch.zeros(len(self.samples), dtype=torch.int64, device=self.device)
 
     def _draw(self, kind: str, stream: str, shape: tuple[int, ...]) -> Tensor:
         wanted = (len(self.samples), *shape)
         steps = min(AHEAD // max(1, math.prod(wanted)), AHEAD_STEPS)
         if steps >= 2:
-            self._ahead.setdefault((self.scope, kind, stream, shape, id(self.samples)), torch.zeros(steps, *wanted))
-        return torch.zeros(wanted)
+            drawn = torch.zeros(steps, *wanted, device=self.device)
+            self._ahead.setdefault((self.scope, kind, stream, shape, id(self.samples)), drawn)
+        return torch.zeros(wanted, device=self.device)
 
 
 def trace_step(config: Config, blueprint: Blueprint, spread: Spread, kind: Kind) -> Traced:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -16,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from genscale.errors import UserError
 from genscale.families.gpt.decoding import generate
 from genscale.families.gpt.network import GPT, GPTSettings, KeyValueCache
+from genscale.models.device_kind import planned_on
 from genscale.parallel.activation_checkpointing import checkpoint_activations
 
 SHAPES = [GPTSettings(layers=1, heads=1, width=8, positions=16), GPTSettings(layers=3, heads=4, width=32, positions=24),
@@ -327,3 +329,35 @@ def test_greedy_decoding_equals_transformers() -> None:
                                              attention_mask=torch.ones_like(prompts))
     ours = generate(network, prompts, 34, positions=40, generators=[torch.Generator()] * 2, temperature=0)
     assert torch.equal(ours, expected) and len(set(ours[0, 6:].tolist())) > 3
+
+
+class Kernels(TorchFunctionMode):
+    """Notes how attention and normalisation are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.alike = [], []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            self.shared.append(kwargs["enable_gqa"])
+        if function is F.rms_norm:
+            self.alike.append(args[0].dtype == (*args[2:3], (kwargs or {}).get("weight"))[0].dtype)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gpu_is_asked_for_what_it_has_kernels_for(precision):
+    """None in fp32 shares keys among queries (CUDA would compute all scores in the open), and none normalises bf16 by weights
+    in fp32."""
+    settings = GPTSettings(preset="qwen3", layers=1, heads=4, kv_heads=2, width=32, positions=8)
+    network = GPT(settings, 16)
+    network.initialise(0)
+    tokens = torch.randint(16, (2, 8))
+    with planned_on("gpu"), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), Kernels() as gpu:
+        network(tokens)
+    assert gpu.shared == [precision == "bf16"]
+    assert all(gpu.alike) and len(gpu.alike) == 5
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), Kernels() as cpu:
+        network(tokens)
+    assert cpu.shared == [False]

@@ -84,6 +84,8 @@ class Attention(nn.Module):
         heads = self.query_key_value(x).unflatten(-1, (-1, s.head_width)).transpose(1, 2)
         query, key, value = heads.split((s.heads, s.kv_heads, s.kv_heads), dim=1)
         if s.qk_norm:
+            if on_gpu(query):  # whose kernel for this takes weights and numbers of one type; else it is ten operations
+                query, key = query.to(self.query_norm.weight.dtype), key.to(self.key_norm.weight.dtype)
             query, key = self.query_norm(query), self.key_norm(key)
         if rotation is not None:
             cosine, sine = rotation.view(torch.float32).chunk(2, dim=-1)
@@ -91,8 +93,8 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)
         dropout = dropout_keys is not None and s.attention_dropout > 0
-        # A GPU's kernels share keys and values among queries themselves, but for those that take a mask.
-        shares = s.kv_heads != s.heads and on_gpu(key) and mask is None and not dropout
+        # A GPU's kernels share keys and values among queries themselves, but for those that take a mask or fp32.
+        shares = s.kv_heads != s.heads and on_gpu(key) and mask is None and not dropout and _computes_in_16_bits(key)
         if s.kv_heads != s.heads and not shares:
             key, value = (part.repeat_interleave(s.heads // s.kv_heads, dim=1) for part in (key, value))
         if dropout_keys is not None and dropout:
@@ -101,6 +103,11 @@ class Attention(nn.Module):
             causal = mask is None and query.shape[2] > 1
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=shares)
         return self.output(mixed.transpose(1, 2).flatten(2))
+
+
+def _computes_in_16_bits(tensor: Tensor) -> bool:
+    kind = tensor.device.type
+    return (torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype).itemsize == 2
 
 
 def _attention_with_dropout(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_keys: Tensor, stream: int,

@@ -161,8 +161,8 @@ class RewardTuning(Objective):
             answers = self.writer.write(rollout, Prompts.of(batch["prompt"].long()), uniforms)
         parts, total = self._judged(batch, answers, "preview")
         lines = []
-        for row, tokens, mask, reward, each in zip(batch["row"].cpu().numpy(), answers.tokens, answers.mask, total, parts,
-                                                   strict=True):
+        for row, tokens, mask, reward, each in zip(batch["row"].cpu().numpy(), answers.tokens.cpu(), answers.mask.cpu(),
+                                                   total.tolist(), parts.tolist(), strict=True):
             of = ", ".join(f"{name.removeprefix('reward_')} {value:g}" for name, value in zip(self.parts, each, strict=True))
             said = self.tokenizer.decode(tokens[mask].tolist())
             lines.append(f"--- reward {reward:g} ({of})\n{told_of(row.tobytes())[0]}{said}")
