@@ -53,7 +53,11 @@ def networks() -> Iterator[dict[str, Any]]:
             run = small(name, accumulation=1)
             run.step(3)
             watch.forget()
-            run.step()
+            torch.cuda.set_sync_debug_mode("error")  # sees what is copied beneath torch's dispatch
+            try:
+                run.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
         attention = sorted(operation for operation in watch.operations if "attention" in operation)
         yield {"network": name, "operations": watch.operations.total(), "casts": watch.casts, "layouts": watch.layouts,
                "attention": attention, "waits": watch.waits}

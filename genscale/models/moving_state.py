@@ -34,7 +34,7 @@ class MovingState(nn.Module):
         ...
         ...     def forward(self, x: Tensor) -> Tensor:  # (batch, width)
         ...         if self.moves:
-        ...             self.sums += torch.cat([x.detach().sum(0), x.new_tensor([len(x)])])
+        ...             self.sums += torch.cat([x.detach().sum(0), x.new_full((1,), len(x))])
         ...         return x - self.mean
         ...
         ...     def end_update(self) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import genscale
@@ -21,6 +23,24 @@ VARIANTS = {
               "model.generator_norm": "group", "model.discriminator_norm": "none"},
     "vae": {"objective.importance_samples": 2}, "gpt": {"model.dropout": 0.1, "data.separate_documents": True},
 }  # fmt: skip
+
+
+MAKES = {torch.tensor, torch.as_tensor, Tensor.new_tensor}
+
+
+class Numbers(TorchFunctionMode):
+    """Notes tensors on the device that are made of the host's numbers: a copy that is waited for, and that no dispatch mode
+    sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if function in MAKES and out.is_meta:
+            self.found.append(f"{function.__name__} of {args[-1]}")
+        return out
 
 
 class BlockingCopies(TorchDispatchMode):
@@ -45,7 +65,7 @@ def plain(name: str, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize(("name", "settings"), [
-    *((name, {}) for name in FAMILIES if "reward" not in name), *VARIANTS.items()])
+    *((name, {}) for name in FAMILIES if "reward" not in name), *VARIANTS.items(), ("vae", {"model.likelihood": "bernoulli"})])
 def test_no_loss_waits_for_the_device(name, settings):
     """But for those that are rewarded: who judges what was written must read it."""
     config = plain(name, **settings)
@@ -60,10 +80,10 @@ def test_no_loss_waits_for_the_device(name, settings):
     networks = {key: network.to(META) for key, network in objective.networks.items()}
     for phase in objective.phases:
         draws = Draws(1, phase.name, 3, batch["sample"], META)
-        with BlockingCopies() as copies:
+        with BlockingCopies() as copies, Numbers() as numbers:
             terms = phase.loss(networks, batch, draws)
             sum(value for term, value in terms.items() if term not in phase.statistics).backward()
-        assert not copies.found, (phase.name, copies.found)
+        assert not copies.found + numbers.found, (phase.name, copies.found, numbers.found)
 
 
 def test_a_copy_that_waits_is_seen():
@@ -71,3 +91,7 @@ def test_a_copy_that_waits_is_seen():
         torch.ones(3).to(META)
         torch.ones(4).to(META, non_blocking=True)
     assert copies.found == ["(3,)"]
+    with Numbers() as numbers:
+        torch.ones(3, device=META).new_tensor(2.0)
+        torch.tensor(3.0)
+    assert numbers.found == ["new_tensor of 2.0"]

@@ -189,7 +189,7 @@ class DecoderLayers(nn.Module):
             return location, self._above_floor(log_scale)
         if self.shared_scale is not None:
             return x, self._above_floor(self.shared_scale())
-        return x, x.new_tensor(0.0 if self.scale is None else math.log(self.settings.scale_value))
+        return x, x.new_full((), 0.0 if self.scale is None else math.log(self.settings.scale_value))
 
     def _above_floor(self, output: Tensor) -> Tensor:
         return self.floor + F.softplus(INITIAL_LOG_SCALE + output - self.floor)
