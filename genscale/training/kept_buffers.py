@@ -25,5 +25,15 @@ class KeptBuffers:
         if wanted is False or not self.buffers:
             return
         with torch.no_grad():
-            for buffer, copy in zip(self.buffers, self.copies, strict=True):
-                buffer.copy_(torch.where(wanted, copy, buffer) if isinstance(wanted, Tensor) else copy)
+            torch._foreach_copy_(self.buffers, self._chosen(wanted) if isinstance(wanted, Tensor) else self.copies)
+
+    def _chosen(self, wanted: Tensor) -> list[Tensor]:
+        """The copies or the buffers, of each dtype together: by a factor of 0 no buffer that holds no number would go."""
+        chosen: dict[int, Tensor] = {}
+        for dtype in {buffer.dtype for buffer in self.buffers}:
+            places = [place for place, buffer in enumerate(self.buffers) if buffer.dtype == dtype]
+            copies, buffers = (torch.cat([each[place].flatten() for place in places]) for each in (self.copies, self.buffers))
+            sizes = [self.buffers[place].numel() for place in places]
+            parts = torch.where(wanted, copies, buffers).split(sizes)
+            chosen |= {place: part.view(self.buffers[place].shape) for place, part in zip(places, parts, strict=True)}
+        return [chosen[place] for place in range(len(self.buffers))]
