@@ -146,8 +146,10 @@ class Run:
     precision: str = "bf16"
     device: str | None = None
     optimizer: str = "adamw"
+    weight_decay: float = 0.1
     ema: float = 0.0
     compile: bool = False
+    recompute: str = "none"
     clip: float = 1.0
     strategy: str = "single"
     accumulation: int = 2
@@ -160,8 +162,10 @@ class Run:
             self.processes.device = torch.device(self.device)
         train = TrainSettings(precision=self.precision, clip=self.clip, ema_half_life=self.ema, steps=10**6,  # type: ignore[arg-type]
                               global_batch_size=self.shape.samples * self.accumulation)
-        config = Config(train=train, optimizer=OptimizerSettings(name=self.optimizer, lr=1e-3),  # type: ignore[arg-type]
-                        guards=GuardSettings(dry_batch=False), parallel=ParallelSettings(compile=self.compile))
+        optimizer = OptimizerSettings(name=self.optimizer, lr=1e-3, weight_decay=self.weight_decay)  # type: ignore[arg-type]
+        config = Config(train=train, optimizer=optimizer,
+                        guards=GuardSettings(dry_batch=False),
+                        parallel=ParallelSettings(compile=self.compile, activation_checkpointing=self.recompute))  # type: ignore[arg-type]
         self.engine = build_engine(ParallelPlan(self.strategy, "none", self.precision, 1), self.processes, config.parallel,
                                    self.precision, self.clip, self.shape.samples, self.accumulation)
         weights = {name: self.objective.initial_weights(name) if self.checkpoint is None

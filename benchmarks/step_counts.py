@@ -36,7 +36,13 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 SAMPLES = 8
 META = torch.device("meta")
 aten = torch.ops.aten
-NO_WORK = {"detach", "lift_fresh", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
+NO_WORK = {"detach", "lift_fresh", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view",
+           "_record_function_enter_new", "_record_function_exit"}
+
+
+def is_work(function: Any) -> bool:
+    """Whether a device is given anything to do."""
+    return not function.is_view and function.name().split("::")[1].split(".")[0] not in NO_WORK
 
 
 class Counts(TorchDispatchMode):
@@ -54,7 +60,7 @@ class Counts(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = function(*args, **kwargs)
-        if not function.is_view and function.name().split("::")[1].split(".")[0] not in NO_WORK:
+        if is_work(function):
             self.found["operations"] += 1
         source, target = (args[1], args[0]) if function is aten.copy_.default else (args[0] if args else None, out)
         if function in (aten.copy_.default, aten._to_copy.default, aten.clone.default) and isinstance(source, Tensor):

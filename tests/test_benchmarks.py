@@ -139,8 +139,9 @@ def test_counts_of_a_step(monkeypatch):
 def test_counts_of_what_is_compiled(monkeypatch):
     """The loss walks twice through the logits; the blocks of a GAN have more graphs than torch's own limit, and all of them."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from compile_counts import bytes_a_logit, graphs
+    from compile_counts import bytes_a_logit, given_in_a_step, graphs
 
     assert bytes_a_logit() == {"in several passes": 40, "compiled": pytest.approx(12, abs=0.1)}
+    assert given_in_a_step("dcgan-64", compiled=False)["in all"] <= 268  # 344 with copies of statistics, and buffers one by one
     found = graphs("dcgan, 64 pixels", None)
     assert found["graphs"] > 16 and found["left as they are"] == found["breaks"] == 0

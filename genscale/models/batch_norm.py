@@ -37,20 +37,25 @@ class BatchNorm(MovingState):
         weight, bias = self.weight.float(), self.bias.float()
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
-        follow = self.moves
         if self.all_sum is None:
-            # On copies: a recomputed forward must do the same operations, without that the statistics follow.
-            mean, variance = self.running_mean.clone(), self.running_var.clone()
-            y = F.batch_norm(x, mean, variance, weight, bias, True, self.momentum, self.eps)
-            if follow:
-                self.running_mean.copy_(mean)
-                self.running_var.copy_(variance)
-            return y
+            return self._in_one_process(x, weight, bias)
         y, mean, variance, count = _GlobalBatchNorm.apply(x, weight, bias, self.eps, self.all_sum)
-        if follow:
+        if self.moves:
             with torch.no_grad():
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(variance * (count / (count - 1).clamp(min=1)), self.momentum)
+        return y
+
+    def _in_one_process(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if not self.may_be_recomputed:
+            mean, variance = (self.running_mean, self.running_var) if self.is_trained else (None, None)
+            return F.batch_norm(x, mean, variance, weight, bias, True, self.momentum, self.eps)
+        # On copies: a recomputed forward must do the same operations, without that the statistics follow.
+        mean, variance = self.running_mean.clone(), self.running_var.clone()
+        y = F.batch_norm(x, mean, variance, weight, bias, True, self.momentum, self.eps)
+        if self.moves:
+            self.running_mean.copy_(mean)
+            self.running_var.copy_(variance)
         return y
 
     def extra_repr(self) -> str:

@@ -60,6 +60,7 @@ class MovingState(nn.Module):
             the layer looks at `moves`. False for a layer that does not care, which `torch.compile` can then take in.
         all_sum: adds a tensor up over all processes; None where there is one. Set by the engine.
         is_trained: whether the network is the one that is being trained now. Set by the engine.
+        may_be_recomputed: whether backward may make a second forward of a batch. Set by the engine.
         is_recomputed: whether the forward under way is the second one of its batch, made in backward. Set by the engine.
     """
 
@@ -69,7 +70,7 @@ class MovingState(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.all_sum: Callable[[Tensor], Tensor] | None = None
-        self.is_trained, self.is_recomputed = True, False
+        self.is_trained, self.may_be_recomputed, self.is_recomputed = True, False, False
 
     @property
     def moves(self) -> bool:

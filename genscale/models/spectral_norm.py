@@ -30,10 +30,15 @@ class SpectralNorm(MovingState):
     def begin_update(self) -> None:
         self._due = True
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the next forward takes a step of the power iteration."""
+        return self.training and self._due
+
     def forward(self, weight: Tensor) -> Tensor:
         with torch.autocast(weight.device.type, enabled=False):
             matrix = weight.flatten(1).float()
-            if self.training and self._due:
+            if self.is_due:
                 self._due = False
                 u, v = power_iteration(matrix.detach(), self.u, 1)
                 self.u.copy_(u)
@@ -57,3 +62,15 @@ def spectral_norm(layer: nn.Module) -> nn.Module:
     rows = weight.shape[0]
     parametrize.register_parametrization(layer, "weight", SpectralNorm(rows, weight.numel() // rows), unsafe=True)
     return layer
+
+
+@torch.no_grad()
+def iterate_due(block: nn.Module) -> None:
+    """Take the steps of the power iteration that the next forward of the block would take: it then does what one that is made a
+    second time, in backward, does too."""
+    for layer in block.modules():
+        if not parametrize.is_parametrized(layer):
+            continue
+        for name, chain in layer.parametrizations.items():
+            if any(isinstance(step, SpectralNorm) and step.is_due for step in chain):
+                getattr(layer, name)  # which computes the weight

@@ -85,13 +85,13 @@ class GAN(Objective):
         with torch.no_grad():
             fakes = self._fakes(networks, draws, labels)
         reals, fakes = self._seen(reals, draws, "real"), self._seen(fakes, draws, "fake")
-        real, fake = self._judge(networks["discriminator"], reals, fakes, labels)
+        real, fake = (logits.float() for logits in self._judge(networks["discriminator"], reals, fakes, labels))
         terms = {"adversarial": discriminator_loss(self.settings.loss, real, fake)}
         if self.settings.gradient_penalty:
             share = draws.uniform("interpolation").to(reals)
             penalty = gradient_penalty(lambda x: networks["discriminator"](x, labels), reals, fakes, share)
             terms["gradient_penalty"] = self.settings.gradient_penalty * penalty
-        return {**terms, "real_logit": real.detach().float().sum(), "fake_logit": fake.detach().float().sum()}
+        return {**terms, "real_logit": real.detach().sum(), "fake_logit": fake.detach().sum()}
 
     def generator_terms(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
         """The generator's loss by the frozen discriminator."""

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from genscale.models.device_kind import is_planned, lies_on_host
 from genscale.models.moving_state import MovingState, moving_layers
+from genscale.models.spectral_norm import iterate_due
 
 aten = torch.ops.aten
 KEPT_OPERATIONS = {
@@ -60,9 +61,12 @@ def checkpoint_activations(blocks: list[nn.Module], mode: str, compiled: bool = 
             if compiled:
                 block.compile()
             continue
+        for layer in counting:
+            layer.may_be_recomputed = True
         make = options.get("context_fn", _no_contexts)
         forward = torch.compile(block.forward) if compiled else block.forward
-        block.forward = _checkpointed(forward, {**options, "context_fn": partial(_contexts, make, counting)}, offload)
+        forward = _checkpointed(forward, {**options, "context_fn": partial(_contexts, make, counting)}, offload)
+        block.forward = _iterating_before(block, forward) if compiled else forward
 
 
 Contexts = tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]
@@ -127,6 +131,17 @@ def _checkpointed(forward: Callable[..., Any], options: dict[str, Any], offload:
             return checkpoint(forward, *args, **options, **kwargs)
 
     return recomputing_forward
+
+
+def _iterating_before(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiled forward without the steps of the power iteration, which its recomputation has not either: graphs that differ
+    keep what backward needs in different orders."""
+
+    def iterating_forward(*args: Any, **kwargs: Any) -> Any:
+        iterate_due(block)
+        return forward(*args, **kwargs)
+
+    return iterating_forward
 
 
 def _to_host(tensor: Tensor) -> tuple[torch.device | None, Tensor]:

@@ -81,6 +81,8 @@ class Processes:
                             f"{os.environ.get('MASTER_ADDR')}; start again with another port (the next life of a job has "
                             "one)") from None
         self.device: torch.device = self.accelerator.device
+        if self.device.type == "cpu":
+            self.device = torch.device("cpu")  # without an index, by which a compiler takes it for another than that of tensors
         keep_fp32()
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1

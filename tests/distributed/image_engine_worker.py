@@ -28,7 +28,7 @@ GLOBAL_BATCH, LATENT, SHAPE = 8, 8, (1, 16, 16)
 OPTIMIZER = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.0}
 HALF_LIFE = 20.0
 DEFAULTS = {"strategy": "ddp", "precision": "fp32", "steps": 4, "accumulation": 1, "activation_checkpointing": "none",
-            "resume_at": 0, "shard_size": None, "optimizer": OPTIMIZER}
+            "compile": False, "resume_at": 0, "shard_size": None, "optimizer": OPTIMIZER}
 KINDS = {
     "batchnorm": ({"width": 4}, ["discriminator", "generator"]),
     "spectral": ({"width": 64, "spectral_norm": True, "discriminator_norm": "none", "generator_norm": "group"},
@@ -109,7 +109,7 @@ class ImageTraining(Training):
         train = TrainSettings(global_batch_size=GLOBAL_BATCH, ema_half_life=HALF_LIFE, steps=variant["steps"], clip=0.0,
                               micro_batch_size=GLOBAL_BATCH // processes.world_size // variant["accumulation"])
         parallel = ParallelSettings(strategy=plan.strategy, activation_checkpointing=variant["activation_checkpointing"],
-                                    shard_size=variant["shard_size"])
+                                    compile=variant["compile"], shard_size=variant["shard_size"])
         config = Config(optimizer=OptimizerSettings(**variant["optimizer"]), train=train, parallel=parallel)
         super().__init__(SmallGAN(variant["kind"]), None, config, processes=processes, plan=plan,
                          resume=(resume, None) if resume else None)

@@ -30,7 +30,9 @@ KINDS = [*((kind, strategy) for kind in ("batchnorm", "spectral") for strategy i
 RECOMPUTED = [("recomputed", "ddp", "full"), ("recomputed", "ddp", "selective"), ("recomputed", "zero2", "full"),
               ("recomputed", "zero3", "full"), ("recomputed", "fsdp2", "full"), ("recomputed", "fsdp2", "selective"),
               *(("penalised", strategy, "full") for strategy in SECOND_ORDER)]
-RECOMPUTED_KIND = {"recomputed": "batchnorm", "penalised": "wasserstein"}
+COMPILED = [(kind, strategy, "full") for kind in ("compiled", "compiled-spectral") for strategy in ("ddp", "fsdp2")]
+RECOMPUTED_KIND = {"recomputed": "batchnorm", "penalised": "wasserstein", "compiled": "batchnorm",
+                   "compiled-spectral": "spectral"}
 BF16 = [("bf16", strategy) for strategy in STRATEGIES]
 
 
@@ -42,11 +44,13 @@ def result(image_engines):
                                        "accumulation": 1 if kind == "batchnorm" else 2} for kind, strategy in KINDS}
     variants |= {" ".join(row): {"kind": RECOMPUTED_KIND[row[0]], "strategy": row[1], "activation_checkpointing": row[2]}
                  for row in RECOMPUTED}
+    variants |= {" ".join(row): {"kind": RECOMPUTED_KIND[row[0]], "strategy": row[1], "activation_checkpointing": row[2],
+                                 "compile": True, "resume_at": 2} for row in COMPILED}
     variants |= {" ".join(row): {"kind": "batchnorm", "strategy": row[1], "precision": "bf16", "resume_at": 2} for row in BF16}
     done = {}
 
     def start_of(name):
-        return name in QUICK, "groups" in name.split()
+        return name in QUICK, "groups" in name.split(), name.startswith("compiled")
 
     def look_up(*row):
         name = " ".join(row)
@@ -191,6 +195,14 @@ def test_an_average_is_sharded_where_it_can_be(kind, strategy, result):
 def test_recomputation_changes_nothing_not_even_running_statistics(kind, strategy, mode, result, truth):
     """Nor the second backward of a penalty, which recomputes once more."""
     check_equal(result(kind, strategy, mode), truth[RECOMPUTED_KIND[kind]])
+
+
+@pytest.mark.parametrize(("kind", "strategy", "mode"), cells(*COMPILED))
+def test_what_is_compiled_and_recomputed_changes_nothing(kind, strategy, mode, result, truth):
+    """Nor does a resume."""
+    found = result(kind, strategy, mode)
+    check_equal(found, truth[RECOMPUTED_KIND[kind]])
+    assert found["resumed_alike"]
 
 
 @pytest.mark.parametrize(("kind", "strategy"), cells(*BF16))

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from genscale.models.batch_norm import BatchNorm
 
@@ -76,9 +77,11 @@ def test_two_halves_are_normalised_as_one_batch():
         torch.testing.assert_close(total, getattr(torchs, name).grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("spread", [False, True])
-def test_running_statistics_stand_still_when_frozen_or_recomputed(spread):
+def test_running_statistics_stand_still_when_frozen_or_recomputed(spread, recomputed):
     ours, torchs = pair()
+    ours.may_be_recomputed = recomputed
     if spread:
         ours.all_sum = torch.clone
     x = torch.randn(3, 4, 2, 2)
@@ -86,8 +89,8 @@ def test_running_statistics_stand_still_when_frozen_or_recomputed(spread):
     ours.is_trained = False
     frozen = ours(x)
     ours.is_trained = True
-    ours.is_recomputed = True
-    again = ours(x)
+    ours.is_recomputed = recomputed
+    again = ours(x) if recomputed else frozen
     ours.is_recomputed = False
     assert torch.equal(ours.running_mean, before)
     trained = ours(x)
@@ -96,3 +99,29 @@ def test_running_statistics_stand_still_when_frozen_or_recomputed(spread):
     torch.testing.assert_close(ours.running_mean, torchs.running_mean)
     torch.testing.assert_close(ours.running_var, torchs.running_var)
     torch.testing.assert_close(ours.eval()(x), torchs.eval()(x))
+
+
+def test_one_process_copies_nothing():
+    """And has the bits of torch's layer, in training and frozen."""
+    ours, torchs = pair()
+    x, gradient = torch.randn(2, 6, 4, 5, 5), torch.randn(6, 4, 5, 5)
+    for trained, images in zip((True, False), x, strict=True):
+        ours.is_trained = trained
+        found, expected = images.clone().requires_grad_(), images.clone().requires_grad_()
+        with Operations() as operations:
+            (ours(found) * gradient).sum().backward()
+        (torchs(expected) * gradient).sum().backward()
+        assert operations.names & {"clone", "copy_"} == set() and "native_batch_norm" in operations.names
+        assert torch.equal(found.grad, expected.grad)
+        assert torch.equal(ours.running_mean, torchs.running_mean) == trained
+        assert torch.equal(ours.running_var, torchs.running_var) == trained
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.name().split("::")[1].split(".")[0])
+        return function(*args, **(kwargs or {}))

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from genscale.data.lanes import Cursor, Data, Sample
 from genscale.data.loader import StepLoader
@@ -28,7 +27,6 @@ from genscale.supervise.signals import StopSignal
 from genscale.testing.objectives import BareObjective
 from genscale.testing.toy import ToyData
 from genscale.testing.training import Training, same
-from genscale.training.kept_buffers import KeptBuffers
 from genscale.training.non_finite import NonFiniteLoss
 from genscale.training.spikes import LossWindow
 from genscale.training.trainer import Trainer
@@ -209,30 +207,3 @@ def test_batches_that_are_left_out_might_never_have_been_there() -> None:
         assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
     assert loader.batch == 7
     loader.close()
-
-
-class Operations(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += not function.is_view
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("wanted", [False, True, torch.tensor(False), torch.tensor(True)])
-def test_buffers_go_back_in_a_few_operations(wanted):
-    buffers = [torch.randn(3), torch.randn(()), torch.randn(2, 4), torch.randint(9, (5,)), *(torch.randn(7) for _ in range(20))]
-    kept = KeptBuffers(buffers)
-    for buffer in buffers:
-        buffer.add_(1)
-    before = [buffer.clone() for buffer in buffers]
-    kept.keep()
-    for buffer in buffers:
-        buffer.mul_(2)
-    moved = [buffer.clone() for buffer in buffers]
-    with Operations() as operations:
-        kept.put_back(wanted)
-    assert all(map(torch.equal, buffers, before if wanted else moved))
-    assert operations.count <= 6  # of two types
