@@ -30,10 +30,7 @@ from genscale.parallel.pieces import tensor_bytes
 from genscale.parallel.precision import DTYPES
 from genscale.parallel.replicated import ReplicatedEngine
 from genscale.parallel.torch_optimizers import state_tensors
-from genscale.parallel.zero import LARGEST_BUCKET, communication
-
-LIVE = 1_000_000_000
-"""Elements of gathered weights that stay."""
+from genscale.parallel.zero import LARGEST_BUCKET, LIVE, communication
 
 
 class PlannedZero(ReplicatedEngine):
