@@ -32,6 +32,7 @@ from genscale.parallel.torch_optimizers import moments, state_tensors
 from genscale.parallel.zero_average import FlatAverage
 from genscale.parallel.zero_judging import judging
 from genscale.parallel.zero_state import ZeroState
+from genscale.settings.config import ParallelSettings
 
 
 def import_deepspeed(device: torch.device) -> ModuleType:
@@ -56,6 +57,16 @@ a CPU has nothing to overlap, and sums of three processes differ in their last b
 
 LIVE = 1_000_000_000
 """Elements of gathered weights that stage 3 keeps from one use to the next: those of a smaller network from forward to backward."""
+
+PERSISTENT = 10_000
+"""Elements of a tensor that stage 3 keeps whole from step to step."""
+
+
+def neighbours(settings: ParallelSettings, world_size: int) -> dist.ProcessGroup | None:
+    """Those that share a second copy of the weights: next to each other by rank, and so on one machine. Collective."""
+    if settings.shard_size is None or settings.shard_size == world_size:
+        return None
+    return dist.new_subgroups(settings.shard_size)[0]
 
 
 def communication(module: nn.Module, stage: int, device: str) -> dict[str, Any]:
@@ -86,7 +97,7 @@ class ZeroEngine(ZeroState):
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.processes.device.type == "cuda"}
         if self.stage == 3:
             # Small tensors are kept whole; 0 elements of prefetch on the CPU would only copy.
-            zero["stage3_param_persistence_threshold"] = 10_000
+            zero["stage3_param_persistence_threshold"] = PERSISTENT
             # DeepSpeed's own linear adds the bias in place, onto the product that selective checkpointing keeps.
             zero["memory_efficient_linear"] = not self._selective()
             zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = LIVE
@@ -110,11 +121,7 @@ class ZeroEngine(ZeroState):
 
     @cached_property
     def _neighbours(self) -> dist.ProcessGroup | None:
-        """Those that share a second copy of the weights: neighbours by rank, and so of one machine."""
-        size = self.settings.shard_size
-        if size is None or size == self.processes.world_size:
-            return None
-        return dist.new_subgroups(size)[0]
+        return neighbours(self.settings, self.processes.world_size)
 
     @contextlib.contextmanager
     def _among_neighbours(self) -> Iterator[None]:

@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from genscale.models.moving_state import MovingState
 from genscale.rng import Draws
 
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "groups")
+WHOLE = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+STRATEGIES = (*WHOLE, "groups", "zero3-groups")
 SECOND_ORDER = ("ddp", "zero1", "zero2", "fsdp2", "groups")  # zero3 refuses
-GROUPS = {"strategy": "fsdp2", "shard_size": 2}
+GROUPS = {"groups": ({"strategy": "fsdp2", "shard_size": 2}, 4), "zero3-groups": ({"strategy": "zero3", "shard_size": 2}, 4),
+          "zero3-copies": ({"strategy": "zero3", "shard_size": 1}, 2)}
+"""Settings and processes of the strategies that are one of the others in groups of processes."""
 STEPS = 4
-QUICK = {*(f"batchnorm {strategy}" for strategy in STRATEGIES[:-1]), "spectral zero3", "spectral fsdp2", "wasserstein zero2",
+QUICK = {*(f"batchnorm {strategy}" for strategy in WHOLE), "spectral zero3", "spectral zero3-copies", "spectral fsdp2", "wasserstein zero2",
          "wasserstein fsdp2", "lazy ddp", "lazy zero1", "recomputed ddp selective", "recomputed zero3 full", "bf16 zero2",
          "bf16 fsdp2"}
 """The cells that are tested in every suite."""
@@ -25,7 +28,7 @@ def cells(*rows):
     return [pytest.param(*row, marks=() if " ".join(row) in QUICK else pytest.mark.slow, id="-".join(row)) for row in rows]
 
 
-KINDS = [*((kind, strategy) for kind in ("batchnorm", "spectral") for strategy in STRATEGIES),
+KINDS = [*((kind, strategy) for kind in ("batchnorm", "spectral") for strategy in STRATEGIES), ("spectral", "zero3-copies"),
          *((kind, strategy) for kind in ("wasserstein", "lazy") for strategy in SECOND_ORDER)]
 RECOMPUTED = [("recomputed", "ddp", "full"), ("recomputed", "ddp", "selective"), ("recomputed", "zero2", "full"),
               ("recomputed", "zero3", "full"), ("recomputed", "fsdp2", "full"), ("recomputed", "fsdp2", "selective"),
@@ -45,17 +48,16 @@ def result(image_engines):
     variants |= {" ".join(row): {"kind": "batchnorm", "strategy": row[1], "precision": "bf16", "resume_at": 2} for row in BF16}
     done = {}
 
+    variants = {name: {**variant, **GROUPS.get(variant["strategy"], ({}, 2))[0]} for name, variant in variants.items()}
+
     def start_of(name):
-        return name in QUICK, "groups" in name.split()
+        return name in QUICK, GROUPS.get(name.split()[1], ({}, 2))[1]
 
     def look_up(*row):
         name = " ".join(row)
         if name not in done:
             asked = {key: value for key, value in variants.items() if start_of(key) == start_of(name)}
-            if row[1] == "groups":
-                done.update(image_engines({key: {**value, **GROUPS} for key, value in asked.items()}, processes=4))
-            else:
-                done.update(image_engines(asked))
+            done.update(image_engines(asked, processes=start_of(name)[1]))
         return done[name]
 
     return look_up
