@@ -3,8 +3,8 @@
 Stages 1 and 2: the weights, in the precision they compute in, are views of one flat tensor for each group of parameters, padded
 to twice the number of processes; each process has its part of it in fp32, with the optimizer's state. Stage 3: each process has
 its part of every parameter, rounded up. Gradients go through a bucket, or two in turn where what is in one is sent while the
-next are computed; gathered weights stay until 1e9 elements of them are alive. With `parallel.shard_size` neighbours keep a second
-copy of what was gathered between them, until the next update, and gather from that.
+next are computed; gathered weights stay until 1e9 elements of them are alive. With `parallel.shard_size` neighbours keep a
+second copy of what was gathered between them, until the next update, and gather from that.
 
 What is sent is a copy of the bucket, which all processes of stages 1 and 2 sum up whole, in fp32. Stage 1 in bf16 is another
 optimizer of DeepSpeed: the gradients of backward stay from one micro-batch to the next, and are added up in fp32, whole, all of

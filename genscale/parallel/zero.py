@@ -56,7 +56,7 @@ BUCKETS = {"cuda": 8}
 a CPU has nothing to overlap, and sums of three processes differ in their last bit by where in a bucket a number stands."""
 
 LIVE = 1_000_000_000
-"""Elements of gathered weights that stage 3 keeps from one use to the next: those of a smaller network from forward to backward."""
+"""Elements of gathered weights that stage 3 keeps from one use to the next: a smaller network's from forward to backward."""
 
 PERSISTENT = 10_000
 """Elements of a tensor that stage 3 keeps whole from step to step."""
@@ -203,7 +203,8 @@ class ZeroEngine(ZeroState):
                 put(made[id(tensor)], [(owner, attribute)])
             if owner._parameters:
                 with self._among_neighbours():
-                    deepspeed.zero.Init(module=owner, config_dict_or_path=configuration, zero_param_parallel_group=self._neighbours)
+                    deepspeed.zero.Init(module=owner, config_dict_or_path=configuration,
+                                        zero_param_parallel_group=self._neighbours)
 
     @torch.no_grad()
     def _materialised(self, tensor: Tensor, full: Tensor | None) -> Tensor:

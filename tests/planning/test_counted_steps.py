@@ -24,7 +24,8 @@ GPT = {"model.family": "gpt", "model.layers": LAYERS, "model.width": WIDTH, "mod
 
 
 def flags(**others: object) -> list[str]:
-    sections = {"strategy": "parallel", "shard_size": "parallel", "precision": "train", "global_batch_size": "train", "name": "optimizer"}
+    sections = {"strategy": "parallel", "shard_size": "parallel", "precision": "train", "global_batch_size": "train",
+                "name": "optimizer"}
     settings = {**GPT, **{f"{sections[key]}.{key}": each for key, each in others.items()}}
     return [f"--{key}={value}" for key, value in settings.items()]
 
@@ -69,11 +70,11 @@ def gathered(step, part: str, ranks: int) -> float:
 def test_second_copies_are_held_and_gathered_from_as_planned(tmp_path, monkeypatch):
     """Of four processes in groups of two, with one micro-batch and with three; of a network that gives nothing back after its
     forward, and of one that does. A step gathers from all once."""
-    cases = {(batches, gives_back): {"strategy": "zero3", "precision": "bf16", "shard_size": 2, "global_batch_size": 8 * batches}
+    spread = {"strategy": "zero3", "precision": "bf16"}
+    cases = {(batches, gives_back): {**spread, "shard_size": 2, "global_batch_size": 8 * batches}
              for batches in (1, 3) for gives_back in (False, True)}
-    real = ask(Path(__file__).with_name("counted_worker.py"),
-               {f"{key}": {"strategy": "zero3", "precision": "bf16", "flags": flags(**case), **({"live": 1} if key[1] else {})}
-                for key, case in cases.items()}, tmp_path, processes=4)
+    variants = {f"{key}": {**spread, "flags": flags(**case), **({"live": 1} if key[1] else {})} for key, case in cases.items()}
+    real = ask(Path(__file__).with_name("counted_worker.py"), variants, tmp_path, processes=4)
     for (batches, gives_back), case in cases.items():
         monkeypatch.setattr(planning, "LIVE", 1 if gives_back else 10**9)
         step, found = planned(*flags(**case), gpus=4), real[f"{(batches, gives_back)}"]
