@@ -55,7 +55,7 @@ def in_words(plan: Plan) -> str:
     words = [settings.strategy, f"micro-batch {plan.step.micro_batch_size}", f"accumulation {plan.step.accumulation}",
              train.precision]
     if settings.shard_size is not None:
-        words[0] += f"{', second copies' if settings.strategy == 'zero3' else ''} in groups of {settings.shard_size}"
+        words[0] += f" in groups of {settings.shard_size}"
     if settings.activation_checkpointing != "none":
         words.append(f"{settings.activation_checkpointing} checkpointing")
     if settings.offload != "none":
