@@ -118,9 +118,9 @@ class PlannedZero(ReplicatedEngine):
             self.kept[name].append(whole if self.stage < 3 else torch.empty(self._part(parameters), dtype=self._dtype))
             self._wholes.setdefault(name, []).append(whole)
             if self._neighbours is not None:
-                groups = self.processes.world_size // self._neighbours.size()
+                copies = self.processes.world_size // self._neighbours.size()
                 large = [parameter for parameter in parameters if parameter.numel() > PERSISTENT]
-                self.second.setdefault(name, []).append(torch.empty(self._part(large) * groups, dtype=self._dtype))
+                self.second.setdefault(name, []).append(torch.empty(self._part(large) * copies, dtype=self._dtype))
         if self.precision != "fp32":
             module.register_forward_pre_hook(cast_inputs(self.precision), with_kwargs=True)
         self.modules[name] = self.networks[name] = module

@@ -291,7 +291,7 @@ class ZeroEngine(ZeroState):
             if name in self.optimizers:
                 held += [*self.flat_partitions(name), *state_tensors(self.inner(name))]
             held += [getattr(p, "ds_tensor", p) for p in module.parameters()]
-            held += [p.ds_secondary_tensor for p in module.parameters() if getattr(p, "ds_secondary_tensor", None) is not None]
+            held += [getattr(p, "ds_secondary_tensor", None) for p in module.parameters()]
             total += tensor_bytes(held)
         return total
 
