@@ -199,7 +199,8 @@ def table_e(runner: Runner, steps: int) -> list[dict[str, Any]]:
     single = runner.train("single", settings)
     noise = runner.train("single", {**settings, "train.micro_batch_size": MEDIUM["train.global_batch_size"] // 2})
     rows = []
-    for shape, strategy, shard_size in (("fsdp2 in groups of 2", "fsdp2", 2), ("fsdp2", "fsdp2", None), ("ddp", "ddp", None)):
+    for shape, strategy, shard_size in (("fsdp2 in groups of 2", "fsdp2", 2), ("fsdp2", "fsdp2", None), ("ddp", "ddp", None),
+                                        ("zero3 in groups of 2", "zero3", 2), ("zero3", "zero3", None)):
         own = {"parallel.shard_size": shard_size} if shard_size else {}
         run, held = runner.train(strategy, {**settings, **own}, processes=4), _at_rest(strategy, 4, shard_size)
         rows.append({"shape": shape, "processes": 4, "sgd_difference": run.difference(single),

@@ -3,7 +3,8 @@
 Stages 1 and 2: the weights, in the precision they compute in, are views of one flat tensor for each group of parameters, padded
 to twice the number of processes; each process has its part of it in fp32, with the optimizer's state. Stage 3: each process has
 its part of every parameter, rounded up. Gradients go through a bucket, or two in turn where what is in one is sent while the
-next are computed; gathered weights stay until 1e9 elements of them are alive (DeepSpeed's default, which genscale leaves).
+next are computed; gathered weights stay until 1e9 elements of them are alive. With `parallel.shard_size` neighbours keep a
+second copy of what was gathered between them, until the next update, and gather from that.
 
 What is sent is a copy of the bucket, which all processes of stages 1 and 2 sum up whole, in fp32. Stage 1 in bf16 is another
 optimizer of DeepSpeed: the gradients of backward stay from one micro-batch to the next, and are added up in fp32, whole, all of
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,10 +32,7 @@ from genscale.parallel.pieces import tensor_bytes
 from genscale.parallel.precision import DTYPES
 from genscale.parallel.replicated import ReplicatedEngine
 from genscale.parallel.torch_optimizers import state_tensors
-from genscale.parallel.zero import LARGEST_BUCKET, communication
-
-LIVE = 1_000_000_000
-"""Elements of gathered weights that stay."""
+from genscale.parallel.zero import LARGEST_BUCKET, LIVE, PERSISTENT, communication, neighbours
 
 
 class PlannedZero(ReplicatedEngine):
@@ -42,6 +41,8 @@ class PlannedZero(ReplicatedEngine):
     Attributes:
         flats: this process's part of the weights in fp32, by network and group of parameters.
         kept: its part of what the weights are computed with, by network: whole below stage 3.
+        second: its part of the second copy, by network; it has storage from when weights are given back until the next update,
+            that of a frozen network always.
         gives_back: whether weights are given back after a forward, and gathered once more for its backward.
         buckets: what stays allocated for the exchange of gradients, by network.
         whole_gradients: in fp32, of stage 1 in bf16.
@@ -54,6 +55,7 @@ class PlannedZero(ReplicatedEngine):
         self.stage, self.whole_weights = stage, stage < 3
         self.flats: dict[str, list[Tensor]] = {}
         self.kept: dict[str, list[Tensor]] = {}
+        self.second: dict[str, list[Tensor]] = {}
         self.buckets: dict[str, Tensor] = {}
         self.whole_gradients: dict[str, list[Tensor]] = {}
         self.parts: dict[str, list[Tensor]] = {}
@@ -63,6 +65,7 @@ class PlannedZero(ReplicatedEngine):
         self._bucket: Tensor | None = None
         self._filled, self._last, self.gives_back = 0, True, False
         self._wholes: dict[str, list[Tensor]] = {}
+        self._copied: set[str] = set()
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -90,6 +93,10 @@ class PlannedZero(ReplicatedEngine):
     def _hold(self, name: str, module: nn.Module, read: Read | None) -> None:
         self._flatten(name, module, [list(module.parameters())])
 
+    @cached_property
+    def _neighbours(self) -> dist.ProcessGroup | None:
+        return neighbours(self.settings, self.processes.world_size)
+
     def _part(self, parameters: list[nn.Parameter]) -> int:
         """Elements of a group that a process has."""
         world = self.processes.world_size
@@ -110,18 +117,27 @@ class PlannedZero(ReplicatedEngine):
                 offset += parameter.numel()
             self.kept[name].append(whole if self.stage < 3 else torch.empty(self._part(parameters), dtype=self._dtype))
             self._wholes.setdefault(name, []).append(whole)
+            if self._neighbours is not None:
+                copies = self.processes.world_size // self._neighbours.size()
+                large = [parameter for parameter in parameters if parameter.numel() > PERSISTENT]
+                self.second.setdefault(name, []).append(torch.empty(self._part(large) * copies, dtype=self._dtype))
         if self.precision != "fp32":
             module.register_forward_pre_hook(cast_inputs(self.precision), with_kwargs=True)
         self.modules[name] = self.networks[name] = module
+        self._hold_second(name, name in self.frozen)
 
     def gathered(self) -> list[Tensor]:
-        """Weights that are there for a forward alone."""
-        return [parameter for module in self.modules.values() for parameter in module.parameters()] if self.stage == 3 else []
+        """Weights that are there for a forward alone, and second copies of them."""
+        if self.stage < 3:
+            return []
+        second = [tensor for tensors in self.second.values() for tensor in tensors]
+        return [*(parameter for module in self.modules.values() for parameter in module.parameters()), *second]
 
     @property
     def most_gathered(self) -> int | None:
-        """Bytes of gathered weights that stay at most."""
-        return LIVE * self._dtype.itemsize if self.stage == 3 else None
+        """Bytes of gathered weights that stay at most, beside second copies."""
+        second = self._dtype.itemsize * sum(tensor.numel() for tensors in self.second.values() for tensor in tensors)
+        return LIVE * self._dtype.itemsize + second if self.stage == 3 else None
 
     def on_host(self) -> list[Tensor]:
         """What offloading keeps off the device."""
@@ -146,6 +162,8 @@ class PlannedZero(ReplicatedEngine):
             for each in self._wholes:
                 self._hold_whole(each, True)
             self._gather_all(name)
+            if self.gives_back:
+                self._make_second()
 
     def _hold_whole(self, name: str, held: bool) -> None:
         """Of a network's weights, until a backward has gone through it; what it comes to last stays (embeddings)."""
@@ -154,9 +172,20 @@ class PlannedZero(ReplicatedEngine):
             numbers = whole.numel() if held else largest if whole.numel() >= largest else 0
             whole.untyped_storage().resize_(numbers * whole.element_size())
 
+    def _hold_second(self, name: str, held: bool) -> None:
+        (self._copied.add if held else self._copied.discard)(name)
+        for part in self.second.get(name, ()):
+            part.untyped_storage().resize_(part.numel() * part.element_size() if held else 0)
+
+    def _make_second(self) -> None:
+        for name in self.second:
+            self._hold_second(name, True)
+
     def _gather_all(self, name: str) -> None:
-        for whole, part in zip(self._wholes[name], self.kept[name], strict=True):
-            dist.all_gather_into_tensor(whole[:len(part) * self.processes.world_size], part)
+        """From neighbours where there is a second copy, else from all processes."""
+        among = self._neighbours if name in self._copied else None
+        for whole, part in zip(self._wholes[name], (self.kept if among is None else self.second)[name], strict=True):
+            dist.all_gather_into_tensor(whole[:len(part) * dist.get_world_size(among)], part, group=among)
 
     def skips_on_device(self, name: str) -> bool:
         return False
@@ -172,6 +201,7 @@ class PlannedZero(ReplicatedEngine):
         loss.backward()
         if self.stage == 3:
             self._hold_whole(name, False)
+            self._make_second()
         if self.stage == 1 and self._last and not whole:
             for parameter in self._parameters[name]:
                 self._collect(name, parameter)
@@ -259,10 +289,12 @@ class PlannedZero(ReplicatedEngine):
             flat.grad = None
         for parameter in self._parameters[name]:
             parameter.grad = None
+        self._hold_second(name, False)
         return result
 
     def bytes_at_rest(self) -> int:
         held = [tensor for average in self.averages.values() for tensor in average.held()]
         held += [tensor for optimizer in self.optimizers.values() for tensor in state_tensors(optimizer)]
         held += [tensor for flats in (*self.flats.values(), *self.kept.values()) for tensor in flats]
+        held += [tensor for name in self.frozen for tensor in self.second.get(name, ())]
         return tensor_bytes(held) + sum(tensor_bytes(module.buffers()) for module in self.modules.values())

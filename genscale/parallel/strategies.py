@@ -34,7 +34,7 @@ class ParallelPlan:
 
     Attributes:
         needs_group: a process group is needed even for one process.
-        shard_size: processes that hold the weights between them, where these are sharded; None: all.
+        shard_size: `parallel.shard_size`; None: all processes.
     """
 
     strategy: str
@@ -55,7 +55,9 @@ class ParallelPlan:
 
     def copies_of_weights(self, processes: int) -> float:
         """That so many of its processes hold between them."""
-        return processes / (self.shard_size or self.world_size) if self.strategy in ("zero3", "fsdp2") else processes
+        if self.strategy == "zero3":
+            return processes / self.world_size
+        return processes / (self.shard_size or self.world_size) if self.strategy == "fsdp2" else processes
 
 
 def plan_parallel(settings: ParallelSettings, precision: str, optimizer: str = "adamw") -> ParallelPlan:
@@ -114,7 +116,8 @@ def _check_settings(plan: ParallelPlan, settings: ParallelSettings) -> None:
         raise UserError("train.precision: fp8 without parallel.compile is not supported (the casts of each product would be "
                         "kernels of their own, which cost what fp8 saves); set parallel.compile true, or train.precision bf16")
     if plan.strategy != "fsdp2":
-        refuse_unheeded("parallel", settings, ["shard_size", "reduce_gradients", "reshard_after_forward", "prefetch_blocks"],
+        unheeded = ["reduce_gradients", "reshard_after_forward", "prefetch_blocks"]
+        refuse_unheeded("parallel", settings, [*([] if plan.strategy == "zero3" else ["shard_size"]), *unheeded],
                         f"parallel.strategy {plan.strategy}")
     if settings.activation_offload:
         _check_offload(settings)

@@ -1,5 +1,7 @@
 """zero1, zero2, zero3: DeepSpeed ZeRO (Rajbhandari et al. 2020, "ZeRO: memory optimizations toward training trillion
-parameter models").
+parameter models"); with `parallel.shard_size`, ZeRO-3 in a hierarchy (hpZ of Wang et al. 2023, "ZeRO++: extremely efficient
+collective communication for giant model training"): weights that were gathered once leave a second copy, shared by neighbours
+alone, which all gather from until the next update.
 
 DeepSpeed is started directly, one engine a network, not through Accelerate's plugin: that plugin is one a process, turns into
 plain DDP on the CPU without a word, and rewrites the clipping and the optimizer. What DeepSpeed made is checked
@@ -11,10 +13,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from genscale.models.memory_format import set_memory_format
@@ -28,6 +32,7 @@ from genscale.parallel.torch_optimizers import moments, state_tensors
 from genscale.parallel.zero_average import FlatAverage
 from genscale.parallel.zero_judging import judging
 from genscale.parallel.zero_state import ZeroState
+from genscale.settings.config import ParallelSettings
 
 
 def import_deepspeed(device: torch.device) -> ModuleType:
@@ -49,6 +54,19 @@ LARGEST_BUCKET = 500_000_000
 BUCKETS = {"cuda": 8}
 """Parts that the gradients of a model are sent in, by kind of device: each while the next is computed. One where none is named:
 a CPU has nothing to overlap, and sums of three processes differ in their last bit by where in a bucket a number stands."""
+
+LIVE = 1_000_000_000
+"""Elements of gathered weights that stage 3 keeps from one use to the next: a smaller network's from forward to backward."""
+
+PERSISTENT = 10_000
+"""Elements of a tensor that stage 3 keeps whole from step to step."""
+
+
+def neighbours(settings: ParallelSettings, world_size: int) -> dist.ProcessGroup | None:
+    """Those that share a second copy of the weights: next to each other by rank, and so on one machine. Collective."""
+    if settings.shard_size is None or settings.shard_size == world_size:
+        return None
+    return dist.new_subgroups(settings.shard_size)[0]
 
 
 def communication(module: nn.Module, stage: int, device: str) -> dict[str, Any]:
@@ -79,9 +97,12 @@ class ZeroEngine(ZeroState):
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.processes.device.type == "cuda"}
         if self.stage == 3:
             # Small tensors are kept whole; 0 elements of prefetch on the CPU would only copy.
-            zero["stage3_param_persistence_threshold"] = 10_000
+            zero["stage3_param_persistence_threshold"] = PERSISTENT
             # DeepSpeed's own linear adds the bias in place, onto the product that selective checkpointing keeps.
             zero["memory_efficient_linear"] = not self._selective()
+            zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = LIVE
+            if self._neighbours is not None:
+                zero["zero_hpz_partition_size"] = self.settings.shard_size
         configuration: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": self.micro_batch_size,
             "gradient_accumulation_steps": self.accumulation,
@@ -98,6 +119,22 @@ class ZeroEngine(ZeroState):
             configuration["communication_data_type"] = "fp32"
         return configuration
 
+    @cached_property
+    def _neighbours(self) -> dist.ProcessGroup | None:
+        return neighbours(self.settings, self.processes.world_size)
+
+    @contextlib.contextmanager
+    def _among_neighbours(self) -> Iterator[None]:
+        """Inside, DeepSpeed takes this engine's group of neighbours for its own. It has one a process, refuses to make another,
+        and would give what an earlier run left to one that has none."""
+        from deepspeed.utils import groups
+
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = self._neighbours
+        try:
+            yield
+        finally:
+            groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+
     def _selective(self) -> bool:
         return self.settings.activation_checkpointing == "selective"
 
@@ -106,8 +143,11 @@ class ZeroEngine(ZeroState):
         self._materialise(module, read)
         self.modules[name] = module
         optimizer = make_optimizer(module)
-        engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=self.configuration(module))
+        with self._among_neighbours():
+            engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=self.configuration(module))
         self._check(engine, optimizer)
+        if self._neighbours is not None:
+            engine.optimizer.invalidate_secondary_tensor()  # of before the first forward: none rests between steps
         self.networks[name] = engine
         self.optimizers[name] = engine.optimizer
 
@@ -122,7 +162,8 @@ class ZeroEngine(ZeroState):
             configuration = self.configuration(module)
             configuration["zero_optimization"].pop("offload_optimizer", None)
             # Kept, though only the module is called: with the engine would go the hooks that gather.
-            self.networks[name], _, _, _ = deepspeed.initialize(model=module, config=configuration)
+            with self._among_neighbours():
+                self.networks[name], _, _, _ = deepspeed.initialize(model=module, config=configuration)
 
     def _materialise(self, module: nn.Module, read: Read | None) -> None:
         if self.stage == 3 and self._selective():
@@ -161,7 +202,9 @@ class ZeroEngine(ZeroState):
                     made[id(tensor)] = self._materialised(tensor, read and read(names[id(tensor)]))
                 put(made[id(tensor)], [(owner, attribute)])
             if owner._parameters:
-                deepspeed.zero.Init(module=owner, config_dict_or_path=configuration)
+                with self._among_neighbours():
+                    deepspeed.zero.Init(module=owner, config_dict_or_path=configuration,
+                                        zero_param_parallel_group=self._neighbours)
 
     @torch.no_grad()
     def _materialised(self, tensor: Tensor, full: Tensor | None) -> Tensor:
@@ -179,12 +222,14 @@ class ZeroEngine(ZeroState):
             "clipping": engine.gradient_clipping(),
             "optimizer": type(engine.basic_optimizer),
             "offload": bool(engine.zero_use_cpu_optimizer()),
+            "neighbours": {getattr(each, "ds_zero_param_process_group", None) for each in engine.module.parameters()},
         }
         asked = {
             "stage": self.stage,
             "clipping": self.clip,
             "optimizer": type(optimizer),
             "offload": self.settings.offload == "cpu",
+            "neighbours": {self._neighbours},
         }
         if made != asked:
             raise RuntimeError(f"DeepSpeed was asked for {asked} and made {made}")
@@ -246,6 +291,7 @@ class ZeroEngine(ZeroState):
             if name in self.optimizers:
                 held += [*self.flat_partitions(name), *state_tensors(self.inner(name))]
             held += [getattr(p, "ds_tensor", p) for p in module.parameters()]
+            held += [getattr(p, "ds_secondary_tensor", None) for p in module.parameters()]
             total += tensor_bytes(held)
         return total
 

@@ -65,6 +65,7 @@ class FlatAverage(Average):
             for group, (shown, flat) in enumerate(zip(optimizer.fp16_partitioned_groups_flat, flats, strict=True)):
                 shown.data.copy_(flat)
                 optimizer._unflatten_partitioned_parameters(group)
+            optimizer.invalidate_secondary_tensor()  # what neighbours share was made of other weights
             if optimizer.persistent_parameters:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
             return

@@ -86,8 +86,8 @@ def extrapolated(first: Summary, second: Summary, depths: tuple[int, int], layer
         held = {each: line(start.bytes.get(each, 0), end.bytes.get(each, 0)) for each in categories}
         peaks[place] = Peak(held, _deeper(end.moment, depths[1], layers))
     deep = Summary(peaks, _lines(first.work, second.work, line), _lines(first.collectives, second.collectives, line),
-                   line(first.at_rest, second.at_rest), second.kept, second.most_gathered,
-                   line(first.host, second.host))
+                   line(first.at_rest, second.at_rest), second.kept,
+                   line(first.most_gathered or 0, second.most_gathered or 0) or None, line(first.host, second.host))
     times = rounds(deep) / rounds(second)
     dealt = {key: tuple(times * value for value in second.work[key]) for key in deep.work
              if key.part == "optimizer" and key.kind == "product"}

@@ -70,7 +70,7 @@ class Summary:
     collectives: dict[ExchangeKey, tuple[float, ...]]
     at_rest: float
     kept: float
-    most_gathered: int | None = None
+    most_gathered: float | None = None
     host: float = 0
 
     @property

@@ -192,7 +192,9 @@ class ParallelSettings:
     """auto: what `accelerate launch` was configured with, else ddp for several processes and single for one."""
     shard_size: PositiveInt | None = None
     """fsdp2: shard over groups of so many processes and replicate between the groups (hybrid sharding): 8 on nodes of 8 GPUs
-    keeps the gathering of weights inside each node (default: shard over all processes)."""
+    keeps the gathering of weights inside each node (default: shard over all processes). zero3: all stays sharded over all
+    processes, and of the weights each group keeps a second copy between them (ZeRO++'s hpZ), in the precision they compute in,
+    from when they were gathered to the next update: what is gathered again meanwhile, is inside the group."""
     reduce_gradients: Literal["auto", "every_micro_batch", "last_micro_batch"] = "auto"
     """fsdp2 with accumulation: sum gradients over the processes after every micro-batch, so that each holds its shard alone, or
     after the last one, where each holds the whole network's in fp32 meanwhile and less is sent. auto: after the last one where

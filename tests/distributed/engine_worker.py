@@ -39,7 +39,7 @@ DEFAULTS = {"strategy": "ddp", "task": "text", "steps": 4, "accumulation": 1, "p
             "ragged": False, "watch": False, "evaluate": False, "count_operations": False, "meta": False,
             "tied_modules": False, "layers": 2, "width": 32,
             "preset": "gpt2", "shard_size": None, "reduce_gradients": "auto", "reshard_after_forward": True,
-            "prefetch_blocks": 0, "weigh_gradients": False, "buckets": 1,
+            "prefetch_blocks": 0, "weigh_gradients": False, "buckets": 1, "live": zero.LIVE,
             "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}}
 
 
@@ -176,7 +176,7 @@ def answer(variant: dict[str, Any], processes: Processes, plan: ParallelPlan) ->
                                                                  "prefetch_blocks", "activation_offload")})
     config = Config(train=train, optimizer=OptimizerSettings(**variant["optimizer"]), parallel=parallel)
     reads = {"gpt": WatchedReads(objective.networks["gpt"])} if variant["meta"] else None
-    zero.BUCKETS["cpu"] = variant["buckets"]
+    zero.BUCKETS["cpu"], zero.LIVE = variant["buckets"], variant["live"]
     training = Training(objective, None, config, processes=processes, plan=plan, weights=reads)
     engine, trainer = training.engine, training.trainer
     began: dict[str, Any] = {}

@@ -137,7 +137,8 @@ def plant(objective: type[Objective] = Distilled) -> None:
 def held_bytes(engine: Engine, name: str) -> int:
     """What this process holds of a network's parameters between steps."""
     parameters = list(engine.modules[name].parameters())
-    shards = [parameter.ds_tensor for parameter in parameters if hasattr(parameter, "ds_tensor")]
+    zeros = [parameter for parameter in parameters if hasattr(parameter, "ds_tensor")]
+    shards = [tensor for parameter in zeros for tensor in (parameter.ds_tensor, parameter.ds_secondary_tensor)]
     return tensor_bytes([local(parameter.detach()) for parameter in parameters]) + tensor_bytes(shards)
 
 

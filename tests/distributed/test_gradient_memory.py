@@ -16,7 +16,7 @@ VARIANTS = {
     "kept and prefetched, hybrid": {"strategy": "fsdp2", "shard_size": 2, "reshard_after_forward": False, "prefetch_blocks": 1},
     "muon": {"strategy": "fsdp2", "optimizer": {"name": "muon", "lr": 1e-3}},
     "muon hybrid": {"strategy": "fsdp2", "shard_size": 2, "optimizer": {"name": "muon", "lr": 1e-3}},
-    "zero2": {"strategy": "zero2"}, "zero3": {"strategy": "zero3"},
+    "zero2": {"strategy": "zero2"}, "zero3": {"strategy": "zero3"}, "zero3 in groups": {"strategy": "zero3", "shard_size": 2},
 }  # fmt: skip
 PROCESSES = 4
 
@@ -66,6 +66,57 @@ def test_groups_of_processes_hold_the_whole_between_them(results):
     at_rest = {name: results[name]["bytes_at_rest"] for name in ("ddp", "after the last", "hybrid")}
     assert at_rest["hybrid"] == pytest.approx([each / 2 for each in at_rest["ddp"]], rel=0.01)
     assert at_rest["after the last"] == pytest.approx([each / 4 for each in at_rest["ddp"]], rel=0.01)
+
+
+LARGE = 2 * (3 * 128 * 128 + 128 * 128 + 2 * 4 * 128 * 128)
+"""Elements of the blocks' matrices; all other parameters are too small for ZeRO-3 to give them back."""
+
+
+def test_zero_in_groups_changes_no_bit_and_holds_a_second_copy_between_neighbours(results):
+    """From the backward of a micro-batch to the update: between steps it is gone."""
+    plain, groups = results["zero3"], results["zero3 in groups"]
+    assert groups["steps"] == plain["steps"]
+    assert groups["bytes_at_rest"] == plain["bytes_at_rest"]
+    # The micro-batches of the second step; in the first DeepSpeed learns the order of layers, and gives all of them back.
+    more = [[mine - its for mine, its in zip(*both, strict=True)][2:]
+            for both in zip(groups["gradient_bytes"], plain["gradient_bytes"], strict=True)]
+    assert more == [[4 * LARGE // 2] * 2] * PROCESSES
+
+
+@pytest.mark.slow
+def test_zero_in_groups_in_bf16_of_any_size_and_born_on_the_meta_device(engines):
+    """Where all is given back after each forward, too; one engine after the other, of other groups and of none."""
+    common = {"strategy": "zero3", "accumulation": 2, "weigh_gradients": True, "width": 128, "optimizer": ADAMW, "steps": 3}
+    for precision, bytes_each in (("fp32", 4), ("bf16", 2)):
+        variants = {f"{size}, {live}, {meta}": {"shard_size": size, "live": live, "meta": meta}
+                    for size in (2, None, 1, 4) for live in (10**9, 1) for meta in (False, True)}
+        found = engines({key: {**common, "precision": precision, **variant} for key, variant in variants.items()}, PROCESSES)
+        for live in (10**9, 1):
+            for meta in (False, True):
+                plain = found[f"None, {live}, {meta}"]
+                for size in (1, 2, 4):
+                    groups = found[f"{size}, {live}, {meta}"]
+                    assert groups["steps"] == plain["steps"] and groups["bytes_at_rest"] == plain["bytes_at_rest"]
+                    more = {mine - its for both in zip(groups["gradient_bytes"], plain["gradient_bytes"], strict=True)
+                            for mine, its in zip(both[0][2:], both[1][2:], strict=True)}
+                    assert more == {bytes_each * LARGE // size if size < PROCESSES else 0}
+
+
+@pytest.mark.slow
+def test_a_run_of_second_copies_goes_on_as_one_process_and_back(train, tmp_path, difference):
+    settings = {"train.checkpoint_every": 2, "train.evaluate_every": 2, "train.ema_half_life": 100}
+    groups = {**settings, "parallel.shard_size": 2}
+    plain = train(tmp_path / "plain", "zero3", 4, **settings)
+    started = train(tmp_path / "groups", "zero3", 4, **groups)
+    assert started.losses() == plain.losses()
+    assert started.digest() == plain.digest()
+    one = train(started.cut_after(6).folder, "single", **settings)
+    assert one.resumed_from() == ["step-00000006"]
+    back = train(one.cut_after(8).folder, "zero3", 4, **groups)
+    assert difference(back.losses(), plain.losses()) < 1e-4
+    assert back.order() == plain.order()
+    same = train(plain.cut_after(6).folder, "zero3", 4, **groups)
+    assert same.losses() == plain.losses() and same.digest() == plain.digest()
 
 
 @pytest.mark.slow

@@ -11,13 +11,14 @@ import pytest
 
 WORKER = Path(__file__).with_name("guards_worker.py")
 NETWORKS = {"model.generator_norm": "batch", "model.spectral_norm": True, "train.micro_batch_size": 2}
+COPIES = {"parallel.shard_size": 1, "model.width": 128}
 PENALTY = {"objective.r1": 1.0, "objective.regularise_every": 4}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "settings"), [
     ("zero2", PENALTY), *(pytest.param(*cell, marks=pytest.mark.matrix) for cell in (
-        ("ddp", PENALTY), ("fsdp2", PENALTY), ("zero1", PENALTY), ("zero3", {}),
+        ("ddp", PENALTY), ("fsdp2", PENALTY), ("zero1", PENALTY), ("zero3", {}), ("zero3", COPIES),
         *((each, {"train.precision": "bf16"}) for each in ("zero1", "zero2", "zero3", "fsdp2"))))])  # fmt: skip
 def test_no_trace_of_what_was_left_out(strategy: str, settings: dict[str, Any], answers: Any) -> None:
     settings = {"parallel.strategy": strategy, **NETWORKS, **settings}

@@ -10,13 +10,16 @@ import torch.nn.functional as F
 from genscale.models.moving_state import MovingState
 from genscale.rng import Draws
 
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "groups")
+WHOLE = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+STRATEGIES = (*WHOLE, "groups", "zero3-groups")
 SECOND_ORDER = ("ddp", "zero1", "zero2", "fsdp2", "groups")  # zero3 refuses
-GROUPS = {"strategy": "fsdp2", "shard_size": 2}
+GROUPS = {"groups": ({"strategy": "fsdp2", "shard_size": 2}, 4), "zero3-groups": ({"strategy": "zero3", "shard_size": 2}, 4),
+          "zero3-copies": ({"strategy": "zero3", "shard_size": 1}, 2)}
+"""Settings and processes of the strategies that are one of the others in groups of processes."""
 STEPS = 4
-QUICK = {*(f"batchnorm {strategy}" for strategy in STRATEGIES[:-1]), "spectral zero3", "spectral fsdp2", "wasserstein zero2",
-         "wasserstein fsdp2", "lazy ddp", "lazy zero1", "recomputed ddp selective", "recomputed zero3 full", "bf16 zero2",
-         "bf16 fsdp2"}
+QUICK = {*(f"batchnorm {strategy}" for strategy in WHOLE), "spectral zero3", "spectral zero3-copies", "spectral fsdp2",
+         "wasserstein zero2", "wasserstein fsdp2", "lazy ddp", "lazy zero1", "recomputed ddp selective",
+         "recomputed zero3 full", "bf16 zero2", "bf16 fsdp2"}
 """The cells that are tested in every suite."""
 
 
@@ -25,7 +28,7 @@ def cells(*rows):
     return [pytest.param(*row, marks=() if " ".join(row) in QUICK else pytest.mark.slow, id="-".join(row)) for row in rows]
 
 
-KINDS = [*((kind, strategy) for kind in ("batchnorm", "spectral") for strategy in STRATEGIES),
+KINDS = [*((kind, strategy) for kind in ("batchnorm", "spectral") for strategy in STRATEGIES), ("spectral", "zero3-copies"),
          *((kind, strategy) for kind in ("wasserstein", "lazy") for strategy in SECOND_ORDER)]
 RECOMPUTED = [("recomputed", "ddp", "full"), ("recomputed", "ddp", "selective"), ("recomputed", "zero2", "full"),
               ("recomputed", "zero3", "full"), ("recomputed", "fsdp2", "full"), ("recomputed", "fsdp2", "selective"),
@@ -49,17 +52,16 @@ def result(image_engines):
     variants |= {" ".join(row): {"kind": "batchnorm", "strategy": row[1], "precision": "bf16", "resume_at": 2} for row in BF16}
     done = {}
 
+    variants = {name: {**variant, **GROUPS.get(variant["strategy"], ({}, 2))[0]} for name, variant in variants.items()}
+
     def start_of(name):
-        return name in QUICK, "groups" in name.split(), name.startswith("compiled")
+        return name in QUICK, GROUPS.get(name.split()[1], ({}, 2))[1], name.startswith("compiled")
 
     def look_up(*row):
         name = " ".join(row)
         if name not in done:
             asked = {key: value for key, value in variants.items() if start_of(key) == start_of(name)}
-            if row[1] == "groups":
-                done.update(image_engines({key: {**value, **GROUPS} for key, value in asked.items()}, processes=4))
-            else:
-                done.update(image_engines(asked))
+            done.update(image_engines(asked, processes=start_of(name)[1]))
         return done[name]
 
     return look_up
@@ -149,6 +151,12 @@ def test_a_gan_trains_as_in_plain_pytorch(kind, strategy, result, truth, differe
     for line, expected in zip(found["steps"], true.lines, strict=True):
         assert difference([line[key] for key in expected], list(expected.values())) < 1e-5
     check_equal(found, true)
+
+
+def test_second_copies_change_no_bit_also_around_a_look_at_the_average(result):
+    """A copy of the weights that others have taken the place of would be read without a word."""
+    copies, plain = result("spectral", "zero3-copies"), result("spectral", "zero3")
+    assert copies["steps"] == plain["steps"] and torch.equal(copies["made"], plain["made"])
 
 
 @pytest.mark.parametrize(("kind", "strategy"), cells(*KINDS))

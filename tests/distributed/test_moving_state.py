@@ -119,8 +119,9 @@ def test_a_declared_codebook_is_the_same_under_every_strategy(name, slow, alone,
 
 @pytest.mark.slow
 @pytest.mark.matrix
-def test_and_where_shards_are_replicated(answers, alone, difference) -> None:
-    groups = {"strategy": "fsdp2", "shard_size": 2, "resume_at": 3}
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+def test_and_in_groups(strategy, answers, alone, difference) -> None:
+    groups = {"strategy": strategy, "shard_size": 2, "resume_at": 3}
     check_same(answers(WORKER, {"groups": groups}, processes=4)["groups"], alone, difference)
 
 

@@ -35,12 +35,13 @@ def test_processes_of_their_own_resume_bit_for_bit(strategy, single, train, diff
 
 @pytest.mark.slow
 @pytest.mark.matrix
-def test_replicated_shards_equal_one_process_and_resume_bit_for_bit(single, train, difference, tmp_path):
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+def test_groups_equal_one_process_and_resume_bit_for_bit(strategy, single, train, difference, tmp_path):
     settings = {"parallel.shard_size": 2, "train.checkpoint_every": 5}
-    straight = train(tmp_path / "straight", "fsdp2", 4, **settings)
+    straight = train(tmp_path / "straight", strategy, 4, **settings)
     assert difference(straight.losses(), single.losses()) <= 1e-5
     assert straight.order() == single.order()
-    resumed = train(straight.cut_after(5).folder, "fsdp2", 4, **settings)
+    resumed = train(straight.cut_after(5).folder, strategy, 4, **settings)
     assert resumed.resumed_from() == ["step-00000005"]
     assert resumed.losses() == straight.losses()
     assert resumed.checkpoint(10).digest() == straight.checkpoint(10).digest()

@@ -105,15 +105,17 @@ def test_what_else_takes_no_second_backward(settings, norm, processes, words) ->
     ({"strategy": "fsdp2", "shard_size": 6}, "parallel.shard_size: 6 does not divide the 8 processes of the run; use 4"),
     ({"strategy": "fsdp2", "shard_size": 16}, "parallel.shard_size: 16 .*; use 8"),
     ({"strategy": "ddp", "shard_size": 4}, "parallel.shard_size: 4 has no effect with parallel.strategy ddp"),
+    ({"strategy": "zero2", "shard_size": 4}, "parallel.shard_size: 4 has no effect with parallel.strategy zero2"),
+    ({"strategy": "zero3", "shard_size": 3}, "parallel.shard_size: 3 does not divide the 8 processes of the run; use 2"),
     ({"strategy": "zero2", "reduce_gradients": "every_micro_batch"}, "reduce_gradients: .*with parallel.strategy zero2"),
     ({"activation_offload": True}, "activation_offload: true with .*activation_checkpointing none .*set .*checkpointing full"),
     ({"activation_checkpointing": "full", "activation_offload": True, "compile": True}, "activation_offload.*compile false"),
     ({"strategy": "fsdp2", "shard_size": 4, "activation_checkpointing": "full", "activation_offload": True}, None),
-    ({"strategy": "fsdp2", "shard_size": 4}, None)])  # fmt: skip
+    ({"strategy": "fsdp2", "shard_size": 4}, None), ({"strategy": "zero3", "shard_size": 4}, None)])  # fmt: skip
 def test_groups_of_shards_divide_the_processes_and_offload_has_what_it_needs(settings, words) -> None:
     if words is None:
         plan = plan_elsewhere(ParallelSettings(**settings), "bf16", 8, "adamw")
-        assert plan.copies_of_weights(8) == 2  # one in each group
+        assert plan.copies_of_weights(8) == (1 if plan.strategy == "zero3" else 2)  # one in each group; ZeRO's are second ones
         return
     with pytest.raises(UserError, match=words):
         plan_elsewhere(ParallelSettings(**settings), "bf16", 8, "adamw")

@@ -41,7 +41,8 @@ def hand_made(config: Config, machine: Machine, terms: Terms | None = None) -> P
     gpu = profile(machine.gpu)
     config = settled(config, machine, gpu)
     micro, accumulation = derive_accumulation(config.train, machine.gpus)
-    group = config.parallel.shard_size or machine.gpus
+    group = config.parallel.shard_size if config.parallel.strategy == "fsdp2" else None
+    group = group or machine.gpus
     sharded, parallel = SHARDED[config.parallel.strategy], config.parallel
 
     def state(name: str, bytes_each: int) -> int:

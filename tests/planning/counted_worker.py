@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from genscale.families import FAMILIES, family
+from genscale.parallel import zero
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import ParallelPlan, build_engine
 from genscale.planning.recorder import Recorder
@@ -21,7 +22,9 @@ from genscale.training.trainer import Trainer
 
 
 def answer(variant: dict[str, Any], processes: Processes, plan: ParallelPlan) -> dict[str, Any]:
-    """Of the second step: the peak of all tensors' bytes, and of the optimizer's collectives the bytes by name."""
+    """Of the second step: the peak of all tensors' bytes; of the optimizer's collectives the bytes by name; and of gathered
+    weights the bytes by part of the step and number of processes."""
+    zero.LIVE = variant["live"]
     config = parse_config(FAMILIES, variant["flags"])
     objective = family(config.model.family).blueprint(config).objective
     micro_batch, accumulation = derive_accumulation(config.train, processes.world_size)
@@ -42,12 +45,16 @@ def answer(variant: dict[str, Any], processes: Processes, plan: ParallelPlan) ->
                        for _ in range(accumulation)]
             trainer.run_phase(phase, step, batches)
     sent: dict[str, int] = defaultdict(int)
+    gathered: dict[tuple[str, int], int] = defaultdict(int)
     for (_, _, part), collectives in recorder.collectives.items():
         for (collective, _), count in collectives.items():
             if part == "optimizer":
                 sent[collective.name] += count * collective.bytes
-    return {"peak": round(max(peak.total for peak in peaks_of(recorder, first).values())), "sent": dict(sent)}
+            elif collective.name == "all_gather":
+                gathered[part, len(collective.ranks)] += count * collective.bytes
+    return {"peak": round(max(peak.total for peak in peaks_of(recorder, first).values())), "sent": dict(sent),
+            "gathered": dict(gathered)}
 
 
 if __name__ == "__main__":
-    serve(answer)
+    serve(answer, {"live": zero.LIVE})

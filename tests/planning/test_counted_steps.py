@@ -10,6 +10,7 @@ import pytest
 
 from genscale.families import FAMILIES
 from genscale.planning import depth
+from genscale.planning import step as planning
 from genscale.planning.account import Machine
 from genscale.planning.explain import assumptions
 from genscale.planning.trace import plan_step
@@ -23,13 +24,14 @@ GPT = {"model.family": "gpt", "model.layers": LAYERS, "model.width": WIDTH, "mod
 
 
 def flags(**others: object) -> list[str]:
-    sections = {"strategy": "parallel", "precision": "train", "global_batch_size": "train", "name": "optimizer"}
+    sections = {"strategy": "parallel", "shard_size": "parallel", "precision": "train", "global_batch_size": "train",
+                "name": "optimizer"}
     settings = {**GPT, **{f"{sections[key]}.{key}": each for key, each in others.items()}}
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
-def planned(*settings: str):
-    return plan_step(parse_config(FAMILIES, list(settings)), Machine("cpu", 2, 2))
+def planned(*settings: str, gpus: int = 2):
+    return plan_step(parse_config(FAMILIES, list(settings)), Machine("cpu", gpus, 2))
 
 
 def sent_by_the_optimizer(step) -> dict[str, int]:
@@ -56,6 +58,34 @@ def test_a_step_of_two_processes_holds_and_sends_what_was_planned(tmp_path):
         assert step.memory.peak == pytest.approx(real[name]["peak"], rel=0.03), name
         if name.startswith("muon"):
             assert sent_by_the_optimizer(step) == real[name]["sent"], name
+
+
+def gathered(step, part: str, ranks: int) -> float:
+    """Bytes of weights."""
+    return sum(each.bytes * each.count for each in step.exchanges
+               if each.name == "all_gather" and (each.part, each.ranks) == (part, ranks))
+
+
+@pytest.mark.slow
+def test_second_copies_are_held_and_gathered_from_as_planned(tmp_path, monkeypatch):
+    """Of four processes in groups of two, with one micro-batch and with three; of a network that gives nothing back after its
+    forward, and of one that does. A step gathers from all once."""
+    spread = {"strategy": "zero3", "precision": "bf16"}
+    cases = {(batches, gives_back): {**spread, "shard_size": 2, "global_batch_size": 8 * batches}
+             for batches in (1, 3) for gives_back in (False, True)}
+    variants = {f"{key}": {**spread, "flags": flags(**case), **({"live": 1} if key[1] else {})} for key, case in cases.items()}
+    real = ask(Path(__file__).with_name("counted_worker.py"), variants, tmp_path, processes=4)
+    for (batches, gives_back), case in cases.items():
+        monkeypatch.setattr(planning, "LIVE", 1 if gives_back else 10**9)
+        step, found = planned(*flags(**case), gpus=4), real[f"{(batches, gives_back)}"]
+        assert step.memory.peak == pytest.approx(found["peak"], rel=0.03)
+        assert gathered(step, "forward", 4) == pytest.approx(found["gathered"]["forward", 4], rel=0.03)
+        whole, embedding = found["gathered"]["forward", 4], 2 * 2048 * WIDTH  # which the head has just used
+        later = {("forward", 2): (batches - 1) * whole, ("backward", 2): batches * gives_back * (whole - embedding)}
+        assert found["gathered"] == {("forward", 4): whole, **{key: size for key, size in later.items() if size}}
+        # A plan gathers for a backward all of it, and counts the later forwards to the backwards before them.
+        assert gathered(step, "backward", 2) == pytest.approx((batches - 1 + batches * gives_back) * whole, rel=0.03)
+        assert gathered(step, "backward", 4) == 0
 
 
 def test_muon_sends_each_matrix_to_all():

@@ -157,6 +157,14 @@ def test_ranks_exchange_what_their_strategy_says():
     assert not dist.is_initialized()
 
 
+def test_second_copies_are_gathered_inside_a_node():
+    """After the first forward of a step, which gathers from all."""
+    step = planned("parallel.strategy=zero3", "parallel.shard_size=8", "train.precision=bf16", "train.global_batch_size=32",
+                   gpus=16)
+    gathers = {(each.part, each.ranks, each.within_nodes) for each in step.exchanges if each.name == "all_gather"}
+    assert gathers == {("forward", 16, False), ("backward", 8, True)}  # the second forward stands at the end of a backward
+
+
 def test_gradients_that_are_summed_once_a_step_hide_behind_the_last_micro_batch_alone():
     for strategy, name in (("ddp", "all_reduce"), ("fsdp2", "reduce_scatter")):
         step = planned(f"parallel.strategy={strategy}", "train.precision=fp32", gpus=4)
