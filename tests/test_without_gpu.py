@@ -54,7 +54,6 @@ def test_every_family_trains_evaluates_samples_and_saves(found):
 
 @pytest.mark.slow
 def test_a_plan_holds_what_cuda_would(found):
-    """Group normalisation gives CUDA another order of numbers, which in fp32 is copied once more."""
+    """Grouped queries in fp32 are planned a little too high."""
     for row in found["plans"]:
-        grouped = row["case"].startswith("vae") and "fp32" in row["case"]
-        assert row["ratio"] == pytest.approx(1, abs=0.07 if grouped else 0.01), row
+        assert row["ratio"] == pytest.approx(1, abs=0.03 if "llama" in row["case"] else 0.01), row

@@ -6,11 +6,13 @@ casts; how, is written in torch's header ATen/autocast_mode.h, whose shorter lis
 _PROMOTE and _FP32_SET_OPT_DTYPE): what is in none of them is in AT_FORALL_FP32.
 
 Kernels: RMS normalisation is one on CUDA (`_fused_rms_norm_cuda`), which keeps its input and a number a row; on the CPU it is
-ten, which keep four times as much.
+ten, which keep four times as much. Group normalisation brings channels-last images into the other order first, whose copy
+is kept.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -42,7 +44,14 @@ def as_on_cuda() -> Iterator[None]:
             library.impl(name.removeprefix("aten::"), _casting(name.removeprefix("aten::")), "AutocastCPU")
         # With a kernel for the device, autograd takes the operation for one; a tensor without values never gets to the kernel.
         library.impl("_fused_rms_norm", _not_for_values, "CPU")
+        library.impl("group_norm", _in_order_of_channels, "AutogradCPU")
         yield
+
+
+def _in_order_of_channels(x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5,
+                          _cudnn: bool = True) -> Tensor:
+    rest = math.prod(x.shape[2:])
+    return torch.native_group_norm(x.contiguous(), weight, bias, x.shape[0], x.shape[1], rest, groups, eps)[0]
 
 
 def _not_for_values(*_args: Any) -> Any:

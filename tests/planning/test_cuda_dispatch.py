@@ -100,3 +100,17 @@ def test_operations_are_cast_as_the_header_of_torch_has_it():
     assert [result.dtype for result in results] == [whole, whole, lower, lower, lower, lower]
     with torch.autocast("cpu", torch.bfloat16):
         assert F.interpolate(x, scale_factor=2).dtype == lower  # as it was
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_group_normalisation_on_cuda_brings_channels_last_into_order(dtype):
+    """It keeps that copy; `benchmarks/without_gpu.py` compares all that is planned with what CUDA's dispatch does."""
+    x = torch.randn(2, 8, 4, 4, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+    weight, bias = torch.randn(8, dtype=dtype), torch.randn(8, dtype=dtype)
+    plain = F.group_norm(x, 4, weight, bias)
+    with cuda_dispatch.as_on_cuda():
+        normal = F.group_norm(x, 4, weight, bias)
+    assert normal.is_contiguous() and plain.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(normal, plain)
+    assert normal.grad_fn._saved_input.data_ptr() != x.data_ptr() and normal.grad_fn._saved_input.is_contiguous()
+    assert F.group_norm(x, 4, weight, bias).is_contiguous(memory_format=torch.channels_last)  # as it was
