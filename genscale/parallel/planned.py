@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 
+from genscale.models.sequence_part import WHOLE
 from genscale.parallel.engine import Engine
 from genscale.parallel.pieces import is_sharded
 from genscale.parallel.processes import Processes
@@ -88,7 +89,7 @@ class PlannedProcesses(Processes):
         self.rank, self.world_size, self.device = 0, world_size, torch.device("cpu")
         self.doing, self.beats, self.writes, self.board, self._host_group = "", 0, 0, None, None
         self.accelerator: Any = SimpleNamespace(prepare_model=Replica)
-        self._noted, self.waiting = noted, waiting
+        self._noted, self.waiting, self.part = noted, waiting, WHOLE
 
     def note(self, doing: str) -> None:
         self._noted(doing)
