@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,6 @@ class SequencePart:
 
     def _exchange(self, x: Tensor) -> Tensor:
         """Entry i of the first dimension is sent to process i of the group, and entry i of the result is from it."""
-        # Loaded here: it takes as long as a network's module, and most runs have nothing to exchange.
-        from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
-
         assert self.group is not None  # whoever computes is in one
         return wait_tensor(all_to_all_single_autograd(x.contiguous(), None, None, self.group))
 

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from genscale.errors import PortTaken, UserError
-from genscale.models.sequence_part import WHOLE, SequencePart
 from genscale.models.device_kind import is_planned
+from genscale.models.sequence_part import WHOLE, SequencePart
 from genscale.parallel.precision import keep_fp32
 
 T = TypeVar("T")

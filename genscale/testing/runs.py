@@ -130,7 +130,8 @@ def train_in_group(folder: Path, settings: Settings, processes: Processes) -> Ru
         processes: of the group.
     """
     config = parse_config(FAMILIES, flags({**settings, "run.dir": folder.parent, "run.name": folder.name}))
-    alone = replace(config.parallel, shard_size=None, context=1)  # the launcher is forgotten, and the group is no longer its own
+    # The launcher is forgotten, and the group is no longer its own.
+    alone = replace(config.parallel, shard_size=None, context=1)
     plan = replace(plan_parallel(alone, config.train.precision), world_size=processes.world_size,
                    shard_size=config.parallel.shard_size, context=config.parallel.context)
     processes.split_sequences(plan.context)
