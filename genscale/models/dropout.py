@@ -21,8 +21,11 @@ def random_words(keys: Tensor, stream: int, count: int, first: int = 0) -> Tenso
     """Uniform int16 `(batch, count)`, a function of each sample's key `(batch,)` int64 and the stream alone: those from number
     `first` on."""
     # Each 64-bit word of the counter-based stream gives four.
-    words = torch.arange(first // 4 + 1, -(-(first + count) // 4) + 1, device=keys.device, dtype=torch.int64) * _GOLDEN
-    drawn = mixed_words(mixed_words(keys ^ (stream + 1))[:, None] + words).view(torch.int16)
+    before, after = first // 4, -(-(first + count) // 4)
+    words = torch.arange(1, after - before + 1, device=keys.device, dtype=torch.int64) * _GOLDEN
+    # Multiplied here, as int64 wraps, and added to what no compiler knows: they are wrong about such sums of known numbers.
+    start = mixed_words(keys ^ (stream + 1)) + ((before * _GOLDEN + 2**63) % 2**64 - 2**63)
+    drawn = mixed_words(start[:, None] + words).view(torch.int16)
     return drawn[:, first % 4:first % 4 + count]
 
 

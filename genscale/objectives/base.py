@@ -163,7 +163,7 @@ class Objective(ABC):
         Raises:
             UserError: it cannot be; as in any family that does not say how.
         """
-        raise UserError(f"parallel.context: {part.of} splits sequences, which only the family gpt can; use 1")
+        raise UserError(f"parallel.context: {part.of} splits sequences, which the family gpt can, and this one cannot; use 1")
 
     def flops_per_unit(self) -> int | None:
         """Floating-point operations of forward and backward for one unit, or None where that is not known."""
