@@ -26,7 +26,8 @@ OPTIONS = {
     "data.prompt_column": "prompt", "data.answer_column": "written", "data.lanes": 12, "data.validation_blocks": 7,
     "train.steps": 6, "train.global_batch_size": 12, "train.micro_batch_size": 6, "train.log_every": 1,
     "train.evaluate_every": 3, "train.checkpoint_every": 3, "train.sample_every": 0, "train.precision": "fp32",
-    "schedule.warmup_steps": 10, "optimizer.lr": 1e-3, "run.trace": True, "tracking.wandb": "disabled", "parallel.strategy": "ddp",
+    "schedule.warmup_steps": 10, "optimizer.lr": 1e-3, "run.trace": True, "tracking.wandb": "disabled",
+    "parallel.strategy": "ddp",
 }  # fmt: skip
 """All that depends on where a token stands: one head of keys for all queries, angles by document, masks, dropout, and answers
 alone to learn."""

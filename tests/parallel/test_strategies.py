@@ -104,6 +104,7 @@ def test_what_else_takes_no_second_backward(settings, norm, processes, words) ->
 @pytest.mark.parametrize(("settings", "words"), [
     ({"strategy": "fsdp2", "shard_size": 6}, "parallel.shard_size: 6 does not divide the 8 processes of the run; use 4"),
     ({"strategy": "fsdp2", "shard_size": 16}, "parallel.shard_size: 16 .*; use 8"),
+    ({"context": 3}, "parallel.context: 3 does not divide the 8 processes of the run; use 2"),
     ({"strategy": "ddp", "shard_size": 4}, "parallel.shard_size: 4 has no effect with parallel.strategy ddp"),
     ({"strategy": "zero2", "reduce_gradients": "every_micro_batch"}, "reduce_gradients: .*with parallel.strategy zero2"),
     ({"activation_offload": True}, "activation_offload: true with .*activation_checkpointing none .*set .*checkpointing full"),
