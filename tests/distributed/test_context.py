@@ -92,22 +92,25 @@ def test_a_process_keeps_half_and_all_together_have_the_gradient(found):
         torch.testing.assert_close(split["gradients"][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.fixture(scope="module")
-def one_process(train, tmp_path_factory) -> Run:
-    folder = tmp_path_factory.mktemp("one") / "run"
-    return train(folder, "single", **{**OPTIONS, "model.kv_heads": 2, "train.steps": 20, "train.checkpoint_every": 0})
+LONGER = {**OPTIONS, "model.kv_heads": 2, "train.steps": 20, "train.checkpoint_every": 0, "train.micro_batch_size": 3}
+RECOMPUTED = {**SPLIT, **FSDP2, "parallel.activation_checkpointing": "full"}
+WAYS = {
+    2: {"zero1": {**SPLIT, "parallel.strategy": "zero1"}, "zero2": {**SPLIT, "parallel.strategy": "zero2"},
+        "offloaded": {**RECOMPUTED, "parallel.activation_offload": True},
+        "selective": {**RECOMPUTED, "parallel.activation_checkpointing": "selective"},
+        "compiled": {**SPLIT, "parallel.compile": True}},
+    4: {"ddp": {"parallel.context": 4}, "zero3": {**SPLIT, "parallel.strategy": "zero3"}, "fsdp2": {**SPLIT, **FSDP2},
+        "groups": {**SPLIT, **FSDP2, "parallel.shard_size": 2}},
+}  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "processes", "context", "more"), [
-    ("ddp", 4, 4, {}), ("zero2", 2, 2, {}), ("zero3", 4, 2, {}), ("fsdp2", 4, 2, {"parallel.shard_size": 2}),
-    ("fsdp2", 2, 2, {"parallel.activation_checkpointing": "selective"}),
-    ("fsdp2", 2, 2, {"parallel.activation_checkpointing": "full", "parallel.activation_offload": True}),
-    ("ddp", 2, 2, {"parallel.compile": True})])  # fmt: skip
-def test_equals_one_process_over_twenty_steps(strategy, processes, context, more, one_process, train, difference, tmp_path):
-    settings = {**OPTIONS, "model.kv_heads": 2, "train.steps": 20, "train.checkpoint_every": 0, "train.micro_batch_size": 3}
-    run = train(tmp_path / "run", strategy, processes, **{**settings, "parallel.context": context, **more})
-    check_same(run, one_process, difference)
+@pytest.mark.parametrize("processes", WAYS)
+def test_equals_one_process_over_twenty_steps(processes, answers, train, difference, tmp_path):
+    split = answers(CONTEXT_WORKER, {name: {"run": {**LONGER, **more}} for name, more in WAYS[processes].items()}, processes)
+    one = train(tmp_path / "one", "single", **LONGER)
+    for folder in split.values():
+        check_same(Run(Path(folder)), one, difference)
 
 
 @pytest.mark.slow
