@@ -144,6 +144,9 @@ class _Runs:
         if not (yield from self._audit()):
             return
         yield from self._killed_and_spread()
+        if losses.splits_sequences:
+            halves = self.train("context", 2, "--parallel.context=2")
+            yield self._same("context", halves, "sequences in halves", may_refuse=True)
         yield self._resized()
         yield self._rounded()
         with ThreadPoolExecutor(2) as pool:
