@@ -22,7 +22,7 @@ class StepLoader:
     Args:
         data: what to read.
         global_batch_size, micro_batch_size: samples; global batch = micro-batch x world_size x accumulation.
-        rank, world_size: this process among those of the run.
+        rank, world_size: this process among those that read different samples.
         workers: processes that load (0: a background thread).
         prefetch_steps: global batches to load ahead.
         state: where to continue: `merge_states` of all ranks' `state()`, taken at any shape.

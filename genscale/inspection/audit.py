@@ -43,9 +43,9 @@ def audit(config: Config, steps: int) -> bool:
     """
     plan = plan_parallel(config.parallel, config.train.precision, config.optimizer.name)
     config = plan.settled(config)
-    shape = derive_accumulation(config.train, plan.world_size)
+    shape = derive_accumulation(config.train, plan.world_size, plan.context)
     clear_launch_environment()
-    processes = Processes(need_group=plan.needs_group)
+    processes = Processes(need_group=plan.needs_group, context=plan.context)
     try:
         with tempfile.TemporaryDirectory(prefix="genscale-audit-") as folder:
             setup_logging(folder, processes.rank)
@@ -162,7 +162,7 @@ class AuditedTrainer(Trainer):
                 norms[name] += sum(processes.gather(squared_norm(leaked).item())) ** 0.5 / max(count, 1)
 
     def _look_at_samples(self, step: int) -> None:
-        by_rank = self.processes.gather(self.watched.take())
+        by_rank = self.processes.gather(self.watched.take())[::self.processes.part.of]  # those of a group have the same
         self.report.samples += sum(map(len, by_rank))
         self.report.repeats += [f"in step {step} {fault}" for fault in repeated(by_rank)]
 

@@ -40,7 +40,8 @@ FIXED = {
     "train.precision": "fp32", "train.clip": 1.0, "train.profile": 0, "train.collapse": "ignore", "guards.dry_batch": True,
     "guards.non_finite": "stop", "optimizer.name": "sgd", "optimizer.momentum": 0.9, "optimizer.lr": 0.01,
     "schedule.name": "constant", "schedule.warmup_steps": 0, "parallel.offload": "none", "parallel.compile": False,
-    "parallel.strategy": "single", "tracking.wandb": "disabled", "tracking.tensorboard": False, "run.resume": "auto",
+    "parallel.context": 1, "parallel.strategy": "single", "tracking.wandb": "disabled", "tracking.tensorboard": False,
+    "run.resume": "auto",
 }  # fmt: skip
 """What every run has in common, whatever the config says: with plain gradient descent the same sums in another order stay the
 same to the last digits, where AdamW would make much of them."""
@@ -143,6 +144,9 @@ class _Runs:
         if not (yield from self._audit()):
             return
         yield from self._killed_and_spread()
+        if losses.splits_sequences:
+            halves = self.train("context", 2, "--parallel.context=2")
+            yield self._same("context", halves, "sequences in halves", may_refuse=True)
         yield self._resized()
         yield self._rounded()
         with ThreadPoolExecutor(2) as pool:

@@ -35,7 +35,7 @@ def check_config(config: Config, world_size: int) -> None:
     plan = plan_elsewhere(config.parallel, config.train.precision, world_size, config.optimizer.name)
     asks_planner = config.train.micro_batch_size == PLAN  # which is asked where the run starts
     train: TrainSettings = replace(config.train, micro_batch_size=None) if asks_planner else config.train
-    _, accumulation = derive_accumulation(train, world_size)
+    _, accumulation = derive_accumulation(train, world_size, plan.context)
     recorded = recorded_in(run_folder(config.run), config.run.resume)
     check_sources(config, [recorded] if recorded else [])
     chosen = family(config.model.family)

@@ -38,12 +38,14 @@ class LossFindings:
         terms: by phase.
         averaged: the objective has networks to keep an average of.
         couples_samples: a loss depends on which samples share a micro-batch, so that its terms are no sums.
+        splits_sequences: several processes can compute parts of one sample.
         weights, draws, sums: what is wrong with the initial weights, with random numbers, and with the terms.
     """
 
     objective: str
     averaged: bool
     couples_samples: bool
+    splits_sequences: bool
     tensors: int = 0
     values: int = 0
     terms: dict[str, list[str]] = field(default_factory=dict)
@@ -66,7 +68,8 @@ def look_at_losses(config: Config) -> LossFindings:
         config, data_settings = complete_from(config)
         data = family(config.model.family).build_data(data_settings, config.run.seed)
         objective = open_objective(config, processes, plan, data)
-        found = LossFindings(type(objective).__name__, bool(objective.averaged), objective.couples_samples)
+        found = LossFindings(type(objective).__name__, bool(objective.averaged), objective.couples_samples,
+                             type(objective).split_sequences is not Objective.split_sequences)
         _look_at_weights(objective, found)
         if found.weights:
             return found

@@ -17,14 +17,19 @@ def mixed_words(z: Tensor) -> Tensor:
     return z ^ ((z >> 31) & 0x1FFFFFFFF)
 
 
-def random_words(keys: Tensor, stream: int, count: int) -> Tensor:
-    """Uniform int16 `(batch, count)`, a function of each sample's key `(batch,)` int64 and the stream alone."""
-    words = torch.arange(1, -(-count // 4) + 1, device=keys.device, dtype=torch.int64) * _GOLDEN
+def random_words(keys: Tensor, stream: int, count: int, first: int = 0) -> Tensor:
+    """Uniform int16 `(batch, count)`, a function of each sample's key `(batch,)` int64 and the stream alone: those from number
+    `first` on."""
     # Each 64-bit word of the counter-based stream gives four.
-    return mixed_words(mixed_words(keys ^ (stream + 1))[:, None] + words).view(torch.int16)[:, :count]
+    before, after = first // 4, -(-(first + count) // 4)
+    words = torch.arange(1, after - before + 1, device=keys.device, dtype=torch.int64) * _GOLDEN
+    # Multiplied here, as int64 wraps, and added to what no compiler knows: they are wrong about such sums of known numbers.
+    start = mixed_words(keys ^ (stream + 1)) + ((before * _GOLDEN + 2**63) % 2**64 - 2**63)
+    drawn = mixed_words(start[:, None] + words).view(torch.int16)
+    return drawn[:, first % 4:first % 4 + count]
 
 
-def dropped(x: Tensor, keys: Tensor, stream: int, share: float) -> Tensor:
+def dropped(x: Tensor, keys: Tensor, stream: int, share: float, index: int = 0) -> Tensor:
     """`x` with a share of its elements zero and the others scaled up (Srivastava et al. 2014).
 
     Args:
@@ -32,7 +37,9 @@ def dropped(x: Tensor, keys: Tensor, stream: int, share: float) -> Tensor:
         keys: `(batch,)` int64, one a sample, on the device of `x`.
         stream: tells the places in a network apart that drop.
         share: of the elements, in steps of 1/65536.
+        index: `x` is this one of equal parts, along its second dimension, of what is dropped from.
     """
     threshold = round(share * 2**16)
-    kept = (random_words(keys, stream, x[0].numel()) >= threshold - 2**15).view(x.shape)
+    size = x[0].numel()
+    kept = (random_words(keys, stream, size, index * size) >= threshold - 2**15).view(x.shape)
     return x * kept * (1 / (1 - threshold / 2**16))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from genscale.errors import UserError
+from genscale.models.sequence_part import SequencePart
 from genscale.rng import Draws
 from genscale.settings.config import Config
 
@@ -154,6 +155,15 @@ class Objective(ABC):
         ...         tokens, ended = self.one_more(rollout.network, tokens, ended)
         """
         return _generating(self.networks[name])  # a run puts its engine's here
+
+    def split_sequences(self, part: SequencePart) -> None:
+        """From here on each sequence is computed by several processes, of which this one has `part`: a phase's `loss` and
+        `count`, and `evaluate`, are then those of its part. Called before the networks are spread.
+
+        Raises:
+            UserError: it cannot be; as in any family that does not say how.
+        """
+        raise UserError(f"parallel.context: {part.of} splits sequences, which the family gpt can, and this one cannot; use 1")
 
     def flops_per_unit(self) -> int | None:
         """Floating-point operations of forward and backward for one unit, or None where that is not known."""

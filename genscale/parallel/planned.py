@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 
+from genscale.models.sequence_part import WHOLE, SequencePart
 from genscale.parallel.engine import Engine
 from genscale.parallel.pieces import is_sharded
 from genscale.parallel.processes import Processes
@@ -22,12 +23,13 @@ from genscale.settings.config import ParallelSettings
 T = TypeVar("T")
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 """Bytes of DistributedDataParallel's buckets."""
-CollectiveName = Literal["all_gather", "reduce_scatter", "all_reduce", "broadcast"]
+CollectiveName = Literal["all_gather", "reduce_scatter", "all_reduce", "broadcast", "all_to_all"]
 NAMES: dict[str, CollectiveName] = {
     "c10d::_allgather_base_": "all_gather", "c10d::allgather_into_tensor_coalesced_": "all_gather",
     "c10d::allgather_": "all_gather", "_c10d_functional::all_gather_into_tensor": "all_gather",
     "c10d::_reduce_scatter_base_": "reduce_scatter", "c10d::reduce_scatter_tensor_coalesced_": "reduce_scatter",
-    "c10d::allreduce_": "all_reduce", "c10d::broadcast_": "broadcast"}
+    "c10d::allreduce_": "all_reduce", "c10d::broadcast_": "broadcast",
+    "_c10d_functional::all_to_all_single": "all_to_all"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,11 @@ class PlannedProcesses(Processes):
         self.rank, self.world_size, self.device = 0, world_size, torch.device("cpu")
         self.doing, self.beats, self.writes, self.board, self._host_group = "", 0, 0, None, None
         self.accelerator: Any = SimpleNamespace(prepare_model=Replica)
-        self._noted, self.waiting = noted, waiting
+        self._noted, self.waiting, self.part = noted, waiting, WHOLE
+
+    def split_sequences(self, context: int) -> None:
+        group = dist.new_group(list(range(context))) if context > 1 else None  # the others' are not asked for
+        self.part = SequencePart(0, context, group)
 
     def note(self, doing: str) -> None:
         self._noted(doing)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from genscale.errors import PortTaken, UserError
 from genscale.models.device_kind import is_planned
+from genscale.models.sequence_part import WHOLE, SequencePart
 from genscale.parallel.precision import keep_fp32
 
 T = TypeVar("T")
@@ -29,13 +30,13 @@ at the launcher's address would find what the first has left."""
 _later_runs = itertools.count(1)
 
 
-
 class Processes:
     """The process group, set up through Accelerate (device choice, rendezvous, backends of every vendor).
 
     Args:
         need_group: make a process group even for a single process (ZeRO and FSDP2 need one).
         timeout_minutes: a collective that waits longer raises instead of hanging for ever.
+        context: so many neighbouring processes read the same samples, and compute a part of each sequence.
 
     Raises:
         PortTaken: the processes cannot meet.
@@ -43,13 +44,14 @@ class Processes:
     Attributes:
         accelerator: the `accelerate.Accelerator`; it wraps networks for DDP and owns nothing else.
         rank, world_size, device: of this process.
+        part: of each sequence that this process computes.
         doing: what it is at, as a person would say it; see `note`.
         beats: how often it has said so.
         writes: how often a file that is being written in the background has come on.
         board: what `doing` is written to besides, if anything: memory that other processes can read, of BOARD bytes.
     """
 
-    def __init__(self, need_group: bool = False, timeout_minutes: float = 30) -> None:
+    def __init__(self, need_group: bool = False, timeout_minutes: float = 30, context: int = 1) -> None:
         from accelerate import Accelerator, PartialState
         from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
@@ -92,10 +94,34 @@ class Processes:
         self._host_group = None
         if self.world_size > 1 and self.device.type != "cpu":
             self._host_group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+        self._timeout = timedelta(minutes=timeout_minutes)
+        self.split_sequences(context)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the samples this process reads: that of its group where sequences are split, else its own."""
+        return self.rank // self.part.of
+
+    @property
+    def data_world(self) -> int:
+        """Into how many shares the samples are dealt."""
+        return self.world_size // self.part.of
+
+    def split_sequences(self, context: int) -> None:
+        """From here on, so many neighbouring processes are a group that computes the same samples. Collective."""
+        self.part = WHOLE
+        if context > 1:
+            group, _ = dist.new_subgroups(group_size=context, timeout=self._timeout)
+            self.part = SequencePart(self.rank % context, context, group)
+
+    def once(self, number: int) -> int:
+        """A number of the samples that this process has read, for a sum over all processes: of those that read the same, the
+        first has it, and the others 0."""
+        return 0 if self.part.index else number
 
     def note(self, doing: str) -> None:
         """Progress: this process is now at `doing`, as in "step 12, phase generator, backward". The watchdog reads it."""

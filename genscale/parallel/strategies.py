@@ -11,6 +11,7 @@ from torch import nn
 
 from genscale.errors import UserError, refuse_unheeded
 from genscale.models.batch_norm import BatchNorm
+from genscale.models.sequence_part import SequencePart
 from genscale.objectives.base import Objective, Phase, check_networks
 from genscale.parallel.engine import Engine
 from genscale.parallel.launch_request import (
@@ -35,6 +36,7 @@ class ParallelPlan:
     Attributes:
         needs_group: a process group is needed even for one process.
         shard_size: `parallel.shard_size`; None: all processes.
+        context: processes that read the same samples, and compute a part of each sequence.
     """
 
     strategy: str
@@ -42,6 +44,7 @@ class ParallelPlan:
     precision: str
     world_size: int
     shard_size: int | None = None
+    context: int = 1
 
     @property
     def needs_group(self) -> bool:
@@ -67,7 +70,7 @@ def plan_parallel(settings: ParallelSettings, precision: str, optimizer: str = "
     request = read_launch_request()
     strategy = resolve_strategy(settings.strategy, request)
     plan = ParallelPlan(strategy, resolve_offload(settings.offload, strategy, request), resolve_precision(precision, request),
-                        request.world_size, settings.shard_size)
+                        request.world_size, settings.shard_size, settings.context)
     check_combination(plan, optimizer)
     _check_settings(plan, settings)
     return plan
@@ -80,7 +83,7 @@ def plan_elsewhere(settings: ParallelSettings, precision: str, world_size: int, 
     request = LaunchRequest(None, None, None, world_size, rank=0, local_rank=0)
     strategy = resolve_strategy(settings.strategy, request)
     plan = ParallelPlan(strategy, resolve_offload(settings.offload, strategy, request), precision, world_size,
-                        settings.shard_size)
+                        settings.shard_size, settings.context)
     _check_tested(plan, optimizer)
     _check_settings(plan, settings)
     return plan
@@ -121,10 +124,15 @@ def _check_settings(plan: ParallelPlan, settings: ParallelSettings) -> None:
                         f"parallel.strategy {plan.strategy}")
     if settings.activation_offload:
         _check_offload(settings)
-    size, world = settings.shard_size, plan.world_size
-    if size is not None and world % size:
-        nearest = max(divisor for divisor in range(1, min(size, world) + 1) if world % divisor == 0)
-        raise UserError(f"parallel.shard_size: {size} does not divide the {world} processes of the run; use {nearest}")
+    for name, size in (("shard_size", settings.shard_size or 1), ("context", settings.context)):
+        check_divides(name, size, plan.world_size)
+
+
+def check_divides(name: str, size: int, world_size: int) -> None:
+    """Raises UserError where groups of so many processes, of which setting `name` of `parallel` asks, do not come out even."""
+    if world_size % size:
+        nearest = max(divisor for divisor in range(1, min(size, world_size) + 1) if world_size % divisor == 0)
+        raise UserError(f"parallel.{name}: {size} does not divide the {world_size} processes of the run; use {nearest}")
 
 
 def _check_offload(settings: ParallelSettings) -> None:
@@ -138,13 +146,18 @@ def _check_offload(settings: ParallelSettings) -> None:
                         "it chooses); use parallel.compile false")
 
 
-def check_objective(plan: ParallelPlan, settings: ParallelSettings, objective: Objective) -> None:
-    """Refuse an objective that the plan does not serve, naming the nearest combination that does.
+def check_objective(plan: ParallelPlan, settings: ParallelSettings, objective: Objective,
+                    part: SequencePart | None = None) -> None:
+    """Refuse an objective that the plan does not serve, naming the nearest combination that does; and tell it which part of
+    each sequence this process computes.
 
     Raises:
-        UserError: a phase takes gradients of gradients where there are none; a network is neither trained nor frozen.
+        UserError: a phase takes gradients of gradients where there are none; a network is neither trained nor frozen; it
+            cannot split sequences as is asked.
     """
     check_networks(objective)
+    if plan.context > 1:
+        objective.split_sequences(part or SequencePart(0, plan.context))
     for phase in objective.phases:
         if phase.second_order:
             _check_second_order(plan, settings, phase, objective.networks[phase.network])

@@ -70,7 +70,8 @@ class Exchange:
 
     Attributes:
         name: which one.
-        bytes: of the whole (what an all-gather or a broadcast gives, what a reduce-scatter takes).
+        bytes: of the whole (what an all-gather or a broadcast gives, what a reduce-scatter takes, what an
+            all-to-all takes and gives).
         ranks: how many take part.
         within_nodes: whether all of them stand in one node.
         hidden: whether computation goes on meanwhile.
@@ -78,7 +79,7 @@ class Exchange:
         last_only: made in the last micro-batch alone, whose computation is all that goes on meanwhile.
     """
 
-    name: Literal["all_gather", "reduce_scatter", "all_reduce", "broadcast"]
+    name: Literal["all_gather", "reduce_scatter", "all_reduce", "broadcast", "all_to_all"]
     phase: str
     part: Part
     bytes: int

@@ -142,7 +142,7 @@ class Chooser:
         for _ in range(4):
             each = min(2 * machine.gpus, max(machine.gpus_per_node, self.yours.plan.gpu.gpus_per_node))
             machine = replace(machine, gpus=2 * machine.gpus, gpus_per_node=each)
-            if self.yours.plan.config.train.global_batch_size % machine.gpus:
+            if _samples(self.yours.plan.config) % machine.gpus:
                 break
             if found := self._fitted(machine):
                 return found
@@ -264,7 +264,7 @@ class Chooser:
 
     def _sizes(self, machine: Machine) -> list[int]:
         """Micro-batch sizes that are the same run, none within a factor of 1.5 of the next smaller one but yours."""
-        yours, (share, rest) = self.yours.plan, divmod(self.yours.plan.config.train.global_batch_size, machine.gpus)
+        yours, (share, rest) = self.yours.plan, divmod(_samples(self.yours.plan.config), machine.gpus)
         if rest:
             return []
         if self._couples_samples:
@@ -297,4 +297,9 @@ def plainly(config: Config, strategy: str, shard_size: int | None = None, offloa
 def _identity(config: Config, machine: Machine) -> tuple[Any, ...]:
     """Of a way to do the run: what tells it from the others."""
     settings = tuple(getattr(config.parallel, setting.name) for setting in fields(ParallelSettings))
-    return settings, micro_batch_of(config.train) or config.train.global_batch_size // machine.gpus, machine.gpus
+    return settings, micro_batch_of(config.train) or _samples(config) // machine.gpus, machine.gpus
+
+
+def _samples(config: Config) -> int:
+    """Of a step, each counted for every process that reads it."""
+    return config.train.global_batch_size * config.parallel.context

@@ -176,7 +176,7 @@ def plan_shaped(config: Config, machine: Machine, terms: Terms | None = None, gp
 
     gpu = gpu or profile(machine.gpu)
     if config.train.micro_batch_size == PLAN:
-        share = derive_accumulation(with_size(config, None).train, machine.gpus)[0]
+        share = derive_accumulation(with_size(config, None).train, machine.gpus, config.parallel.context)[0]
         may_be_chosen(config, machine.gpus)
         return largest_that_fits(share, lambda size: plan_shaped(with_size(config, size), machine, terms, gpu))
     config = settled(config, machine, gpu)
@@ -190,7 +190,7 @@ def plan_shaped(config: Config, machine: Machine, terms: Terms | None = None, gp
 
 def _check_batch(config: Config, machine: Machine, gpu: GpuProfile) -> None:
     """Raises UserError where the samples of a micro-batch alone are more than a device holds: to trace them takes for ever."""
-    size = derive_accumulation(config.train, machine.gpus)[0]
+    size = derive_accumulation(config.train, machine.gpus, config.parallel.context)[0]
     sample = sum(value.nbytes for value in family(config.model.family).blueprint(config).sample.values())
     if sample * size > gpu.memory_bytes:
         raise UserError(f"train.micro_batch_size: {size:,} samples of {sample:,} bytes are more than {gpu.device} holds; "
@@ -210,7 +210,7 @@ def peak_with(plan: Plan, size: int) -> float:
 
 def may_be_chosen(config: Config, processes: int) -> None:
     """Raises UserError where the planner cannot choose the micro-batch of a run, or where it would be another run with each."""
-    share = max(1, config.train.global_batch_size // processes)
+    share = max(1, config.train.global_batch_size * config.parallel.context // processes)
     try:
         objective = family(config.model.family).blueprint(with_size(config, None)).objective
     except UserError as error:
@@ -259,7 +259,7 @@ def settled(config: Config, machine: Machine, gpu: GpuProfile) -> Config:
     if precision == "fp8" and not _computes_in(gpu, precision):
         raise UserError("train.precision: fp8 needs an NVIDIA GPU of the Hopper generation or newer, not "
                         f"{gpu.device}; use bf16")
-    derive_accumulation(config.train, machine.gpus)
+    derive_accumulation(config.train, machine.gpus, config.parallel.context)
     config = spread.settled(config)
     strategy: Any = spread.strategy  # one of the setting's words
     return replace(config, parallel=replace(config.parallel, strategy=strategy))

@@ -210,13 +210,14 @@ class Recorder(TorchDispatchMode):
     def _exchanged(self, collective: Collective, args: Any) -> None:
         category = "gathered weights" if collective.name == "all_gather" else "exchange of gradients"
         is_sum = collective.name == "all_reduce" and self.waits  # of statistics
-        if not is_sum and self.moment.part != "optimizer":
+        is_of_activations = collective.name == "all_to_all"
+        if not is_sum and not is_of_activations and self.moment.part != "optimizer":
             for tensor in tensors(args):
                 storage = self._live.get(tensor.untyped_storage()._cdata)
                 if storage is not None and storage.category not in ("weights", "gradients", "host memory"):
                     storage.category = category
         if self.moment.phase:
-            hidden = not self.waits and self.moment.part in ("forward", "backward")
+            hidden = not self.waits and not is_of_activations and self.moment.part in ("forward", "backward")
             place = self.moment.phase, self.moment.micro_batch, self.moment.part
             self.collectives[place][collective, hidden] += 1
 

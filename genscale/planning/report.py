@@ -56,6 +56,8 @@ def in_words(plan: Plan) -> str:
              train.precision]
     if settings.shard_size is not None:
         words[0] += f" in groups of {settings.shard_size}"
+    if settings.context > 1:
+        words.insert(1, f"context {settings.context}")
     if settings.activation_checkpointing != "none":
         words.append(f"{settings.activation_checkpointing} checkpointing")
     if settings.offload != "none":

@@ -54,7 +54,7 @@ def with_planned_size(config: Config, gpu: GpuProfile | None = None) -> Config:
     if config.train.micro_batch_size != PLAN:
         return config
     request = read_launch_request()
-    derive_accumulation(with_size(config, None).train, request.world_size)
+    derive_accumulation(with_size(config, None).train, request.world_size, config.parallel.context)
     gpu = gpu or _device_here(config, request)
     size = recorded_size(config, gpu, request.world_size)
     found = f"{size}, with which the run began"
@@ -73,16 +73,18 @@ def recorded_size(config: Config, gpu: GpuProfile, processes: int) -> int | None
         return None
     try:
         checkpoint = Checkpoint(recorded)
-        about, size = checkpoint.manifest().get("about", {}), checkpoint.config()["train"]["micro_batch_size"]
+        about, recorded_config = checkpoint.manifest().get("about", {}), checkpoint.config()
+        size, context = recorded_config["train"]["micro_batch_size"], recorded_config.get("parallel", {}).get("context", 1)
     except (OSError, ValueError, KeyError, TypeError):  # damaged, which is told where it is read
         return None
-    if (about.get("world_size"), about.get("device")) != (processes, gpu.device) or not isinstance(size, int):
+    here = processes, gpu.device, config.parallel.context
+    if (about.get("world_size"), about.get("device"), context) != here or not isinstance(size, int):
         return None
-    return size if size > 0 and config.train.global_batch_size % (size * processes) == 0 else None
+    return size if size > 0 and config.train.global_batch_size % (size * (processes // context)) == 0 else None
 
 
 def _device_here(config: Config, request: LaunchRequest) -> GpuProfile:
-    share = max(1, config.train.global_batch_size // request.world_size)
+    share = max(1, config.train.global_batch_size * config.parallel.context // request.world_size)
     if on_cpu():
         raise UserError("train.micro_batch_size: plan is for GPUs, and this run computes on the CPU, where nobody plans it; "
                         f"give a number, as {share}")

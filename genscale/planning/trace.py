@@ -47,7 +47,7 @@ def plan_step(config: Config, machine: Machine) -> PlannedStep:
     plan = plan_elsewhere(config.parallel, config.train.precision, machine.gpus, config.optimizer.name)
     config = without_compiler(plan.settled(config))
     plan = replace(plan, precision=config.train.precision)
-    micro_batch_size, accumulation = derive_accumulation(config.train, machine.gpus)
+    micro_batch_size, accumulation = derive_accumulation(config.train, machine.gpus, plan.context)
     objective = family(config.model.family).blueprint(config).objective
     check_objective(plan, config.parallel, objective)
     check_learning_rates(config.optimizer, config.model.family, objective)

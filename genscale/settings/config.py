@@ -205,6 +205,9 @@ class ParallelSettings:
     prefetch_blocks: NonNegativeInt = 0
     """fsdp2: blocks whose weights are being gathered while the one before them computes (0: as PyTorch does by itself, one
     ahead in backward)."""
+    context: PositiveInt = 1
+    """gpt, for sequences of 32k tokens and more: so many neighbouring processes read the same samples, and each computes its
+    part of every sequence; in attention, its part of the heads over all of it (DeepSpeed-Ulysses, Jacobs et al. 2023)."""
     offload: Literal["none", "cpu"] = "none"
     """cpu: ZeRO keeps the optimizer state in host memory."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"

@@ -130,11 +130,13 @@ def train_in_group(folder: Path, settings: Settings, processes: Processes) -> Ru
         processes: of the group.
     """
     config = parse_config(FAMILIES, flags({**settings, "run.dir": folder.parent, "run.name": folder.name}))
-    alone = replace(config.parallel, shard_size=None)  # the launcher is forgotten, and the group is no longer its own
+    # The launcher is forgotten, and the group is no longer its own.
+    alone = replace(config.parallel, shard_size=None, context=1)
     plan = replace(plan_parallel(alone, config.train.precision), world_size=processes.world_size,
-                   shard_size=config.parallel.shard_size)
+                   shard_size=config.parallel.shard_size, context=config.parallel.context)
+    processes.split_sequences(plan.context)
     config = plan.settled(config)
     with Supervision(config.guards.hang_minutes, folder, processes, StopSignal()) as supervision:
-        accumulation = derive_accumulation(config.train, processes.world_size)
+        accumulation = derive_accumulation(config.train, processes.world_size, plan.context)
         life._train(config, processes, plan, accumulation, folder, supervision)
     return Run(folder)

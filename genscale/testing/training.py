@@ -62,9 +62,9 @@ class Training:
         train = config.train
         self.objective, self.processes = objective, processes or Processes()
         plan = plan or ParallelPlan("single", "none", "fp32", 1)
-        micro = micro_batch_of(train) or train.global_batch_size // self.processes.world_size
-        accumulation = train.global_batch_size // self.processes.world_size // micro
-        check_objective(plan, config.parallel, objective)
+        micro = micro_batch_of(train) or train.global_batch_size // self.processes.data_world
+        accumulation = train.global_batch_size // self.processes.data_world // micro
+        check_objective(plan, config.parallel, objective, self.processes.part)
         saved = resume[0] if resume else None
         self.engine = build_engine(plan, self.processes, config.parallel, plan.precision, train.clip, micro, accumulation)
         if saved:
@@ -80,8 +80,8 @@ class Training:
             for name, state in saved["averages"].items():
                 self.engine.load_average_state(name, state, state.__getitem__)
         loader: Any = None if data is None else StepLoader(
-            data, global_batch_size=train.global_batch_size, micro_batch_size=micro, rank=self.processes.rank,
-            world_size=self.processes.world_size, workers=0, prefetch_steps=2, state=resume[1] if resume else None)
+            data, global_batch_size=train.global_batch_size, micro_batch_size=micro, rank=self.processes.data_rank,
+            world_size=self.processes.data_world, workers=0, prefetch_steps=2, state=resume[1] if resume else None)
         self.loader, self.losses = loader, list[float]()
         self.trainer = trainer(config, objective, self.engine, loader) if trainer else Trainer(
             config, objective, self.engine, loader, hooks, last_good=lambda: "none")

@@ -93,9 +93,9 @@ class Evaluate(Hook):
 
         with self.engine.averaged():
             return validate(self.objective, self.engine.view(None), self.validation_set,
-                            batch_size=self.engine.micro_batch_size, rank=processes.rank, world_size=processes.world_size,
-                            device=processes.device, reduce_sum=processes.sum, autocast=self.engine.forward_context,
-                            go_on=go_on)
+                            batch_size=self.engine.micro_batch_size, rank=processes.data_rank,
+                            world_size=processes.data_world, device=processes.device, reduce_sum=processes.sum,
+                            autocast=self.engine.forward_context, go_on=go_on)
 
     def _end_or_restore(self, report: StepReport, loss: float) -> None:
         best = self.best_checkpoint()

@@ -115,14 +115,14 @@ def _start(config: Config, stop: StopSignal, hooks: Sequence[Hook]) -> RunResult
         added = hooks_by_name([*configured_hooks(config), *hooks])
         plan = plan_parallel(config.parallel, config.train.precision, config.optimizer.name)
         config = plan.settled(config)
-        shape = derive_accumulation(config.train, plan.world_size)
+        shape = derive_accumulation(config.train, plan.world_size, plan.context)
         folder = run_folder(config.run)
         check_batch_memory(config.data, shape[0], config.train.steps)
         if config.train.tf32 and on_cpu():
             raise UserError("train.tf32: true has no effect on the CPU, which computes fp32 in fp32; leave it out")
     clear_launch_environment()
     with before_the_run():
-        processes = Processes(plan.needs_group, group_timeout_minutes(config.guards.hang_minutes))
+        processes = Processes(plan.needs_group, group_timeout_minutes(config.guards.hang_minutes), plan.context)
         if config.train.tf32:
             allow_tf32()
     try:

@@ -60,20 +60,25 @@ def _is_of_the_web(value: Any) -> bool:
     return isinstance(value, str) and is_url(value)
 
 
-def derive_accumulation(train: TrainSettings, world_size: int) -> tuple[int, int]:
-    """(micro-batch size, micro-batches in a step) of each process. Raises UserError naming the nearest sizes that divide."""
-    batch = train.global_batch_size
-    if batch % world_size:
-        below, above = batch // world_size * world_size, (batch // world_size + 1) * world_size
+def derive_accumulation(train: TrainSettings, world_size: int, context: int = 1) -> tuple[int, int]:
+    """(micro-batch size, micro-batches in a step) of each process. Raises UserError naming the nearest sizes that divide.
+
+    Args:
+        context: so many processes read the same samples; it divides `world_size`.
+    """
+    batch, readers = train.global_batch_size, world_size // context
+    among = f"{readers} processes" if context == 1 else f"{readers} groups of {context} processes"
+    if batch % readers:
+        below, above = batch // readers * readers, (batch // readers + 1) * readers
         near = f"{below} or {above}" if below else f"{above}"
-        raise UserError(f"train.global_batch_size: {batch} does not divide by {world_size} processes; nearest "
+        raise UserError(f"train.global_batch_size: {batch} does not divide by {among}; nearest "
                         f"values that do: {near}")
-    share = batch // world_size
+    share = batch // readers
     micro = micro_batch_of(train) or share
     if share % micro:
-        unit = micro * world_size
+        unit = micro * readers
         nearest_batch = [n for n in (batch // unit * unit, (batch // unit + 1) * unit) if n]
-        raise UserError(f"train.micro_batch_size: {micro} x {world_size} processes does not divide "
+        raise UserError(f"train.micro_batch_size: {micro} x {among} does not divide "
                         f"train.global_batch_size {batch}; nearest "
                         f"micro-batch sizes that do: {nearest_divisors(share, micro)}; nearest global batch sizes: "
                         f"{' or '.join(map(str, nearest_batch))}")
@@ -85,7 +90,7 @@ def open_objective(config: Config, processes: Processes, plan: ParallelPlan, dat
     processes.main_does(lambda: data.check(config.train.global_batch_size))
     objective = processes.all_do(lambda: family(config.model.family).build_objective(config, data))
     give_source(objective, config)
-    check_objective(plan, config.parallel, objective)
+    check_objective(plan, config.parallel, objective, processes.part)
     check_learning_rates(config.optimizer, config.model.family, objective)
     return objective
 
@@ -168,9 +173,9 @@ def open_loader(data: Data, settings: DataSettings, global_batch_size: int, micr
                 state: dict[str, Any] | None = None) -> StepLoader:
     """This process's micro-batches, from the start or from where a checkpoint's `state` says."""
     state = state or {}
-    if (shared := shared_lanes(data, settings, processes.world_size)) and processes.is_main:
+    if (shared := shared_lanes(data, settings, processes.data_world)) and processes.is_main:
         log.warning("%s", shared)
     return StepLoader(data, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size,
-                      rank=processes.rank, world_size=processes.world_size, workers=settings.workers,
+                      rank=processes.data_rank, world_size=processes.data_world, workers=settings.workers,
                       prefetch_steps=settings.prefetch_steps, state=state.get("data"),
                       pin_memory=processes.device.type == "cuda", left_out=(state.get("guards") or {}).get("batches", ()))

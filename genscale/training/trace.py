@@ -69,7 +69,7 @@ class Trace(Hook):
         self._writes.attempt(NAME, lambda: self._record(report))
 
     def _record(self, report: StepReport) -> None:
-        (draws,) = self.processes.sum_of_numbers(self._draws)
+        (draws,) = self.processes.sum_of_numbers(self.processes.once(self._draws))
         made = merged(self.processes.gather(self._made)) if self._made else {}
         gradients = {label: _as_json(prints.total(self.processes)) for label, prints in self._gradients.items()}
         weights = self._weights()

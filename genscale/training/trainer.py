@@ -170,7 +170,8 @@ class Trainer:
         self.update_averages(step)
         self.processes.note(f"step {step}, agreeing")
         time_is_up = self.processes.is_main and any(hook.by_clock() for hook in self.hooks if hook.by_clock is not None)
-        number, report.data_digest, report.time_is_up = self._agree(stop.received or 0, report.data_digest, time_is_up)
+        digest = self.processes.once(report.data_digest)
+        number, report.data_digest, report.time_is_up = self._agree(stop.received or 0, digest, time_is_up)
         report.stopped = number > 0
         stop.agreed = signal.Signals(number) if number else None
         report.last = report.stopped or step == self.config.train.steps

@@ -244,7 +244,7 @@ def _alone(config: Config, precision: str) -> Config:
     """A micro-batch of the run on one device."""
     size: Any = micro_batch_of(config.train) or 1
     settings: dict[str, Any] = {"precision": precision, "micro_batch_size": size, "global_batch_size": size}
-    parallel = replace(config.parallel, strategy="auto", shard_size=None, offload="none")
+    parallel = replace(config.parallel, strategy="auto", shard_size=None, context=1, offload="none")
     return replace(config, train=replace(config.train, **settings), parallel=parallel)
 
 

@@ -48,9 +48,11 @@ def main(arguments: list[str], stop: StopSignal) -> int:
 
     if processes is not None:
         from genscale.parallel.launcher import launch_processes
+        from genscale.parallel.strategies import check_divides
 
         if config.train.micro_batch_size != PLAN:
-            derive_accumulation(config.train, processes)  # a mistake found here costs no launch
+            check_divides("context", config.parallel.context, processes)  # a mistake found here costs no launch
+            derive_accumulation(config.train, processes, config.parallel.context)
         os.environ[PROCESSES] = str(processes)  # for the processes to say how to go on
         return launch_processes(processes, arguments, FAMILIES.script, listening=stop.loop_begins)
     if config.train.micro_batch_size == PLAN:

@@ -44,6 +44,15 @@ def test_a_sample_drops_the_same_whatever_stands_beside_it() -> None:
         assert torch.equal(dropped(x[row:row + 1], keys(10 + row), 5, 0.3)[0], together[row])
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shape", [(6, 7, 5), (6, 8, 3)])  # words begin within a draw of four, and with one
+def test_a_part_drops_what_the_whole_does(shape: tuple[int, ...], compiled: bool) -> None:
+    whole, drop = dropped(torch.ones(3, *shape), keys(4, 5, 6), 2, 0.3), torch.compile(dropped) if compiled else dropped
+    for index in range(3):
+        part = drop(torch.ones(3, 2, *shape[1:]), keys(4, 5, 6), 2, 0.3, index)
+        assert torch.equal(part, whole[:, 2 * index:2 * index + 2])
+
+
 @pytest.mark.parametrize("kind", ["dropout", "attention_dropout"])
 def test_a_model_drops_in_training_only_and_by_sample(kind: str) -> None:
     network = GPT(GPTSettings(layers=2, heads=2, width=16, positions=16, init_std=0.3, **{kind: 0.2}), 61)

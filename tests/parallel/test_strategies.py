@@ -104,6 +104,7 @@ def test_what_else_takes_no_second_backward(settings, norm, processes, words) ->
 @pytest.mark.parametrize(("settings", "words"), [
     ({"strategy": "fsdp2", "shard_size": 6}, "parallel.shard_size: 6 does not divide the 8 processes of the run; use 4"),
     ({"strategy": "fsdp2", "shard_size": 16}, "parallel.shard_size: 16 .*; use 8"),
+    ({"context": 3}, "parallel.context: 3 does not divide the 8 processes of the run; use 2"),
     ({"strategy": "ddp", "shard_size": 4}, "parallel.shard_size: 4 has no effect with parallel.strategy ddp"),
     ({"strategy": "zero2", "shard_size": 4}, "parallel.shard_size: 4 has no effect with parallel.strategy zero2"),
     ({"strategy": "zero3", "shard_size": 3}, "parallel.shard_size: 3 does not divide the 8 processes of the run; use 2"),

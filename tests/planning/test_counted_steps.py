@@ -24,8 +24,8 @@ GPT = {"model.family": "gpt", "model.layers": LAYERS, "model.width": WIDTH, "mod
 
 
 def flags(**others: object) -> list[str]:
-    sections = {"strategy": "parallel", "shard_size": "parallel", "precision": "train", "global_batch_size": "train",
-                "name": "optimizer"}
+    sections = {"strategy": "parallel", "shard_size": "parallel", "context": "parallel", "precision": "train",
+                "global_batch_size": "train", "name": "optimizer"}
     settings = {**GPT, **{f"{sections[key]}.{key}": each for key, each in others.items()}}
     return [f"--{key}={value}" for key, value in settings.items()]
 
@@ -49,6 +49,8 @@ def test_a_step_of_two_processes_holds_and_sends_what_was_planned(tmp_path):
              for strategy, precision, batch in [("zero1", "bf16", 8), ("zero3", "fp32", 4), ("zero3", "bf16", 8),
                                                 ("fsdp2", "bf16", 8)]}
     cases |= {f"muon {strategy}": {"strategy": strategy, "precision": "fp32", "global_batch_size": 4, "name": "muon"}
+              for strategy in ("ddp", "fsdp2")}
+    cases |= {f"split {strategy}": {"strategy": strategy, "precision": "fp32", "global_batch_size": 4, "context": 2}
               for strategy in ("ddp", "fsdp2")}
     real = ask(Path(__file__).with_name("counted_worker.py"),
                {name: {"strategy": case["strategy"], "precision": case["precision"], "flags": flags(**case)}

@@ -165,6 +165,17 @@ def test_second_copies_are_gathered_inside_a_node():
     assert gathers == {("forward", 16, False), ("backward", 8, True)}  # the second forward stands at the end of a backward
 
 
+def test_split_sequences_are_exchanged_by_each_layer_and_take_half_the_activations():
+    long = "model.heads=4", "model.positions=1024", "data.sequence_length=1024", "parallel.strategy=ddp"
+    whole, split = (planned(*long, "train.precision=fp32", f"parallel.context={size}", gpus=4) for size in (1, 2))
+    assert (whole.accumulation, split.accumulation) == (4, 8)
+    assert held(split, "activations") == pytest.approx(held(whole, "activations") / 2, rel=0.1)  # one exchange beside them
+    sent = {(each.part, each.bytes, each.ranks, each.hidden): each.count
+            for each in split.exchanges if each.name == "all_to_all"}
+    features = 4 * 36 * 1024 // 2  # bytes of a part: queries, keys and values go one way, what is made of them the other
+    assert sent == {(part, times * features, 2, False): 3 * 8 for part in ("forward", "backward") for times in (1, 3)}
+
+
 def test_gradients_that_are_summed_once_a_step_hide_behind_the_last_micro_batch_alone():
     for strategy, name in (("ddp", "all_reduce"), ("fsdp2", "reduce_scatter")):
         step = planned(f"parallel.strategy={strategy}", "train.precision=fp32", gpus=4)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from genscale.families.gpt.settings import ResolvedGPTSettings
 from genscale.models.device_kind import on_gpu
 from genscale.models.dropout import dropped
+from genscale.models.sequence_part import WHOLE, SequencePart
 
 
 class KeyValueCache:
@@ -69,7 +70,7 @@ class Attention(nn.Module):
         return {"query_key_value.weight": (s.heads * s.head_width, shared, shared)}
 
     def forward(self, x: Tensor, rotation: Tensor | None, mask: Tensor | None, dropout_keys: Tensor | None,
-                cache: KeyValueCache | None) -> Tensor:
+                cache: KeyValueCache | None, part: SequencePart = WHOLE) -> Tensor:
         """Mix each position with those it may see.
 
         Args:
@@ -78,6 +79,7 @@ class Attention(nn.Module):
             mask: `(batch or 1, 1, time, time seen)`, true where a query sees a key; None: itself and all before it.
             dropout_keys: `(batch,)` int64, what the dropped attention weights are drawn from; None: none are.
             cache: what was read before.
+            part: of the sequence that `x` and `rotation` are, of which there is no cache; the mask is that of all of it.
         """
         s = self.settings
         # (batch, time, heads x head width) -> (batch, heads, time, head width)
@@ -93,16 +95,28 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)
         dropout = dropout_keys is not None and s.attention_dropout > 0
+        if part.of > 1:
+            copies = math.lcm(s.kv_heads, part.of) // s.kv_heads  # so many that each process has a whole number of them
+            query, key, value = part.to_heads(query, _repeated(key, copies), _repeated(value, copies))
         # A GPU's kernels share keys and values among queries themselves, but for those that take a mask or fp32.
-        shares = s.kv_heads != s.heads and on_gpu(key) and mask is None and not dropout and _computes_in_16_bits(key)
-        if s.kv_heads != s.heads and not shares:
-            key, value = (part.repeat_interleave(s.heads // s.kv_heads, dim=1) for part in (key, value))
+        shared = query.shape[1] // key.shape[1]
+        shares = shared > 1 and on_gpu(key) and mask is None and not dropout and _computes_in_16_bits(key)
+        if not shares:
+            key, value = _repeated(key, shared), _repeated(value, shared)
         if dropout_keys is not None and dropout:
-            mixed = _attention_with_dropout(query, key, value, mask, dropout_keys, 3 * self.layer + 1, s.attention_dropout)
+            mixed = _attention_with_dropout(query, key, value, mask, dropout_keys, 3 * self.layer + 1, s.attention_dropout,
+                                            part.index)
         else:
             causal = mask is None and query.shape[2] > 1
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=shares)
+        if part.of > 1:
+            mixed = part.to_time(mixed)
         return self.output(mixed.transpose(1, 2).flatten(2))
+
+
+def _repeated(heads: Tensor, times: int) -> Tensor:
+    """Each head so many times, one after the other: `(batch, heads, ...)` to `(batch, heads times, ...)`."""
+    return heads if times == 1 else heads.repeat_interleave(times, dim=1)
 
 
 def _computes_in_16_bits(tensor: Tensor) -> bool:
@@ -111,13 +125,13 @@ def _computes_in_16_bits(tensor: Tensor) -> bool:
 
 
 def _attention_with_dropout(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_keys: Tensor, stream: int,
-                            share: float) -> Tensor:
+                            share: float, index: int) -> Tensor:
     """Attention in the open, `(batch, heads, time, time)` weights and all: fused kernels do not draw dropout by sample."""
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     weights = scores.float().masked_fill(~mask, -torch.inf).softmax(-1)
-    return dropped(weights, dropout_keys, stream, share).to(value.dtype) @ value
+    return dropped(weights, dropout_keys, stream, share, index).to(value.dtype) @ value
 
 
 def rotary_angles(positions: Tensor, settings: ResolvedGPTSettings) -> Tensor:

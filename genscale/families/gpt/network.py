@@ -12,6 +12,7 @@ from genscale.families.gpt.attention import Attention, KeyValueCache, attention_
 from genscale.families.gpt.settings import GPTSettings, ResolvedGPTSettings, resolved
 from genscale.models.cross_entropy import summed_cross_entropy
 from genscale.models.dropout import dropped
+from genscale.models.sequence_part import WHOLE, SequencePart
 from genscale.rng import torch_generator
 
 __all__ = ["GPT", "GPTSettings", "KeyValueCache", "resolved"]
@@ -58,15 +59,17 @@ class Block(nn.Module):
         self.mlp = MLP(settings)
 
     def forward(self, x: Tensor, rotation: Tensor | None, mask: Tensor | None = None, dropout_keys: Tensor | None = None,
-                cache: KeyValueCache | None = None) -> Tensor:
+                cache: KeyValueCache | None = None, part: SequencePart = WHOLE) -> Tensor:
         """One step of the residual stream; arguments as of `Attention.forward`."""
-        x = x + self._dropped(self.attention(self.attention_norm(x), rotation, mask, dropout_keys, cache), dropout_keys, 2)
-        return x + self._dropped(self.mlp(self.mlp_norm(x)), dropout_keys, 3)
+        mixed = self.attention(self.attention_norm(x), rotation, mask, dropout_keys, cache, part)
+        x = x + self._dropped(mixed, dropout_keys, 2, part)
+        return x + self._dropped(self.mlp(self.mlp_norm(x)), dropout_keys, 3, part)
 
-    def _dropped(self, x: Tensor, keys: Tensor | None, place: int) -> Tensor:
+    def _dropped(self, x: Tensor, keys: Tensor | None, place: int, part: SequencePart) -> Tensor:
         if keys is None or not self.dropout:
             return x
-        return dropped(x, keys, 3 * self.layer + place, self.dropout)  # streams 3 l + 1 to 3; 0 is the embedding's
+        # Streams 3 l + 1 to 3; 0 is the embedding's.
+        return dropped(x, keys, 3 * self.layer + place, self.dropout, part.index)
 
 
 class GPT(nn.Module):
@@ -76,6 +79,10 @@ class GPT(nn.Module):
         settings: the shape; `GPT.settings` is the same with nothing left open.
         vocab_size: rows of the embedding table, hence the width of the logits (`settings.vocab_size` may leave it open).
 
+    Attributes:
+        part: of each sequence that this process computes the loss of; where it is not the whole, every process of its group
+            gives the same tokens, and gets the loss of its own part. Logits are of whole sequences in any case.
+
     Raises:
         UserError: settings that no GPT can have.
     """
@@ -84,6 +91,7 @@ class GPT(nn.Module):
         super().__init__()
         self.settings = whole = resolved(settings)
         self.vocab_size = vocab_size
+        self.part = WHOLE
         self.token_embedding = nn.Embedding(vocab_size, whole.width)
         if whole.position_encoding == "learned":
             self.position_embedding = nn.Embedding(whole.positions, whole.width)
@@ -101,6 +109,7 @@ class GPT(nn.Module):
         Args:
             tokens: `(batch, time)` int64; with those in the cache at most `settings.positions`.
             targets: `(batch, time)` int64, -1 where there is none: then the sum of their nats is returned, an fp32 scalar.
+                Only those of `part`, `(batch, time / part.of)`.
             documents: `(batch, time)` int: a token sees its own document alone, and positions count from its first token.
             dropout_keys: `(batch,)` int64, what dropout draws from, one a sample; None: no dropout.
             cache: holds the tokens before these, and takes these in.
@@ -109,11 +118,12 @@ class GPT(nn.Module):
         Returns:
             Logits `(batch, time or last, vocab_size)`, or the loss.
         """
-        x, rotation, mask = self._embed(tokens, documents, cache)
+        part = WHOLE if targets is None else self.part
+        x, rotation, mask = self._embed(tokens, documents, cache, part)
         if dropout_keys is not None and self.settings.dropout:
-            x = dropped(x, dropout_keys, 0, self.settings.dropout)
+            x = dropped(x, dropout_keys, 0, self.settings.dropout, part.index)
         for block in self.layers:
-            x = block(x, rotation, mask, dropout_keys, cache)
+            x = block(x, rotation, mask, dropout_keys, cache, part)
         if cache is not None:
             cache.length += tokens.shape[1]
         x = self.final_norm(x if last is None else x[:, -last:])
@@ -123,9 +133,10 @@ class GPT(nn.Module):
             return F.linear(x, weight)
         return summed_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), self.settings.loss_chunk)
 
-    def _embed(self, tokens: Tensor, documents: Tensor | None,
-               cache: KeyValueCache | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The residual stream's start, and what all blocks share: the rotation of each position, and the attention mask."""
+    def _embed(self, tokens: Tensor, documents: Tensor | None, cache: KeyValueCache | None,
+               part: SequencePart) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The residual stream's start, and what all blocks share: the rotation of each position, and the attention mask, which
+        is that of the whole sequence."""
         time, past = tokens.shape[1], cache.length if cache is not None else 0
         if past + time > self.settings.positions:
             raise ValueError(f"{past + time} tokens do not fit into {self.settings.positions} positions")
@@ -136,7 +147,8 @@ class GPT(nn.Module):
             positions = torch.arange(past, past + time, device=tokens.device)[None]
         else:
             positions = positions_within(documents)[:, past:]
-        x = self.token_embedding(tokens)
+        positions = part.of_time(positions)
+        x = self.token_embedding(part.of_time(tokens))
         if self.settings.position_encoding == "learned":
             x = x + self.position_embedding(positions)
         rotation = rotary_angles(positions, self.settings) if self.settings.position_encoding == "rotary" else None

@@ -13,11 +13,12 @@ from torch import Tensor
 from genscale.data.lanes import Sample
 from genscale.data.text.data import TextData, TextDataSettings
 from genscale.data.text.tokenizers import KnownVocabulary, Tokenizer, load_tokenizer
-from genscale.errors import UserError
+from genscale.errors import UserError, nearest_divisors
 from genscale.families.entry import NoSettings
 from genscale.families.gpt.decoding import generate
 from genscale.families.gpt.network import GPT
 from genscale.families.gpt.settings import GPTSettings
+from genscale.models.sequence_part import SequencePart
 from genscale.objectives.base import Batch, Blueprint, Networks, Objective, Phase, Terms
 from genscale.rng import Draws, torch_generator
 from genscale.settings.config import Config
@@ -29,12 +30,6 @@ PREVIEW_TEMPERATURE = 0.8
 MASKED = ("prompt_column", "messages_column")
 """Settings of data of which only the answers are learnt."""
 VOCAB_MULTIPLE = 64  # matrix kernels want the width of the logits in whole tiles
-
-
-def _targets(batch: Batch) -> Tensor:
-    """What each position has to predict, `(batch, time)` int64; -1 where there is nothing."""
-    targets = batch["tokens"][:, 1:].long()
-    return targets.where(batch["mask"][:, 1:] > 0, -1) if "mask" in batch else targets
 
 
 class LanguageModel(Objective):
@@ -58,7 +53,7 @@ class LanguageModel(Objective):
 
     def __init__(self, network: GPT, tokenizer: Tokenizer, sequence_length: int, *, separate_documents: bool = False,
                  weights: Callable[[str], Tensor] | None = None) -> None:
-        self.networks = {"gpt": network}
+        self.networks, self._network = {"gpt": network}, network
         self._weights = weights
         self.phases = [Phase("language_model", "gpt", loss=self.loss, count=self.count)]
         self.tokenizer = tokenizer
@@ -81,6 +76,19 @@ class LanguageModel(Objective):
         """Floating-point operations of forward and backward for one token."""
         return self._flops
 
+    def split_sequences(self, part: SequencePart) -> None:
+        """By all-to-all over heads. Raises UserError where heads or targets cannot be dealt out evenly."""
+        for key, number in (("model.heads", self._network.settings.heads), ("data.sequence_length", self.units_per_sample)):
+            if number % part.of:
+                raise UserError(f"parallel.context: {part.of} does not divide {key} {number}, which it deals out among as many "
+                                f"processes; nearest values that do: {nearest_divisors(number, part.of)}")
+        self._network.part = part
+
+    def _targets(self, batch: Batch) -> Tensor:
+        """What each position of this process's part has to predict, `(batch, time)` int64; -1 where there is nothing."""
+        targets = batch["tokens"][:, 1:].long()
+        return self._network.part.of_time(targets.where(batch["mask"][:, 1:] > 0, -1) if "mask" in batch else targets)
+
     def loss(self, networks: Networks, batch: Batch, draws: Draws) -> Terms:
         """The phase's loss: nats summed over the valid targets of a micro-batch."""
         return {"loss": self._nats(networks, batch, draws.keys("dropout") if self.drops else None)}
@@ -90,11 +98,11 @@ class LanguageModel(Objective):
         inputs = batch["tokens"][:, :-1].long().clamp(min=0)
         # The end-of-text token opens the next document, as it does when text is generated.
         documents = (inputs == self.tokenizer.end_of_text).cumsum(1) if self.separate_documents else None
-        return networks["gpt"](inputs, targets=_targets(batch), documents=documents, dropout_keys=dropout_keys)
+        return networks["gpt"](inputs, targets=self._targets(batch), documents=documents, dropout_keys=dropout_keys)
 
     def count(self, batch: Batch) -> int:
         """Valid targets of a micro-batch."""
-        return int((_targets(batch) >= 0).sum())
+        return int((self._targets(batch) >= 0).sum())
 
     def save_assets(self, folder: Path) -> None:
         """Keep the tokenizer with the run: sampling must not depend on a file elsewhere."""
@@ -109,7 +117,7 @@ class LanguageModel(Objective):
 
     def evaluate(self, networks: Networks, batch: Batch) -> Terms:
         """Sums in float64: `nats`, `tokens` and, where the tokenizer knows them, the `bytes` that the targets stand for."""
-        targets = _targets(batch)
+        targets = self._targets(batch)
         valid = targets >= 0
         totals = {"nats": self._nats(networks, batch).double(), "tokens": valid.sum().double()}
         if self.token_bytes is not None:
