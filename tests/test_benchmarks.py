@@ -132,7 +132,7 @@ def test_counts_of_a_step(monkeypatch):
     images = "(8, 3, 32, 32) float32 to (8, 3, 32, 32) float32"
     assert not any(images in site for phase in gan.values() for site in phase["largest"])
     assert gan["discriminator"]["copies into another layout"] == 3  # maps of 4 x 4 into rows and back
-    assert gan["discriminator"]["operations"] > 100 and gan["discriminator"]["casts"] > 10
+    assert 80 < gan["discriminator"]["operations"] <= 95 and 10 < gan["discriminator"]["casts"] <= 21  # 125 and 23 at first
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ tensor, as in a run.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,7 @@ from genscale.testing.workers import serve
 GLOBAL_BATCH, LATENT, SHAPE = 8, 8, (1, 16, 16)
 OPTIMIZER = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.0}
 HALF_LIFE = 20.0
+BACKEND, WHOLE_COMPILE, WHOLE_MODULE_COMPILE = "aot_eager_decomp_partition", torch.compile, nn.Module.compile
 DEFAULTS = {"strategy": "ddp", "precision": "fp32", "steps": 4, "accumulation": 1, "activation_checkpointing": "none",
             "compile": False, "resume_at": 0, "shard_size": None, "optimizer": OPTIMIZER}
 KINDS = {
@@ -152,7 +154,15 @@ class ImageTraining(Training):
         return alike and same(self.state()["networks"], saved["networks"])
 
 
+def compile_without_code() -> None:
+    """From here on torch.compile traces and differentiates, and runs what it has traced as it is: no C++ is made of it."""
+    torch.compile = functools.partial(WHOLE_COMPILE, backend=BACKEND)
+    nn.Module.compile = functools.partialmethod(WHOLE_MODULE_COMPILE, backend=BACKEND)
+
+
 def answer(variant: dict[str, Any], processes: Processes, plan: ParallelPlan) -> dict[str, Any]:
+    if variant["compile"]:
+        compile_without_code()
     training = ImageTraining(variant, processes, plan)
     saved_at, steps = variant["resume_at"] or variant["steps"], variant["steps"]
     lines = training.steps(1, saved_at)
