@@ -7,7 +7,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 
+from genscale.families.gpt.masks import MaskInBlocks
 from genscale.families.gpt.settings import ResolvedGPTSettings
 from genscale.models.device_kind import on_gpu
 from genscale.models.dropout import dropped
@@ -68,14 +70,15 @@ class Attention(nn.Module):
         shared = s.kv_heads * s.head_width
         return {"query_key_value.weight": (s.heads * s.head_width, shared, shared)}
 
-    def forward(self, x: Tensor, rotation: Tensor | None, mask: Tensor | None, dropout_keys: Tensor | None,
+    def forward(self, x: Tensor, rotation: Tensor | None, mask: Tensor | MaskInBlocks | None, dropout_keys: Tensor | None,
                 cache: KeyValueCache | None) -> Tensor:
         """Mix each position with those it may see.
 
         Args:
             x: `(batch, time, width)`.
             rotation: of each position, as `rotary_angles` gives it; None without rotary positions.
-            mask: `(batch or 1, 1, time, time seen)`, true where a query sees a key; None: itself and all before it.
+            mask: `(batch or 1, 1, time, time seen)`, true where a query sees a key; None: itself and all before it. In blocks
+                it goes to FlexAttention, where the forward is compiled.
             dropout_keys: `(batch,)` int64, what the dropped attention weights are drawn from; None: none are.
             cache: what was read before.
         """
@@ -90,6 +93,12 @@ class Attention(nn.Module):
             query, key = rotated(query, cosine, sine), rotated(key, cosine, sine)
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)
+        if isinstance(mask, MaskInBlocks):
+            if torch.compiler.is_compiling():
+                query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast a norm leaves them in fp32
+                mixed = flex_attention(query, key, value, block_mask=mask.blocks, enable_gqa=True)
+                return self.output(mixed.transpose(1, 2).flatten(2))
+            mask = mask.dense
         dropout = dropout_keys is not None and s.attention_dropout > 0
         # A GPU's kernels share keys and values among queries themselves, but for those that take a mask.
         shares = s.kv_heads != s.heads and on_gpu(key) and mask is None and not dropout
@@ -151,24 +160,3 @@ def positions_within(documents: Tensor) -> Tensor:
     index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
     opens = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
     return index - index.where(opens, 0).cummax(dim=1).values
-
-
-def attention_mask(time: int, seen: int, window: int | None, documents: Tensor | None, device: torch.device) -> Tensor | None:
-    """Which keys the last `time` of `seen` tokens see, `(batch or 1, 1, time, seen)`; None where plain causal attention does.
-
-    Args:
-        window: tokens seen at most, itself included.
-        documents: `(batch, seen)`; a token sees its own document alone.
-    """
-    plain = documents is None and (window is None or window >= seen)
-    if plain and (time == seen or time == 1):
-        return None
-    key = torch.arange(seen, device=device)
-    query = key[seen - time:, None]
-    mask = key <= query
-    if window is not None:
-        mask = mask & (key > query - window)
-    mask = mask[None, None]
-    if documents is not None:
-        mask = mask & (documents[:, None, seen - time:, None] == documents[:, None, None, :])
-    return mask
