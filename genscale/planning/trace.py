@@ -46,7 +46,9 @@ def plan_step(config: Config, machine: Machine) -> PlannedStep:
     """
     check_settings(config)
     plan = plan_elsewhere(config.parallel, config.train.precision, machine.gpus, config.optimizer.name)
-    config, compiled = without_compiler(plan.settled(config)), config.parallel.compile
+    # DeepSpeed's hooks keep torch from compiling a block that it recomputes.
+    recomputed = plan.strategy == "zero3" and config.parallel.activation_checkpointing != "none"
+    config, compiled = without_compiler(plan.settled(config)), config.parallel.compile and not recomputed
     plan = replace(plan, precision=config.train.precision)
     micro_batch_size, accumulation = derive_accumulation(config.train, machine.gpus)
     objective = family(config.model.family).blueprint(config).objective

@@ -114,6 +114,14 @@ def test_a_gpu_keeps_masks_only_of_what_is_not_compiled():
     assert dense > plain + 2 * 256 * 256  # in bf16, of each layer
 
 
+@pytest.mark.slow
+def test_a_gpu_keeps_masks_of_what_zero3_recomputes():
+    settings = ["model.layers=1", "model.positions=256", "data.sequence_length=256", "parallel.strategy=zero3",
+                "parallel.activation_checkpointing=full", "data.separate_documents=true"]
+    dense, compiled = (planned(*settings, f"parallel.compile={each}", gpus=2, kind="h100") for each in ("false", "true"))
+    assert held(compiled, "activations") == held(dense, "activations")
+
+
 @pytest.mark.parametrize("grows", [lambda layers: 7 + 5 * layers, lambda layers: 100 * layers**2])
 def test_blocks_that_do_not_add_up_are_refused(grows):
     def trace(layers: int) -> Summary:
