@@ -14,7 +14,7 @@ from genscale.objectives.base import Objective
 from genscale.parallel.fsdp2 import WHOLE_GRADIENTS
 from genscale.parallel.materialise import materialise, named_state
 from genscale.parallel.planned import stood_in_for
-from genscale.parallel.strategies import check_objective, plan_elsewhere
+from genscale.parallel.strategies import are_compiled, check_objective, plan_elsewhere
 from genscale.parallel.torch_optimizers import moments
 from genscale.planning.account import Category, Certainty, Machine, MemoryPart, PlannedMemory, PlannedStep
 from genscale.planning.depth import can_be_foretold, foretold, with_depth
@@ -46,9 +46,7 @@ def plan_step(config: Config, machine: Machine) -> PlannedStep:
     """
     check_settings(config)
     plan = plan_elsewhere(config.parallel, config.train.precision, machine.gpus, config.optimizer.name)
-    # DeepSpeed's hooks keep torch from compiling a block that it recomputes.
-    recomputed = plan.strategy == "zero3" and config.parallel.activation_checkpointing != "none"
-    config, compiled = without_compiler(plan.settled(config)), config.parallel.compile and not recomputed
+    config, compiled = without_compiler(plan.settled(config)), are_compiled(plan, config.parallel)
     plan = replace(plan, precision=config.train.precision)
     micro_batch_size, accumulation = derive_accumulation(config.train, machine.gpus)
     objective = family(config.model.family).blueprint(config).objective

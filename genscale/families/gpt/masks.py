@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask
 BLOCK = 128
 """Positions of a block's side, as torch's kernels have it unless told otherwise."""
 LEAST_HEAD_WIDTH = 16
-"""Of a head that torch's kernels take."""
+"""Width of a head that torch's kernels take, at the least."""
 
 
 def attention_mask(time: int, seen: int, window: int | None, documents: Tensor | None, device: torch.device) -> Tensor | None:
@@ -87,6 +87,7 @@ def _block_mask(time: int, window: int | None, documents: Tensor | None, device:
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Of `(batch, rows, columns)`, with a dimension for the heads: how many there are in each row, and which, these first."""
+    """Blocks `(batch, rows, columns)` as FlexAttention reads them, with a dimension for the heads: how many there are in each
+    row, and their columns, these first."""
     there = blocks[:, None].to(torch.int32, memory_format=torch.contiguous_format)
     return there.sum(-1, dtype=torch.int32), there.argsort(dim=-1, descending=True, stable=True).int()
