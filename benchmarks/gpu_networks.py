@@ -53,17 +53,26 @@ class Shape:
         samples: in a micro-batch.
         size: tokens of a text, or pixels of a side.
         vocabulary: tokens there are.
+        document: tokens of a document, on average; None: as many as there are in the vocabulary.
     """
 
     samples: int = 4
     size: int = 32
     vocabulary: int = 512
+    document: int | None = None
 
 
-def gpt(shape: Shape, separate: bool = False, **settings: Any) -> LanguageModel:
+class DenseGPT(GPT):
+    """Takes a dense mask also where FlexAttention would take it in blocks."""
+
+    def _masks_in_blocks(self, tokens: Tensor, dropout_keys: Tensor | None) -> bool:
+        return False
+
+
+def gpt(shape: Shape, separate: bool = False, dense: bool = False, **settings: Any) -> LanguageModel:
     whole = GPTSettings(**{"layers": 2, "heads": 4, "width": 256, "positions": shape.size, **settings})
     with torch.device("meta"):
-        network = GPT(whole, shape.vocabulary)
+        network = (DenseGPT if dense else GPT)(whole, shape.vocabulary)
     return LanguageModel(network, NoTokenizer(shape.vocabulary), shape.size, separate_documents=separate,
                          weights=lambda name: network.initial_weight(name, 0))
 
@@ -91,6 +100,10 @@ SMALL: dict[str, tuple[Shape, Callable[[Shape], Objective], dict[str, Any]]] = {
     "gpt2": (TEXT, gpt, {}),
     "qwen3, window, documents, dropout": (TEXT, lambda shape: gpt(shape, preset="qwen3", kv_heads=2, window=64, separate=True,
                                                                   dropout=0.1), {"ema": 100.0}),
+    # FlexAttention has a backward where it is compiled for a GPU.
+    "qwen3, window, documents, compiled": (
+        Shape(size=300, document=64), lambda shape: gpt(shape, preset="qwen3", kv_heads=2, window=150, separate=True),
+        {"compile": torch.cuda.is_available()}),
     "llama, muon": (TEXT, lambda shape: gpt(shape, preset="llama"), {"optimizer": "muon"}),
     "gpt2, chunked loss": (TEXT, lambda shape: gpt(shape, loss_chunk=100), {}),
     "dcgan": (Shape(), gan, {"ema": 100.0, "clip": 0.0}),
@@ -125,6 +138,8 @@ def _batch(shape: Shape, unit: str, number: int, pinned: bool) -> dict[str, Tens
     generator = torch.Generator().manual_seed(number)
     if unit == "tokens":
         name, values = "tokens", torch.randint(shape.vocabulary, (shape.samples, shape.size + 1), generator=generator)
+        if shape.document is not None:
+            values[torch.rand(values.shape, generator=generator) < 1 / shape.document] = NoTokenizer.end_of_text
     else:
         pixels = shape.samples, 3, shape.size, shape.size
         name, values = "image", torch.randint(256, pixels, generator=generator, dtype=torch.uint8)

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TIME, VOCABULARY = 1024, 50304
+DOCUMENT = 512
+"""Tokens of a document on average, where documents are separate."""
 SIZES = {"124m": {"layers": 12, "heads": 12, "width": 768}, "1558m": {"layers": 48, "heads": 25, "width": 1600}}
 SPEEDS: dict[str, dict[str, Any]] = {
     "loss alone": {},
@@ -32,6 +34,10 @@ SPEEDS: dict[str, dict[str, Any]] = {
     "124m, batch 32, fsdp2": {"size": "124m", "batch": 32, "compile": True, "strategy": "fsdp2"},
     "124m, batch 32, llama": {"size": "124m", "batch": 32, "compile": True, "preset": "llama"},
     "124m, batch 32, documents": {"size": "124m", "batch": 32, "compile": True, "separate": True},
+    "124m, batch 32, documents, dense mask": {"size": "124m", "batch": 32, "compile": True, "separate": True, "dense": True},
+    "124m, 4 of 8192 tokens, documents": {"size": "124m", "batch": 4, "time": 8192, "compile": True, "separate": True},
+    "124m, 4 of 8192 tokens, documents, dense mask": {"size": "124m", "batch": 4, "time": 8192, "compile": True,
+                                                      "separate": True, "dense": True},
     "124m, batch 32, deterministic": {"size": "124m", "batch": 32, "compile": True, "deterministic": True},
 }
 """What is measured, what matters most first."""
@@ -47,10 +53,11 @@ def measure(name: str, toy: bool) -> dict[str, Any]:
     options = dict(SPEEDS[name])
     size, images, batch = options.pop("size", None), options.pop("images", None), 2 if toy else options.pop("batch")
     options.pop("batch", None)
+    length = options.pop("time", TIME)
     if size is not None:
-        shape = Shape(batch, 64 if toy else TIME, 512 if toy else VOCABULARY)
+        shape = Shape(batch, 64 if toy else length, 512 if toy else VOCABULARY, DOCUMENT if "separate" in options else None)
         network = {"layers": 2, "heads": 2, "width": 32} if toy else SIZES[size]
-        architecture = {key: options.pop(key) for key in ("preset", "separate") if key in options}
+        architecture = {key: options.pop(key) for key in ("preset", "separate", "dense") if key in options}
         objective: Objective = gpt(shape, **network, **architecture)
     else:
         shape = Shape(batch, 32 if toy or images == "vae" else 64)

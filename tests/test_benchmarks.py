@@ -116,8 +116,8 @@ def test_the_acceptance_on_a_gpu_finds_no_fault_of_its_own_without_one(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())["verdicts"]
     resumed = [each for each in found if each["what"].startswith("resume")]
-    assert len(resumed) == 10 and all(each["resumed_equals_undisturbed"] and each["two_runs_equal_bits"] for each in resumed)
-    assert sum(each["what"].startswith("waits") for each in found) == 9
+    assert len(resumed) == 12 and all(each["resumed_equals_undisturbed"] and each["two_runs_equal_bits"] for each in resumed)
+    assert sum(each["what"].startswith("waits") for each in found) == 10
     assert any("units_per_second" in each for each in found)
 
 

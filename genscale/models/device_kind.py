@@ -6,16 +6,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Kind = Literal["cpu", "gpu"]
 _planned: Kind | None = None  # of the process and not of the thread: backwards may run in another
+_compiled = False
 _lies_on_host: Callable[[Tensor], None] | None = None
 
 
 def on_gpu(tensor: Tensor) -> bool:
     """Whether the tensor is computed on a GPU; in a plan, whether the planned run would."""
     return tensor.is_cuda if _planned is None else _planned == "gpu"
+
+
+def is_compiled(block: nn.Module) -> bool:
+    """Whether the block's forwards are compiled; in a plan, whether those of the planned run would be."""
+    return block._compiled_call_impl is not None if _planned is None else _compiled
 
 
 def is_planned() -> bool:
@@ -31,13 +37,13 @@ def lies_on_host(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def planned_on(kind: Kind, on_host: Callable[[Tensor], None] | None = None) -> Iterator[None]:
+def planned_on(kind: Kind, on_host: Callable[[Tensor], None] | None = None, compiled: bool = False) -> Iterator[None]:
     """Inside, what is computed is planned for a device of this kind, on tensors without values; `on_host` is told of those that
-    a step would keep in host memory."""
-    global _planned, _lies_on_host
-    before = _planned, _lies_on_host
-    _planned, _lies_on_host = kind, on_host
+    a step would keep in host memory. Compiled: the planned run's blocks are; what is planned is not."""
+    global _planned, _lies_on_host, _compiled
+    before = _planned, _lies_on_host, _compiled
+    _planned, _lies_on_host, _compiled = kind, on_host, compiled
     try:
         yield
     finally:
-        _planned, _lies_on_host = before
+        _planned, _lies_on_host, _compiled = before

@@ -187,6 +187,11 @@ def _check_second_order(plan: ParallelPlan, settings: ParallelSettings, phase: P
                         f"normalisation or none in the {phase.network}")
 
 
+def are_compiled(plan: ParallelPlan, settings: ParallelSettings) -> bool:
+    """Whether a network's blocks are compiled: DeepSpeed's hooks keep torch from compiling one that is recomputed."""
+    return settings.compile and not (plan.strategy == "zero3" and settings.activation_checkpointing != "none")
+
+
 def build_engine(plan: ParallelPlan, *args: Any, **kwargs: Any) -> Engine:
     """The engine of a plan; takes what `Engine` takes."""
     # Imported one at a time: DeepSpeed is slow to load and not needed by the others.

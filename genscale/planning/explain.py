@@ -33,8 +33,8 @@ def assumptions(plan: Plan) -> list[str]:
         lines.append(f"fp8: memory as in bf16; the blocks' products at {FP8_SHARE:.0%} of fp8's peak where bf16 would reach "
                      "its own (assumed)")
     if plan.config.parallel.compile:
-        lines.append(f"compiled: memory as without a compiler, which keeps more; the blocks' elementwise work at "
-                     f"{FUSED_BYTES:.0%} of its traffic (assumed)")
+        lines.append(f"compiled: memory as without a compiler, which keeps more, but for masks; the blocks' elementwise work "
+                     f"at {FUSED_BYTES:.0%} of its traffic (assumed)")
     if host:
         lines.append(f"offloaded: {gib(host)} GiB of a node's host memory (modelled); the time of the way there and back is "
                      "not planned")

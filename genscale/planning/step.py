@@ -46,12 +46,14 @@ class Spread:
     Attributes:
         micro_batch_size, accumulation: of each process.
         parameters: of all networks, at their full depth.
+        compiled: whether the run's blocks will be.
     """
 
     plan: ParallelPlan
     micro_batch_size: int
     accumulation: int
     parameters: int = 0
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def trace_step(config: Config, blueprint: Blueprint, spread: Spread, kind: Kind)
             without_values(network)
             if not engine.whole_weights:
                 set_memory_format(network, torch.contiguous_format)  # as the engine will, while it can be done
-        stack.enter_context(planned_on(kind, lambda tensor: recorder.mark([tensor], HOST)))
+        stack.enter_context(planned_on(kind, lambda tensor: recorder.mark([tensor], HOST), spread.compiled))
         if kind == "gpu":
             stack.enter_context(as_on_cuda())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

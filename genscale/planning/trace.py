@@ -14,7 +14,7 @@ from genscale.objectives.base import Objective
 from genscale.parallel.fsdp2 import WHOLE_GRADIENTS
 from genscale.parallel.materialise import materialise, named_state
 from genscale.parallel.planned import stood_in_for
-from genscale.parallel.strategies import check_objective, plan_elsewhere
+from genscale.parallel.strategies import are_compiled, check_objective, plan_elsewhere
 from genscale.parallel.torch_optimizers import moments
 from genscale.planning.account import Category, Certainty, Machine, MemoryPart, PlannedMemory, PlannedStep
 from genscale.planning.depth import can_be_foretold, foretold, with_depth
@@ -38,21 +38,22 @@ CERTAINTY: dict[Category, Certainty] = {"weights": "exact", "optimizer state": "
 def plan_step(config: Config, machine: Machine) -> PlannedStep:
     """What one rank holds and does in a step of such a run on such devices, none of which need be here.
 
-    Compiled blocks are planned as they are without a compiler, which keeps less and moves less.
+    Compiled blocks are planned as they are without a compiler, which keeps less and moves less; but for masks, which
+    FlexAttention then takes, and of which nothing is kept.
 
     Raises:
         UserError: what `genscale train` would refuse there, in the same words; and a family that does not say what a sample is.
     """
     check_settings(config)
     plan = plan_elsewhere(config.parallel, config.train.precision, machine.gpus, config.optimizer.name)
-    config = without_compiler(plan.settled(config))
+    config, compiled = without_compiler(plan.settled(config)), are_compiled(plan, config.parallel)
     plan = replace(plan, precision=config.train.precision)
     micro_batch_size, accumulation = derive_accumulation(config.train, machine.gpus, plan.context)
     objective = family(config.model.family).blueprint(config).objective
     check_objective(plan, config.parallel, objective)
     check_learning_rates(config.optimizer, config.model.family, objective)
     parameters = sum(parameter.numel() for network in objective.networks.values() for parameter in network.parameters())
-    spread = Spread(plan, micro_batch_size, accumulation, parameters)
+    spread = Spread(plan, micro_batch_size, accumulation, parameters, compiled)
     summary = _summary(config, spread, "cpu" if machine.gpu == CPU else "gpu", objective)
     samples = config.train.global_batch_size
     return PlannedStep(

@@ -217,7 +217,8 @@ class ParallelSettings:
     """With activation_checkpointing full: what each block was given waits in host memory until backward, for long sequences, of
     which that fills a GPU."""
     compile: bool = False
-    """torch.compile, one block at a time."""
+    """torch.compile, one block at a time. On a GPU a GPT's separate documents and window then go to FlexAttention instead of a
+    dense mask."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ What it trains on comes from `token_batch`, `point_batch` and `text_network`, wh
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import hashlib
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import flex_attention
 
 from genscale.errors import UserError
 from genscale.families.gpt.network import GPT, GPTSettings
@@ -39,7 +41,7 @@ DEFAULTS = {"strategy": "ddp", "task": "text", "steps": 4, "accumulation": 1, "p
             "ragged": False, "watch": False, "evaluate": False, "count_operations": False, "meta": False,
             "tied_modules": False, "layers": 2, "width": 32,
             "preset": "gpt2", "shard_size": None, "reduce_gradients": "auto", "reshard_after_forward": True,
-            "prefetch_blocks": 0, "weigh_gradients": False, "buckets": 1, "live": zero.LIVE,
+            "prefetch_blocks": 0, "weigh_gradients": False, "buckets": 1, "live": zero.LIVE, "window": None, "in_blocks": False,
             "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}}
 
 
@@ -58,12 +60,33 @@ def point_batch(step: int) -> Tensor:
     return torch.randn(GLOBAL_BATCH, 2, generator=torch_generator(0, "points", step)) + 2.0
 
 
+class InBlocks(GPT):
+    """Takes masks in blocks on the CPU too."""
+
+    def _masks_in_blocks(self, tokens: Tensor, dropout_keys: Tensor | None) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def traced_alone(wanted: bool) -> Iterator[None]:
+    """Inside, blocks are compiled into what runs as it is written, FlexAttention's backward on the CPU too."""
+    whole, refuses = nn.Module.compile, flex_attention._validate_device
+    if wanted:
+        nn.Module.compile = functools.partialmethod(whole, backend="aot_eager")
+        flex_attention._validate_device = lambda *_tensors: None
+    try:
+        yield
+    finally:
+        nn.Module.compile, flex_attention._validate_device = whole, refuses
+
+
 def text_network(layers: int = 2, width: int = 32, meta: bool = False, tied_modules: bool = False,
-                 preset: Literal["gpt2", "llama"] = "gpt2") -> GPT:
+                 preset: Literal["gpt2", "llama"] = "gpt2", window: int | None = None, in_blocks: bool = False) -> GPT:
     """With its initial weights, the same in every process; or on the meta device."""
     with torch.device("meta" if meta else "cpu"):
-        settings = GPTSettings(preset=preset, layers=layers, heads=2, width=width, positions=TIME, tied=not tied_modules)
-        network = GPT(settings, VOCABULARY)
+        settings = GPTSettings(preset=preset, layers=layers, heads=2, width=width, positions=TIME, tied=not tied_modules,
+                               window=window)
+        network = (InBlocks if in_blocks else GPT)(settings, VOCABULARY)
     if tied_modules:  # the same network, its one embedding table held by two modules
         network.output.weight = network.token_embedding.weight
     if not meta:
@@ -165,8 +188,13 @@ def weigh_after_backward(engine: Engine, weighed: list[int]) -> None:
 
 
 def answer(variant: dict[str, Any], processes: Processes, plan: ParallelPlan) -> dict[str, Any]:
+    with traced_alone(variant["in_blocks"]):
+        return trained(variant, processes, plan)
+
+
+def trained(variant: dict[str, Any], processes: Processes, plan: ParallelPlan) -> dict[str, Any]:
     text = variant["task"] == "text"
-    shape = {key: variant[key] for key in ("layers", "width", "meta", "tied_modules", "preset")}
+    shape = {key: variant[key] for key in ("layers", "width", "meta", "tied_modules", "preset", "window", "in_blocks")}
     objective: Objective = LanguageModel(text_network(**shape), NoTokenizer(), TIME) if text else ToyGAN(width=64)
     train = TrainSettings(global_batch_size=GLOBAL_BATCH, clip=variant["clip"],
                           micro_batch_size=GLOBAL_BATCH // processes.world_size // variant["accumulation"])

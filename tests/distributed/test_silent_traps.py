@@ -169,3 +169,14 @@ def test_compiled_blocks_change_no_loss(engines, difference):
     results = engines({"eager": {"clip": 1.0}, "compiled": {"clip": 1.0, "compile": True}})
     assert difference(losses(results["compiled"]), losses(results["eager"])) < 1e-5
     assert results["eager"]["compiled_graphs"] == 0 < results["compiled"]["compiled_graphs"]
+
+
+@pytest.mark.slow
+def test_masks_in_blocks_pass_through_what_every_strategy_wraps_blocks_in(engines, difference):
+    modes = [(strategy, mode) for strategy in ("ddp", "zero2", "zero3", "fsdp2") for mode in ("none", "full", "selective")]
+    common = {"window": 8, "steps": 2, "accumulation": 2}
+    blocks = {**common, "compile": True, "in_blocks": True}
+    results = engines({"dense": common} | {
+        f"{strategy} {mode}": {"strategy": strategy, "activation_checkpointing": mode, **blocks} for strategy, mode in modes})
+    for strategy, mode in modes:
+        assert difference(losses(results[f"{strategy} {mode}"]), losses(results["dense"])) < 1e-5, (strategy, mode)

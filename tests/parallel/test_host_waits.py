@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import genscale
 from genscale.families import FAMILIES, family
+from genscale.families.gpt.masks import MaskInBlocks
 from genscale.rng import Draws
 
 META = torch.device("meta")
@@ -84,6 +85,12 @@ def test_no_loss_waits_for_the_device(name, settings):
             terms = phase.loss(networks, batch, draws)
             sum(value for term, value in terms.items() if term not in phase.statistics).backward()
         assert not copies.found + numbers.found, (phase.name, copies.found, numbers.found)
+
+
+def test_no_mask_in_blocks_waits_for_the_device():
+    with BlockingCopies() as copies:
+        MaskInBlocks(300, 100, torch.zeros(2, 300, dtype=torch.int64, device=META), META)
+    assert not copies.found
 
 
 def test_a_copy_that_waits_is_seen():

@@ -105,6 +105,23 @@ def test_a_deep_network_is_foretold_from_shallow_ones(monkeypatch):
         assert step_of(few) == pytest.approx(step_of(all_of_it), rel=1e-6)
 
 
+def test_a_gpu_keeps_masks_only_of_what_is_not_compiled():
+    long = ["model.layers=1", "model.positions=256", "data.sequence_length=256", "model.width=48", "train.precision=bf16"]
+    masks = ["data.separate_documents=true", "model.window=100"]
+    plain, dense, blocks = (held(planned(*long, *each, kind="h100"), "activations")
+                            for each in ([], masks, [*masks, "parallel.compile=true"]))
+    assert blocks == pytest.approx(plain, rel=0.01)
+    assert dense > plain + 2 * 256 * 256  # in bf16, of each layer
+
+
+@pytest.mark.slow
+def test_a_gpu_keeps_masks_of_what_zero3_recomputes():
+    settings = ["model.layers=1", "model.positions=256", "data.sequence_length=256", "parallel.strategy=zero3",
+                "parallel.activation_checkpointing=full", "data.separate_documents=true"]
+    dense, compiled = (planned(*settings, f"parallel.compile={each}", gpus=2, kind="h100") for each in ("false", "true"))
+    assert held(compiled, "activations") == held(dense, "activations")
+
+
 @pytest.mark.parametrize("grows", [lambda layers: 7 + 5 * layers, lambda layers: 100 * layers**2])
 def test_blocks_that_do_not_add_up_are_refused(grows):
     def trace(layers: int) -> Summary:

@@ -7,7 +7,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 
+from genscale.families.gpt.masks import MaskInBlocks
 from genscale.families.gpt.settings import ResolvedGPTSettings
 from genscale.models.device_kind import on_gpu
 from genscale.models.dropout import dropped
@@ -69,14 +71,15 @@ class Attention(nn.Module):
         shared = s.kv_heads * s.head_width
         return {"query_key_value.weight": (s.heads * s.head_width, shared, shared)}
 
-    def forward(self, x: Tensor, rotation: Tensor | None, mask: Tensor | None, dropout_keys: Tensor | None,
+    def forward(self, x: Tensor, rotation: Tensor | None, mask: Tensor | MaskInBlocks | None, dropout_keys: Tensor | None,
                 cache: KeyValueCache | None, part: SequencePart = WHOLE) -> Tensor:
         """Mix each position with those it may see.
 
         Args:
             x: `(batch, time, width)`.
             rotation: of each position, as `rotary_angles` gives it; None without rotary positions.
-            mask: `(batch or 1, 1, time, time seen)`, true where a query sees a key; None: itself and all before it.
+            mask: `(batch or 1, 1, time, time seen)`, true where a query sees a key; None: itself and all before it. In blocks
+                it goes to FlexAttention, where the forward is compiled.
             dropout_keys: `(batch,)` int64, what the dropped attention weights are drawn from; None: none are.
             cache: what was read before.
             part: of the sequence that `x` and `rotation` are, of which there is no cache; the mask is that of all of it.
@@ -94,24 +97,36 @@ class Attention(nn.Module):
             query, key = rotated(query, cosine, sine), rotated(key, cosine, sine)
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)
-        dropout = dropout_keys is not None and s.attention_dropout > 0
         if part.of > 1:
+            query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast a norm leaves them in fp32
             copies = math.lcm(s.kv_heads, part.of) // s.kv_heads  # so many that each process has a whole number of them
             query, key, value = part.to_heads(query, _repeated(key, copies), _repeated(value, copies))
+        mixed = self._mixed(query, key, value, mask, dropout_keys, part)
+        if part.of > 1:
+            mixed = part.to_time(mixed)
+        return self.output(mixed.transpose(1, 2).flatten(2))
+
+    def _mixed(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | MaskInBlocks | None, dropout_keys: Tensor | None,
+               part: SequencePart) -> Tensor:
+        """Of each query's head and position `(batch, heads, time, head_width)`, the values that it may see."""
+        if isinstance(mask, MaskInBlocks):
+            if torch.compiler.is_compiling():
+                query, key = query.to(value.dtype), key.to(value.dtype)  # as above
+                mixed: Tensor = flex_attention(query, key, value, block_mask=mask.blocks, enable_gqa=True)
+                return mixed
+            mask = mask.dense
+        s = self.settings
+        dropout = dropout_keys is not None and s.attention_dropout > 0
         # A GPU's kernels share keys and values among queries themselves, but for those that take a mask or fp32.
         shared = query.shape[1] // key.shape[1]
         shares = shared > 1 and on_gpu(key) and mask is None and not dropout and _computes_in_16_bits(key)
         if not shares:
             key, value = _repeated(key, shared), _repeated(value, shared)
         if dropout_keys is not None and dropout:
-            mixed = _attention_with_dropout(query, key, value, mask, dropout_keys, 3 * self.layer + 1, s.attention_dropout,
-                                            part.index)
-        else:
-            causal = mask is None and query.shape[2] > 1
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=shares)
-        if part.of > 1:
-            mixed = part.to_time(mixed)
-        return self.output(mixed.transpose(1, 2).flatten(2))
+            return _attention_with_dropout(query, key, value, mask, dropout_keys, 3 * self.layer + 1, s.attention_dropout,
+                                           part.index)
+        causal = mask is None and query.shape[2] > 1
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=shares)
 
 
 def _repeated(heads: Tensor, times: int) -> Tensor:
@@ -172,24 +187,3 @@ def positions_within(documents: Tensor) -> Tensor:
     index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
     opens = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
     return index - index.where(opens, 0).cummax(dim=1).values
-
-
-def attention_mask(time: int, seen: int, window: int | None, documents: Tensor | None, device: torch.device) -> Tensor | None:
-    """Which keys the last `time` of `seen` tokens see, `(batch or 1, 1, time, seen)`; None where plain causal attention does.
-
-    Args:
-        window: tokens seen at most, itself included.
-        documents: `(batch, seen)`; a token sees its own document alone.
-    """
-    plain = documents is None and (window is None or window >= seen)
-    if plain and (time == seen or time == 1):
-        return None
-    key = torch.arange(seen, device=device)
-    query = key[seen - time:, None]
-    mask = key <= query
-    if window is not None:
-        mask = mask & (key > query - window)
-    mask = mask[None, None]
-    if documents is not None:
-        mask = mask & (documents[:, None, seen - time:, None] == documents[:, None, None, :])
-    return mask

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genscale.families.gpt.attention import Attention, KeyValueCache, attention_mask, positions_within, rotary_angles
+from genscale.families.gpt.attention import Attention, KeyValueCache, positions_within, rotary_angles
+from genscale.families.gpt.masks import BLOCK, LEAST_HEAD_WIDTH, MaskInBlocks, attention_mask
 from genscale.families.gpt.settings import GPTSettings, ResolvedGPTSettings, resolved
 from genscale.models.cross_entropy import summed_cross_entropy
+from genscale.models.device_kind import is_compiled, is_planned, on_gpu
 from genscale.models.dropout import dropped
 from genscale.models.sequence_part import WHOLE, SequencePart
 from genscale.rng import torch_generator
@@ -58,8 +60,8 @@ class Block(nn.Module):
         self.mlp_norm = _norm(settings)
         self.mlp = MLP(settings)
 
-    def forward(self, x: Tensor, rotation: Tensor | None, mask: Tensor | None = None, dropout_keys: Tensor | None = None,
-                cache: KeyValueCache | None = None, part: SequencePart = WHOLE) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor | None, mask: Tensor | MaskInBlocks | None = None,
+                dropout_keys: Tensor | None = None, cache: KeyValueCache | None = None, part: SequencePart = WHOLE) -> Tensor:
         """One step of the residual stream; arguments as of `Attention.forward`."""
         mixed = self.attention(self.attention_norm(x), rotation, mask, dropout_keys, cache, part)
         x = x + self._dropped(mixed, dropout_keys, 2, part)
@@ -119,7 +121,7 @@ class GPT(nn.Module):
             Logits `(batch, time or last, vocab_size)`, or the loss.
         """
         part = WHOLE if targets is None else self.part
-        x, rotation, mask = self._embed(tokens, documents, cache, part)
+        x, rotation, mask = self._embed(tokens, documents, dropout_keys, cache, part)
         if dropout_keys is not None and self.settings.dropout:
             x = dropped(x, dropout_keys, 0, self.settings.dropout, part.index)
         for block in self.layers:
@@ -133,8 +135,8 @@ class GPT(nn.Module):
             return F.linear(x, weight)
         return summed_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), self.settings.loss_chunk)
 
-    def _embed(self, tokens: Tensor, documents: Tensor | None, cache: KeyValueCache | None,
-               part: SequencePart) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _embed(self, tokens: Tensor, documents: Tensor | None, dropout_keys: Tensor | None, cache: KeyValueCache | None,
+               part: SequencePart) -> tuple[Tensor, Tensor | None, Tensor | MaskInBlocks | None]:
         """The residual stream's start, and what all blocks share: the rotation of each position, and the attention mask, which
         is that of the whole sequence."""
         time, past = tokens.shape[1], cache.length if cache is not None else 0
@@ -152,7 +154,18 @@ class GPT(nn.Module):
         if self.settings.position_encoding == "learned":
             x = x + self.position_embedding(positions)
         rotation = rotary_angles(positions, self.settings) if self.settings.position_encoding == "rotary" else None
-        return x, rotation, attention_mask(time, past + time, self.settings.window, documents, tokens.device)
+        window = self.settings.window
+        if cache is None and self._masks_in_blocks(tokens, dropout_keys) and (documents is not None or (window or time) < time):
+            # In a plan nothing is compiled: causal attention without a mask keeps what FlexAttention does.
+            return x, rotation, None if is_planned() else MaskInBlocks(time, window, documents, tokens.device)
+        return x, rotation, attention_mask(time, past + time, window, documents, tokens.device)
+
+    def _masks_in_blocks(self, tokens: Tensor, dropout_keys: Tensor | None) -> bool:
+        """Whether masks go to FlexAttention, of which a compiler must make a kernel; of one block nothing could be left out."""
+        s = self.settings
+        drops = dropout_keys is not None and s.attention_dropout > 0
+        fits = tokens.shape[1] > BLOCK and s.head_width >= LEAST_HEAD_WIDTH
+        return on_gpu(tokens) and is_compiled(self.layers[0]) and fits and not drops
 
     def blocks(self) -> list[nn.Module]:
         """The repeated parts, which are sharded, compiled and recomputed one at a time."""
