@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -71,6 +73,6 @@ def iterate_due(block: nn.Module) -> None:
     for layer in block.modules():
         if not parametrize.is_parametrized(layer):
             continue
-        for name, chain in layer.parametrizations.items():
-            if any(isinstance(step, SpectralNorm) and step.is_due for step in chain):
+        for name, chain in cast(nn.ModuleDict, layer.parametrizations).items():
+            if any(isinstance(step, SpectralNorm) and step.is_due for step in chain.children()):
                 getattr(layer, name)  # which computes the weight

@@ -239,7 +239,7 @@ class Recorder(TorchDispatchMode):
                 self._is_asking = False
 
         torch.UntypedStorage.resize_ = resize  # type: ignore[assignment, method-assign]
-        ShardingPropagator._propagate_tensor_meta_non_cached = ask_shapes  # type: ignore[method-assign]
+        ShardingPropagator._propagate_tensor_meta_non_cached = ask_shapes  # type: ignore[assignment, method-assign]
         try:
             with self:
                 yield

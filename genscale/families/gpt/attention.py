@@ -108,7 +108,7 @@ class Attention(nn.Module):
 
     def _mixed(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | MaskInBlocks | None, dropout_keys: Tensor | None,
                part: SequencePart) -> Tensor:
-        """Of each query's head and position `(batch, heads, time, head_width)`, the values that it may see."""
+        """What each query `(batch, heads, time, head_width)` takes of the values that it may see, in the same shape."""
         if isinstance(mask, MaskInBlocks):
             if torch.compiler.is_compiling():
                 query, key = query.to(value.dtype), key.to(value.dtype)  # as above
