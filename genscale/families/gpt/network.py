@@ -63,8 +63,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rotation: Tensor | None, mask: Tensor | MaskInBlocks | None = None,
                 dropout_keys: Tensor | None = None, cache: KeyValueCache | None = None, part: SequencePart = WHOLE) -> Tensor:
         """One step of the residual stream; arguments as of `Attention.forward`."""
-        mixed = self.attention(self.attention_norm(x), rotation, mask, dropout_keys, cache, part)
-        x = x + self._dropped(mixed, dropout_keys, 2, part)
+        # Without names, which would hold what nobody needs through the MLP.
+        x = x + self._dropped(self.attention(self.attention_norm(x), rotation, mask, dropout_keys, cache, part), dropout_keys,
+                              2, part)
         return x + self._dropped(self.mlp(self.mlp_norm(x)), dropout_keys, 3, part)
 
     def _dropped(self, x: Tensor, keys: Tensor | None, place: int, part: SequencePart) -> Tensor:
