@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.library import _scoped_library, fallthrough_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
-LOWER = {"_convolution", "_scaled_dot_product_flash_attention", "_thnn_fused_gru_cell", "_thnn_fused_lstm_cell", "addmv",
-         "addr", "chain_matmul", "convolution", "cudnn_convolution", "cudnn_convolution_transpose", "einsum", "gru_cell",
-         "linalg_multi_dot", "lstm_cell", "mv", "rnn_relu_cell", "rnn_tanh_cell"}
+LOWER = {"_convolution", "_cudnn_rnn", "_scaled_dot_product_flash_attention", "_thnn_fused_gru_cell", "_thnn_fused_lstm_cell",
+         "addmv", "addr", "chain_matmul", "convolution", "cudnn_convolution", "cudnn_convolution_transpose", "einsum",
+         "gru_cell", "linalg_multi_dot", "lstm_cell", "mv", "rnn_relu_cell", "rnn_tanh_cell"}
 """Computed in bf16 or fp16 by CUDA's autocast, and left alone by the CPU's."""
 WIDEST = {"addcdiv", "addcmul", "atan2", "bilinear", "cross", "dot", "index_put", "scatter_add", "tensordot", "vdot"}
 """Computed in fp32 where one of the arguments is."""
