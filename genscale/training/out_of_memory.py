@@ -67,7 +67,16 @@ def smaller(config: Config, plan: ParallelPlan, micro_batch_size: int, objective
         tries.append("more processes")
     elif _is_allowed(sharded, config.parallel, config.optimizer.name, objective):
         tries.append(f"parallel.strategy {SHARDS_MOST} on more processes")
+    parts = 2 * config.parallel.context
+    if not divisors and _can_split(config, objective, parts):  # not even one sequence fits
+        tries.append(f"parallel.context {parts} on more processes")
     return [*tries, "a smaller model"]
+
+
+def _can_split(config: Config, objective: Objective, parts: int) -> bool:
+    dealt = [getattr(section, name) for section, name in ((config.model, "heads"), (config.data, "sequence_length"))
+             if getattr(section, name, None)]
+    return type(objective).split_sequences is not Objective.split_sequences and not any(size % parts for size in dealt)
 
 
 def _is_allowed(plan: ParallelPlan, settings: ParallelSettings, optimizer: str, objective: Objective) -> bool:

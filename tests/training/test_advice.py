@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -44,8 +46,14 @@ def plain(network: torch.nn.Module, second_order: bool = False) -> BareObjective
     return BareObjective({"net": network}, [Phase("net", "net", dict, len, second_order=second_order)])
 
 
+class Splitting(BareObjective):
+    def split_sequences(self, part):
+        pass
+
+
 FULL = ParallelSettings(activation_checkpointing="full")
 BLOCKS, NONE = plain(Stack()), plain(torch.nn.Linear(1, 1))
+SPLITTING = Splitting({"net": Stack()}, [Phase("net", "net", dict, len)])
 FSDP = "parallel.strategy fsdp2 on more processes"
 
 
@@ -54,6 +62,9 @@ FSDP = "parallel.strategy fsdp2 on more processes"
      ["train.micro_batch_size 32", "parallel.activation_checkpointing full", FSDP, "a smaller model"]),
     (BLOCKS, FULL, "ddp", "fp32", 1, [FSDP, "a smaller model"]),
     (BLOCKS, FULL, "fsdp2", "fp32", 1, ["more processes", "a smaller model"]),
+    (SPLITTING, FULL, "fsdp2", "fp32", 2, ["train.micro_batch_size 1", "more processes", "a smaller model"]),
+    (SPLITTING, FULL, "fsdp2", "fp32", 1, ["more processes", "parallel.context 2 on more processes", "a smaller model"]),
+    (SPLITTING, replace(FULL, context=4), "fsdp2", "fp32", 1, ["more processes", "a smaller model"]),  # of 12 heads
     (NONE, ParallelSettings(), "ddp", "fp32", 15, ["train.micro_batch_size 5", FSDP, "a smaller model"]),
     (NONE, ParallelSettings(), "single", "fp16", 1, ["a smaller model"]),  # which fsdp2 refuses
     (plain(Stack(), True), FULL, "ddp", "bf16", 1, ["a smaller model"]),  # so it does a penalty in bf16
