@@ -192,6 +192,14 @@ def are_compiled(plan: ParallelPlan, settings: ParallelSettings) -> bool:
     return settings.compile and not (plan.strategy == "zero3" and settings.activation_checkpointing != "none")
 
 
+def hardly_heeded(plan: ParallelPlan, settings: ParallelSettings) -> list[str]:
+    """A line of each setting that is asked for and does little under the plan."""
+    if not settings.compile or plan.strategy != "zero3":
+        return []
+    return ["parallel.compile: true does little under parallel.strategy zero3 (DeepSpeed's hooks cut a block into pieces at "
+            "every layer); parallel.strategy fsdp2 compiles whole blocks"]
+
+
 def build_engine(plan: ParallelPlan, *args: Any, **kwargs: Any) -> Engine:
     """The engine of a plan; takes what `Engine` takes."""
     # Imported one at a time: DeepSpeed is slow to load and not needed by the others.

@@ -28,7 +28,7 @@ from genscale.parallel.launch_request import clear_launch_environment
 from genscale.parallel.launcher import follow_launcher, launcher_is_gone
 from genscale.parallel.precision import allow_tf32
 from genscale.parallel.processes import Processes, on_cpu
-from genscale.parallel.strategies import ParallelPlan, build_engine, plan_parallel
+from genscale.parallel.strategies import ParallelPlan, build_engine, hardly_heeded, plan_parallel
 from genscale.settings.config import Config
 from genscale.supervise.ending import before_the_run
 from genscale.supervise.run_folder import (
@@ -164,7 +164,7 @@ def _train(config: Config, processes: Processes, plan: ParallelPlan, shape: tupl
         loader = open_loader(data, config.data, config.train.global_batch_size, micro_batch_size, processes, state)
         processes.main_does(lambda: _write_what_it_is(config, folder, objective, pretrained is not None))
         if processes.is_main:
-            for line in never_reached(config):
+            for line in [*never_reached(config), *hardly_heeded(plan, config.parallel)]:
                 log.warning("%s", line)
             if pretrained is not None:
                 log.info("starting from the weights of %s", config.model.from_)

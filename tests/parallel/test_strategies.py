@@ -14,7 +14,7 @@ from genscale.families.dcgan.objective import ImageGAN
 from genscale.families.dcgan.settings import GANSettings
 from genscale.objectives.gan_settings import GANObjectiveSettings
 from genscale.parallel.precision import check_float8
-from genscale.parallel.strategies import ParallelPlan, check_combination, check_objective, plan_elsewhere
+from genscale.parallel.strategies import ParallelPlan, check_combination, check_objective, hardly_heeded, plan_elsewhere
 from genscale.settings.config import ParallelSettings
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -120,3 +120,10 @@ def test_groups_of_shards_divide_the_processes_and_offload_has_what_it_needs(set
         return
     with pytest.raises(UserError, match=words):
         plan_elsewhere(ParallelSettings(**settings), "bf16", 8, "adamw")
+
+
+@pytest.mark.parametrize(("strategy", "said"), [("zero3", 1), ("zero2", 0), ("fsdp2", 0)])
+def test_blocks_that_deepspeed_cuts_apart_are_told_of(strategy, said) -> None:
+    settings = ParallelSettings(strategy=strategy, compile=True)
+    lines = hardly_heeded(plan_elsewhere(settings, "bf16", 8, "adamw"), settings)
+    assert len(lines) == said and all(line.startswith("parallel.compile: true does little") for line in lines)
