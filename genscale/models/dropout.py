@@ -23,8 +23,10 @@ def random_words(keys: Tensor, stream: int, count: int, first: int = 0) -> Tenso
     # Each 64-bit word of the counter-based stream gives four.
     before, after = first // 4, -(-(first + count) // 4)
     words = torch.arange(1, after - before + 1, device=keys.device, dtype=torch.int64) * _GOLDEN
-    # Multiplied here, as int64 wraps, and added to what no compiler knows: they are wrong about such sums of known numbers.
-    start = mixed_words(keys ^ (stream + 1)) + ((before * _GOLDEN + 2**63) % 2**64 - 2**63)
+    start = mixed_words(keys ^ (stream + 1))
+    if before:
+        ones = -(keys | -1)  # which no compiler knows: what it computes of numbers that it knows does not wrap as int64 does
+        start = start + ones * before * _GOLDEN
     drawn = mixed_words(start[:, None] + words).view(torch.int16)
     return drawn[:, first % 4:first % 4 + count]
 
