@@ -27,8 +27,12 @@ def random_words(keys: Tensor, stream: int, count: int, first: int = 0) -> Tenso
     if before:
         ones = -(keys | -1)  # which no compiler knows: what it computes of numbers that it knows does not wrap as int64 does
         start = start + ones * before * _GOLDEN
-    drawn = mixed_words(start[:, None] + words).view(torch.int16)
-    return drawn[:, first % 4:first % 4 + count]
+    drawn = mixed_words(start[:, None] + words)
+    if torch.compiler.is_compiling():  # torch 2.13 compiles views of another width wrongly where they end within a word
+        quarters = torch.stack([drawn << 48 - 16 * place >> 48 for place in range(4)], dim=-1).to(torch.int16).flatten(1)
+    else:
+        quarters = drawn.view(torch.int16)
+    return quarters[:, first % 4:first % 4 + count]
 
 
 def dropped(x: Tensor, keys: Tensor, stream: int, share: float, index: int = 0) -> Tensor:

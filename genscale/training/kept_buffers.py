@@ -13,9 +13,8 @@ class KeptBuffers:
     few operations for all of them."""
 
     def __init__(self, buffers: Sequence[Tensor]) -> None:
-        self.buffers = list(buffers)
-        self._alike = [[buffer for buffer in self.buffers if buffer.dtype == dtype]
-                       for dtype in dict.fromkeys(buffer.dtype for buffer in self.buffers)]
+        self._alike = [[buffer for buffer in buffers if buffer.dtype == dtype]
+                       for dtype in dict.fromkeys(buffer.dtype for buffer in buffers)]
         self._copies = [_joined(alike) for alike in self._alike]
 
     def keep(self) -> None:
