@@ -6,6 +6,8 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/environment.sh"
 
+# Tests start processes by the hundred: without its bytecode each would compile genscale anew, for a second or two.
+unset PYTHONDONTWRITEBYTECODE
 prepare_environment "[test]"
 cd "$root"
 say "ruff check"

@@ -10,6 +10,7 @@ from genscale.checkpoint.provenance import check_sources
 from genscale.errors import UserError
 from genscale.families import family
 from genscale.interop.starting import complete_from
+from genscale.models.sequence_part import SequencePart
 from genscale.parallel.strategies import check_objective, plan_elsewhere
 from genscale.settings.config import PLAN, Config, TrainSettings
 from genscale.supervise.run_folder import check_may_continue, check_same_accumulation, recorded_in, run_folder
@@ -45,6 +46,7 @@ def check_config(config: Config, world_size: int) -> None:
         data.check(config.train.global_batch_size)
         objective = chosen.build_objective(config, data)
         check_objective(plan, config.parallel, objective)
+        objective.split_sequences(SequencePart(0, plan.context))
         check_learning_rates(config.optimizer, config.model.family, objective)
         averaged_networks(config.train.ema_half_life, config.model.family, objective)
         if recorded is None and config.run.resume not in ("auto", "never"):

@@ -157,13 +157,15 @@ class Objective(ABC):
         return _generating(self.networks[name])  # a run puts its engine's here
 
     def split_sequences(self, part: SequencePart) -> None:
-        """From here on each sequence is computed by several processes, of which this one has `part`: a phase's `loss` and
-        `count`, and `evaluate`, are then those of its part. Called before the networks are spread.
+        """From here on each sequence is computed by `part.of` processes, of which this one has `part`: a phase's `loss` and
+        `count`, and `evaluate`, are then those of its part. Called once, before the networks are spread.
 
         Raises:
-            UserError: it cannot be; as in any family that does not say how.
+            UserError: it cannot be; as, of more parts than one, in any family that does not say how.
         """
-        raise UserError(f"parallel.context: {part.of} splits sequences, which the family gpt can, and this one cannot; use 1")
+        if part.of > 1:
+            raise UserError(f"parallel.context: {part.of} splits sequences, which the family gpt can, and this one cannot; "
+                            "use 1")
 
     def flops_per_unit(self) -> int | None:
         """Floating-point operations of forward and backward for one unit, or None where that is not known."""

@@ -254,9 +254,11 @@ def load_ahead(deepspeed: bool) -> None:
     """Import the libraries that the processes of a group load as they begin, for those that are forked from this one; DeepSpeed
     takes as long as torch, and not all groups need it."""
     import accelerate  # noqa: F401
+    import torch._dynamo  # noqa: F401  # which an optimizer loads
 
     if deepspeed:
-        import deepspeed as _  # noqa: F401
+        # Which ZeRO loads as it looks at an optimizer, and torch's whole compiler with it.
+        import deepspeed.runtime.zero.muon.muon_optimizer
 
 
 def lost_peer(error: RuntimeError) -> bool:

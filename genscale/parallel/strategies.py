@@ -11,7 +11,6 @@ from torch import nn
 
 from genscale.errors import UserError, refuse_unheeded
 from genscale.models.batch_norm import BatchNorm
-from genscale.models.sequence_part import SequencePart
 from genscale.objectives.base import Objective, Phase, check_networks
 from genscale.parallel.engine import Engine
 from genscale.parallel.launch_request import (
@@ -146,18 +145,13 @@ def _check_offload(settings: ParallelSettings) -> None:
                         "it chooses); use parallel.compile false")
 
 
-def check_objective(plan: ParallelPlan, settings: ParallelSettings, objective: Objective,
-                    part: SequencePart | None = None) -> None:
-    """Refuse an objective that the plan does not serve, naming the nearest combination that does; and tell it which part of
-    each sequence this process computes.
+def check_objective(plan: ParallelPlan, settings: ParallelSettings, objective: Objective) -> None:
+    """Refuse an objective that the plan does not serve, naming the nearest combination that does.
 
     Raises:
-        UserError: a phase takes gradients of gradients where there are none; a network is neither trained nor frozen; it
-            cannot split sequences as is asked.
+        UserError: a phase takes gradients of gradients where there are none; a network is neither trained nor frozen.
     """
     check_networks(objective)
-    if plan.context > 1:
-        objective.split_sequences(part or SequencePart(0, plan.context))
     for phase in objective.phases:
         if phase.second_order:
             _check_second_order(plan, settings, phase, objective.networks[phase.network])

@@ -128,8 +128,7 @@ def trace_step(config: Config, blueprint: Blueprint, spread: Spread, kind: Kind)
         stack.enter_context(group)
         processes = PlannedProcesses(plan.world_size, lambda doing: noted(recorder, doing), lambda: _waiting(recorder))
         processes.split_sequences(plan.context)
-        if plan.context > 1:
-            blueprint.objective.split_sequences(processes.part)
+        blueprint.objective.split_sequences(processes.part)
         engine = planned_engine(plan, processes, config.parallel, config.train.precision, config.train.clip,
                                 spread.micro_batch_size, spread.accumulation)
         if isinstance(engine, PlannedZero):

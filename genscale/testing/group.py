@@ -15,6 +15,9 @@ from pathlib import Path
 
 def main(count: int, script: Path, words: list[str]) -> int:
     """Run the script in `count` processes, and end with the first code of them that is not 0; the others are then ended."""
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
+
     import genscale.testing.runs
     import genscale.testing.training  # noqa: F401
     from genscale.parallel.processes import load_ahead

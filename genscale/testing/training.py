@@ -64,7 +64,8 @@ class Training:
         plan = plan or ParallelPlan("single", "none", "fp32", 1)
         micro = micro_batch_of(train) or train.global_batch_size // self.processes.data_world
         accumulation = train.global_batch_size // self.processes.data_world // micro
-        check_objective(plan, config.parallel, objective, self.processes.part)
+        check_objective(plan, config.parallel, objective)
+        objective.split_sequences(self.processes.part)
         saved = resume[0] if resume else None
         self.engine = build_engine(plan, self.processes, config.parallel, plan.precision, train.clip, micro, accumulation)
         if saved:

@@ -90,7 +90,8 @@ def open_objective(config: Config, processes: Processes, plan: ParallelPlan, dat
     processes.main_does(lambda: data.check(config.train.global_batch_size))
     objective = processes.all_do(lambda: family(config.model.family).build_objective(config, data))
     give_source(objective, config)
-    check_objective(plan, config.parallel, objective, processes.part)
+    check_objective(plan, config.parallel, objective)
+    objective.split_sequences(processes.part)
     check_learning_rates(config.optimizer, config.model.family, objective)
     return objective
 

@@ -50,24 +50,38 @@ def train() -> Callable[..., Run]:
 
 
 @pytest.fixture(scope="session")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Answers]:
-    """`answers(script, {"name": {setting: value}})`: what a worker script says of each variant, all in one start of processes.
-    The same question is asked by every process of pytest-xdist that has a test of a module: it is answered once for all."""
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], Any]], Path]:
+    """`once("name", make)`: a folder that `make(folder)` fills, once for all processes of pytest-xdist that have tests of a
+    module."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
 
-    def once(script: Path, variants: Answers, processes: int = 2, extra: dict[str, str] | None = None) -> Answers:
-        root = tmp_path_factory.getbasetemp()
-        root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
-        asked = json.dumps([script.name, variants, processes, extra])
-        folder = root / f"answers-{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
+    def made(name: str, make: Callable[[Path], Any]) -> Path:
+        folder, done = root / name, root / f"{name}.done"
         with FileLock(f"{folder}.lock"):
-            if (folder / "answers.pt").exists():
-                return torch.load(folder / "answers.pt", weights_only=True)
-            shutil.rmtree(folder, ignore_errors=True)  # of one that failed
-            folder.mkdir()
-            environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(extra or {})}
-            return ask(script, variants, folder, processes, TIMEOUT, environment)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of one that failed
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
 
-    return once
+    return made
+
+
+@pytest.fixture(scope="session")
+def answers(once) -> Callable[..., Answers]:
+    """`answers(script, {"name": {setting: value}})`: what a worker script says of each variant, all in one start of processes.
+    The same question of several tests is answered once for all."""
+
+    def asked(script: Path, variants: Answers, processes: int = 2, extra: dict[str, str] | None = None) -> Answers:
+        question = json.dumps([script.name, variants, processes, extra])
+        environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(extra or {})}
+        folder = once(f"answers-{hashlib.sha256(question.encode()).hexdigest()[:16]}",
+                      lambda folder: ask(script, variants, folder, processes, TIMEOUT, environment))
+        return torch.load(folder / "answers.pt", weights_only=True)
+
+    return asked
 
 
 @pytest.fixture(scope="session")
@@ -89,16 +103,27 @@ def frozen_runs(answers) -> Callable[..., Answers]:
 
 
 @pytest.fixture(scope="session")
-def quick_runs(answers) -> dict[str, Run]:
+def whole_runs(answers) -> Callable[..., dict[str, Run]]:
+    """`whole_runs({"name": {"settings": {"train.steps": 4, ...}}}, processes=2)`: real runs, all in one start of processes,
+    with `again_from` where one is to go on (see `genscale.testing.workers.run_of`)."""
+
+    def run(variants: Answers, processes: int = 2) -> dict[str, Run]:
+        variants = {name: {**variant, "settings": {**SETTINGS, **variant["settings"]}} for name, variant in variants.items()}
+        return {name: Run(Path(folder)) for name, folder in answers(WHOLE_RUNS, variants, processes).items()}
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def quick_runs(whole_runs) -> dict[str, Run]:
     """Whole runs on two processes, all in one start of them: by strategy, the run of `settings` with accumulation; `<strategy>
     again`, a copy that was cut after step 5 and goes on; and `preview`, which samples."""
-    common = {**SETTINGS, "train.checkpoint_every": 5, "train.micro_batch_size": 3}
+    common = {"train.checkpoint_every": 5, "train.micro_batch_size": 3}
     variants: Answers = {"preview": {"settings": PREVIEW}}
     for strategy in ("ddp", "zero2", "zero3", "fsdp2"):
         settings = {**common, "parallel.strategy": strategy}
         variants |= {strategy: {"settings": settings}, f"{strategy} again": {"settings": settings, "again_from": [strategy, 5]}}
-    folders = answers(WHOLE_RUNS, variants)
-    return {name: Run(Path(folder)) for name, folder in folders.items()}
+    return whole_runs(variants)
 
 
 @pytest.fixture(scope="session")

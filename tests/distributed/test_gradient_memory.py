@@ -84,49 +84,57 @@ def test_zero_in_groups_changes_no_bit_and_holds_a_second_copy_between_neighbour
     assert more == [[4 * LARGE // 2] * 2] * PROCESSES
 
 
+BYTES = {"fp32": 4, "bf16": 2}
+OTHERWISE = {"given back": {"live": 1, "meta": True}, "offloaded": {"offload": "cpu", "activation_checkpointing": "full"}}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "bytes_each"), [("fp32", 4), ("bf16", 2)])
-@pytest.mark.parametrize("other", [{"live": 1, "meta": True}, {"offload": "cpu", "activation_checkpointing": "full"}])
-def test_zero_in_groups_of_any_size_changes_no_bit(other, precision, bytes_each, engines):
+@pytest.mark.parametrize("processes", [2, pytest.param(PROCESSES, marks=[pytest.mark.matrix, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("precision", BYTES)
+@pytest.mark.parametrize("other", OTHERWISE)
+def test_zero_in_groups_of_any_size_changes_no_bit(other, precision, processes, engines):
     """Where all is given back after each forward, too; one engine after the other, of other groups and of none."""
     common = {"strategy": "zero3", "accumulation": 2, "weigh_gradients": True, "width": 128, "optimizer": ADAMW, "steps": 3}
-    found = engines({f"{size}": {**common, **other, "precision": precision, "shard_size": size} for size in (2, None, 1, 4)},
-                    PROCESSES)
-    plain = found["None"]
-    for size in (1, 2, 4):
-        groups = found[f"{size}"]
+    found = engines({f"{name}, {kind}, {size}": {**common, **settings, "precision": kind, "shard_size": size}
+                     for name, settings in OTHERWISE.items() for kind in BYTES
+                     for size in (2, None, 1, 4)[: 3 if processes == 2 else 4]}, processes)
+    plain = found[f"{other}, {precision}, None"]
+    for size in (1, 2, 4)[: 2 if processes == 2 else 3]:
+        groups = found[f"{other}, {precision}, {size}"]
         assert groups["steps"] == plain["steps"] and groups["bytes_at_rest"] == plain["bytes_at_rest"]
         more = {mine - its for both in zip(groups["gradient_bytes"], plain["gradient_bytes"], strict=True)
                 for mine, its in zip(both[0][2:], both[1][2:], strict=True)}
-        assert more == {bytes_each * LARGE // size if size < PROCESSES else 0}
+        assert more == {BYTES[precision] * LARGE // size if size < processes else 0}
 
 
 @pytest.mark.slow
-def test_a_run_of_second_copies_goes_on_as_one_process_and_back(train, tmp_path, difference):
+def test_a_run_of_second_copies_goes_on_as_one_process_and_back(whole_runs, train, tmp_path, difference):
     settings = {"train.checkpoint_every": 2, "train.evaluate_every": 2, "train.ema_half_life": 100}
-    groups = {**settings, "parallel.shard_size": 2}
-    plain = train(tmp_path / "plain", "zero3", 4, **settings)
-    started = train(tmp_path / "groups", "zero3", 4, **groups)
+    whole = {**settings, "parallel.strategy": "zero3"}
+    groups = {**whole, "parallel.shard_size": 2}
+    plain, started, same = whole_runs({
+        "plain": {"settings": whole}, "groups": {"settings": groups},
+        "on in groups": {"settings": groups, "again_from": ["plain", 6]}}, PROCESSES).values()
     assert started.losses() == plain.losses()
     assert started.digest() == plain.digest()
-    one = train(started.cut_after(6).folder, "single", **settings)
+    assert same.resumed_from() == ["step-00000006"]
+    assert same.losses() == plain.losses() and same.digest() == plain.digest()
+    one = train(started.cut_after(6, tmp_path / "one").folder, "single", **settings)
     assert one.resumed_from() == ["step-00000006"]
-    back = train(one.cut_after(8).folder, "zero3", 4, **groups)
+    back = train(one.cut_after(8).folder, "zero3", 2, **{**settings, "parallel.shard_size": 2})
     assert difference(back.losses(), plain.losses()) < 1e-4
     assert back.order() == plain.order()
-    same = train(plain.cut_after(6).folder, "zero3", 4, **groups)
-    assert same.losses() == plain.losses() and same.digest() == plain.digest()
 
 
 @pytest.mark.slow
 def test_a_run_of_replicated_shards_goes_on_as_one_process_and_back(train, tmp_path, difference):
-    """Four processes in groups of two to step 6; one to step 8; four, sharded once, to the end."""
+    """Four processes in groups of two to step 6; one to step 8; two, sharded once, to the end."""
     hybrid = {"parallel.shard_size": 2, "train.checkpoint_every": 2, "train.ema_half_life": 100}
     alone = train(tmp_path / "alone", "single", **{**hybrid, "parallel.shard_size": "null"})
     started = train(tmp_path / "hybrid", "fsdp2", 4, **hybrid)
     assert difference(started.losses(), alone.losses()) < 1e-4
     one = train(started.cut_after(6).folder, "single", **{**hybrid, "parallel.shard_size": "null"})
     assert one.resumed_from() == ["step-00000006"]
-    back = train(one.cut_after(8).folder, "fsdp2", 4, **{**hybrid, "parallel.shard_size": "null"})
+    back = train(one.cut_after(8).folder, "fsdp2", 2, **{**hybrid, "parallel.shard_size": "null"})
     assert difference(back.losses(), alone.losses()) < 1e-4
     assert back.order() == alone.order()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections import defaultdict
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from genscale.families import FAMILIES, family
 from genscale.parallel import zero
 from genscale.parallel.processes import Processes
-from genscale.parallel.strategies import ParallelPlan, build_engine, check_objective
+from genscale.parallel.strategies import ParallelPlan, build_engine
 from genscale.planning.recorder import Recorder
 from genscale.planning.step import noted
 from genscale.planning.summary import peaks_of
@@ -29,7 +28,7 @@ def answer(variant: dict[str, Any], processes: Processes, plan: ParallelPlan) ->
     config = parse_config(FAMILIES, variant["flags"])
     objective = family(config.model.family).blueprint(config).objective
     processes.split_sequences(config.parallel.context)
-    check_objective(replace(plan, context=config.parallel.context), config.parallel, objective, processes.part)
+    objective.split_sequences(processes.part)
     micro_batch, accumulation = derive_accumulation(config.train, processes.world_size, config.parallel.context)
     recorder = Recorder()
     processes.note = lambda doing: noted(recorder, doing)  # type: ignore[method-assign]
