@@ -96,11 +96,11 @@ def parity(verdicts: Verdicts) -> None:
                              later_losses=f"{later:.1e}", limit=limit)
 
 
-def waits(verdicts: Verdicts) -> None:
+def waits(verdicts: Verdicts, toy: bool) -> None:
     """Two steps in which nothing may wait for the device."""
     for name in SMALL:
         with verdicts.failure_of(f"waits {name}"):
-            run = small(name)
+            run = small(name, toy)
             run.step(3)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
@@ -113,19 +113,19 @@ def waits(verdicts: Verdicts) -> None:
             verdicts.say("PASS", f"waits {name}: none in two steps")
 
 
-def resume(verdicts: Verdicts) -> None:
+def resume(verdicts: Verdicts, toy: bool) -> None:
     """Two equal runs, and one that goes on from a checkpoint of the second, which was written while that went on."""
     for name in RESUMED:
         for wanted in (False, True):
             what = f"resume {name}, run.deterministic {str(wanted).lower()}"
             with verdicts.failure_of(what), deterministic(wanted), tempfile.TemporaryDirectory() as folder:
-                first, second = small(name), small(name)
+                first, second = small(name, toy), small(name, toy)
                 first.step(6)
                 second.step(3)
                 kept, saver = second.state(), second.save(Path(folder))
                 second.step(3)
                 assert saver.settle(), "the checkpoint was not written"
-                third = small(name, checkpoint=Checkpoint(Path(folder) / "step-00000003"))
+                third = small(name, toy, checkpoint=Checkpoint(Path(folder) / "step-00000003"))
                 is_of_its_step = same(kept, third.state())
                 third.batches.batch = third.steps_done = 3
                 third.step(3)
@@ -179,7 +179,8 @@ def main() -> None:
     verdicts = Verdicts(arguments.out)
     words = ["--device", arguments.device, *(["--toy"] if arguments.toy else [])]
     sections: dict[str, Callable[[], None]] = {
-        "parity": lambda: parity(verdicts), "waits": lambda: waits(verdicts), "resume": lambda: resume(verdicts),
+        "parity": lambda: parity(verdicts), "waits": lambda: waits(verdicts, arguments.toy),
+        "resume": lambda: resume(verdicts, arguments.toy),
         "speed": lambda: speed(verdicts, arguments.budget, words, arguments.toy)}
     for name in arguments.only.split(","):
         sections[name]()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,14 @@ class Shape:
         size: tokens of a text, or pixels of a side.
         vocabulary: tokens there are.
         document: tokens of a document, on average; None: as many as there are in the vocabulary.
+        width: of a GPT.
     """
 
     samples: int = 4
     size: int = 32
     vocabulary: int = 512
     document: int | None = None
+    width: int = 256
 
 
 class DenseGPT(GPT):
@@ -70,7 +72,7 @@ class DenseGPT(GPT):
 
 
 def gpt(shape: Shape, separate: bool = False, dense: bool = False, **settings: Any) -> LanguageModel:
-    whole = GPTSettings(**{"layers": 2, "heads": 4, "width": 256, "positions": shape.size, **settings})
+    whole = GPTSettings(**{"layers": 2, "heads": 4, "width": shape.width, "positions": shape.size, **settings})
     with torch.device("meta"):
         network = (DenseGPT if dense else GPT)(whole, shape.vocabulary)
     return LanguageModel(network, NoTokenizer(shape.vocabulary), shape.size, separate_documents=separate,
@@ -224,6 +226,9 @@ class Run:
             | {f"averages/{name}": engine.average_pieces(name) for name in engine.averages}
 
 
-def small(name: str, **options: Any) -> Run:
+def small(name: str, toy: bool = False, **options: Any) -> Run:
+    """A run of one of `SMALL`; as a toy, with texts that a CPU computes in bf16 within seconds."""
     shape, build, usual = SMALL[name]
+    if toy and shape.size > 64:
+        shape = replace(shape, samples=2, size=64, width=64)
     return Run(build(shape), shape, **{**usual, **options})

@@ -56,6 +56,26 @@ def test_loader_workers_change_nothing(strategy, workers, single, train, differe
 
 
 SGD = {"optimizer.name": "sgd", "optimizer.lr": 0.1, "optimizer.momentum": 0.9, "train.steps": 50}
+MODERN = {"model.preset": "qwen3", "model.kv_heads": 1, "model.head_width": 8, "model.dropout": 0.2,
+          "model.attention_dropout": 0.1, "data.separate_documents": "true", "optimizer.name": "muon", "train.steps": 6}
+ON_TWO = {
+    "sgd fsdp2": SGD, "modern ddp": {**MODERN, "train.micro_batch_size": 3},
+    "modern fsdp2": {**MODERN, "train.micro_batch_size": 2},
+    "started zero2": {"train.checkpoint_every": 3, "train.micro_batch_size": 3},
+}  # fmt: skip
+MATRIX = {f"sgd {strategy}": SGD for strategy in ("ddp", "zero1", "zero2", "zero3")}
+
+
+@pytest.fixture(scope="module")
+def two_processes(whole_runs):
+    """`two_processes("<what> <strategy>")`: a run of those above, all of which are made in one start."""
+
+    def run(name):
+        settings = MATRIX if name in MATRIX else ON_TWO
+        return whole_runs({each: {"settings": {**more, "parallel.strategy": each.split()[1]}}
+                           for each, more in settings.items()})[name]
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +86,9 @@ def single_sgd(train, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp2", *(pytest.param(name, marks=pytest.mark.matrix)
                                                  for name in ("ddp", "zero1", "zero2", "zero3"))])  # fmt: skip
-def test_sgd_equals_one_process_over_fifty_steps(strategy, single_sgd, train, difference, tmp_path):
+def test_sgd_equals_one_process_over_fifty_steps(strategy, single_sgd, two_processes, difference):
     assert single_sgd.losses()[-1] < 0.9 * single_sgd.losses()[0], "nothing was learned: equal losses would mean little"
-    assert difference(train(tmp_path / "run", strategy, **SGD).losses(), single_sgd.losses()) <= 1e-5
+    assert difference(two_processes(f"sgd {strategy}").losses(), single_sgd.losses()) <= 1e-5
 
 
 @pytest.mark.slow
@@ -83,25 +103,21 @@ def test_more_than_two_processes_resume_bit_for_bit(processes, single, train, di
     assert resumed.checkpoint(10).digest() == straight.checkpoint(10).digest()
 
 
-MODERN = {"model.preset": "qwen3", "model.kv_heads": 1, "model.head_width": 8, "model.dropout": 0.2,
-          "model.attention_dropout": 0.1, "data.separate_documents": "true", "optimizer.name": "muon", "train.steps": 6}
-
-
 @pytest.mark.slow
-def test_dropout_document_masks_and_muon_are_the_same_on_any_shape(train, difference, tmp_path):
+def test_dropout_document_masks_and_muon_are_the_same_on_any_shape(train, two_processes, difference, tmp_path):
     single = train(tmp_path / "single", "single", **MODERN)
-    for strategy, micro_batch_size in (("ddp", 3), ("fsdp2", 2)):
-        run = train(tmp_path / strategy, strategy, **MODERN, **{"train.micro_batch_size": micro_batch_size})
-        assert difference(run.losses(), single.losses()) <= 1e-5
+    for strategy in ("ddp", "fsdp2"):
+        assert difference(two_processes(f"modern {strategy}").losses(), single.losses()) <= 1e-5
     plain = train(tmp_path / "plain", "single", **{**MODERN, "model.dropout": 0, "model.attention_dropout": 0})
     assert difference(plain.losses(), single.losses()) > 1e-4
 
 
 @pytest.mark.slow
-def test_another_strategy_and_world_size_go_on(single, train, difference, tmp_path):
+def test_another_strategy_and_world_size_go_on(single, two_processes, train, difference, tmp_path):
     """zero2 on two processes to step 6, fsdp2 on three from there."""
-    started = train(tmp_path / "run", "zero2", **{"train.checkpoint_every": 3, "train.micro_batch_size": 3})
-    resumed = train(started.cut_after(6).folder, "fsdp2", 3, **{"train.checkpoint_every": 3, "train.micro_batch_size": 4})
+    started = two_processes("started zero2")
+    resumed = train(started.cut_after(6, tmp_path / "run").folder, "fsdp2", 3,
+                    **{"train.checkpoint_every": 3, "train.micro_batch_size": 4})
     assert resumed.resumed_from() == ["step-00000006"]
     assert difference(resumed.losses(), single.losses()) <= 1e-5
     assert resumed.order() == single.order()
