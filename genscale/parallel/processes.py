@@ -258,7 +258,7 @@ def load_ahead(deepspeed: bool) -> None:
 
     if deepspeed:
         # Which ZeRO loads as it looks at an optimizer, and torch's whole compiler with it.
-        import deepspeed.runtime.zero.muon.muon_optimizer
+        from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
 
 
 def lost_peer(error: RuntimeError) -> bool:
