@@ -75,16 +75,16 @@ def apart(ours: list[dict[str, float]], theirs: list[dict[str, float]], word: st
                 for name in other if word in name), default=0.0)
 
 
-def parity(verdicts: Verdicts) -> None:
+def parity(verdicts: Verdicts, toy: bool) -> None:
     """The same three steps here and in fp32 on the CPU."""
     words = ("loss", "grad_norm")
     for name in SMALL:
-        plain = small(name, precision="fp32", device="cpu", compile=False)
+        plain = small(name, toy, precision="fp32", device="cpu", compile=False)
         plain.step(3)
         expected = plain.metrics(words)
         for precision, limit in LIMITS.items():
             with verdicts.failure_of(f"parity {name} {precision}"):
-                run = small(name, precision=precision)
+                run = small(name, toy, precision=precision)
                 run.step(3)
                 found = run.metrics(words)
                 # In bf16 a GAN's updates enlarge rounding: the first step is judged, the later ones are shown.
@@ -179,7 +179,7 @@ def main() -> None:
     verdicts = Verdicts(arguments.out)
     words = ["--device", arguments.device, *(["--toy"] if arguments.toy else [])]
     sections: dict[str, Callable[[], None]] = {
-        "parity": lambda: parity(verdicts), "waits": lambda: waits(verdicts, arguments.toy),
+        "parity": lambda: parity(verdicts, arguments.toy), "waits": lambda: waits(verdicts, arguments.toy),
         "resume": lambda: resume(verdicts, arguments.toy),
         "speed": lambda: speed(verdicts, arguments.budget, words, arguments.toy)}
     for name in arguments.only.split(","):
