@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import logging
 import shutil
@@ -28,6 +29,12 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     # Quick tests are those that are not slow: a cell of the matrix alone would be one of them.
     if item.get_closest_marker("matrix") and not item.get_closest_marker("slow"):
         raise pytest.UsageError(f"{item.nodeid} is marked matrix and must be marked slow too")
+
+
+def pytest_collection_finish() -> None:
+    # What is loaded by now stays: who looks for garbage, as the planner and DeepSpeed do, need not look through all of it.
+    gc.collect()
+    gc.freeze()
 
 
 def run_here(*arguments: object) -> Outcome:

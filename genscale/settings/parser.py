@@ -7,6 +7,7 @@ file names. Mistakes come out as one line (`UserError`), with the nearest key wh
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -90,11 +91,16 @@ class RunParser(ArgumentParser):
 
 def config_parser(families: Families, family: str, prog: str = "genscale train", description: str = "") -> RunParser:
     """The parser of one family: --config FILE, --print_config and a flag for every setting of every section."""
+    return _parser_of(tuple(_sections(families[family]).items()), prog, description)
+
+
+@functools.cache  # to read the source of the sections for their help takes longer than to parse a file
+def _parser_of(sections: tuple[tuple[str, type], ...], prog: str, description: str) -> RunParser:
     parser = RunParser(prog, description)
     parser.add_argument("--config", action=ActionConfigFile,
                         help="YAML file of a run, or the name of one that `genscale configs` lists, as gpt/demo. A "
                              "flag wins over it wherever it stands, and of several files the later one.")
-    for name, section in _sections(families[family]).items():
+    for name, section in sections:
         if dataclasses.fields(section):
             parser.add_class_arguments(section, name)
     parser.add_argument("--hooks", type=dict[str, Any], default={}, help=HOOKS)

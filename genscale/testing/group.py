@@ -6,6 +6,7 @@ are forked when all is imported; apart from that each finds what torchrun would 
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 import signal
@@ -23,6 +24,7 @@ def main(count: int, script: Path, words: list[str]) -> int:
     from genscale.parallel.processes import load_ahead
 
     load_ahead(any("zero" in word for word in words))
+    gc.freeze()  # DeepSpeed collects garbage for each engine of ZeRO-3: half a second where all modules are looked through
     pipes = [os.pipe() for _ in range(count)]
     children = {}
     for rank, (read, _) in enumerate(pipes):
