@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import io
 import logging
@@ -19,7 +20,7 @@ import yaml
 
 from genscale.cli import main
 from genscale.testing import processes
-from genscale.testing.processes import GENSCALE, Outcome, Running
+from genscale.testing.processes import GENSCALE, Outcome, Running, group
 from genscale.testing.runs import Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,6 +88,12 @@ def genscale() -> Callable[..., Outcome]:
 def genscale_process() -> Callable[..., Outcome]:
     """The same in a process of its own, for several processes, other strategies and what must not touch this process."""
     return run_apart
+
+
+@pytest.fixture(scope="session")
+def genscale_group() -> Callable[..., Outcome]:
+    """The same in two processes out of one import, for what is not about their launcher."""
+    return functools.partial(run_apart, command=group(2, *GENSCALE[1:]))
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ def make(tiny_settings, genscale, tmp_path_factory) -> Callable[..., Path]:
     text = folder / "text.txt"  # short enough that a few steps read all of it
     text.write_text(Path(tiny_settings["data"]["source"]).read_text()[:900])
 
-    def run(change: dict[str, Any] | None = None, start: Callable[..., Any] = genscale, processes: int = 1) -> Path:
+    def run(change: dict[str, Any] | None = None, start: Callable[..., Any] = genscale) -> Path:
         name = f"run-{len(list(folder.glob('run-*')))}"
         settings = {**tiny_settings, "data": {**tiny_settings["data"], "source": str(text), "validation_blocks": 2},
                     "train": {**tiny_settings["train"], "steps": STEPS}, "run": {"trace": True}}
@@ -44,8 +44,7 @@ def make(tiny_settings, genscale, tmp_path_factory) -> Callable[..., Path]:
         settings["schedule"] = {"name": "constant"}
         settings["run"] |= {"name": name, "dir": str(folder)}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings))
-        many = ["--processes", processes] if processes > 1 else []
-        done = start("train", "--config", folder / f"{name}.yaml", *many)
+        done = start("train", "--config", folder / f"{name}.yaml")
         assert done.code == 0, done.err
         return folder / name
 
@@ -220,7 +219,7 @@ def test_what_cannot_be_compared_is_one_line(base, genscale, tmp_path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp2", *(pytest.param(strategy, marks=pytest.mark.matrix)
                                                  for strategy in ("ddp", "zero2", "zero3"))])  # fmt: skip
-def test_strategies_differ_by_rounding_alone(make, base, verdict, genscale_process, strategy) -> None:
-    said = verdict(make({"parallel": {"strategy": strategy}}, genscale_process, processes=2), 0)
+def test_strategies_differ_by_rounding_alone(make, base, verdict, genscale_group, strategy) -> None:
+    said = verdict(make({"parallel": {"strategy": strategy}}, genscale_group), 0)
     assert said.startswith("equal but for rounding: from step 1 on (loss "), said
     assert said.endswith(f"settings that differ: parallel.strategy auto and {strategy}")

@@ -55,9 +55,8 @@ def test_the_package_keeps_the_promise(installed, genscale_process, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp2", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("zero2", "zero3"))])
-def test_it_trains_with_weights_in_bf16(strategy, installed, genscale_process, tmp_path):
-    done = genscale_process("train", "--processes", 2, "--config", PACKAGE / "digits.yaml", "--parallel.strategy", strategy,
-                            "--train.precision", "bf16", "--train.steps", 4, "--run.dir", tmp_path, PYTHONPATH=installed,
-                            cwd=tmp_path)
+def test_it_trains_with_weights_in_bf16(strategy, installed, genscale_group, tmp_path):
+    done = genscale_group("train", "--config", PACKAGE / "digits.yaml", "--parallel.strategy", strategy, "--train.precision",
+                          "bf16", "--train.steps", 4, "--run.dir", tmp_path, PYTHONPATH=installed, cwd=tmp_path)
     assert done.code == 0, done.err
     assert len(list((tmp_path / "digits" / "samples").glob("*.png"))) == 1

@@ -13,7 +13,7 @@ import pytest
 
 from genscale.checkpoint.checkpoints import Checkpoint
 from genscale.families import FAMILIES
-from genscale.testing.processes import Running
+from genscale.testing.processes import Running, group
 from genscale.testing.runs import Run, flags
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,11 +27,10 @@ OTHERS = [("own_gpt", "ddp"), ("own_gpt", "zero2"), ("own_gpt", "zero3"),
 CELLS = [("own_gpt", "fsdp2"), ("own_diffusion", "zero2"), *(pytest.param(*cell, marks=pytest.mark.matrix) for cell in OTHERS)]
 
 
-def words(name: str, folder: Path, processes: int, **settings: Any) -> list[str]:
+def words(name: str, folder: Path, **settings: Any) -> list[str]:
     """The arguments of a run of an example."""
-    several = ["--processes", str(processes)] if processes > 1 else []
     settings = {"model.family": name, "run.dir": folder, "run.name": "run", **SETTINGS, **settings}
-    return ["train", *several, *flags(settings)]
+    return ["train", *flags(settings)]
 
 
 def same_run(folder: Path, other: Path) -> None:
@@ -59,7 +58,7 @@ def alone(genscale_process, tmp_path_factory) -> Callable[[str], Path]:
         if name not in done:
             done[name] = tmp_path_factory.mktemp(name)
             example = (sys.executable, str(EXAMPLES / f"{name}.py"))
-            outcome = genscale_process(*words(name, done[name], 1), command=example)
+            outcome = genscale_process(*words(name, done[name]), command=example)
             assert outcome.code == 0, outcome.err
             assert f"python {example[1]} train --processes 2" in outcome.out
             assert (f"python {example[1]} sample" in outcome.out) == (name == "own_diffusion"), "has a preview"
@@ -74,13 +73,13 @@ def test_an_example_is_the_same_run_on_two_processes_and_after_a_kill(name, stra
                                                                       tmp_path):
     example = (sys.executable, str(EXAMPLES / f"{name}.py"))
     asked = {"parallel.strategy": strategy}
-    outcome = genscale_process(*words(name, tmp_path / "straight", 2, **asked), command=example)
+    outcome = genscale_process(*words(name, tmp_path / "straight", **asked), command=group(2, example[1]))
     assert outcome.code == 0, outcome.err
     same_run(tmp_path / "straight", alone(name))
     losses = Run(tmp_path / "straight" / "run").losses()
     assert losses[-1] < 0.95 * losses[0]
 
-    resumed = words(name, tmp_path / "killed", 2, **asked)
+    resumed = [*words(name, tmp_path / "killed", **asked), "--processes", "2"]
     kill_after_checkpoint(genscale_start(*resumed, command=example), tmp_path / "killed")
     assert not (tmp_path / "killed" / "run" / "checkpoints" / "step-00000030").exists()
     outcome = genscale_process(*resumed, command=example)
@@ -136,8 +135,8 @@ def test_a_network_drawn_anew_by_each_process_begins_alike(mine, genscale, gensc
     """Else each process would train weights and constants of its own, without a word."""
     for steps in (4, 6):  # and goes on alike, where a checkpoint gives the weights alone
         settings = {"train.steps": steps}
-        assert genscale(*words("mine", tmp_path / "1", 1, **settings)).code == 0
-        outcome = genscale_process(*words("mine", tmp_path / "2", 2, **settings), command=(sys.executable, str(mine)))
+        assert genscale(*words("mine", tmp_path / "1", **settings)).code == 0
+        outcome = genscale_process(*words("mine", tmp_path / "2", **settings), command=group(2, str(mine)))
         assert outcome.code == 0, outcome.err
         same_run(tmp_path / "2", tmp_path / "1")
 
@@ -145,7 +144,7 @@ def test_a_network_drawn_anew_by_each_process_begins_alike(mine, genscale, gensc
 def test_a_registered_family_has_every_verb_but_a_job(mine, genscale, tmp_path):
     (tmp_path / "mine.yaml").write_text("model: {family: mine}")
     assert [line for line in genscale("families").out.splitlines() if line.startswith("mine ") and "this script" in line]
-    assert genscale(*words("mine", tmp_path, 1, **SHORT)).code == 0
+    assert genscale(*words("mine", tmp_path, **SHORT)).code == 0
     del FAMILIES.registered["mine"]  # as in another process
     message = genscale("evaluate", tmp_path / "run").message()
     assert message.endswith(f"was made by {mine}, which registers it: python {mine} VERB ...")

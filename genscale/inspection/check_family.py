@@ -29,7 +29,7 @@ from genscale.inspection.loss_laws import LossFindings, look_at_losses
 from genscale.settings.config import Config, Strategy
 from genscale.settings.keys import as_key
 from genscale.settings.parser import parse_config
-from genscale.testing.processes import GENSCALE, Outcome, run, start
+from genscale.testing.processes import GENSCALE, Outcome, group, run, start
 
 STEPS, CHECKPOINT_EVERY, BATCH = 8, 4, 8
 ENDLESS = 100_000
@@ -153,17 +153,17 @@ class _Runs:
             yield from pool.map(lambda ask: ask(), [self._sample, self._evaluate])
 
     def train(self, name: str, processes: int, *own: object) -> Outcome:
-        """A run in its folder, to its end."""
-        return self._run(*self._command(name, processes), *own)
-
-    def _run(self, *words: object) -> Outcome:
-        return run(*words, timeout=TIMEOUT, command=self.program)
-
-    def _command(self, name: str, processes: int) -> list[object]:
-        place = [f"--run.dir={self.folder}", f"--run.name={name}"]
+        """A run in its folder, to its end; several processes without a launcher, which would take longer than they do."""
         if processes == 1:
-            return ["train", *self.words, *place]
-        return ["train", "--processes", processes, *self.words, *place, "--parallel.strategy=ddp"]
+            return self._run(*self._words(name), *own)
+        several = group(processes, *self.program[1:])
+        return self._run(*self._words(name), "--parallel.strategy=ddp", *own, command=several)
+
+    def _run(self, *words: object, command: tuple[str, ...] = ()) -> Outcome:
+        return run(*words, timeout=TIMEOUT, command=command or self.program)
+
+    def _words(self, name: str) -> list[object]:
+        return ["train", *self.words, f"--run.dir={self.folder}", f"--run.name={name}"]
 
     def _loaded(self, losses: LossFindings) -> str:
         kinds = [kind for kind in ("sampling", "scoring") if getattr(self.entry, kind) is not None]
@@ -211,7 +211,8 @@ class _Runs:
     def _kill(self) -> tuple[Outcome, Checkpoint | None]:
         """Start a run, and kill all its processes when it has a checkpoint; what it said, and the checkpoint it will go on
         from."""
-        begun = start(*self._command("killed", 2), "--train.steps", ENDLESS, command=self.program)
+        spread = ("--processes", 2, "--parallel.strategy=ddp", "--train.steps", ENDLESS)
+        begun = start(*self._words("killed"), *spread, command=self.program)
         checkpoints, deadline = self.folder / "killed" / "checkpoints", time.monotonic() + TIMEOUT
         while begun.process.poll() is None and time.monotonic() < deadline and not list_checkpoints(checkpoints):
             time.sleep(0.01)

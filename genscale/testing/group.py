@@ -1,4 +1,5 @@
-"""A group of processes out of one import: `python -m genscale.testing.group PROCESSES SCRIPT WORDS...`.
+"""A group of processes out of one import: `python -m genscale.testing.group PROCESSES SCRIPT WORDS...`, or `-m genscale` in the
+place of a script.
 
 A launcher imports torch for itself and each process again, which takes longer than a toy's whole training. Here the processes
 are forked when all is imported; apart from that each finds what torchrun would have given it.
@@ -14,8 +15,9 @@ import sys
 from pathlib import Path
 
 
-def main(count: int, script: Path, words: list[str]) -> int:
-    """Run the script in `count` processes, and end with the first code of them that is not 0; the others are then ended."""
+def main(count: int, words: list[str]) -> int:
+    """Run a script, or a module after `-m`, in `count` processes, and end with the first code of them that is not 0; the others
+    are then ended."""
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
 
@@ -30,7 +32,7 @@ def main(count: int, script: Path, words: list[str]) -> int:
     for rank, (read, _) in enumerate(pipes):
         sys.stdout.flush()
         if not (pid := os.fork()):
-            _be(rank, count, int(os.read(read, 16)), script, words)
+            _be(rank, count, int(os.read(read, 16)), words)
             sys.exit(0)
         children[pid] = rank
     # Made after the forks, for it has a thread; the port is any free one, and held from the start.
@@ -49,13 +51,18 @@ def main(count: int, script: Path, words: list[str]) -> int:
     return 0
 
 
-def _be(rank: int, count: int, port: int, script: Path, words: list[str]) -> None:
+def _be(rank: int, count: int, port: int, words: list[str]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
                    "TORCHELASTIC_RUN_ID": "testing", "TORCHELASTIC_RESTART_COUNT": "0"}
-    sys.argv, sys.path[0] = [str(script), *words], str(script.parent)
-    runpy.run_path(str(script), run_name="__main__")
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        script = Path(words[0]).resolve()
+        sys.argv, sys.path[0] = [str(script), *words[1:]], str(script.parent)
+        runpy.run_path(str(script), run_name="__main__")
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), Path(sys.argv[2]).resolve(), sys.argv[3:]))
+    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))

@@ -166,6 +166,12 @@ def clean_environment(variables: Mapping[str, str] | None = None) -> dict[str, s
     return {"OMP_NUM_THREADS": "1", **kept, **(variables or {})}
 
 
+def group(processes: int, *words: str) -> tuple[str, ...]:
+    """The command that runs a script in so many processes out of one import, for `start` and `run`; `genscale` itself with
+    `-m`, `genscale` as words. See `genscale.testing.group`."""
+    return (sys.executable, "-m", "genscale.testing.group", str(processes), *words)
+
+
 def torchrun(processes: int) -> tuple[str, ...]:
     """The command that starts a script in so many processes, for `start` and `run`."""
     return (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))

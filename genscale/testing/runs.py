@@ -103,7 +103,7 @@ class Run:
 
 
 def train(folder: Path, settings: Settings, processes: int = 1, **options: Any) -> Run:
-    """Train in processes of their own, from nothing or from where the run is.
+    """Train in processes of their own, from nothing or from where the run is; several are a group without a launcher.
 
     Args:
         folder: the run folder.
@@ -114,9 +114,9 @@ def train(folder: Path, settings: Settings, processes: int = 1, **options: Any) 
     Raises:
         AssertionError: it failed, or hung.
     """
-    several = ["--processes", processes] if processes > 1 else []
+    command = apart.group(processes, *apart.GENSCALE[1:]) if processes > 1 else apart.GENSCALE
     words = flags({**settings, "run.dir": folder.parent, "run.name": folder.name})
-    done = apart.run("train", *several, *words, **options)
+    done = apart.run("train", *words, command=command, **options)
     assert done.code == 0, f"exit code {done.code}: genscale train {' '.join(words)}\n{done.out}\n{done.err[-5000:]}"
     return Run(folder)
 

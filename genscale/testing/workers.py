@@ -26,7 +26,7 @@ from genscale.parallel.launch_request import clear_launch_environment
 from genscale.parallel.processes import Processes
 from genscale.parallel.strategies import ParallelPlan, plan_parallel
 from genscale.settings.config import ParallelSettings
-from genscale.testing.processes import run
+from genscale.testing.processes import group, run
 from genscale.testing.runs import Run, train_in_group
 
 WHOLE_RUNS = Path(__file__)
@@ -51,8 +51,7 @@ def ask(script: Path, variants: Mapping[str, Variant], folder: Path, processes: 
         AssertionError: the script failed, or hung.
     """
     out = folder / "answers.pt"
-    done = run(script, json.dumps(variants), out, command=(sys.executable, "-m", "genscale.testing.group", str(processes)),
-               environment=environment, timeout=timeout)
+    done = run(script, json.dumps(variants), out, command=group(processes), environment=environment, timeout=timeout)
     assert done.code == 0, f"exit code {done.code}: {script}\n{done.out}\n{done.err[-5000:]}"
     found: dict[str, Any] = torch.load(out, weights_only=True)
     return found

@@ -14,7 +14,7 @@ import pytest
 
 from genscale.checkpoint.checkpoints import Checkpoint, latest_valid
 from genscale.inspection.comparison import compare_runs
-from genscale.testing.processes import run, start
+from genscale.testing.processes import GENSCALE, group, run, start
 from genscale.testing.workers import WHOLE_RUNS
 from genscale.tracking.metrics_file import read_metrics
 
@@ -44,12 +44,12 @@ def settings(once: Once) -> dict[str, Any]:
 
 def words(folder: Path, strategy: str, settings: dict[str, Any]) -> list[object]:
     place = {"run.dir": folder.parent, "run.name": folder.name, "parallel.strategy": strategy}
-    spread = [] if strategy == "single" else ["--processes", 2]
-    return ["train", *spread, *(f"--{key}={value}" for key, value in {**settings, **place}.items())]
+    return ["train", *(f"--{key}={value}" for key, value in {**settings, **place}.items())]
 
 
 def train(folder: Path, strategy: str, settings: dict[str, Any]) -> Path:
-    done = run(*words(folder, strategy, settings), timeout=400)
+    command = GENSCALE if strategy == "single" else group(2, *GENSCALE[1:])
+    done = run(*words(folder, strategy, settings), command=command, timeout=400)
     assert done.code == 0, done.error
     return folder
 
@@ -125,7 +125,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(spread_runs: dict[str, Path
 def test_killed_and_gone_on(begun: dict[str, Any], tmp_path: Path, strategy: str) -> None:
     settings = begun
     whole, killed = train(tmp_path / "whole", strategy, settings), tmp_path / "killed"
-    begun = start(*words(killed, strategy, settings))
+    begun = start(*words(killed, strategy, settings), "--processes", 2)
     while begun.process.poll() is None and not list((killed / "checkpoints").glob("step-*/manifest.json")):
         time.sleep(0.01)
     begun.kill()

@@ -96,10 +96,10 @@ def test_resuming_gives_the_run_that_was_never_stopped(folder: Path, config_from
 
 
 @pytest.mark.slow
-def test_every_rank_starts_from_it(folder: Path, config_from, tiny_run: Path, genscale, genscale_process) -> None:
+def test_every_rank_starts_from_it(folder: Path, config_from, tiny_run: Path, genscale, genscale_group) -> None:
     config = config_from(folder)
     assert genscale("train", "--config", config, "--run.name", "alone").code == 0
-    done = genscale_process("train", "--processes", 2, "--config", config, "--parallel.strategy", "fsdp2", timeout=240)
+    done = genscale_group("train", "--config", config, "--parallel.strategy", "fsdp2", timeout=240)
     assert done.code == 0, done.err
     assert Run(tiny_run).losses() == pytest.approx(Run(tiny_run.with_name("alone")).losses(), rel=1e-5)
 

@@ -299,7 +299,7 @@ def words(settings: dict[str, Any]) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_threes_are_found_by_a_classifier_of_the_images(genscale: Callable[..., Any], genscale_process: Callable[..., Any],
+def test_threes_are_found_by_a_classifier_of_the_images(genscale: Callable[..., Any], genscale_group: Callable[..., Any],
                                                         tmp_path: Path) -> None:
     own = {"run.dir": tmp_path, "tracking.wandb": "disabled", "train.precision": "fp32", "train.log_every": 1}
     source = {**own, "train.steps": 300, "train.checkpoint_every": 0}
@@ -315,7 +315,7 @@ def test_threes_are_found_by_a_classifier_of_the_images(genscale: Callable[..., 
 
     few = words({"train.steps": 4, "objective.rewards": judge, "data.validation_groups": 4, "optimizer.name": "sgd"})
     assert genscale("train", *policy, *few, "--run.name", "one").code == 0
-    done = genscale_process("train", "--processes", 2, *policy, *few, "--run.name", "two", "--parallel.strategy", "fsdp2")
+    done = genscale_group("train", *policy, *few, "--run.name", "two", "--parallel.strategy", "fsdp2")
     assert done.code == 0, done.err
     one, two = ([line["reward"] for line in map(json.loads, (tmp_path / name / "metrics.jsonl").open()) if "reward" in line]
                 for name in ("one", "two"))

@@ -51,15 +51,16 @@ def test_a_family_that_cannot_be_planned_says_what_it_lacks(genscale, tiny_confi
 
 
 def test_a_run_is_planned_with_what_would_be_better(genscale, tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr("genscale.verbs.plan.LOOKING", 2.5)
-    done = genscale("plan", "--config", tiny_config, *H100, "--gpus", 2, "--train.precision", "bf16", "--json", "--price", 2)
+    monkeypatch.setattr("genscale.verbs.plan.LOOKING", 60.0)
+    small = ("--model.layers", 1, "--train.global_batch_size", 2, "--train.precision", "bf16")  # few ways, all looked at
+    done = genscale("plan", "--config", tiny_config, *H100, "--gpus", 2, *small, "--json", "--price", 2)
     assert done.code == 0, done.err
     said = json.loads(done.out)
     assert said["fits"] and said["settings"]["strategy"] == "ddp" and said["whole"]["steps"] == 6
     assert said["whole"]["money"] == pytest.approx(2 * said["whole"]["gpu_hours"])
     assert sum(part["bytes"] for part in said["memory"]["parts"]) == said["memory"]["peak"]
     ways = said["choices"]["fitting"]
-    assert {} in [each["changes"] for each in ways] and len(ways) > 1
+    assert {} in [each["changes"] for each in ways] and len(ways) > 1 and said["choices"]["left_out"] == 0
     assert not (tmp_path / "runs").exists()  # nothing is written, and no data is read
 
 

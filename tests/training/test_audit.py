@@ -193,8 +193,8 @@ def test_samples_that_two_ranks_see_are_named() -> None:
     assert repeated([[(0, "a"), (0, "a")], []]) == ["sample 0 on rank 0 and again on rank 0"]
 
 
-def test_two_processes_are_audited_without_a_trace(genscale_process, tiny_config, tiny_run) -> None:
-    done = genscale_process("train", "--processes", 2, "--config", tiny_config, "--audit", 2, timeout=100)
+def test_two_processes_are_audited_without_a_trace(genscale_group, tiny_config, tiny_run) -> None:
+    done = genscale_group("train", "--config", tiny_config, "--audit", 2, timeout=100)
     assert done.code == 0, done.err
     assert "2 processes" in done.out and "8 samples in 2 steps; no leak, no dead term, no repeated sample" in done.out
     assert not tiny_run.exists()
