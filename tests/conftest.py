@@ -26,6 +26,23 @@ from genscale.testing.runs import Run
 ROOT = Path(__file__).resolve().parents[1]
 
 
+class ToldAtOnce:
+    """Says what fails when it does: who is stopped for want of time says no more at its end."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.terminal = config.pluginmanager.getplugin("terminalreporter")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            said = next((line for line in report.longreprtext.splitlines() if line.startswith("E ")), "")
+            self.terminal.write_line(f"\n{report.nodeid} ({report.when}): {said[:200]}")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if session.config.pluginmanager.hasplugin("terminalreporter"):  # the processes of pytest-xdist have none
+        session.config.pluginmanager.register(ToldAtOnce(session.config))
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     # Quick tests are those that are not slow: a cell of the matrix alone would be one of them.
     if item.get_closest_marker("matrix") and not item.get_closest_marker("slow"):

@@ -67,7 +67,7 @@ def test_a_run_is_planned_with_what_would_be_better(genscale, tiny_config, tmp_p
 @pytest.mark.slow
 def test_what_does_not_fit_ends_with_2_and_names_the_nearest_that_does(genscale, tiny_config, monkeypatch):
     shape = ("--data.sequence_length", 16384, "--model.positions", 16384, "--model.width", 512, "--train.global_batch_size", 64)
-    monkeypatch.setattr("genscale.verbs.plan.LOOKING", 4.0)
+    monkeypatch.setattr("genscale.verbs.plan.LOOKING", 20.0)
     done = genscale("plan", "--config", tiny_config, "--gpu", "a100-40", *shape, "--train.precision", "bf16")
     assert done.code == 2 and done.out.splitlines()[1].endswith("DOES NOT FIT"), done.out + done.err
     best = done.out.partition("what fits, best first by speed:\n  ")[2].split("  ")[0]
