@@ -145,10 +145,16 @@ def load_config(families: Families, file: Path, overrides: Sequence[str] = ()) -
     return parse_config(families, ["--config", str(file), *overrides], prog="genscale")
 
 
-def parse_settings(settings: type, arguments: Sequence[str], prog: str, description: str) -> Any:
-    """An instance of one settings dataclass from its flags (for verbs that are not about a run's config). Raises UserError."""
+@functools.cache
+def _parser_of_flags(settings: type, prog: str, description: str) -> RunParser:
     parser = RunParser(prog, description)
     parser.add_class_arguments(settings)
+    return parser
+
+
+def parse_settings(settings: type, arguments: Sequence[str], prog: str, description: str) -> Any:
+    """An instance of one settings dataclass from its flags (for verbs that are not about a run's config). Raises UserError."""
+    parser = _parser_of_flags(settings, prog, description)
     arguments = [re.sub("(?<!^)(?<!^-)-", "_", flag) + equals + value if flag.startswith("--") else word
                  for word, (flag, equals, value) in ((word, word.partition("=")) for word in arguments)]
     switches = {f"--{name}" for name, kind in get_type_hints(settings).items() if kind is bool}

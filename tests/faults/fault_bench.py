@@ -35,7 +35,7 @@ class Bench:
     def truth(self) -> Run:
         """The run that nobody disturbed."""
         run = Run(self.folder / "undisturbed", self.settings)
-        run.run_to_end(self.shape)
+        run.run_to_end(self.shape, launcher=False)
         return run
 
     def run(self, home: Path | None = None, **settings: Any) -> Run:

@@ -179,7 +179,7 @@ def survive(family: str, strategy: str, kills: int, seed: int, folder: Path) -> 
         if judge:  # who would say something else now: the undisturbed run takes what was said
             take_rewards(truth, run)
             asked = judge.asked
-            truth.run_to_end(shape)
+            truth.run_to_end(shape, launcher=False)
             assert judge.asked == asked, f"{judge.asked - asked} answers had not been written down"
     check_same(run, truth)
     return deaths

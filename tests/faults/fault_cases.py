@@ -105,7 +105,7 @@ def two_saves_in_a_second(bench: Bench, draw: random.Random) -> float:
     """Fault 10: checkpoints of several steps fall into one second; all are whole, and the run is the same. The seconds are
     those of the time that they bear, over their number."""
     run = bench.run(**{"train.checkpoint_every": 1, "train.checkpoint_keep": STEPS})
-    run.run_to_end(bench.shape)
+    run.run_to_end(bench.shape, launcher=False)
     run.latest()  # looks at every byte of all
     saved = list_checkpoints(run.checkpoints)
     assert [checkpoint.step for checkpoint in saved] == list(range(1, STEPS + 1))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ import psutil
 
 from genscale.checkpoint.checkpoints import Checkpoint, list_checkpoints
 from genscale.testing import runs
-from genscale.testing.processes import clean_environment
+from genscale.testing.processes import GENSCALE, clean_environment, group
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKER = "GENSCALE_FAULT_MARKER"
@@ -163,11 +162,11 @@ class Run:
         """The settings as a command line has them."""
         return runs.flags(self.settings)
 
-    def start(self, shape: Shape, **variables: str) -> Life:
-        """Start it, from nothing or from where it is."""
-        marker = uuid.uuid4().hex
-        command = [sys.executable, "-m", "genscale", "train"]
-        command += ["--processes", str(shape.processes)] if shape.processes > 1 else []
+    def start(self, shape: Shape, launcher: bool = True, **variables: str) -> Life:
+        """Start it, from nothing or from where it is; without its launcher where that is not looked at, for it takes time."""
+        marker, several = uuid.uuid4().hex, shape.processes > 1
+        command = [*(GENSCALE if launcher or not several else group(shape.processes, *GENSCALE[1:])), "train"]
+        command += ["--processes", str(shape.processes)] if launcher and several else []
         command += [*self.words(), "--run.dir", str(self.home), "--parallel.strategy", shape.strategy]
         # A launcher that is killed outright leaves its temporary folder behind.
         environment = clean_environment({"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
@@ -177,9 +176,9 @@ class Run:
                                        start_new_session=True)
         return Life(self.scratch, process, marker, time.monotonic())
 
-    def run_to_end(self, shape: Shape) -> float:
+    def run_to_end(self, shape: Shape, launcher: bool = True) -> float:
         """A whole life, which must go well. Returns the seconds to its first step."""
-        life = self.start(shape)
+        life = self.start(shape, launcher)
         try:
             wait_for(lambda: self.step() > 0, life)
             seconds = time.monotonic() - life.started
