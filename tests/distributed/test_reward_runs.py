@@ -120,8 +120,8 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(spread_runs: dict[str, Path
     assert same_bits(whole, again)
 
 
-@pytest.mark.matrix  # what is killed of them in CI, tests/faults/test_kills.py kills
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("strategy", [
+    "zero3", *(pytest.param(strategy, marks=pytest.mark.matrix) for strategy in ("ddp", "zero2", "fsdp2"))])
 def test_killed_and_gone_on(begun: dict[str, Any], tmp_path: Path, strategy: str) -> None:
     settings = begun
     whole, killed = train(tmp_path / "whole", strategy, settings), tmp_path / "killed"
