@@ -119,7 +119,7 @@ SLOW, MATRIX = [pytest.mark.slow], [pytest.mark.slow, pytest.mark.matrix]
 
 @pytest.mark.parametrize(("processes", "number"), [
     (1, signal.SIGINT), pytest.param(1, signal.SIGTERM, marks=MATRIX), pytest.param(1, signal.SIGUSR1, marks=MATRIX),
-    pytest.param(2, signal.SIGUSR1, marks=SLOW), pytest.param(2, signal.SIGTERM, marks=SLOW),
+    pytest.param(2, signal.SIGUSR1, marks=SLOW), pytest.param(2, signal.SIGTERM, marks=MATRIX),
     pytest.param(2, signal.SIGINT, marks=MATRIX), pytest.param(2, signal.SIGHUP, marks=MATRIX),
 ])  # fmt: skip
 def test_a_signal_stops_within_a_step_and_the_run_goes_on(processes, number, genscale, genscale_start, genscale_finish,

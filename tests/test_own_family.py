@@ -22,9 +22,9 @@ SETTINGS = {"train.steps": 30, "train.global_batch_size": 12, "train.micro_batch
             "train.log_every": 1, "train.checkpoint_every": 10, "optimizer.name": "sgd", "optimizer.lr": 0.05,
             "schedule.name": "constant", "tracking.wandb": "disabled"}  # fmt: skip
 SHORT = {"train.steps": 4}
-OTHERS = [("own_gpt", "ddp"), ("own_gpt", "zero2"), ("own_gpt", "zero3"),
+OTHERS = [("own_gpt", "fsdp2"), ("own_gpt", "ddp"), ("own_gpt", "zero2"), ("own_gpt", "zero3"),
           ("own_diffusion", "ddp"), ("own_diffusion", "fsdp2"), ("own_diffusion", "zero3")]  # fmt: skip
-CELLS = [("own_gpt", "fsdp2"), ("own_diffusion", "zero2"), *(pytest.param(*cell, marks=pytest.mark.matrix) for cell in OTHERS)]
+CELLS = [("own_diffusion", "zero2"), *(pytest.param(*cell, marks=pytest.mark.matrix) for cell in OTHERS)]
 
 
 def words(name: str, folder: Path, **settings: Any) -> list[str]:

@@ -57,7 +57,7 @@ def test_a_run_that_goes_on_keeps_its_number_on_the_same_devices(tiny_config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["fsdp2", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("ddp", "zero2"))])
 def test_two_processes_that_ask_are_the_two_with_that_number(strategy, tiny_config, tmp_path):
     """fsdp2 is what a process that had planned by itself would disturb: it would take the first one's part of the weights."""
     def trained(name: str, size: str) -> str:
