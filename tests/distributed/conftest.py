@@ -25,7 +25,7 @@ from genscale.testing.workers import WHOLE_RUNS, ask
 ROOT = Path(__file__).resolve().parents[2]
 WORKER, IMAGE_WORKER, FROZEN_WORKER = (
     Path(__file__).with_name(f"{name}_worker.py") for name in ("engine", "image_engine", "frozen"))
-TIMEOUT = 280
+TIMEOUT = 500
 SETTINGS = {
     "model.layers": 2, "model.heads": 2, "model.width": 32, "model.positions": 32, "data.sequence_length": 32,
     "data.lanes": 12, "data.validation_blocks": 2, "train.steps": 10, "train.global_batch_size": 12,

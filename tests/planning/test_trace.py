@@ -71,7 +71,7 @@ def test_the_bytes_of_a_step_by_reward_are_those_that_are_counted(plan_memory):
 
 @pytest.mark.slow
 def test_the_bytes_of_every_family_are_those_that_are_counted(plan_memory):
-    off = {(name, *settings): found["ratio"] for name, settings in list(plan_memory.cases())[::3]
+    off = {(name, *settings): found["ratio"] for name, settings in list(plan_memory.cases())[::5]
            if abs((found := plan_memory.compare(plan_memory.config_of(name, settings)))["ratio"] - 1) > 0.03}
     assert off == {}
 
