@@ -109,7 +109,6 @@ def test_a_program_takes_the_steps_it_is_told_to(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_the_acceptance_on_a_gpu_finds_no_fault_of_its_own_without_one(tmp_path):
     def verdicts(sections: str) -> list[dict[str, Any]]:
         out = tmp_path / f"{sections}.json"

@@ -26,6 +26,7 @@ from genscale.inspection.audit_report import UNEQUAL, listed
 from genscale.inspection.comparison import compare_runs
 from genscale.inspection.family_report import Check, FamilyReport, row_of, same_run
 from genscale.inspection.loss_laws import LossFindings, look_at_losses
+from genscale.parallel.processes import on_cpu
 from genscale.settings.config import Config, Strategy
 from genscale.settings.keys import as_key
 from genscale.settings.parser import parse_config
@@ -153,11 +154,13 @@ class _Runs:
             yield from pool.map(lambda ask: ask(), [self._sample, self._evaluate])
 
     def train(self, name: str, processes: int, *own: object) -> Outcome:
-        """A run in its folder, to its end; several processes without a launcher, which would take longer than they do."""
+        """A run in its folder, to its end. On a CPU several processes are forked: to launch them takes longer than they do."""
         if processes == 1:
             return self._run(*self._words(name), *own)
-        several = group(processes, *self.program[1:])
-        return self._run(*self._words(name), "--parallel.strategy=ddp", *own, command=several)
+        if on_cpu():
+            several = group(processes, *self.program[1:])
+            return self._run(*self._words(name), "--parallel.strategy=ddp", *own, command=several)
+        return self._run(*self._words(name), "--processes", processes, "--parallel.strategy=ddp", *own)
 
     def _run(self, *words: object, command: tuple[str, ...] = ()) -> Outcome:
         return run(*words, timeout=TIMEOUT, command=command or self.program)

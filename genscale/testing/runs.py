@@ -10,7 +10,7 @@ from typing import Any
 
 from genscale.checkpoint.checkpoints import Checkpoint, list_checkpoints
 from genscale.families import FAMILIES
-from genscale.parallel.processes import Processes
+from genscale.parallel.processes import Processes, on_cpu
 from genscale.parallel.strategies import plan_parallel
 from genscale.settings.parser import parse_config
 from genscale.supervise.signals import StopSignal
@@ -35,7 +35,7 @@ class Run:
     Example:
         >>> import tempfile
         >>> from pathlib import Path
-        >>> from genscale.parallel.processes import Processes
+        >>> from genscale.parallel.processes import Processes, on_cpu
         >>> from genscale.testing.runs import train_in_group
         >>> settings = {"model.family": "points", "train.steps": 4, "train.checkpoint_every": 2, "train.log_every": 1}
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -103,7 +103,7 @@ class Run:
 
 
 def train(folder: Path, settings: Settings, processes: int = 1, **options: Any) -> Run:
-    """Train in processes of their own, from nothing or from where the run is; several are a group without a launcher.
+    """Train in processes of their own, from nothing or from where the run is; on a CPU several are a group without a launcher.
 
     Args:
         folder: the run folder.
@@ -114,8 +114,12 @@ def train(folder: Path, settings: Settings, processes: int = 1, **options: Any) 
     Raises:
         AssertionError: it failed, or hung.
     """
-    command = apart.group(processes, *apart.GENSCALE[1:]) if processes > 1 else apart.GENSCALE
     words = flags({**settings, "run.dir": folder.parent, "run.name": folder.name})
+    command = apart.GENSCALE
+    if processes > 1 and on_cpu():
+        command = apart.group(processes, *apart.GENSCALE[1:])
+    elif processes > 1:
+        words += ["--processes", str(processes)]
     done = apart.run("train", *words, command=command, **options)
     assert done.code == 0, f"exit code {done.code}: genscale train {' '.join(words)}\n{done.out}\n{done.err[-5000:]}"
     return Run(folder)
