@@ -115,7 +115,7 @@ def train(folder: Path, settings: Settings, processes: int = 1, **options: Any) 
         AssertionError: it failed, or hung.
     """
     words = flags({**settings, "run.dir": folder.parent, "run.name": folder.name})
-    command = apart.GENSCALE
+    command: tuple[str, ...] = apart.GENSCALE
     if processes > 1 and on_cpu():
         command = apart.group(processes, *apart.GENSCALE[1:])
     elif processes > 1:
