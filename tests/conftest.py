@@ -103,8 +103,9 @@ def genscale() -> Callable[..., Outcome]:
 
 @pytest.fixture(scope="session")
 def genscale_process() -> Callable[..., Outcome]:
-    """The same in a process of its own, for several processes, other strategies and what must not touch this process."""
-    return run_apart
+    """The same in a process of its own, for several processes, other strategies and what must not touch this process; forked,
+    unless another command is given."""
+    return functools.partial(run_apart, command=group(1, *GENSCALE[1:]))
 
 
 @pytest.fixture(scope="session")

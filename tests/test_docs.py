@@ -24,6 +24,7 @@ from genscale.errors import UserError
 from genscale.families import FAMILIES
 from genscale.families.registry import INSTALLED
 from genscale.settings.parser import parse, parse_config, parse_settings, split_flags, take_number, take_text
+from genscale.testing.forks import ForkServer
 from genscale.verbs import check_family, checkpoint, compare, plan, slurm, sync
 from genscale.verbs.data import ACTIONS, BuildSettings, InspectSettings
 from genscale.verbs.doctor import OWN, DoctorSettings
@@ -289,17 +290,24 @@ def test_the_python_of_its_page_runs(clone):
         assert number or "VAE (" in done.stdout
 
 
-SHIM = """#!{python}
-import sys
+SHIM = """#!{python} {flags}
+import os, sys
 words = sys.argv[1:]
-if ("train" in words[:1] or "train.py" in words) and "--train.steps" not in words:
-    words += ["--train.steps", "4"]
+if "train" in words[:1] or "train.py" in words:
+    words += [] if "--train.steps" in words else ["--train.steps", "4"]
+    words += {smaller} if "configs/gpt/demo.yaml" in words else []
 sys.argv[1:] = words
 {start}
 """
-"""A command that the tutorials type, which cuts runs short that say nothing of their steps."""
-STARTS = {"genscale": "from genscale.cli import start; start(words)",
-          "accelerate": "from accelerate.commands.accelerate_cli import main; main()"}
+"""A command that the tutorials type, which cuts runs short that say nothing of their steps, and makes the demo's smaller."""
+SMALLER = ["--model.layers", "1", "--model.width", "32", "--data.validation_blocks", "16"]
+STARTS = {
+    "genscale": ("-S", """
+sys.path.insert(0, {root!r})
+from genscale.testing.forks import fork
+sys.exit(fork({address!r}, 1, ["-m", "genscale", *words], dict(os.environ)).wait())"""),
+    "accelerate": ("-u", "from accelerate.commands.accelerate_cli import main; main()"),
+}
 
 
 @pytest.mark.slow
@@ -309,11 +317,13 @@ def test_the_commands_of_a_tutorial_run(name, clone):
     (clone / "bin").mkdir()
     (clone / "bin/python").write_text(f"#!/bin/sh\nexec {sys.executable} \"$@\"\n")
     (clone / "bin/python").chmod(0o755)
-    for program, start in STARTS.items():
-        (clone / "bin" / program).write_text(SHIM.format(python=sys.executable, start=start))
-        (clone / "bin" / program).chmod(0o755)
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "ACCELERATE_"))}
     environment |= {"PATH": f"{clone / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    server = ForkServer(environment)
+    for program, (flags, start) in STARTS.items():
+        start = start.format(root=str(ROOT), address=server.address)
+        (clone / "bin" / program).write_text(SHIM.format(python=sys.executable, flags=flags, smaller=SMALLER, start=start))
+        (clone / "bin" / program).chmod(0o755)
     printed = []
     for block in blocks(ROOT / "docs/tutorials" / f"{name}.md"):
         if block.startswith(ON_THE_CLUSTER):
@@ -322,6 +332,7 @@ def test_the_commands_of_a_tutorial_run(name, clone):
                               timeout=400)
         assert done.returncode == (2 if "# refused" in block else 0), f"{block}\n{done.stdout}\n{done.stderr}"
         printed.append(done.stdout)
+    server.close()
     if name == "resume":
         straight, stopped, *_ = printed[2].splitlines()
         assert straight == stopped and len(straight) == 64

@@ -111,7 +111,7 @@ class _Runs:
 
     def train_source(self, words: list[str]) -> None:
         """The run that the others begin from. Raises UserError where it cannot be trained."""
-        done = run("train", *words, f"--run.dir={self.folder}", "--run.name=source", timeout=TIMEOUT)
+        done = self._run("train", *words, f"--run.dir={self.folder}", "--run.name=source")
         if done.code:
             raise UserError(f"family {self.name}: the run that its tiny run begins from cannot be trained: {done.error}")
         self.words.append(f"--model.from={self.folder / 'source'}")
@@ -154,16 +154,16 @@ class _Runs:
             yield from pool.map(lambda ask: ask(), [self._sample, self._evaluate])
 
     def train(self, name: str, processes: int, *own: object) -> Outcome:
-        """A run in its folder, to its end. On a CPU several processes are forked: to launch them takes longer than they do."""
+        """A run in its folder, to its end."""
         if processes == 1:
             return self._run(*self._words(name), *own)
-        if on_cpu():
-            several = group(processes, *self.program[1:])
-            return self._run(*self._words(name), "--parallel.strategy=ddp", *own, command=several)
-        return self._run(*self._words(name), "--processes", processes, "--parallel.strategy=ddp", *own)
+        launched = () if on_cpu() else ("--processes", processes)
+        return self._run(*self._words(name), *launched, "--parallel.strategy=ddp", *own, processes=processes)
 
-    def _run(self, *words: object, command: tuple[str, ...] = ()) -> Outcome:
-        return run(*words, timeout=TIMEOUT, command=command or self.program)
+    def _run(self, *words: object, processes: int = 1) -> Outcome:
+        # To import what processes need takes longer than their runs do. What is forked cannot use CUDA.
+        command = group(processes, *self.program[1:]) if on_cpu() else self.program
+        return run(*words, timeout=TIMEOUT, command=command)
 
     def _words(self, name: str) -> list[object]:
         return ["train", *self.words, f"--run.dir={self.folder}", f"--run.name={name}"]

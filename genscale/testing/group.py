@@ -2,7 +2,8 @@
 place of a script.
 
 A launcher imports torch for itself and each process again, which takes longer than a toy's whole training. Here the processes
-are forked when all is imported; apart from that each finds what torchrun would have given it.
+are forked when all is imported; apart from that each finds what torchrun would have given it, and one alone what a shell would.
+`genscale.testing.forks` has such groups, one after the other, out of a single import.
 """
 
 from __future__ import annotations
@@ -18,6 +19,12 @@ from pathlib import Path
 def main(count: int, words: list[str]) -> int:
     """Run a script, or a module after `-m`, in `count` processes, and end with the first code of them that is not 0; the others
     are then ended."""
+    load(words)
+    return run(count, words)
+
+
+def load(words: list[str]) -> None:
+    """Import what the processes of a group do, for those that are forked from this one."""
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
 
@@ -27,12 +34,20 @@ def main(count: int, words: list[str]) -> int:
 
     load_ahead(any("zero" in word for word in words))
     gc.freeze()  # DeepSpeed collects garbage for each engine of ZeRO-3: half a second where all modules are looked through
+
+
+def run(count: int, words: list[str]) -> int:
+    """`main`, when all is imported."""
+    if count == 1:
+        _run(words)
+        return 0
     pipes = [os.pipe() for _ in range(count)]
     children = {}
     for rank, (read, _) in enumerate(pipes):
         sys.stdout.flush()
         if not (pid := os.fork()):
-            _be(rank, count, int(os.read(read, 16)), words)
+            _be(rank, count, int(os.read(read, 16)))
+            _run(words)
             sys.exit(0)
         children[pid] = rank
     # Made after the forks, for it has a thread; the port is any free one, and held from the start.
@@ -51,10 +66,13 @@ def main(count: int, words: list[str]) -> int:
     return 0
 
 
-def _be(rank: int, count: int, port: int, words: list[str]) -> None:
+def _be(rank: int, count: int, port: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
                    "TORCHELASTIC_RUN_ID": "testing", "TORCHELASTIC_RESTART_COUNT": "0"}
+
+
+def _run(words: list[str]) -> None:
     if words[0] == "-m":
         sys.argv = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)

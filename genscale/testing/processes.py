@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from genscale.testing.forks import Forked, ForkServer, hear_signals
+
 if TYPE_CHECKING:
     import psutil
 
 GENSCALE = (sys.executable, "-m", "genscale")
+GROUP = (sys.executable, "-m", "genscale.testing.group")
 PACKAGE = Path(__file__).resolve().parents[1]
 FOREIGN = ("ACCELERATE_", "FSDP_", "MASTER_", "TORCHELASTIC_", "WANDB_", "GENSCALE_", "SLURM_", "RANK", "WORLD_SIZE",
            "LOCAL_RANK", "LOCAL_WORLD_SIZE", "DS_ACCELERATOR")
@@ -96,7 +99,7 @@ class Running:
         out, err: files that it prints to: nobody has to read a pipe meanwhile.
     """
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     out: tempfile._TemporaryFileWrapper[bytes]
     err: tempfile._TemporaryFileWrapper[bytes]
     _family: set[psutil.Process] = field(default_factory=set)
@@ -167,9 +170,10 @@ def clean_environment(variables: Mapping[str, str] | None = None) -> dict[str, s
 
 
 def group(processes: int, *words: str) -> tuple[str, ...]:
-    """The command that runs a script in so many processes out of one import, for `start` and `run`; `genscale` itself with
-    `-m`, `genscale` as words. See `genscale.testing.group`."""
-    return (sys.executable, "-m", "genscale.testing.group", str(processes), *words)
+    """The command that runs a script in so many processes out of one import, for `start` and `run`, which have all of them out
+    of the same one; `genscale` itself with `-m`, `genscale` as words. On a CPU only: what is forked cannot use CUDA. See
+    `genscale.testing.group` and `genscale.testing.forks`."""
+    return (*GROUP, str(processes), *words)
 
 
 def torchrun(processes: int) -> tuple[str, ...]:
@@ -192,9 +196,13 @@ def start(*words: object, command: tuple[str, ...] = (), environment: Mapping[st
         0
     """
     out, err = tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()  # noqa: SIM115 - closed by `finish`
-    program = [*(command or GENSCALE), *map(str, words)]
-    process = subprocess.Popen(program, env=clean_environment(environment), stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                               cwd=folder, start_new_session=True, preexec_fn=_not_deaf)
+    program, variables = [*(command or GENSCALE), *map(str, words)], clean_environment(environment)
+    if tuple(program[:3]) == GROUP and (server := _fork_server(variables)).can_fork(variables):
+        with open(os.devnull) as nothing:
+            streams = [nothing.fileno(), out.fileno(), err.fileno()]
+            return Running(server.fork(int(program[3]), program[4:], variables, folder, streams), out, err)
+    process = subprocess.Popen(program, env=variables, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=folder,
+                               start_new_session=True, preexec_fn=hear_signals)
     return Running(process, out, err)
 
 
@@ -209,7 +217,13 @@ def run(*words: object, timeout: float = 300, command: tuple[str, ...] = (),
     return start(*words, command=command, environment=environment, folder=folder).finish(timeout)
 
 
-def _not_deaf() -> None:
-    # What a shell starts in the background ignores Ctrl-C, under nohup the end of the terminal, and so would its children.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+_starting = threading.Lock()
+_server: ForkServer | None = None
+
+
+def _fork_server(environment: Mapping[str, str]) -> ForkServer:
+    global _server
+    with _starting:
+        if _server is None or not _server.alive:
+            _server = ForkServer(environment)
+        return _server

@@ -103,7 +103,8 @@ class Run:
 
 
 def train(folder: Path, settings: Settings, processes: int = 1, **options: Any) -> Run:
-    """Train in processes of their own, from nothing or from where the run is; on a CPU several are a group without a launcher.
+    """Train in processes of their own, from nothing or from where the run is; on a CPU they are forked, see
+    `genscale.testing.forks`.
 
     Args:
         folder: the run folder.
@@ -116,7 +117,7 @@ def train(folder: Path, settings: Settings, processes: int = 1, **options: Any) 
     """
     words = flags({**settings, "run.dir": folder.parent, "run.name": folder.name})
     command: tuple[str, ...] = apart.GENSCALE
-    if processes > 1 and on_cpu():
+    if on_cpu():
         command = apart.group(processes, *apart.GENSCALE[1:])
     elif processes > 1:
         words += ["--processes", str(processes)]

@@ -48,7 +48,7 @@ def words(folder: Path, strategy: str, settings: dict[str, Any]) -> list[object]
 
 
 def train(folder: Path, strategy: str, settings: dict[str, Any]) -> Path:
-    command = GENSCALE if strategy == "single" else group(2, *GENSCALE[1:])
+    command = group(1 if strategy == "single" else 2, *GENSCALE[1:])
     done = run(*words(folder, strategy, settings), command=command, timeout=400)
     assert done.code == 0, done.error
     return folder

@@ -171,9 +171,14 @@ def test_compiled_blocks_change_no_loss(engines, difference):
     assert results["eager"]["compiled_graphs"] == 0 < results["compiled"]["compiled_graphs"]
 
 
+WRAPPED = [(strategy, mode) for strategy in ("ddp", "zero2", "zero3", "fsdp2") for mode in ("none", "full", "selective")]
+
+
 @pytest.mark.slow
-def test_masks_in_blocks_pass_through_what_every_strategy_wraps_blocks_in(engines, difference):
-    modes = [(strategy, mode) for strategy in ("ddp", "zero2", "zero3", "fsdp2") for mode in ("none", "full", "selective")]
+@pytest.mark.parametrize("modes", [
+    pytest.param([("ddp", "none"), ("zero2", "full"), ("zero3", "full"), ("fsdp2", "selective")], id="each once"),
+    pytest.param(WRAPPED, id="all", marks=pytest.mark.matrix)])  # fmt: skip
+def test_masks_in_blocks_pass_through_what_every_strategy_wraps_blocks_in(modes, engines, difference):
     common = {"window": 8, "steps": 2, "accumulation": 2}
     blocks = {**common, "compile": True, "in_blocks": True}
     results = engines({"dense": common} | {
