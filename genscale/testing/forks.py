@@ -2,8 +2,8 @@
 
 To import what a toy needs takes longer than to train it, and a check of a family or a tutorial starts a dozen of them. What is
 forked is a session of its own, with the environment, the folder and the streams of whoever asks, and ends as a started process
-does. Two things are not as in a process of its own: libraries were imported in the environment of the first who asked (so who
-brings others that are read then is refused), and the hashes of texts are those of all others.
+does. Two things are not as in a process of its own: libraries were imported in the environment of the server, and the hashes of
+texts are those of all others.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from pathlib import Path
 
 from genscale.testing import group
 
+ROOT = Path(__file__).resolve().parents[2]
+"""The folder that genscale is in."""
 READ_LATE = ("PYTHONPATH", "GENSCALE_", "PYTEST_", "SLURM_", "WANDB_")
 """Beginnings of variables that nothing reads while it is imported here."""
 
@@ -98,8 +100,8 @@ class ForkServer:
             listener.bind(self.address)
             listener.listen()
             command = [sys.executable, "-m", "genscale.testing.forks", str(listener.fileno())]
-            self._process = subprocess.Popen(command, env=self._environment, stdin=subprocess.PIPE, start_new_session=True,
-                                             preexec_fn=hear_signals, pass_fds=[listener.fileno()])
+            self._process = subprocess.Popen(command, cwd=ROOT, env=self._environment, stdin=subprocess.PIPE,
+                                             start_new_session=True, preexec_fn=hear_signals, pass_fds=[listener.fileno()])
         atexit.register(self.close)
 
     def close(self) -> None:
@@ -117,8 +119,8 @@ class ForkServer:
     def can_fork(self, environment: Mapping[str, str]) -> bool:
         """Whether a process with this environment may come out of what was imported."""
         names = {name for name in {*environment, *self._environment} if environment.get(name) != self._environment.get(name)}
-        paths = [set(filter(None, one.get("PYTHONPATH", "").split(os.pathsep))) for one in (self._environment, environment)]
-        return all(name.startswith(READ_LATE) for name in names) and paths[0] <= paths[1]
+        others = [path for path in _paths(environment) if path != str(ROOT) and Path(path, "genscale").is_dir()]
+        return not others and all(name.startswith(READ_LATE) for name in names)
 
     def fork(self, processes: int, words: Sequence[str], environment: Mapping[str, str], folder: Path | None = None,
              streams: Sequence[int] = (0, 1, 2)) -> Forked:
@@ -143,6 +145,10 @@ def fork(address: str, processes: int, words: Sequence[str], environment: Mappin
     socket.send_fds(connection, [len(asked).to_bytes(8, "big")], streams)
     connection.sendall(asked)
     return Forked(connection)
+
+
+def _paths(environment: Mapping[str, str]) -> list[str]:
+    return [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
 def hear_signals() -> None:
@@ -210,8 +216,7 @@ def _begin(environment: dict[str, str], folder: str, streams: Sequence[int]) -> 
     sys.stdin = os.fdopen(0, encoding=sys.stdin.encoding, closefd=False)
     sys.stdout = os.fdopen(1, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, closefd=False)
     sys.stderr = os.fdopen(2, "w", 1, encoding=sys.stderr.encoding, errors="backslashreplace", closefd=False)
-    known = set(os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    asked = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    known, asked = set(_paths(os.environ)), _paths(environment)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

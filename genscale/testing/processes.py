@@ -197,10 +197,14 @@ def start(*words: object, command: tuple[str, ...] = (), environment: Mapping[st
     """
     out, err = tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()  # noqa: SIM115 - closed by `finish`
     program, variables = [*(command or GENSCALE), *map(str, words)], clean_environment(environment)
-    if tuple(program[:3]) == GROUP and (server := _fork_server(variables)).can_fork(variables):
-        with open(os.devnull) as nothing:
-            streams = [nothing.fileno(), out.fileno(), err.fileno()]
-            return Running(server.fork(int(program[3]), program[4:], variables, folder, streams), out, err)
+    if tuple(program[:3]) == GROUP:
+        count, forked = int(program[3]), program[4:]
+        if (server := _fork_server()).can_fork(variables):
+            with open(os.devnull) as nothing:
+                streams = [nothing.fileno(), out.fileno(), err.fileno()]
+                return Running(server.fork(count, forked, variables, folder, streams), out, err)
+        if count == 1:
+            program = [sys.executable, *forked]
     process = subprocess.Popen(program, env=variables, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=folder,
                                start_new_session=True, preexec_fn=hear_signals)
     return Running(process, out, err)
@@ -221,9 +225,9 @@ _starting = threading.Lock()
 _server: ForkServer | None = None
 
 
-def _fork_server(environment: Mapping[str, str]) -> ForkServer:
+def _fork_server() -> ForkServer:
     global _server
     with _starting:
         if _server is None or not _server.alive:
-            _server = ForkServer(environment)
+            _server = ForkServer(clean_environment())
         return _server
