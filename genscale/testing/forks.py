@@ -101,7 +101,8 @@ class ForkServer:
             listener.listen()
             command = [sys.executable, "-m", "genscale.testing.forks", str(listener.fileno())]
             self._process = subprocess.Popen(command, cwd=ROOT, env=self._environment, stdin=subprocess.PIPE,
-                                             start_new_session=True, preexec_fn=hear_signals, pass_fds=[listener.fileno()])
+                                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+                                             preexec_fn=hear_signals, pass_fds=[listener.fileno()])
         atexit.register(self.close)
 
     def close(self) -> None:
@@ -178,32 +179,36 @@ def serve(listener: socket.socket) -> None:
                 _tell_ends(running)
             if listener.fileno() in ready:
                 connection, _ = listener.accept()
-                begun, streams, _, _ = socket.recv_fds(connection, 8, 3)
-                with connection.makefile("rb") as said:
-                    asked = json.loads(said.read(int.from_bytes(begun, "big")))
-                group.load(asked["words"])
-                if not (pid := os.fork()):
-                    signal.set_wakeup_fd(-1)
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                    selector.close()
-                    for other in (listener, connection, *running.values()):
-                        other.close()
-                    os.close(woken)
-                    os.close(wake)
-                    _begin(asked["environment"], asked["folder"], streams)
-                    sys.exit(group.run(asked["processes"], asked["words"]))
-                for stream in streams:
+                if (begun := socket.recv_fds(connection, 8, 3))[0]:  # else who asked is gone already
+                    with connection.makefile("rb") as said:
+                        asked = json.loads(said.read(int.from_bytes(begun[0], "big")))
+                    with contextlib.suppress(Exception):  # the forked process meets and tells it
+                        group.load(asked["words"])
+                    if not (pid := os.fork()):
+                        signal.set_wakeup_fd(-1)
+                        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                        selector.close()
+                        for other in (listener, connection, *running.values()):
+                            other.close()
+                        _begin(asked["environment"], asked["folder"], begun[1])
+                        sys.exit(group.main(asked["processes"], asked["words"]))
+                    running[pid] = connection
+                    _tell(connection, pid)
+                for stream in begun[1]:
                     os.close(stream)
-                running[pid] = connection
-                connection.sendall(f"{pid}\n".encode())
+
+
+def _tell(connection: socket.socket, number: int) -> None:
+    with contextlib.suppress(OSError):  # who asked may be gone
+        connection.sendall(f"{number}\n".encode())
 
 
 def _tell_ends(running: dict[int, socket.socket]) -> None:
     for pid in list(running):
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
-            with running.pop(pid) as connection, contextlib.suppress(OSError):  # who asked may be gone
-                connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+            with running.pop(pid) as connection:
+                _tell(connection, os.waitstatus_to_exitcode(status))
 
 
 def _begin(environment: dict[str, str], folder: str, streams: Sequence[int]) -> None:

@@ -20,24 +20,6 @@ def main(count: int, words: list[str]) -> int:
     """Run a script, or a module after `-m`, in `count` processes, and end with the first code of them that is not 0; the others
     are then ended."""
     load(words)
-    return run(count, words)
-
-
-def load(words: list[str]) -> None:
-    """Import what the processes of a group do, for those that are forked from this one."""
-    import matplotlib.backends.backend_agg
-    import matplotlib.figure  # noqa: F401
-
-    import genscale.testing.runs
-    import genscale.testing.training  # noqa: F401
-    from genscale.parallel.processes import load_ahead
-
-    load_ahead(any("zero" in word for word in words))
-    gc.freeze()  # DeepSpeed collects garbage for each engine of ZeRO-3: half a second where all modules are looked through
-
-
-def run(count: int, words: list[str]) -> int:
-    """`main`, when all is imported."""
     if count == 1:
         _run(words)
         return 0
@@ -64,6 +46,19 @@ def run(count: int, words: list[str]) -> int:
                 os.kill(other, signal.SIGKILL)
             return code if code > 0 else 128 - code
     return 0
+
+
+def load(words: list[str]) -> None:
+    """Import what the processes of a group do, for those that are forked from this one."""
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
+
+    import genscale.testing.runs
+    import genscale.testing.training  # noqa: F401
+    from genscale.parallel.processes import load_ahead
+
+    load_ahead(any("zero" in word for word in words))
+    gc.freeze()  # DeepSpeed collects garbage for each engine of ZeRO-3: half a second where all modules are looked through
 
 
 def _be(rank: int, count: int, port: int) -> None:
