@@ -4,7 +4,7 @@
     runs            what a run left: metrics, losses, the order of its samples, checkpoints and their digest; to train one
     training        an objective, an engine, a loader and a trainer without a run folder
     workers, group  many questions, or many runs, in one start of a group of processes
-    forks           many starts of processes out of one import
+    forks           many starts of processes out of one import, by the server `fork_server`
     toy             the smallest family there can be, and data of which every sample is a function of its number
     objectives      an objective of nothing but phases, and a small GAN
 
