@@ -35,7 +35,8 @@ from genscale.verbs.trained import take_run
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-TUTORIALS = ("gpt", "gan", "reward", "resume", "slurm", "own-network")
+# Other tests of CI have the launchers of the tutorial of Slurm, on this machine and on a real one.
+TUTORIALS = ("gpt", "gan", "reward", "resume", "own-network", pytest.param("slurm", marks=pytest.mark.matrix))
 ON_THE_CLUSTER = "# on the cluster"
 """The first line of a block of a tutorial that is parsed and not run."""
 TRUSTED = {"cat", "source", "$EDITOR", "pip", "wandb", ".venv/bin/ruff", ".venv/bin/pytest", ".venv/bin/mkdocs"}

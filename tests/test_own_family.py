@@ -58,7 +58,7 @@ def alone(genscale_process, tmp_path_factory) -> Callable[[str], Path]:
         if name not in done:
             done[name] = tmp_path_factory.mktemp(name)
             example = (sys.executable, str(EXAMPLES / f"{name}.py"))
-            outcome = genscale_process(*words(name, done[name]), command=example)
+            outcome = genscale_process(*words(name, done[name]), command=group(1, example[1]))
             assert outcome.code == 0, outcome.err
             assert f"python {example[1]} train --processes 2" in outcome.out
             assert (f"python {example[1]} sample" in outcome.out) == (name == "own_diffusion"), "has a preview"
@@ -79,10 +79,10 @@ def test_an_example_is_the_same_run_on_two_processes_and_after_a_kill(name, stra
     losses = Run(tmp_path / "straight" / "run").losses()
     assert losses[-1] < 0.95 * losses[0]
 
-    resumed = [*words(name, tmp_path / "killed", **asked), "--processes", "2"]
-    kill_after_checkpoint(genscale_start(*resumed, command=example), tmp_path / "killed")
+    resumed = words(name, tmp_path / "killed", **asked)
+    kill_after_checkpoint(genscale_start(*resumed, "--processes", "2", command=example), tmp_path / "killed")
     assert not (tmp_path / "killed" / "run" / "checkpoints" / "step-00000030").exists()
-    outcome = genscale_process(*resumed, command=example)
+    outcome = genscale_process(*resumed, command=group(2, example[1]))
     assert outcome.code == 0, outcome.err
     last = [Checkpoint(tmp_path / folder / "run" / "checkpoints" / "step-00000030") for folder in ("straight", "killed")]
     assert last[0].digest() == last[1].digest()

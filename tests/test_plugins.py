@@ -221,11 +221,10 @@ def test_a_path_of_the_same_name_is_not_taken_for_the_source(seen, tmp_path, mon
 
 @pytest.mark.slow
 def test_two_processes_killed_and_gone_on_with_are_the_undisturbed_run(
-        installed, additions, tmp_path, genscale_process, genscale_start, genscale_finish, genscale):  # fmt: skip
+        installed, additions, tmp_path, genscale_group, genscale_start, genscale_finish, genscale):  # fmt: skip
     path = f"{ROOT}:{installed}"
-    words = ["train", "--processes", 2, "--config", additions, "--train.steps", 60, "--train.checkpoint_every", 5,
-             "--data.workers", 1]
-    running = genscale_start(*words, PYTHONPATH=path)
+    words = ["train", "--config", additions, "--train.steps", 60, "--train.checkpoint_every", 5, "--data.workers", 1]
+    running = genscale_start(*words, "--processes", 2, PYTHONPATH=path)
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < 13:
         assert running.poll() is None and time.monotonic() < deadline
@@ -234,9 +233,9 @@ def test_two_processes_killed_and_gone_on_with_are_the_undisturbed_run(
     for each in [launcher, *launcher.children(recursive=True)]:
         each.kill()
     genscale_finish(running)
-    done = genscale_process(*words, PYTHONPATH=path)
+    done = genscale_group(*words, PYTHONPATH=path)
     assert done.code == 0 and "continuing from" in done.err, done.err
-    undisturbed = genscale_process(*words, "--run.name", "undisturbed", PYTHONPATH=path)
+    undisturbed = genscale_group(*words, "--run.name", "undisturbed", PYTHONPATH=path)
     assert undisturbed.code == 0, undisturbed.err
     digests = [genscale("checkpoint", "digest", tmp_path / name).out for name in ("run", "undisturbed")]
     assert digests[0] == digests[1] != ""

@@ -157,13 +157,18 @@ class _Runs:
         """A run in its folder, to its end."""
         if processes == 1:
             return self._run(*self._words(name), *own)
-        launched = () if on_cpu() else ("--processes", processes)
-        return self._run(*self._words(name), *launched, "--parallel.strategy=ddp", *own, processes=processes)
+        command, launched = self._command(processes)
+        return run(*self._words(name), *launched, "--parallel.strategy=ddp", *own, timeout=TIMEOUT, command=command)
 
-    def _run(self, *words: object, processes: int = 1) -> Outcome:
-        # To import what processes need takes longer than their runs do. What is forked cannot use CUDA.
-        command = group(processes, *self.program[1:]) if on_cpu() else self.program
-        return run(*words, timeout=TIMEOUT, command=command)
+    def _run(self, *words: object) -> Outcome:
+        return run(*words, timeout=TIMEOUT, command=self._command(1)[0])
+
+    def _command(self, processes: int) -> tuple[tuple[str, ...], list[str]]:
+        """What starts so many processes, and the words that it needs for it. On a CPU they are forked: to import what they need
+        takes longer than their runs do. What is forked cannot use CUDA."""
+        if on_cpu():
+            return group(processes, *self.program[1:]), []
+        return self.program, [] if processes == 1 else ["--processes", str(processes)]
 
     def _words(self, name: str) -> list[object]:
         return ["train", *self.words, f"--run.dir={self.folder}", f"--run.name={name}"]
@@ -214,8 +219,8 @@ class _Runs:
     def _kill(self) -> tuple[Outcome, Checkpoint | None]:
         """Start a run, and kill all its processes when it has a checkpoint; what it said, and the checkpoint it will go on
         from."""
-        spread = ("--processes", 2, "--parallel.strategy=ddp", "--train.steps", ENDLESS)
-        begun = start(*self._words("killed"), *spread, command=self.program)
+        command, launched = self._command(2)
+        begun = start(*self._words("killed"), *launched, "--parallel.strategy=ddp", "--train.steps", ENDLESS, command=command)
         checkpoints, deadline = self.folder / "killed" / "checkpoints", time.monotonic() + TIMEOUT
         while begun.process.poll() is None and time.monotonic() < deadline and not list_checkpoints(checkpoints):
             time.sleep(0.01)

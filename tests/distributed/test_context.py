@@ -100,12 +100,13 @@ RECOMPUTED = {**SPLIT, **FSDP2, "parallel.activation_checkpointing": "full"}
 WAYS = {
     2: {"zero2": {**SPLIT, "parallel.strategy": "zero2"},
         "offloaded": {**RECOMPUTED, "parallel.activation_offload": True},
-        "selective": {**RECOMPUTED, "parallel.activation_checkpointing": "selective"},
-        "compiled": {**SPLIT, **NOTHING_DROPPED, "parallel.compile": True}},
+        "selective": {**RECOMPUTED, "parallel.activation_checkpointing": "selective"}},
     4: {"ddp": {"parallel.context": 4}, "zero3": {**SPLIT, "parallel.strategy": "zero3"},
         "groups": {**SPLIT, **FSDP2, "parallel.shard_size": 2}},
 }  # fmt: skip
-MORE_WAYS = {2: {"zero1": {**SPLIT, "parallel.strategy": "zero1"}}, 4: {"fsdp2": {**SPLIT, **FSDP2}}}
+MORE_WAYS = {2: {"zero1": {**SPLIT, "parallel.strategy": "zero1"},
+                 "compiled": {**SPLIT, **NOTHING_DROPPED, "parallel.compile": True}},
+             4: {"fsdp2": {**SPLIT, **FSDP2}}}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -124,7 +125,7 @@ def test_killed_and_resumed_it_is_the_same_bit_for_bit(train, tmp_path):
     settings = {**OPTIONS, **SPLIT, "train.steps": 30, "train.checkpoint_keep": 100}
     straight = train(tmp_path / "straight", "ddp", **settings)
     words = flags({**settings, "run.dir": tmp_path, "run.name": "killed"})
-    running = apart.start("train", "--processes", 2, *words)
+    running = apart.start("train", *words, command=apart.group(2, *apart.GENSCALE[1:]))
     killed = Run(tmp_path / "killed")
     while running.poll() is None and not killed.checkpoints():
         time.sleep(0.01)

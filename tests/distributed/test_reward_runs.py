@@ -125,7 +125,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(spread_runs: dict[str, Path
 def test_killed_and_gone_on(begun: dict[str, Any], tmp_path: Path, strategy: str) -> None:
     settings = begun
     whole, killed = train(tmp_path / "whole", strategy, settings), tmp_path / "killed"
-    begun = start(*words(killed, strategy, settings), "--processes", 2)
+    begun = start(*words(killed, strategy, settings), command=group(2, *GENSCALE[1:]))
     while begun.process.poll() is None and not list((killed / "checkpoints").glob("step-*/manifest.json")):
         time.sleep(0.01)
     begun.kill()

@@ -125,7 +125,7 @@ def test_another_strategy_and_world_size_go_on(single, two_processes, train, dif
 
 
 @pytest.mark.slow
-@pytest.mark.matrix  # for CI, test_silent_traps.py and test_context.py compile blocks of a GPT
+@pytest.mark.matrix  # for CI, test_silent_traps.py compiles blocks of a GPT
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_compiled_and_recomputed_blocks_change_nothing(strategy, single, train, difference, tmp_path):
     run = train(tmp_path / "run", strategy, **{"parallel.compile": "true", "parallel.activation_checkpointing": "full"})

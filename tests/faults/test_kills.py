@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import pytest
 
-IN_CI = {("gpt", "ddp"): 10, ("dcgan", "fsdp2"): 3, ("vae", "zero2"): 2, ("reward-http", "ddp"): 2}
+IN_CI = {("gpt", "ddp"): 10, ("dcgan", "fsdp2"): 2, ("vae", "zero2"): 2}
 """Kills of each family in CI; the whole table takes many times as long. tests/distributed/test_reward_runs.py kills a run of
-rewards under ZeRO-3 once."""
+rewards under ZeRO-3 once, and tests/rewards/test_judged_runs.py one that a server judges."""
 THREE, FOUR = ("ddp", "zero2", "fsdp2"), ("ddp", "zero2", "zero3", "fsdp2")
 CELLS = [pytest.param(family, strategy, IN_CI.get((family, strategy), 10),
                       marks=() if (family, strategy) in IN_CI else pytest.mark.matrix)
