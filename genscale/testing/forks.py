@@ -81,10 +81,14 @@ class ForkServer:
     Args:
         environment: in which it imports.
 
+    Attributes:
+        address: for `fork`.
+
     Example:
         >>> server = ForkServer(dict(os.environ))
         >>> with open(os.devnull, "r+") as nowhere:
-        ...     done = server.fork(1, ["-m", "genscale", "--version"], dict(os.environ), streams=[nowhere.fileno()] * 3)
+        ...     words, streams = ["-m", "genscale", "--version"], [nowhere.fileno()] * 3
+        ...     done = fork(server.address, 1, words, dict(os.environ), streams=streams)
         >>> done.wait()
         0
     """
@@ -92,7 +96,8 @@ class ForkServer:
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._environment = dict(environment)
         # An address has some 100 characters at most. The server removes its folder.
-        self.address = str(Path(tempfile.mkdtemp(prefix="genscale-", dir="/tmp")) / "forks")
+        place = tempfile.gettempdir()
+        self.address = str(Path(tempfile.mkdtemp(prefix="genscale-", dir=place if len(place) < 60 else "/tmp")) / "forks")
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(self.address)
             listener.listen()
@@ -120,22 +125,18 @@ class ForkServer:
         others = [path for path in paths(environment) if path != str(ROOT) and Path(path, "genscale").is_dir()]
         return not others and all(name.startswith(READ_LATE) for name in names)
 
-    def fork(self, processes: int, words: Sequence[str], environment: Mapping[str, str], folder: Path | None = None,
-             streams: Sequence[int] = (0, 1, 2)) -> Forked:
-        """Begin a script, or a module after `-m`, in so many processes.
-
-        Args:
-            words: the script and its arguments, see `genscale.testing.group`.
-            environment: that of the processes; see `can_fork`.
-            folder: to begin in; without one, the current folder.
-            streams: file descriptors of input, output and errors.
-        """
-        return fork(self.address, processes, words, environment, folder, streams)
-
 
 def fork(address: str, processes: int, words: Sequence[str], environment: Mapping[str, str], folder: Path | None = None,
          streams: Sequence[int] = (0, 1, 2)) -> Forked:
-    """`ForkServer.fork` of a server of another process, by its address."""
+    """Begin a script, or a module after `-m`, in so many processes.
+
+    Args:
+        address: of the server, which any process of this machine may ask.
+        words: the script and its arguments, see `genscale.testing.group`.
+        environment: that of the processes; see `ForkServer.can_fork`.
+        folder: to begin in; without one, the current folder.
+        streams: file descriptors of input, output and errors.
+    """
     asked = json.dumps({"processes": processes, "words": list(words), "environment": dict(environment),
                         "folder": str(folder or Path.cwd())}).encode()
     connection = socket.socket(socket.AF_UNIX)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from genscale.testing.forks import Forked, ForkServer, hear_signals
+from genscale.testing.forks import Forked, ForkServer, fork, hear_signals
 
 if TYPE_CHECKING:
     import psutil
@@ -171,8 +171,8 @@ def clean_environment(variables: Mapping[str, str] | None = None) -> dict[str, s
 
 def group(processes: int, *words: str) -> tuple[str, ...]:
     """The command that runs a script in so many processes out of one import, for `start` and `run`, which have all of them out
-    of the same one; `genscale` itself with `-m`, `genscale` as words. On a CPU only: what is forked cannot use CUDA. See
-    `genscale.testing.group` and `genscale.testing.forks`."""
+    of the same one; `genscale` itself with `-m`, `genscale` as words. What is forked cannot use CUDA: where there is a GPU, one
+    process is started, and several are for what stays on the CPU. See `genscale.testing.group` and `genscale.testing.forks`."""
     return (*GROUP, str(processes), *words)
 
 
@@ -198,11 +198,13 @@ def start(*words: object, command: tuple[str, ...] = (), environment: Mapping[st
     out, err = tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()  # noqa: SIM115 - closed by `finish`
     program, variables = [*(command or GENSCALE), *map(str, words)], clean_environment(environment)
     if tuple(program[:3]) == GROUP:
+        from genscale.parallel.processes import on_cpu  # loads torch, which other commands do not need
+
         count, forked = int(program[3]), program[4:]
-        if (server := _fork_server()).can_fork(variables):
+        if on_cpu() and (server := _fork_server()).can_fork(variables):
             with open(os.devnull) as nothing:
                 streams = [nothing.fileno(), out.fileno(), err.fileno()]
-                return Running(server.fork(count, forked, variables, folder, streams), out, err)
+                return Running(fork(server.address, count, forked, variables, folder, streams), out, err)
         if count == 1:
             program = [sys.executable, *forked]
     process = subprocess.Popen(program, env=variables, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=folder,

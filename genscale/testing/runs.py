@@ -35,7 +35,7 @@ class Run:
     Example:
         >>> import tempfile
         >>> from pathlib import Path
-        >>> from genscale.parallel.processes import Processes, on_cpu
+        >>> from genscale.parallel.processes import Processes
         >>> from genscale.testing.runs import train_in_group
         >>> settings = {"model.family": "points", "train.steps": 4, "train.checkpoint_every": 2, "train.log_every": 1}
         >>> with tempfile.TemporaryDirectory() as folder:
